@@ -1,0 +1,160 @@
+"""The board: one block of shared memory on which the processes of a machine write what the others must see.
+
+Every cell is a signed 64-bit integer with exactly one writer, so no lock is needed to read it. A worker writes its own
+column; the worker that holds the prober's lock writes the signals; the supervisor clears the column of a dead worker.
+The module is pure: the shell opens the memory and hands it in.
+"""
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
+
+WORKERS_MAX = 64
+SERIES_MAX = 4096  # counters and histogram cells of one worker; more label sets fall into `other`
+SERIES_NAMES_BYTES = 512 * 1024
+
+
+class Worker(IntEnum):
+    """The cells a worker keeps about itself."""
+
+    PID = 0
+    HEARTBEAT_MS = 1
+    SNAPSHOT_VERSION = 2
+    ACCEPTING = 3
+    CONNECTIONS = 4
+    WAITING = 5
+    SNAPSHOT_AT_MS = 6
+    SERIES_COUNT = 7
+    NAMES_BYTES = 8
+    STARTS = 9
+
+
+WORKER_CELLS = 16
+
+
+class Signal(IntEnum):
+    """The cells the prober keeps about one Endpoint. `SEEN_MS` 0 means never probed."""
+
+    UP = 0
+    SEEN_MS = 1
+    RUNNING = 2
+    WAITING = 3
+    KV_PERMILLE = 4
+    LOAD_SEEN_MS = 5
+    RTT_US = 6
+    FOREIGN = 7  # requests at the engine that did not come through here
+
+
+SIGNAL_CELLS = 8
+
+
+class Board:
+    """Views on the shared block.
+
+    Shape: `buffer` is at least `Board.bytes_needed(workers)` long and zeroed at first use; all times are milliseconds
+    of the machine's monotonic clock, which its processes share.
+    """
+
+    def __init__(self, buffer: memoryview, workers: int) -> None:
+        if not 1 <= workers <= WORKERS_MAX:
+            raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
+        self.workers = workers
+        self._bytes = buffer.cast("B")
+        cells = self._bytes[: self._cell_count(workers) * 8].cast("q")
+        names_at = self._cell_count(workers) * 8
+        self._names = self._bytes[names_at : names_at + workers * SERIES_NAMES_BYTES]
+        at = 0
+        self.worker_cells = cells[at : (at := at + workers * WORKER_CELLS)]
+        self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
+        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]
+        self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
+        self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]
+        self.series = cells[at : at + workers * SERIES_MAX]
+
+    @staticmethod
+    def _cell_count(workers: int) -> int:
+        per_worker = WORKER_CELLS + DEPLOYMENTS_MAX + ENDPOINTS_MAX + GATEWAYS_MAX + SERIES_MAX
+        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS
+
+    @classmethod
+    def bytes_needed(cls, workers: int) -> int:
+        """The size of the block for so many workers."""
+        return cls._cell_count(workers) * 8 + workers * SERIES_NAMES_BYTES
+
+    def get(self, worker: int, cell: Worker) -> int:
+        """One cell of a worker's own row."""
+        return self.worker_cells[worker * WORKER_CELLS + cell]
+
+    def set(self, worker: int, cell: Worker, value: int) -> None:
+        """Write one cell of a worker's own row; only that worker (or, when it is dead, the supervisor) may."""
+        self.worker_cells[worker * WORKER_CELLS + cell] = value
+
+    def signal(self, endpoint_slot: int, cell: Signal) -> int:
+        """One cell of what the prober knows about an Endpoint."""
+        return self.signals[endpoint_slot * SIGNAL_CELLS + cell]
+
+    def set_signal(self, endpoint_slot: int, cell: Signal, value: int) -> None:
+        """Write one cell about an Endpoint; only the prober may."""
+        self.signals[endpoint_slot * SIGNAL_CELLS + cell] = value
+
+    def in_flight_total(self, slot: int) -> int:
+        """Requests in flight to a Deployment over all workers."""
+        at = slot * self.workers
+        return sum(self.in_flight[at : at + self.workers])
+
+    def waiting_total(self, gateway_slot: int) -> int:
+        """Requests that wait for room in a Gateway over all workers."""
+        at = gateway_slot * self.workers
+        return sum(self.waiting[at : at + self.workers])
+
+    def ejected_until(self, endpoint_slot: int) -> int:
+        """The latest moment until which any worker keeps an Endpoint out, ms; 0 if none does."""
+        at = endpoint_slot * self.workers
+        return max(self.ejected_until_ms[at : at + self.workers])
+
+    def sweep(self, worker: int) -> int:
+        """Give back what a dead worker held, and say how many requests that were. Its counters stay."""
+        swept = 0
+        for slot in range(DEPLOYMENTS_MAX):
+            at = slot * self.workers + worker
+            swept += self.in_flight[at]
+            self.in_flight[at] = 0
+        for slot in range(GATEWAYS_MAX):
+            self.waiting[slot * self.workers + worker] = 0
+        for slot in range(ENDPOINTS_MAX):
+            self.ejected_until_ms[slot * self.workers + worker] = 0
+        for cell in (Worker.PID, Worker.ACCEPTING, Worker.CONNECTIONS, Worker.WAITING, Worker.SNAPSHOT_VERSION):
+            self.set(worker, cell, 0)
+        return swept
+
+    def add_series(self, worker: int, name: str) -> int:
+        """Give a named series its cell in this worker's column and return the index into `series`, -1 if full.
+
+        Shape: `name` is the exposition name with its labels, `fleetgate_requests_total{gateway="chat",...}`.
+        """
+        count, used = self.get(worker, Worker.SERIES_COUNT), self.get(worker, Worker.NAMES_BYTES)
+        line = name.encode() + b"\n"
+        if count >= SERIES_MAX or used + len(line) > SERIES_NAMES_BYTES:
+            return -1
+        at = worker * SERIES_NAMES_BYTES + used
+        self._names[at : at + len(line)] = line
+        self.set(worker, Worker.NAMES_BYTES, used + len(line))
+        self.set(worker, Worker.SERIES_COUNT, count + 1)  # last, so that a reader never sees a cell without its name
+        return worker * SERIES_MAX + count
+
+    def series_of(self, worker: int) -> Iterator[tuple[str, int]]:
+        """The named series of one worker with the index of each in `series`."""
+        count, used = self.get(worker, Worker.SERIES_COUNT), self.get(worker, Worker.NAMES_BYTES)
+        at = worker * SERIES_NAMES_BYTES
+        names = bytes(self._names[at : at + used]).decode().splitlines()
+        for index, name in enumerate(names[:count]):
+            yield name, worker * SERIES_MAX + index
+
+    def series_totals(self) -> dict[str, int]:
+        """Every series summed over the workers."""
+        totals: dict[str, int] = {}
+        for worker in range(self.workers):
+            for name, index in self.series_of(worker):
+                totals[name] = totals.get(name, 0) + self.series[index]
+        return totals

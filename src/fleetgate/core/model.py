@@ -1,0 +1,160 @@
+"""The Snapshot and its parts: the immutable routing state that a proxy works from, replaced whole, never edited."""
+
+from enum import StrEnum
+
+import msgspec
+
+# Cells in shared memory are addressed by slot; a slot is given once by the publisher and outlives renames of its row.
+DEPLOYMENTS_MAX = 1024
+ENDPOINTS_MAX = 4096
+GATEWAYS_MAX = 256
+
+
+class Tier(StrEnum):
+    """How a Deployment's GPUs are paid for."""
+
+    COMMITTED = "committed"
+    ELASTIC = "elastic"
+    SPOT = "spot"
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """An address that a ready replica (or an external Deployment) answers at.
+
+    `base_path` is the path part of the URL an SDK would be given, without a trailing slash: `/v1`.
+    """
+
+    slot: int
+    scheme: str
+    host: str
+    port: int
+    base_path: str
+
+    @property
+    def origin(self) -> str:
+        """`scheme://host:port`, the unit that credentials are bound to."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """A model server to route to: models served, engine, place, Endpoints and capacity.
+
+    Units: `concurrency_max` in requests for the whole Deployment, 0 without a limit; `units` in CU.
+    Shape: `models` maps the name clients ask for to the name the engine knows.
+    """
+
+    slot: int
+    name: str
+    region: str
+    engine: str
+    models: dict[str, str]
+    endpoints: tuple[Endpoint, ...]
+    labels: dict[str, str] = {}
+    tier: Tier = Tier.COMMITTED
+    paid_per_token: bool = False  # its price is per token, not per hour
+    concurrency_max: int = 0
+    units: float = 1.0
+    credential: str = ""  # sealed with the data directory's key; bound to the origins of `endpoints`
+    credential_name: str = ""  # the Secret's name, which the sealed text is bound to
+    health_path: str = ""  # where readiness is asked, empty for the engine's own
+    egress_checked: bool = True  # False only for what the machine's operator wrote in a --config file
+
+
+class Upstream(msgspec.Struct, frozen=True, kw_only=True):
+    """A Gateway's reference to a Deployment; a lower rank is filled first."""
+
+    deployment: str
+    rank: int
+
+
+class Admission(msgspec.Struct, frozen=True, kw_only=True):
+    """How many requests may wait for room, and for how long."""
+
+    queue_max: int = 128
+    queue_timeout_s: float = 30.0
+
+
+class Resilience(msgspec.Struct, frozen=True, kw_only=True):
+    """How hard a request is tried before the client sees an error."""
+
+    attempts_max: int = 3
+    retry_budget: float = 0.1
+    connect_timeout_s: float = 1.0
+    resume: str = "auto"
+    hedge: str = "off"
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator promised: time to first token by prompt size, and time per output token."""
+
+    ttft_s: float = 2.0
+    ttft_s_per_1k_tokens: float = 0.35
+    tpot_s: float = 0.05
+
+
+class Gateway(msgspec.Struct, frozen=True, kw_only=True):
+    """The user's object: what is reached at `<name>.<domain>` and how its requests are spread."""
+
+    slot: int
+    name: str
+    domain: str
+    protocol: str
+    strategy: str
+    upstreams: tuple[Upstream, ...]
+    default: bool = False
+    overflow_at: float = 1.0
+    locality: str = "prefer"  # "ignore" turns the preference for the proxy's own region off
+    tiers: str = "prefer"  # "ignore" treats supply paid by the hour and per token alike
+    admission: Admission = Admission()
+    resilience: Resilience = Resilience()
+    slo: Slo | None = None
+
+    @property
+    def host(self) -> str:
+        """The Host that chooses this Gateway, in lower case."""
+        return f"{self.name}.{self.domain}".lower()
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """A client API key as a proxy knows it: the secret only as an HMAC.
+
+    Shape: `id` is the look-up part of the key; `secret_hmac` is hex; empty `gateways` or `models` mean every one.
+    Units: `expires_s` seconds since the epoch, 0 for never.
+    """
+
+    id: str
+    name: str
+    secret_hmac: str
+    gateways: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    expires_s: float = 0.0
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a proxy needs to serve, at one version; a later version is always a whole new Snapshot."""
+
+    version: int
+    made_at_s: float
+    gateways: tuple[Gateway, ...] = ()
+    deployments: tuple[Deployment, ...] = ()
+    keys: tuple[Key, ...] = ()
+    egress_allow: tuple[str, ...] = ()  # CIDRs that Endpoints with `egress_checked` may resolve to
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Snapshot).decode
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """The bytes of a Snapshot file."""
+    return _encode(snapshot)
+
+
+def decode_snapshot(data: bytes) -> Snapshot:
+    """Read a Snapshot file.
+
+    Raises: `msgspec.ValidationError` or `msgspec.DecodeError` when the bytes are not a whole Snapshot.
+    """
+    return _decode(data)

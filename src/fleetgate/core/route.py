@@ -1,0 +1,100 @@
+"""Which Deployments may take a request now, and in what order: filter, then the Gateway's strategy."""
+
+from collections.abc import Collection, Sequence
+from enum import StrEnum
+
+import msgspec
+
+from fleetgate.core.capacity import spill_limit
+from fleetgate.core.model import Deployment, Gateway, Snapshot
+from fleetgate.core.strategies import Candidate, Load, Strategy, Turn, find
+
+
+class NoPlace(StrEnum):
+    """Why nobody can take a request."""
+
+    NONE_UP = "none_up"
+    ALL_FULL = "all_full"
+    ALL_TRIED = "all_tried"
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Whom to try, in order, what the strategy wants to remember, and why others were left out."""
+
+    order: Sequence[Candidate]
+    turn: Turn
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """Nobody can take it now; `left_out` says why of each Deployment."""
+
+    reason: NoPlace
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+class Lane(msgspec.Struct, frozen=True):
+    """One model in one Gateway: the Deployments that serve it and the strategy that orders them.
+
+    Made once per Snapshot, so that a request only looks it up.
+    """
+
+    candidates: tuple[Candidate, ...]
+    strategy: Strategy
+
+
+def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lane]:
+    """The Lanes of a Gateway by the model names that clients ask for; `region` is the proxy's own."""
+    deployments = {deployment.name: deployment for deployment in snapshot.deployments}
+    by_model: dict[str, list[Candidate]] = {}
+    for upstream in gateway.upstreams:
+        deployment = deployments[upstream.deployment]
+        candidate = _candidate(gateway, deployment, upstream.rank, region)
+        for model in deployment.models:
+            by_model.setdefault(model, []).append(candidate)
+    strategy = find(gateway.strategy)
+    # Sorted, so that the order in which an operator writes Deployments can never decide anything.
+    return {
+        model: Lane(tuple(sorted(candidates, key=lambda c: c.name)), strategy) for model, candidates in by_model.items()
+    }
+
+
+def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> Decision | Rejection:
+    """Order the Deployments that are up, have room and were not tried yet; or say why there is none.
+
+    Cost: about 2 µs with three candidates.
+    """
+    fit: list[Candidate] = []
+    left_out: list[tuple[str, str]] = []
+    full = 0
+    for candidate in lane.candidates:
+        standing = load[candidate.slot]
+        if candidate.slot in tried:
+            left_out.append((candidate.name, "tried already"))
+        elif standing.health <= 0.0:
+            left_out.append((candidate.name, "not healthy"))
+        elif candidate.limit and standing.in_flight >= candidate.limit:
+            full += 1
+            left_out.append((candidate.name, f"full: {standing.in_flight} of {candidate.limit} in flight"))
+        else:
+            fit.append(candidate)
+    if fit:
+        ranking = lane.strategy(fit, load, turn)
+        return Decision(ranking.order, ranking.turn, tuple(left_out))
+    reason = NoPlace.ALL_FULL if full else NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP
+    return Rejection(reason, tuple(left_out))
+
+
+def _candidate(gateway: Gateway, deployment: Deployment, rank: int, region: str) -> Candidate:
+    local = not region or deployment.region == region or gateway.locality == "ignore"
+    return Candidate(
+        name=deployment.name,
+        slot=deployment.slot,
+        region=deployment.region,
+        rank=rank,
+        units=deployment.units,
+        limit=deployment.concurrency_max,
+        spill_limit=spill_limit(deployment.concurrency_max, gateway.overflow_at),
+        distance=0 if local else 1,
+        paid_per_token=0 if gateway.tiers == "ignore" or not deployment.paid_per_token else 1,
+    )

@@ -1,0 +1,27 @@
+"""Capacity-based round robin: shares in proportion to what each Deployment has free, perfectly interleaved."""
+
+from collections.abc import Sequence
+
+from fleetgate.core.capacity import available_units, normalised_load
+from fleetgate.core.strategies import Candidate, Load, Ranking, Turn
+
+
+def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
+    """Smooth weighted round robin over available capacity; without any, the least normalised load.
+
+    Each pick raises every candidate's credit by its weight, takes the highest and lowers that one by the sum, so a
+    weight that changes on every pick acts at once. Credit is in shares of the sum, which keeps it bounded (−1 to 1 a
+    candidate) however the weights move. The rest follow by credit: they are the fallbacks.
+    Source: smooth weighted round robin as in nginx; weights from ALGORITHMS.md section 8.1.
+    """
+    weights = {
+        c.slot: available_units(load[c.slot].health, c.units, load[c.slot].in_flight, c.limit) for c in candidates
+    }
+    total = sum(weights.values())
+    if total <= 0.0:
+        by_load = sorted(candidates, key=lambda c: (normalised_load(c.units, load[c.slot].in_flight), c.name))
+        return Ranking(by_load, turn)
+    credit = {c.slot: turn.get(c.slot, 0.0) + weights[c.slot] / total for c in candidates}
+    ranked = sorted(candidates, key=lambda c: (-credit[c.slot], c.name))
+    credit[ranked[0].slot] -= 1.0
+    return Ranking(ranked, credit)

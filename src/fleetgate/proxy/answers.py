@@ -1,0 +1,77 @@
+"""The bytes of heads and errors that clients get: one place, so that no answer lacks what DESIGN.md promises."""
+
+from typing import TYPE_CHECKING
+
+from fleetgate.core.exchange import Refuse
+from fleetgate.protocols import openai
+from fleetgate.protocols.http1 import status_line
+from fleetgate.proxy.tables import Place
+from fleetgate.proxy.transport.relay import Relay
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.conversation import Conversation
+
+_OK = status_line(200)
+
+MESSAGES = {
+    "no_deployment_available": "no Deployment that serves this model is up; try again shortly",
+    "queue_full": "every Deployment that serves this model is full and the queue is too; try again after Retry-After",
+    "capacity_exhausted": "every Deployment that serves this model is full; try again after Retry-After",
+    "upstream_error": "every Deployment that was tried failed before it began to answer",
+    "upstream_auth_error": "the Gateway's own credential was refused upstream; its operator must renew it",
+    "upstream_tls_error": "no upstream could be reached over TLS that verifies",
+    "upstream_timeout": "no Deployment began to answer in time",
+    "poison_request": "this request ended the engine that served it, twice; it is not tried again",
+    "model_not_found": "no Deployment behind this Gateway serves this model now",
+    "upstream_interrupted": "the Deployment that was answering was lost; the answer above is incomplete",
+}
+
+
+def relayed_head(conversation: "Conversation", relay: Relay, place: Place, length: int) -> bytes:
+    """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
+    request = conversation.request
+    if length >= 0:
+        framing = b"content-length: %d\r\n" % length
+    elif relay.raw:
+        framing = b""
+    else:
+        framing = b"transfer-encoding: chunked\r\n"
+    return b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
+        _OK if relay.status == 200 else status_line(relay.status),
+        conversation.hub.date_line,
+        relay.passed_headers(),
+        place.answer_headers,
+        request.answer_headers if conversation.client.keep_alive else request.answer_headers + b"connection: close\r\n",
+        framing,
+        conversation.request_id,
+        conversation.attempts,
+    )
+
+
+def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
+    """An error of ours after the core has decided."""
+    extra = b"x-fleetgate-attempts: %d\r\n" % conversation.attempts
+    if refuse.retry_after_s:
+        extra += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (
+            max(1, round(refuse.retry_after_s)),
+            max(1, round(refuse.retry_after_s * 1000)),
+        )
+    if refuse.should_retry is not None:
+        extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
+    body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
+    extra += conversation.request.answer_headers
+    if not conversation.client.keep_alive:
+        extra += b"connection: close\r\n"
+    return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
+
+
+def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = b"") -> bytes:
+    """A whole JSON answer of ours."""
+    return b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
+        status_line(status),
+        date_line,
+        len(body),
+        request_id,
+        extra,
+        body,
+    )

@@ -1,0 +1,419 @@
+"""One request in a worker: the shell around its Exchange. It does what the core says and reports what happened."""
+
+import ssl
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fleetgate.core.admission import Ticket
+from fleetgate.core.exchange import (
+    FINISHED,
+    GONE,
+    Command,
+    Commit,
+    Content,
+    Event,
+    Exchange,
+    Failed,
+    Failure,
+    Finish,
+    Interrupt,
+    NotPicked,
+    Outcome,
+    Overdue,
+    Pick,
+    Picked,
+    QueueFull,
+    Refuse,
+    Room,
+    Send,
+    State,
+    Wait,
+)
+from fleetgate.core.health import Breaker, Sign, current
+from fleetgate.core.route import NoPlace, Rejection, route
+from fleetgate.core.strategies import Standing
+from fleetgate.protocols import http1, openai
+from fleetgate.protocols.openai import Ask
+from fleetgate.proxy import answers
+from fleetgate.proxy.tables import LaneState, Place
+from fleetgate.proxy.transport.relay import Relay
+from fleetgate.proxy.transport.upstream import Peer, Refused
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.gate import Admitted
+    from fleetgate.proxy.hub import Hub
+    from fleetgate.proxy.listener import ClientConnection
+
+# Until the predicted TTFT is known (capacity profiles), these bound how long an upstream may stay silent.
+FIRST_EVENT_MAX_S = 60.0
+WHOLE_ANSWER_MAX_S = 600.0  # the official SDKs' own default
+STALL_MAX_S = 60.0  # FAULTS.md row 8: at most
+ROOM = Room()
+QUEUE_FULL = QueueFull()
+
+# What a failed attempt says about an Endpoint's health. What is missing here says nothing.
+SIGNS = {
+    Failure.BROKEN: Sign.BROKE,
+    Failure.BAD_OUTPUT: Sign.BROKE,
+    Failure.UNREACHABLE: Sign.BROKE,
+    Failure.TIMEOUT: Sign.BROKE,
+    Failure.TLS: Sign.BROKE,
+    Failure.CREDENTIAL: Sign.BROKE,
+}
+
+
+class Conversation:
+    """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
+
+    __slots__ = (
+        "ask",
+        "attempts",
+        "body",
+        "client",
+        "deadline_s",
+        "exchange",
+        "first_s",
+        "hub",
+        "lane",
+        "last_place",
+        "peer",
+        "place",
+        "progress",
+        "relay",
+        "request",
+        "request_id",
+        "started_s",
+        "status",
+        "ticket",
+        "written",
+    )
+
+    def __init__(self, hub: "Hub", client: "ClientConnection", request: "Admitted", lane: LaneState, ask: Ask) -> None:
+        self.hub = hub
+        self.client = client
+        self.request = request
+        self.lane = lane
+        self.ask = ask
+        self.body = b""
+        self.request_id = b""
+        self.started_s = self.first_s = 0.0
+        self.deadline_s = float("inf")
+        self.exchange: Exchange
+        self.place: Place | None = None  # where a reservation is held
+        self.last_place: Place | None = None  # where the last attempt went, for the books
+        self.peer: Peer | None = None
+        self.relay: Relay | None = None
+        self.ticket: Ticket | None = None
+        self.progress = 0
+        self.attempts = 0
+        self.status = 0
+        self.written = 0
+
+    def start(self, body: bytes, request_id: bytes, now_s: float) -> None:
+        """Begin."""
+        self.body = body
+        self.request_id = request_id
+        self.started_s = now_s
+        site = self.lane.site
+        resilience = site.gateway.resilience
+        self.exchange = Exchange(resilience.attempts_max, site.budget, self.request.client_retries)
+        self.hub.conversations[self] = None
+        self._do(self.exchange.start(now_s))
+
+    def _do(self, command: Command) -> None:
+        ACTIONS[type(command)](self, command)
+
+    def _report(self, event: Event) -> None:
+        self._do(self.exchange.receive(event, self.hub.clock()))
+
+    # --- picking and waiting ---
+
+    def _pick(self, command: Pick) -> None:
+        hub = self.hub
+        lane = self.lane
+        if lane.tables is not hub.tables:
+            lane = self.lane = hub.tables.lane_after(lane)
+        now_s = hub.clock()
+        first = lane.room.first()
+        if first is not None and first is not self.ticket and not command.tried:
+            self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
+            return
+        places, in_flight = hub.tables.places, hub.ledger.in_flight
+        load = {
+            candidate.slot: Standing(
+                in_flight(candidate.slot) + places[candidate.slot].foreign, places[candidate.slot].health(now_s)
+            )
+            for candidate in lane.lane.candidates
+        }
+        decision = route(lane.lane, load, lane.turn, command.tried)
+        if isinstance(decision, Rejection):
+            self._report(NotPicked(decision.reason))
+            return
+        for candidate in decision.order:
+            place = places[candidate.slot]
+            if hub.ledger.reserve(candidate.slot, candidate.limit and candidate.limit - place.foreign):
+                lane.turn = decision.turn
+                self.place = self.last_place = place
+                if self.ticket is not None:
+                    self._stop_waiting()
+                self._report(Picked(candidate))
+                return
+        self._report(NotPicked(NoPlace.ALL_FULL))  # another worker was faster
+
+    def _wait(self, command: Wait) -> None:
+        if self.ticket is not None:
+            return  # woken in vain: it keeps its place in the row
+        admission = self.lane.site.gateway.admission
+        hub = self.hub
+        if hub.board.waiting_total(self.lane.site.gateway.slot) >= admission.queue_max:
+            self._report(QUEUE_FULL)
+            return
+        limits_s = [admission.queue_timeout_s]
+        if self.request.timeout_s:
+            limits_s.append(self.request.timeout_s)
+        if self.lane.site.gateway.slo is not None:
+            limits_s.append(self.lane.site.gateway.slo.ttft_s)
+        self.deadline_s = self.started_s + min(limits_s)
+        self.ticket = Ticket(self.deadline_s)
+        self.lane.room.join(self.ticket)
+        hub.waiters[self.ticket] = self
+        hub.count_waiting(self.lane, 1)
+
+    def _stop_waiting(self) -> None:
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            self.lane.room.leave(ticket)
+            self.hub.waiters.pop(ticket, None)
+            self.hub.count_waiting(self.lane, -1)
+
+    def look_again(self) -> bool:
+        """There may be room now; True when it found a place (or ended)."""
+        self._report(ROOM)
+        return self.ticket is None
+
+    def change_lane(self) -> None:
+        """A new Snapshot replaced the Lane this request waits in: look for room in the new one, or wait there."""
+        self._stop_waiting()
+        self._report(ROOM)
+
+    # --- sending ---
+
+    def _send(self, command: Send) -> None:
+        place, now_s = self.place, self.hub.clock()
+        assert place is not None
+        peer = place.choose(now_s)
+        self.attempts += 1
+        if peer is None:
+            self._lost(Failed(Failure.UNREACHABLE, sent=False))
+            return
+        self.peer = peer
+        peer.in_flight += 1
+        if current(peer.health, now_s) is Breaker.HALF_OPEN:
+            peer.trial = True
+        self.progress = 0
+        limit_s = FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S
+        self.deadline_s = now_s + limit_s
+        self._dispatch(peer, place, fresh=False)
+
+    def _dispatch(self, peer: Peer, place: Place, fresh: bool) -> None:
+        ask, operation = self.ask, self.request.operation
+        assert operation is not None
+        upstream_name = place.upstream_names[ask.model]
+        add_usage = ask.stream and not ask.wants_usage and place.adds_usage and operation.usage_option
+        rename = None
+        if upstream_name != ask.model:
+            rename = (msgspec.json.encode(upstream_name), msgspec.json.encode(ask.model))
+        relay = self.relay = Relay(self, operation, add_usage, rename)
+        relay.raw = self.request.raw
+        connection = None if fresh else peer.take_idle()
+        if connection is None:
+            self.hub.spawn(self._connect(peer, place, relay, add_usage, upstream_name))
+            return
+        relay.connection = connection
+        connection.carry(relay, self._request_bytes(peer, place, upstream_name, add_usage))
+
+    def _request_bytes(self, peer: Peer, place: Place, upstream_name: str, add_usage: bool) -> tuple[bytes, ...]:
+        body = openai.rewrite(self.body, self.ask, upstream_name, add_usage)
+        head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
+            place.heads[peer.endpoint.slot][self.request.path],
+            self.request.passed,
+            self.request_id,
+            len(body),
+        )
+        return (head + body,) if len(body) < 65536 else (head, body)
+
+    async def _connect(self, peer: Peer, place: Place, relay: Relay, add_usage: bool, upstream_name: str) -> None:
+        timeout_s = self.lane.site.gateway.resilience.connect_timeout_s
+        try:
+            connection = await peer.connect(self.hub.loop, timeout_s)
+        except ssl.SSLError as error:
+            self.hub.note_upstream_trouble(place, f"TLS: {error.reason or error}")
+            self._not_connected(relay, Failure.TLS)
+            return
+        except (OSError, TimeoutError, Refused) as error:
+            self.hub.note_upstream_trouble(place, str(error) or "connect timed out")
+            self._not_connected(relay, Failure.UNREACHABLE)
+            return
+        if self.relay is not relay:  # the client left meanwhile, or the deadline passed
+            peer.keep(connection, self.hub.clock())
+            return
+        relay.connection = connection
+        connection.carry(relay, self._request_bytes(peer, place, upstream_name, add_usage))
+
+    def _not_connected(self, relay: Relay, failure: Failure) -> None:
+        if self.relay is relay:
+            self._lost(Failed(failure, sent=False))
+
+    # --- what the relay reports ---
+
+    def on_first(self, relay: Relay) -> None:
+        """The first content is here."""
+        self.first_s = self.hub.clock()
+        self._report(Content(relay.status))
+
+    def on_failed(self, relay: Relay, event: Failed) -> None:
+        """The attempt is lost."""
+        self._lost(event)
+
+    def on_stale(self, relay: Relay) -> None:
+        """The kept connection was closed before the request got there: send it again on a new one."""
+        assert self.peer is not None and self.place is not None
+        self._dispatch(self.peer, self.place, fresh=True)
+
+    def on_ended(self, relay: Relay) -> None:
+        """The answer ended as it should."""
+        if self.peer is not None:
+            self._see(Sign.WENT_WELL)
+        self._report(FINISHED)
+
+    def write(self, data: bytes) -> None:
+        """Send to the client."""
+        if data:
+            self.written += len(data)
+            self.client.transport.write(data)
+
+    def now_s(self) -> float:
+        """The loop's clock."""
+        return self.hub.clock()
+
+    def _lost(self, event: Failed) -> None:
+        """Settle the attempt's place, tell health, and let the core say what comes next."""
+        meters = self.lane.meters.get(self.place.slot) if self.place is not None else None
+        if meters is not None:
+            self.hub.telemetry.cells[meters.failure(event.failure)] += 1
+        sign = SIGNS.get(event.failure)
+        if sign is not None and self.peer is not None:
+            self._see(sign)
+        self._settle()
+        self._report(event)
+
+    def _see(self, sign: Sign) -> None:
+        assert self.peer is not None
+        if self.peer.saw(sign, self.hub.clock()):
+            self.hub.health_changed(self.peer)
+
+    def _settle(self) -> None:
+        peer, self.peer = self.peer, None
+        if peer is not None:
+            peer.in_flight -= 1
+            peer.trial = False
+        place, self.place = self.place, None
+        if place is not None:
+            self.lane.drain.ended(self.hub.clock())
+            self.hub.ledger.settle(place.slot)
+            self.hub.room_freed(place.slot)
+
+    # --- what the core says ---
+
+    def _commit(self, command: Commit) -> None:
+        relay, place = self.relay, self.place
+        assert relay is not None and place is not None
+        self.status = relay.status
+        whole = relay.finish_seen and not relay.stream
+        head = answers.relayed_head(self, relay, place, len(relay.held[0]) if whole else -1)
+        if whole:
+            self.write(head + relay.held[0] if not self.request.no_body else head)
+        else:
+            self.write(head)
+            self.deadline_s = self.first_s + STALL_MAX_S
+
+    def _refuse(self, command: Refuse) -> None:
+        self._stop_waiting()
+        self.status = command.status
+        self.write(answers.refusal(self, command))
+        self._end()
+
+    def _interrupt(self, command: Interrupt) -> None:
+        """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
+        if self.relay is not None and self.relay.stream:
+            event = openai.error_event("upstream_interrupted", answers.MESSAGES["upstream_interrupted"])
+            self.write(event if self.relay.raw else http1.chunk(event))
+        self.client.keep_alive = False
+        self._end()
+
+    def _finish(self, command: Finish) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._settle()
+        self.hub.conversations.pop(self, None)
+        self.hub.record(self)
+        self.relay = None
+        self.client.ended()
+
+    # --- what ends it from outside ---
+
+    def client_gone(self) -> None:
+        """The client left: cancel upstream, in whatever phase."""
+        if self.exchange.state is State.ENDED:
+            return
+        self._stop_waiting()
+        if self.relay is not None:
+            self.relay.cancel()
+        self._report(GONE)
+
+    def overdue(self, now_s: float) -> None:
+        """A deadline passed: of waiting, of the first event, or of the next one."""
+        relay = self.relay
+        if self.exchange.state is State.WAITING:
+            self._stop_waiting()
+            ahead = max(1, len(self.lane.room))
+            self._report(Overdue(self.lane.drain.wait_s(ahead)))
+        elif relay is not None:
+            relay.cancel()
+            self._lost(Failed(Failure.TIMEOUT))
+
+    def watch(self, now_s: float) -> None:
+        """Once a second: a committed answer that moved since the last look has its stall limit before it again."""
+        relay = self.relay
+        if relay is not None and self.first_s and relay.beats + relay.event_count != self.progress:
+            self.progress = relay.beats + relay.event_count
+            self.deadline_s = now_s + STALL_MAX_S
+
+    def pause(self) -> None:
+        """The client reads slower than the upstream writes."""
+        if self.relay is not None and self.relay.connection is not None:
+            self.relay.connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        """It caught up."""
+        if self.relay is not None and self.relay.connection is not None:
+            self.relay.connection.transport.resume_reading()
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended."""
+        return self.exchange.outcome or Outcome.FAILED
+
+
+ACTIONS: dict[type, Callable[..., None]] = {
+    Pick: Conversation._pick,
+    Wait: Conversation._wait,
+    Send: Conversation._send,
+    Commit: Conversation._commit,
+    Refuse: Conversation._refuse,
+    Interrupt: Conversation._interrupt,
+    Finish: Conversation._finish,
+}

@@ -1,0 +1,235 @@
+"""A Snapshot made ready for requests: every look-up a dict, every head a template."""
+
+import ssl
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from fleetgate.core.admission import WaitingRoom
+from fleetgate.core.limits import RetryBudget
+from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
+from fleetgate.core.route import Lane, lanes_of
+from fleetgate.core.strategies import NO_TURN, Turn
+from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
+from fleetgate.providers.sealing import unseal
+from fleetgate.proxy.telemetry import Histogram, Telemetry
+from fleetgate.proxy.transport.upstream import EgressRule, Peer
+
+DRAIN_WINDOW_S = 10.0
+
+
+class DrainRate:
+    """How many requests of a Lane end a second, over the last seconds: what Retry-After is worked out from."""
+
+    __slots__ = ("_at_s", "_rate_per_s")
+
+    def __init__(self) -> None:
+        self._rate_per_s = 0.0
+        self._at_s = 0.0
+
+    def ended(self, now_s: float) -> None:
+        """One request ended."""
+        self._rate_per_s = self._rate_per_s * max(0.0, 1.0 - (now_s - self._at_s) / DRAIN_WINDOW_S) + 1 / DRAIN_WINDOW_S
+        self._at_s = now_s
+
+    def wait_s(self, ahead: int) -> float:
+        """Seconds until so many have ended, at least one."""
+        return max(1.0, ahead / self._rate_per_s) if self._rate_per_s > 0.0 else 1.0
+
+
+class Place:
+    """A Deployment as requests use it: its Peers, what its engine calls the models, and its answers' fixed headers."""
+
+    def __init__(self, deployment: Deployment, peers: list[Peer], heads: dict[int, dict[bytes, bytes]]) -> None:
+        self.deployment = deployment
+        self.slot = deployment.slot
+        self.peers = peers
+        self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
+        self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
+        self.adds_usage = deployment.engine in USAGE_ENGINES
+        self.upstream_names = deployment.models
+        self.name_json = msgspec.json.encode(deployment.name)
+        self.region_json = msgspec.json.encode(deployment.region)
+        self.answer_headers = b"x-fleetgate-deployment: %b\r\nx-fleetgate-region: %b\r\n" % (
+            deployment.name.encode(),
+            deployment.region.encode(),
+        )
+
+    def health(self, now_s: float) -> float:
+        """The fit share of its Endpoints, 0 to 1."""
+        peers = self.peers
+        if len(peers) == 1:
+            return peers[0].fitness(now_s)
+        return sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
+
+    def choose(self, now_s: float) -> Peer | None:
+        """The fit Endpoint with the least of this worker's requests."""
+        fit = [peer for peer in self.peers if peer.fitness(now_s) > 0.0]
+        return min(fit, key=lambda peer: peer.in_flight) if fit else None
+
+
+class LaneState:
+    """One model in one Gateway with what changes from request to request."""
+
+    def __init__(self, model: str, lane: Lane, site: "Site", tables: "Tables") -> None:
+        self.tables = tables
+        self.model = model
+        self.model_json = msgspec.json.encode(model)
+        self.lane = lane
+        self.site = site
+        self.turn: Turn = NO_TURN
+        self.room = WaitingRoom()
+        self.drain = DrainRate()
+        self.meters: dict[int, Meters] = {}
+
+
+class Meters:
+    """The metric cells of one Gateway and Deployment."""
+
+    def __init__(self, telemetry: Telemetry, gateway: str, deployment: str, region: str) -> None:
+        self._telemetry = telemetry
+        self._labels = {"gateway": gateway, "deployment": deployment, "region": region}
+        self._outcomes: dict[str, int] = {}
+        self.ttft: Histogram = telemetry.histogram("fleetgate_ttft_seconds", self._labels)
+        self.tpot: Histogram = telemetry.histogram("fleetgate_tpot_seconds", self._labels)
+        self.duration: Histogram = telemetry.histogram("fleetgate_request_duration_seconds", self._labels)
+        self.prompt_tokens = telemetry.counter("fleetgate_tokens_total", {**self._labels, "kind": "prompt"})
+        self.output_tokens = telemetry.counter("fleetgate_tokens_total", {**self._labels, "kind": "output"})
+
+    def outcome(self, outcome: str) -> int:
+        """The cell that counts requests with this outcome."""
+        index = self._outcomes.get(outcome)
+        if index is None:
+            index = self._telemetry.counter("fleetgate_requests_total", {**self._labels, "outcome": outcome})
+            self._outcomes[outcome] = index
+        return index
+
+    def failure(self, failure: str) -> int:
+        """The cell that counts attempts that failed this way."""
+        return self._telemetry.counter("fleetgate_attempt_failures_total", {**self._labels, "failure": failure})
+
+
+class Site:
+    """A Gateway as requests meet it."""
+
+    def __init__(self, gateway: Gateway, lanes: dict[str, Lane], budget: RetryBudget, tables: "Tables") -> None:
+        self.gateway = gateway
+        self.name_json = msgspec.json.encode(gateway.name)
+        self.lanes = {model: LaneState(model, lane, self, tables) for model, lane in lanes.items()}
+        self.budget = budget
+        self.models_body = models_body(dict.fromkeys(lanes, "fleetgate"))
+
+
+class Tables:
+    """Everything a worker looks up, made from one Snapshot and, where they stay the same, the Peers of the last."""
+
+    def __init__(self, snapshot: Snapshot, maker: "Maker", last: "Tables | None", now_s: float) -> None:
+        self.snapshot = snapshot
+        self.version = snapshot.version
+        self.keys: dict[str, Key] = {key.id: key for key in snapshot.keys}
+        self.key_memo: dict[bytes, Key | None] = {}
+        peers = last.peers if last else {}
+        self.peers: dict[tuple[Endpoint, str, bool], Peer] = {}
+        self.places: dict[int, Place] = {}
+        for deployment in snapshot.deployments:
+            self.places[deployment.slot] = self._place(deployment, maker, peers, snapshot.egress_allow)
+        self.sites: dict[bytes, Site] = {}
+        self.default: Site | None = None
+        for gateway in snapshot.gateways:
+            self._add_site(gateway, maker, last, now_s)
+        if self.default is None and len(self.sites) == 1:
+            self.default = next(iter(self.sites.values()))
+
+    def lane_states(self) -> Iterable[LaneState]:
+        """All Lanes of all Gateways."""
+        return (lane for site in self.sites.values() for lane in site.lanes.values())
+
+    def lane_after(self, old: LaneState) -> LaneState:
+        """The Lane that took the place of one from an older Snapshot; an empty one where the model is gone."""
+        site = self.sites.get(old.site.gateway.host.encode())
+        lane = site.lanes.get(old.model) if site is not None else None
+        return lane or LaneState(old.model, Lane((), old.lane.strategy), old.site, self)
+
+    def _place(
+        self,
+        deployment: Deployment,
+        maker: "Maker",
+        peers: dict[tuple[Endpoint, str, bool], Peer],
+        egress: tuple[str, ...],
+    ) -> Place:
+        chosen: list[Peer] = []
+        heads: dict[int, dict[bytes, bytes]] = {}
+        credential = maker.open_credential(deployment)
+        for endpoint in deployment.endpoints:
+            identity = (endpoint, ",".join(egress) if deployment.egress_checked else "", deployment.egress_checked)
+            peer = peers.get(identity) or maker.peer(endpoint, egress if deployment.egress_checked else None)
+            self.peers[identity] = peer
+            chosen.append(peer)
+            heads[endpoint.slot] = {
+                path: request_head(endpoint, operation.path, credential) for path, operation in OPERATIONS.items()
+            }
+        return Place(deployment, chosen, heads)
+
+    def _add_site(self, gateway: Gateway, maker: "Maker", last: "Tables | None", now_s: float) -> None:
+        before = last.sites.get(gateway.host.encode()) if last else None
+        ratio = gateway.resilience.retry_budget
+        same = before is not None and before.gateway.resilience.retry_budget == ratio
+        budget = before.budget if before is not None and same else RetryBudget(ratio, now_s)
+        site = Site(gateway, lanes_of(gateway, self.snapshot, maker.region), budget, self)
+        for model, lane in site.lanes.items():
+            if before is not None and model in before.lanes:
+                lane.turn = before.lanes[model].turn
+                lane.drain = before.lanes[model].drain
+            for candidate in lane.lane.candidates:
+                lane.meters[candidate.slot] = maker.meters(gateway.name, candidate.name, candidate.region)
+        self.sites[gateway.host.encode()] = site
+        if gateway.default:
+            self.default = site
+
+
+class Maker:
+    """Makes the parts of Tables that need this machine: TLS, secrets, metric cells."""
+
+    def __init__(self, telemetry: Telemetry, region: str, seal_key: Callable[[], bytes]) -> None:
+        self.region = region
+        self._telemetry = telemetry
+        self._seal_key = seal_key
+        self._tls: ssl.SSLContext | None = None
+        self._meters: dict[tuple[str, str, str], Meters] = {}
+
+    def meters(self, gateway: str, deployment: str, region: str) -> Meters:
+        """The metric cells of a Gateway and Deployment."""
+        names = (gateway, deployment, region)
+        if names not in self._meters:
+            self._meters[names] = Meters(self._telemetry, *names)
+        return self._meters[names]
+
+    def peer(self, endpoint: Endpoint, egress: tuple[str, ...] | None) -> Peer:
+        """A new Peer. TLS always verifies; there is no switch to turn that off."""
+        tls = None
+        if endpoint.scheme == "https":
+            self._tls = self._tls or ssl.create_default_context()
+            tls = self._tls
+        return Peer(endpoint, tls, EgressRule(egress) if egress is not None else None)
+
+    def open_credential(self, deployment: Deployment) -> str:
+        """The credential for a Deployment's origins, or an empty string."""
+        if not deployment.credential:
+            return ""
+        return unseal(deployment.credential, self._seal_key(), deployment.credential_name or deployment.name)
+
+
+def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
+    """The head of a request to an Endpoint, up to what differs from request to request.
+
+    The one place where a credential is attached: to the head of the origin it belongs to. FAULTS.md row 79.
+    """
+    default = {"http": 80, "https": 443}[endpoint.scheme]
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    if endpoint.port != default:
+        host = f"{host}:{endpoint.port}"
+    authorization = f"authorization: Bearer {credential}\r\n" if credential else ""
+    return (
+        f"POST {endpoint.base_path}{path.decode()} HTTP/1.1\r\nhost: {host}\r\nuser-agent: fleetgate\r\n"
+        f"accept-encoding: identity\r\n{authorization}"
+    ).encode()

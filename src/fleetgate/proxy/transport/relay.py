@@ -1,0 +1,443 @@
+"""One attempt's answer: read its head, peek until the first content event, relay the rest, judge the end.
+
+The committed stream's fast path allocates nothing an event: one chunk that is one whole event with the mark of plain
+content goes on as the same bytes object. HOTPATH.md rules 2 and 3.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from fleetgate.core.exchange import Failed, Failure
+from fleetgate.protocols import http1, openai
+from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead
+from fleetgate.protocols.openai import Meaning, Operation, Usage
+from fleetgate.protocols.sse import Events, EventTooLong
+from fleetgate.proxy.transport.upstream import UpstreamConnection
+
+BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a whole answer is held back and checked up to this; DESIGN.md section 5
+HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is no answer
+RETRY_AFTER_DEFAULT_S = 1.0
+
+_PASSED = (b"content-type", b"openai-processing-ms", b"openai-version", b"openai-model")
+
+
+class Owner(Protocol):
+    """The conversation that an attempt belongs to."""
+
+    def on_first(self, relay: "Relay") -> None:
+        """The first content is here: commit, then take `relay.held`."""
+
+    def on_failed(self, relay: "Relay", event: Failed) -> None:
+        """The attempt is lost."""
+
+    def on_stale(self, relay: "Relay") -> None:
+        """A kept connection had been closed before this request reached it: nothing is known against the Endpoint."""
+
+    def on_ended(self, relay: "Relay") -> None:
+        """The answer ended as it should; its last bytes are written."""
+
+    def write(self, data: bytes) -> None:
+        """Send payload with its framing to the client."""
+
+    def now_s(self) -> float:
+        """The loop's clock."""
+
+
+def failure_of(status: int, headers: dict[bytes, bytes]) -> Failure | None:
+    """The class of an upstream's error status; None for an answer that is the client's, errors of its own included."""
+    if status < 400:
+        return None
+    if status in (429, 529):
+        return Failure.FULL
+    if status == 503:
+        # vLLM says 503 when its queue is over the limit it was given: full, not broken. PEERS.md section 2.
+        return Failure.FULL if b"retry-after" in headers else Failure.BROKEN
+    if status in (401, 403):
+        return Failure.CREDENTIAL
+    if status == 404:
+        return Failure.MODEL_MISSING
+    if status >= 500 or status == 408:
+        return Failure.BROKEN
+    return None
+
+
+class Relay:
+    """Reads one answer. `on_data` and `on_lost` are called by the connection that carries it."""
+
+    __slots__ = (
+        "_body",
+        "_buffer",
+        "_chunked",
+        "_closed",
+        "_events",
+        "_left",
+        "_rename",
+        "_state",
+        "beats",
+        "connection",
+        "done_seen",
+        "dropped",
+        "event_count",
+        "finish_seen",
+        "head",
+        "held",
+        "hide_usage",
+        "operation",
+        "owner",
+        "raw",
+        "status",
+        "stream",
+        "usage",
+    )
+
+    def __init__(
+        self, owner: Owner, operation: Operation, hide_usage: bool, rename: tuple[bytes, bytes] | None
+    ) -> None:
+        self.owner = owner
+        self.operation = operation
+        self.connection: UpstreamConnection | None = None
+        self.hide_usage = hide_usage
+        self._rename = rename
+        self._state: Callable[[bytes], None] = self._read_head
+        self._buffer = b""
+        self._chunked: ChunkedBody | None = None
+        self._left = -1
+        self._events = Events()
+        self._body: list[bytes] = []
+        self._closed = False
+        self.head: ResponseHead | None = None
+        self.status = 0
+        self.stream = False
+        self.raw = False  # an HTTP/1.0 client: no chunked framing
+        self.held: list[bytes] = []
+        self.event_count = 0
+        self.beats = 0  # reads that were not one plain event: comments and other signs of life
+        self.dropped = 0
+        self.finish_seen = False
+        self.done_seen = False
+        self.usage: Usage | None = None
+
+    # --- what the connection reports ---
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes came from the upstream."""
+        try:
+            self._state(data)
+        except Malformed:
+            self._fail(Failure.BAD_OUTPUT)
+        except EventTooLong:
+            self._fail(Failure.BAD_OUTPUT)
+
+    def on_lost(self, error: Exception | None) -> None:
+        """The connection ended by itself."""
+        connection, self.connection = self.connection, None
+        if self._closed:
+            return
+        head = self.head
+        delimited_by_close = head is not None and self._chunked is None and self._left < 0
+        if delimited_by_close and error is None:
+            try:
+                self._end_of_body()
+            except Malformed:
+                self._fail(Failure.BAD_OUTPUT)
+        elif head is not None:
+            self._fail(Failure.BROKEN if error is not None else Failure.BAD_OUTPUT)
+        elif connection is not None and connection.served > 1 and not self._buffer:
+            self.cancel()
+            self.owner.on_stale(self)
+        else:
+            self._fail(Failure.BROKEN)
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: close the connection, which frees the engine's slot."""
+        self._closed = True
+        self._state = _ignore  # a bound method of its own would keep this object alive until the collector comes
+        if self.connection is not None:
+            self.connection.drop()
+            self.connection = None
+
+    # --- head ---
+
+    def _read_head(self, data: bytes) -> None:
+        data = self._buffer + data if self._buffer else data
+        end = data.find(http1.HEAD_END)
+        if end < 0:
+            if len(data) > http1.HEAD_BYTES_MAX:
+                raise Malformed(502, "the upstream's response head is too large")
+            self._buffer = data
+            return
+        head = http1.parse_response_head(data[: end + 4])
+        rest = data[end + 4 :]
+        self._buffer = b""
+        if head.status < 200:  # 100 Continue and its like are not passed on
+            if rest:
+                self._read_head(rest)
+            return
+        self.head = head
+        self.status = head.status
+        self._left = head.content_length
+        self._chunked = ChunkedBody() if head.chunked else None
+        failure = failure_of(head.status, head.headers)
+        if failure is not None:
+            self._fail(failure, _retry_after_s(head.headers))
+            return
+        self.stream = head.headers.get(b"content-type", b"").startswith(b"text/event-stream") and head.status == 200
+        self._state = self._peek if self.stream else self._gather
+        if rest or self._left == 0 or head.status in (204, 304):
+            self._state(rest)
+
+    # --- framing ---
+
+    def _payload(self, data: bytes) -> bytes:
+        """Take the framing off. Afterwards `_whole` tells whether the body has ended."""
+        if self._chunked is not None:
+            return self._chunked.feed(data)
+        if self._left >= 0:
+            if len(data) > self._left:
+                self._buffer = data[self._left :]  # bytes past the answer: not to be trusted, the connection goes
+                data = data[: self._left]
+            self._left -= len(data)
+        return data
+
+    def _whole(self) -> bool:
+        return self._chunked.done if self._chunked is not None else self._left == 0
+
+    # --- an answer that is not streamed ---
+
+    def _gather(self, data: bytes) -> None:
+        payload = self._payload(data)
+        self._body.append(payload)
+        self._left_kept(len(payload))
+        if self._whole():
+            self._end_of_body()
+
+    def _left_kept(self, more: int) -> None:
+        self.event_count += more  # of an answer that is not streamed, the bytes: what the stall watch looks at
+        if self.event_count > BODY_KEPT_BYTES_MAX:
+            self.held, self._body = self._body, []
+            self.owner.on_first(self)
+            if not self._closed:
+                self._state = self._pass_on
+                self._write_held()
+
+    def _pass_on(self, data: bytes) -> None:
+        payload = self._payload(data)
+        self.event_count += len(payload)
+        if payload:
+            self.owner.write(payload if self.raw else http1.chunk(payload))
+        if self._whole():
+            self._end_of_body()
+
+    def _end_of_body(self) -> None:
+        if self._state == self._gather:
+            body = b"".join(self._body)
+            if self.status < 300:
+                self.usage = openai.read_answer(body)
+            if self._rename is not None:
+                body = openai.rename_model(body, *self._rename)
+            self.held = [body]
+            self.finish_seen = True
+            self.owner.on_first(self)  # writes head and body in one
+            self._finish()
+        elif self._state == self._pass_on:
+            self.owner.write(b"" if self.raw else http1.LAST_CHUNK)
+            self._finish()
+        else:
+            self._end_of_stream()
+
+    # --- a stream before its first content ---
+
+    def _peek(self, data: bytes) -> None:
+        events = self._events.feed(self._payload(data))
+        for position, event in enumerate(events):
+            meaning, usage = openai.understand(event)
+            self.usage = usage or self.usage
+            if meaning is Meaning.ERROR:
+                self._fail(_failure_of_event(event))
+                return
+            if meaning is Meaning.COMMENT:
+                continue
+            if meaning is Meaning.MALFORMED:
+                self.dropped += 1
+                continue
+            if meaning is Meaning.OTHER or (meaning is Meaning.USAGE and not self.finish_seen):
+                self.held.append(self._named(event))
+                continue
+            self.owner.on_first(self)
+            if self._closed:
+                return
+            self._state = self._stream
+            out, self.held = self.held, []
+            self._take(events[position:], out)
+            return
+        if sum(map(len, self.held)) > HELD_EVENTS_BYTES_MAX:
+            raise Malformed(502, "no content event among the first ones")
+        if self._whole():
+            self._fail(Failure.BAD_OUTPUT)  # an empty stream
+
+    # --- a stream after it ---
+
+    def _stream(self, data: bytes) -> None:
+        if self._is_one_plain_event(data):
+            self.event_count += 1
+            self.owner.write(data)
+            return
+        self.beats += 1
+        self._take(self._events.feed(self._payload(data)), [])
+
+    def _take(self, events: list[bytes], out: list[bytes]) -> None:
+        try:
+            self._sort(events, out)
+        except Malformed:
+            if out:  # what came whole before the fault is the client's
+                self._write_events(out)
+            raise
+        if out:
+            self._write_events(out)
+        if self.done_seen or self._whole():
+            self._end_of_stream()
+
+    def _write_events(self, events: list[bytes]) -> None:
+        payload = b"".join(events)
+        self.owner.write(payload if self.raw else http1.chunk(payload))
+
+    def _is_one_plain_event(self, data: bytes) -> bool:
+        """Whether a read is exactly one chunk that holds exactly one content event, and nothing is pending."""
+        chunked = self._chunked
+        if chunked is None or self.raw or self._rename is not None or not chunked.at_boundary or self._events.partial:
+            return False
+        line = data.find(b"\r\n", 0, 10)
+        length = len(data) - line - 4
+        return (
+            line > 0
+            and data.find(b"\n\n") == len(data) - 4
+            and data.endswith(b"\n\n\r\n")
+            and data.find(self.operation.fast_mark, line) > 0
+            and data[:line] == b"%x" % length
+        )
+
+    def _sort(self, events: list[bytes], out: list[bytes]) -> None:
+        """Put what the client shall see into `out`."""
+        mark = self.operation.fast_mark
+        for event in events:
+            if mark in event and event.startswith(b"data: {") and event.endswith(b"}\n\n"):
+                self.event_count += 1
+                out.append(self._named(event))
+                continue
+            meaning, usage = openai.understand(event)
+            self.usage = usage or self.usage
+            if meaning is Meaning.MALFORMED:
+                self.dropped += 1
+                continue
+            if meaning is Meaning.ERROR:
+                raise Malformed(502, "the upstream reported an error in its stream")
+            if meaning is Meaning.DONE:
+                if not self.finish_seen:
+                    raise Malformed(502, "[DONE] without any finish_reason")
+                self.done_seen = True
+            elif meaning is Meaning.FINISH:
+                self.finish_seen = True
+                self.event_count += 1
+            elif meaning is Meaning.CONTENT:
+                self.event_count += 1
+            elif meaning is Meaning.USAGE and self.hide_usage:
+                continue
+            out.append(self._named(event))
+
+    def _end_of_stream(self) -> None:
+        if self._state == self._peek or not self.finish_seen or self._events.partial:
+            self._fail(Failure.BAD_OUTPUT)
+            return
+        tail = b"" if self.done_seen or not self.operation.done_mark else b"data: [DONE]\n\n"
+        if self.raw:
+            self.owner.write(tail)
+        else:
+            self.owner.write((http1.chunk(tail) if tail else b"") + http1.LAST_CHUNK)
+        self._finish()
+
+    # --- ends ---
+
+    def _named(self, event: bytes) -> bytes:
+        return event if self._rename is None else openai.rename_model(event, *self._rename)
+
+    def _write_held(self) -> None:
+        payload, self.held = b"".join(self.held), []
+        self.owner.write(payload if self.raw else http1.chunk(payload))
+
+    def _finish(self) -> None:
+        self._closed = True
+        self._state = _ignore
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            head = self.head
+            clean = head is not None and head.keep_alive and self._whole() and not self._surplus()
+            if clean:
+                connection.release(self.owner.now_s())
+            elif self.stream and head is not None and head.keep_alive and not self._surplus():
+                connection.attempt = Remainder(connection, self._chunked)
+            else:
+                connection.drop()
+        self.owner.on_ended(self)
+
+    def _surplus(self) -> bool:
+        return bool(self._buffer) or (self._chunked is not None and bool(self._chunked.rest))
+
+    def _fail(self, failure: Failure, retry_after_s: float = 0.0) -> None:
+        self.cancel()
+        self.owner.on_failed(self, Failed(failure, sent=True, retry_after_s=retry_after_s))
+
+    def passed_headers(self) -> bytes:
+        """The upstream's headers that the client may see. FAULTS.md row 27."""
+        headers = self.head.headers if self.head is not None else {}
+        return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
+
+
+class Remainder:
+    """Reads the terminating chunk that follows `[DONE]`, so that the connection can be used again.
+
+    The client has its whole answer by then and waits for nothing.
+    """
+
+    __slots__ = ("_chunked", "_connection")
+
+    def __init__(self, connection: UpstreamConnection, chunked: ChunkedBody | None) -> None:
+        self._connection = connection
+        self._chunked = chunked
+        if chunked is None:
+            connection.drop()
+
+    def on_data(self, data: bytes) -> None:
+        """Only the end of the body may come."""
+        chunked = self._chunked
+        try:
+            more = chunked.feed(data) if chunked is not None else b""
+        except Malformed:
+            self._connection.drop()
+            return
+        if more.strip() or chunked is None or chunked.rest:
+            self._connection.drop()
+        elif chunked.done:
+            self._connection.release(self._connection.idle_since_s)
+
+    def on_lost(self, error: Exception | None) -> None:
+        """Nothing is lost."""
+
+
+def _ignore(data: bytes) -> None:
+    """The attempt is over."""
+
+
+def _retry_after_s(headers: dict[bytes, bytes]) -> float:
+    value = headers.get(b"retry-after-ms", b"")
+    if value.isdigit():
+        return int(value) / 1000
+    value = headers.get(b"retry-after", b"")
+    return float(value) if value.isdigit() and len(value) < 6 else RETRY_AFTER_DEFAULT_S
+
+
+def _failure_of_event(event: bytes) -> Failure:
+    """An error as the first event counts as the status it names. FAULTS.md row 24."""
+    for text, failure in ((b"429", Failure.FULL), (b"529", Failure.FULL), (b"401", Failure.CREDENTIAL)):
+        if b'"code":' + text in event or b'"code": ' + text in event:
+            return failure
+    return Failure.BROKEN

@@ -1,0 +1,206 @@
+"""Connections to Endpoints: kept alive, checked before each dial, reused last-in first-out."""
+
+import asyncio
+import ipaddress
+import ssl
+from typing import Protocol
+
+from fleetgate.core.capacity import SLOW_START_MIN, slow_start
+from fleetgate.core.health import HEALTHY, Breaker, Health, Sign, after, current
+from fleetgate.core.model import Endpoint
+
+IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
+IDLE_CONNECTIONS_MAX = 512
+TLS_CONNECT_EXTRA_S = 1.0  # FAULTS.md row 2: connect 1 s, with TLS 2 s
+RESOLVE_KEEP_S = 5.0  # FAULTS.md row 66
+
+
+class Refused(Exception):
+    """An address is outside the ranges that Endpoints may be dialled in."""
+
+
+class Attempt(Protocol):
+    """What a connection needs of the attempt it carries."""
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes came."""
+
+    def on_lost(self, error: Exception | None) -> None:
+        """The connection ended; None means by a regular close."""
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an Endpoint, carrying one attempt at a time."""
+
+    __slots__ = ("attempt", "idle_since_s", "peer", "served", "transport")
+
+    def __init__(self, peer: "Peer") -> None:
+        self.peer = peer
+        self.attempt: Attempt | None = None
+        self.transport: asyncio.Transport
+        self.served = 0
+        self.idle_since_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        if self.attempt is None:
+            # Bytes that nobody asked for: the framing is off, and the connection must not be used again.
+            self.drop()
+            return
+        self.attempt.on_data(data)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.peer.forget(self)
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            attempt.on_lost(error)
+
+    def carry(self, attempt: Attempt, request: tuple[bytes, ...]) -> None:
+        """Send a request and hand its answer to `attempt`."""
+        self.attempt = attempt
+        self.served += 1
+        for part in request:
+            self.transport.write(part)
+
+    def release(self, now_s: float) -> None:
+        """The answer is whole and the connection clean: keep it."""
+        self.attempt = None
+        self.peer.keep(self, now_s)
+
+    def drop(self) -> None:
+        """Close at once; the attempt, if any, is not told."""
+        self.attempt = None
+        self.peer.forget(self)
+        self.transport.abort()
+
+
+class Peer:
+    """One Endpoint as this worker knows it: its idle connections, addresses and health."""
+
+    def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None, allow: "EgressRule | None") -> None:
+        self.endpoint = endpoint
+        self.health: Health = HEALTHY
+        self.in_flight = 0
+        self.trial = False  # half open and its one real request is under way
+        self.connects = 0
+        self.probe_seen_ms = 0
+        self.adopted_ms = 0
+        self._idle: list[UpstreamConnection] = []
+        self._tls = tls
+        self._allow = allow
+        self._addresses: list[str] = []
+        self._resolved_at_s = float("-inf")
+
+    # --- health ---
+
+    def fitness(self, now_s: float) -> float:
+        """0 to 1: closed in its slow start, or half open with its trial still to come."""
+        match current(self.health, now_s):
+            case Breaker.CLOSED:
+                return slow_start(now_s - self.health.recovered_at_s)
+            case Breaker.HALF_OPEN:
+                return 0.0 if self.trial else SLOW_START_MIN
+            case Breaker.OPEN:
+                return 0.0
+
+    def saw(self, sign: Sign, now_s: float) -> bool:
+        """Feed the breaker; True when its state changed."""
+        before = self.health
+        self.health = after(before, sign, now_s)
+        return self.health.breaker is not before.breaker
+
+    # --- connections ---
+
+    def take_idle(self) -> UpstreamConnection | None:
+        """A warm connection, the one used last; None when a new one must be made."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.transport.is_closing():
+                return connection
+        return None
+
+    def keep(self, connection: UpstreamConnection, now_s: float) -> None:
+        """Put a clean connection aside for the next request."""
+        if len(self._idle) >= IDLE_CONNECTIONS_MAX or connection.transport.is_closing():
+            connection.drop()
+            return
+        connection.idle_since_s = now_s
+        self._idle.append(connection)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """A connection is gone."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close_idle(self, before_s: float) -> None:
+        """Close connections that have been idle since before a moment."""
+        while self._idle and self._idle[0].idle_since_s < before_s:
+            self._idle[0].drop()
+
+    async def connect(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> UpstreamConnection:
+        """Make a connection to one of the Endpoint's addresses, each checked against the egress rule before the dial.
+
+        Raises: `OSError` (refused, no address), `TimeoutError`, `ssl.SSLError`, `Refused`.
+        """
+        self.connects += 1
+        endpoint = self.endpoint
+        limit_s = timeout_s + (TLS_CONNECT_EXTRA_S if self._tls else 0.0)
+        failure: OSError | TimeoutError = OSError(f"{endpoint.host} has no address")
+        for address in await self._resolve(loop, timeout_s):
+            try:
+                async with asyncio.timeout(limit_s):
+                    _, connection = await loop.create_connection(
+                        lambda: UpstreamConnection(self),
+                        address,
+                        endpoint.port,
+                        ssl=self._tls,
+                        server_hostname=endpoint.host if self._tls else None,
+                    )
+                return connection
+            except ssl.SSLError:
+                raise  # another address of the same name would only hide a wrong certificate
+            except (OSError, TimeoutError) as error:
+                failure = error
+        raise failure
+
+    async def _resolve(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> list[str]:
+        now_s = loop.time()
+        if self._addresses and now_s - self._resolved_at_s < RESOLVE_KEEP_S:
+            return self._addresses
+        try:
+            async with asyncio.timeout(timeout_s):
+                infos = await loop.getaddrinfo(self.endpoint.host, self.endpoint.port, type=1)
+            addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
+            if self._allow is not None:
+                self._allow.check(self.endpoint.host, addresses)
+        except (OSError, TimeoutError):
+            if not self._addresses:
+                raise
+            return self._addresses  # a name server that is away changes nothing
+        self._addresses, self._resolved_at_s = addresses, now_s
+        return addresses
+
+
+class EgressRule:
+    """The address ranges that may be dialled. Shape: CIDRs; link-local addresses are refused whatever they say."""
+
+    def __init__(self, ranges: tuple[str, ...]) -> None:
+        self._networks = [ipaddress.ip_network(text) for text in ranges]
+
+    def check(self, host: str, addresses: list[str]) -> None:
+        """Refuse a host one of whose addresses is outside.
+
+        Raises: `Refused`.
+        """
+        for text in addresses:
+            address = ipaddress.ip_address(text.partition("%")[0])
+            if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+                address = address.ipv4_mapped
+            inside = any(address in network for network in self._networks if network.version == address.version)
+            if address.is_link_local or not inside:
+                raise Refused(f"{host} resolves to {text}, which --egress-allow does not include")

@@ -1,0 +1,181 @@
+"""A worker: one event loop, one thread, the sockets it was given. Started by the supervisor, ended by SIGTERM."""
+
+import asyncio
+import fcntl
+import gc
+import mmap
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from fleetgate.core.board import Board, Worker
+from fleetgate.core.ledger import Ledger
+from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
+from fleetgate.providers.sealing import CannotUnseal
+from fleetgate.proxy.auth import Gatekeeper
+from fleetgate.proxy.config import ENV, WorkerConfig
+from fleetgate.proxy.hub import SWEEP_S, Hub
+from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.prober import Prober
+from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
+from fleetgate.proxy.tables import Maker, Tables
+from fleetgate.proxy.telemetry import LineLog
+from fleetgate.proxy.tls import ServerTls
+
+SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
+PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
+BACKLOG = 4096
+
+
+class LockFile:
+    """Locks that the kernel frees when their holder dies: a byte of a file for each Deployment, one for the prober."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def lock(self, slot: int) -> None:
+        """Wait for a Deployment's lock; it is never held for longer than a sum and a write."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, slot)
+
+    def unlock(self, slot: int) -> None:
+        """Give it back."""
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
+
+    def try_lock(self, slot: int) -> bool:
+        """Take a lock if nobody has it."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+        except OSError:
+            return False
+        return True
+
+
+class WorkerProcess:
+    """Wires one worker and runs it until it has drained."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        data_dir = Path(config.data_dir)
+        memory = mmap.mmap(config.board_fd, Board.bytes_needed(config.workers))
+        self.board = Board(memoryview(memory), config.workers)
+        locks = LockFile(data_dir / "ledger.lock")
+        ledger = Ledger(self.board, config.index, locks.lock, locks.unlock)
+        pepper = (data_dir / "pepper").read_bytes() if config.auth == "keys" else None
+        self.config = config
+        self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Gatekeeper(pepper))
+        self.hub.maker = Maker(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
+        self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
+        self._snapshots = SnapshotFile(data_dir / "snapshot")
+        self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
+        self._tls = ServerTls(Path(config.tls_cert), Path(config.tls_key)) if config.tls_listen_fd >= 0 else None
+        self._lb_grace_s, self._grace_s = config.lb_grace_s, config.grace_s
+        self._refused = ""
+        self._sweeps = 0
+        self._stopped: asyncio.Event
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, then drain."""
+        hub, config = self.hub, self.config
+        loop = hub.loop = asyncio.get_running_loop()
+        hub.clock = loop.time
+        self._stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopped.set)
+        if config.life_fd >= 0:
+            loop.add_reader(config.life_fd, self._orphaned)
+        if config.wake_fd >= 0:
+            loop.add_reader(config.wake_fd, self._woken)
+        self._look_for_snapshot()
+        hub.sweep()
+        servers = [await self._listen(config.listen_fd, None)]
+        if self._tls is not None:
+            servers.append(await self._listen(config.tls_listen_fd, self._tls))
+        sweeper = loop.create_task(self._sweep_forever())
+        prober = loop.create_task(self._prober.run())
+        # What is there now stays: the collector need not walk it again. HOTPATH.md rule 13.
+        gc.collect()
+        gc.freeze()
+        self.board.set(config.index, Worker.PID, os.getpid())
+        self.board.set(config.index, Worker.ACCEPTING, 1)
+        await self._stopped.wait()
+        await self._drain(servers)
+        sweeper.cancel()
+        prober.cancel()
+        hub.log.close()
+
+    async def _listen(self, fd: int, tls: ServerTls | None) -> asyncio.Server:
+        listener = socket.socket(fileno=fd)
+        return await self.hub.loop.create_server(
+            lambda: ClientConnection(self.hub), sock=listener, backlog=BACKLOG, ssl=tls.context if tls else None
+        )
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._sweeps += 1
+            if self._sweeps % SNAPSHOT_EVERY == 0:
+                self._look_for_snapshot()
+                if self._tls is not None:
+                    self._tls.reload_if_changed()
+            self.hub.sweep()
+
+    def _look_for_snapshot(self) -> None:
+        snapshot = self._snapshots.changed()
+        if self._snapshots.refused != self._refused:
+            self._refused = self._snapshots.refused
+            self._say(self._refused or "the Snapshot file is good again")
+        if snapshot is not None and snapshot.version > self.hub.tables.version:
+            self._use(snapshot)
+
+    def _use(self, snapshot: Snapshot) -> None:
+        try:
+            tables = Tables(snapshot, self.hub.maker, self.hub.tables, self.hub.clock())
+        except (CannotUnseal, KeyError, ValueError) as error:
+            self._say(f"Snapshot {snapshot.version} is not usable and the last good one stays in use: {error}")
+            return
+        self.hub.use(tables)
+
+    def _orphaned(self) -> None:
+        """The supervisor is dead: a worker must not outlive it, so there is no grace."""
+        self._lb_grace_s = self._grace_s = 0.0
+        self._stopped.set()
+
+    def _woken(self) -> None:
+        os.read(self.config.wake_fd, 4096)
+        self.hub.wake()
+
+    async def _drain(self, servers: list[asyncio.Server]) -> None:
+        """Readiness falls first; nothing is refused while load balancers look away, nothing is cut inside the grace."""
+        hub = self.hub
+        self.board.set(self.config.index, Worker.ACCEPTING, 0)
+        await asyncio.sleep(self._lb_grace_s)
+        hub.draining = True
+        for server in servers:
+            server.close()
+        for client in hub.connections:
+            client.close_if_idle()
+        for _ in range(int(self._grace_s / SWEEP_S)):
+            if not hub.conversations:
+                break
+            await asyncio.sleep(SWEEP_S)
+        for client in hub.connections:
+            client.transport.close()
+        await asyncio.sleep(SWEEP_S)
+
+    def _say(self, message: str) -> None:
+        line = {"event": "worker", "worker": self.config.index, "message": message}
+        sys.stderr.write(msgspec.json.encode(line).decode() + "\n")
+
+
+def main() -> None:
+    """Run a worker from the environment variable that the supervisor set."""
+    config = msgspec.json.decode(os.environ[ENV], type=WorkerConfig)
+    uvloop.run(WorkerProcess(config).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A worker on real sockets with a Snapshot written by the test: the data plane without a control plane."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from fleetgate.core.board import Worker
+from fleetgate.core.model import (
+    Deployment,
+    Endpoint,
+    Gateway,
+    Snapshot,
+    Upstream,
+    encode_snapshot,
+)
+from fleetgate.proxy.config import ENV, WorkerConfig
+from fleetgate.proxy.supervisor import open_listeners, shared_memory
+
+PEPPER = b"p" * 32
+
+
+class Rig:
+    """Workers that share one port, one board and one data directory."""
+
+    def __init__(self, data_dir: Path, workers: int = 1, auth: str = "none", **options: object) -> None:
+        self.data_dir = data_dir
+        self.board_fd, self.board = shared_memory(workers)
+        self._listeners = open_listeners("127.0.0.1:0", "--listen", workers)
+        self.port: int = self._listeners[0].getsockname()[1]
+        self._pipes = [os.pipe() for _ in range(workers)]
+        for read_end, write_end in self._pipes:
+            os.set_blocking(read_end, False)
+            os.set_blocking(write_end, False)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.version = 0
+        (data_dir / "pepper").write_bytes(PEPPER)
+        (data_dir / "seal.key").write_bytes(b"s" * 32)
+        self._options = {"auth": auth, "access_log": str(data_dir / "access.log"), "lb_grace_s": 0.0, **options}
+
+    def start(self, index: int) -> subprocess.Popen[bytes]:
+        """Start (or start again) one worker."""
+        config = WorkerConfig(
+            index=index,
+            workers=self.board.workers,
+            data_dir=str(self.data_dir),
+            board_fd=self.board_fd,
+            listen_fd=self._listeners[index].fileno(),
+            wake_fd=self._pipes[index][0],
+            wake_fds=[write_end for _, write_end in self._pipes],
+            **self._options,  # type: ignore[arg-type]
+        )
+        fds = [self.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds]
+        env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
+        process = subprocess.Popen([sys.executable, "-m", "fleetgate.proxy.worker"], env=env, pass_fds=fds)
+        self.processes.append(process)
+        return process
+
+    def publish(self, **parts: object) -> None:
+        """Write the next Snapshot, as the publisher does."""
+        self.version += 1
+        snapshot = Snapshot(version=self.version, made_at_s=time.time(), **parts)  # type: ignore[arg-type]
+        fresh = self.data_dir / "snapshot.new"
+        fresh.write_bytes(encode_snapshot(snapshot))
+        fresh.rename(self.data_dir / "snapshot")
+
+    def wait_until_used(self) -> None:
+        """Until every worker accepts and uses the last Snapshot."""
+        workers = range(self.board.workers)
+        wait_for(
+            lambda: all(
+                self.board.get(w, Worker.ACCEPTING) and self.board.get(w, Worker.SNAPSHOT_VERSION) >= self.version
+                for w in workers
+            )
+        )
+
+    def __enter__(self) -> "Rig":
+        for index in range(self.board.workers):
+            self.start(index)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for listener in self._listeners:
+            listener.close()
+        for pair in self._pipes:
+            for fd in pair:
+                os.close(fd)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Poll until true; a generous limit, because machines are shared."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            raise AssertionError("timed out waiting")
+        time.sleep(0.01)
+
+
+def deployment(name: str, port: int, slot: int, **options: object) -> Deployment:
+    """A Deployment of one Endpoint on loopback, serving model `m`."""
+    endpoint = Endpoint(slot=slot, scheme="http", host="127.0.0.1", port=port, base_path="/v1")
+    fields: dict[str, object] = {
+        "region": f"region-{name}",
+        "engine": "openai",
+        "models": {"m": "m"},
+        "endpoints": (endpoint,),
+        "egress_checked": False,
+        **options,
+    }
+    return Deployment(slot=slot, name=name, **fields)  # type: ignore[arg-type]
+
+
+def gateway(*names: str, **options: object) -> Gateway:
+    """A Gateway `chat.test` over these Deployments, ranked in their order."""
+    upstreams = tuple(Upstream(deployment=name, rank=rank) for rank, name in enumerate(names, 1))
+    fields: dict[str, object] = {
+        "slot": 0,
+        "name": "chat",
+        "domain": "test",
+        "protocol": "openai",
+        "strategy": "overflow",
+        "upstreams": upstreams,
+        **options,
+    }
+    return Gateway(**fields)  # type: ignore[arg-type]
