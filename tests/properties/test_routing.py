@@ -1,0 +1,145 @@
+"""Routing: who may be chosen, in what order, and that nothing but the state decides."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.core import strategies
+from fleetgate.core.capacity import spill_limit
+from fleetgate.core.route import Decision, Lane, NoPlace, Rejection, route
+from fleetgate.core.strategies import NO_TURN, Candidate, Load, Standing, Turn
+
+
+@st.composite
+def candidates(draw: st.DrawFn, size_min: int = 1) -> tuple[Candidate, ...]:
+    """Deployments with ranks, units and limits as operators write them."""
+    count = draw(st.integers(size_min, 8))
+    made = []
+    for slot in range(count):
+        limit = draw(st.integers(0, 12))
+        made.append(
+            Candidate(
+                name=f"d{slot}",
+                slot=slot,
+                rank=draw(st.integers(1, 3)),
+                units=draw(st.sampled_from([0.5, 1.0, 3.0, 8.0])),
+                limit=limit,
+                spill_limit=spill_limit(limit, draw(st.sampled_from([0.5, 0.85, 1.0]))),
+                distance=draw(st.integers(0, 1)),
+            )
+        )
+    return tuple(made)
+
+
+@st.composite
+def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
+    """Any load, over-full and unhealthy ones included."""
+    health = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+    return {c.slot: Standing(draw(st.integers(0, 15)), draw(health)) for c in of}
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[tuple[Candidate, ...], Load, Turn]:
+    """Candidates, their load, and what the strategy remembers."""
+    made = draw(candidates())
+    turn = draw(st.dictionaries(st.integers(0, 7), st.floats(-1, 1), max_size=8))
+    return made, draw(loads(made)), turn
+
+
+def decide(name: str, made: tuple[Candidate, ...], load: Load, turn: Turn) -> Decision | Rejection:
+    return route(Lane(made, strategies.find(name)), load, turn)
+
+
+every_strategy = st.sampled_from(strategies.names())
+
+
+@given(every_strategy, situations())
+def test_only_those_with_room_that_are_up_are_chosen(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    fit = {c.name for c in made if load[c.slot].health > 0 and (not c.limit or load[c.slot].in_flight < c.limit)}
+    decision = decide(name, made, load, turn)
+    if isinstance(decision, Decision):
+        chosen = [c.name for c in decision.order]
+        assert chosen and len(set(chosen)) == len(chosen) and set(chosen) <= fit
+        assert {name for name, _ in decision.left_out} == {c.name for c in made} - fit
+    else:
+        assert not fit
+
+
+@given(every_strategy, situations(), st.randoms(use_true_random=False))
+def test_the_order_in_which_deployments_are_written_changes_no_choice(  # type: ignore[no-untyped-def]
+    name: str,
+    situation: tuple,  # type: ignore[type-arg]
+    random,
+) -> None:
+    made, load, turn = situation
+    shuffled = list(made)
+    random.shuffle(shuffled)
+    one, other = decide(name, made, load, turn), decide(name, tuple(shuffled), load, turn)
+    assert type(one) is type(other)
+    if isinstance(one, Decision) and isinstance(other, Decision):
+        assert [c.name for c in one.order] == [c.name for c in other.order]
+        assert one.turn == other.turn
+
+
+@given(every_strategy, situations())
+def test_the_same_inputs_give_the_same_decision(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    frozen = dict(turn)
+    assert decide(name, made, load, turn) == decide(name, made, load, turn)
+    assert turn == frozen, "a strategy returns what it remembers, it does not edit what it was given"
+
+
+@given(situations())
+def test_overflow_takes_the_first_rank_below_its_spill_limit(situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    decision = decide("overflow", made, load, turn)
+    if isinstance(decision, Decision):
+        fit = [c for c in made if c.name not in dict(decision.left_out)]
+        under = [c for c in fit if not c.spill_limit or load[c.slot].in_flight < c.spill_limit]
+        assert decision.order[0].rank == min(c.rank for c in under or fit)
+
+
+@given(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0, 8.0]), min_size=2, max_size=6))
+def test_shares_of_idle_deployments_are_their_units(units: list[float]) -> None:
+    made = tuple(Candidate(name=f"d{slot}", slot=slot, units=cu) for slot, cu in enumerate(units))
+    load = {c.slot: Standing(0, 1.0) for c in made}
+    turn, picks, rounds = NO_TURN, Counter[str](), 400
+    for _ in range(rounds):
+        decision = decide("capacity_round_robin", made, load, turn)
+        assert isinstance(decision, Decision)
+        turn = decision.turn
+        picks[decision.order[0].name] += 1
+    for candidate in made:
+        share = candidate.units / sum(units)
+        assert abs(picks[candidate.name] / rounds - share) < 0.05
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(1, 5000))
+def test_shares_under_load_follow_units_and_no_limit_is_passed(sizes: list[int], seed: int) -> None:
+    """Requests that come and go: whoever is picked has room, and full shares are in proportion to size."""
+    made = tuple(Candidate(name=f"d{slot}", slot=slot, units=float(n), limit=n) for slot, n in enumerate(sizes))
+    in_flight = dict.fromkeys(range(len(made)), 0)
+    turn: Turn = NO_TURN
+    for _ in range(sum(sizes)):
+        load = {slot: Standing(count, 1.0) for slot, count in in_flight.items()}
+        decision = decide("capacity_round_robin", made, load, turn)
+        assert isinstance(decision, Decision)
+        turn = decision.turn
+        in_flight[decision.order[0].slot] += 1
+        assert in_flight[decision.order[0].slot] <= decision.order[0].limit
+    load = {slot: Standing(count, 1.0) for slot, count in in_flight.items()}
+    rejection = decide("capacity_round_robin", made, load, turn)
+    assert isinstance(rejection, Rejection) and rejection.reason is NoPlace.ALL_FULL
+
+
+def test_rejections_say_why() -> None:
+    lane = Lane((Candidate(name="a", slot=0, limit=1), Candidate(name="b", slot=1)), strategies.find("overflow"))
+    rejection = route(lane, {0: Standing(1, 1.0), 1: Standing(0, 0.0)}, NO_TURN)
+    assert isinstance(rejection, Rejection)
+    assert dict(rejection.left_out) == {"a": "full: 1 of 1 in flight", "b": "not healthy"}
+    down = route(lane, {0: Standing(0, 0.0), 1: Standing(0, 0.0)}, NO_TURN)
+    assert isinstance(down, Rejection) and down.reason is NoPlace.NONE_UP
+    tried = route(lane, {0: Standing(0, 1.0), 1: Standing(0, 1.0)}, NO_TURN, tried=(0, 1))
+    assert isinstance(tried, Rejection) and tried.reason is NoPlace.ALL_TRIED
