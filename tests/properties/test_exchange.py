@@ -42,25 +42,21 @@ failures = st.sampled_from([failure for failure in Failure if failure is not Fai
 def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
     """A shell that answers every command with anything that may happen."""
     commands = [exchange.start(0.0)]
-    event: Event
     while not isinstance(commands[-1], Refuse | Interrupt | Finish):
+        choices: list[Event]
         match commands[-1]:
             case Pick(tried=tried):
                 left = [slot for slot in range(DEPLOYMENTS) if slot not in tried]
-                picked = [Picked(Candidate(name=str(slot), slot=slot)) for slot in left]
-                reasons = [NoPlace.ALL_FULL, NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP]
-                event = data.draw(st.sampled_from([*picked, *map(NotPicked, reasons)]))
+                reasons = (NoPlace.ALL_FULL, NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP)
+                choices = [*(Picked(Candidate(name=str(slot), slot=slot)) for slot in left), *map(NotPicked, reasons)]
             case Wait():
-                event = data.draw(st.sampled_from([QueueFull(), Room(), Overdue(2.0), GONE]))
+                choices = [QueueFull(), Room(), Overdue(2.0), GONE]
             case Send():
-                event = data.draw(
-                    st.one_of(
-                        st.builds(Failed, failures, st.booleans(), st.floats(0, 300)),
-                        st.sampled_from([Content(200), Content(400), GONE]),
-                    )
-                )
+                lost = Failed(data.draw(failures), data.draw(st.booleans()), data.draw(st.floats(0, 300)))
+                choices = [lost, Content(200), Content(400), GONE]
             case _:
-                event = data.draw(st.sampled_from([FINISHED, Failed(Failure.BROKEN), GONE]))
+                choices = [FINISHED, Failed(Failure.BROKEN), GONE]
+        event = data.draw(st.sampled_from(choices))
         commands.append(exchange.receive(event, 0.0))
     return commands
 
