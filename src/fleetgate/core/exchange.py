@@ -5,7 +5,7 @@ first content event sent to the client, any failure moves the request to another
 """
 
 from collections.abc import Callable
-from enum import Enum, StrEnum
+from enum import IntEnum, StrEnum
 
 import msgspec
 
@@ -18,14 +18,14 @@ RETRY_AFTER_NONE_UP_S = 5.0
 RETRY_AFTER_FULL_S = 1.0
 
 
-class State(Enum):
-    """Where a request is."""
+class State(IntEnum):
+    """Where a request is. Integers, because a plain Enum is hashed in Python and every move is a look-up."""
 
-    PICKING = "picking"
-    WAITING = "waiting"
-    TRYING = "trying"
-    COMMITTED = "committed"
-    ENDED = "ended"
+    PICKING = 0
+    WAITING = 1
+    TRYING = 2
+    COMMITTED = 3
+    ENDED = 4
 
 
 class Failure(StrEnum):
@@ -204,7 +204,7 @@ class Exchange:
         """
         move = MOVES.get((self.state, type(event)))
         if move is None:
-            raise IllegalMove(f"{type(event).__name__} in state {self.state.value}")
+            raise IllegalMove(f"{type(event).__name__} in state {self.state.name}")
         command: Command = move(self, event, now_s)
         return command
 

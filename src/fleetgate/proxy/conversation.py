@@ -20,7 +20,6 @@ from fleetgate.core.exchange import (
     Finish,
     Interrupt,
     NotPicked,
-    Outcome,
     Overdue,
     Pick,
     Picked,
@@ -67,28 +66,18 @@ SIGNS = {
 class Conversation:
     """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
 
-    __slots__ = (
-        "ask",
-        "attempts",
-        "body",
-        "client",
-        "deadline_s",
-        "exchange",
-        "first_s",
-        "hub",
-        "lane",
-        "last_place",
-        "peer",
-        "place",
-        "progress",
-        "relay",
-        "request",
-        "request_id",
-        "started_s",
-        "status",
-        "ticket",
-        "written",
-    )
+    # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
+    place: Place | None = None  # where a reservation is held
+    last_place: Place | None = None  # where the last attempt went, for the books
+    peer: Peer | None = None
+    relay: Relay | None = None
+    ticket: Ticket | None = None
+    first_s = 0.0
+    deadline_s = float("inf")
+    progress = 0
+    attempts = 0
+    status = 0
+    written = 0
 
     def __init__(self, hub: "Hub", client: "ClientConnection", request: "Admitted", lane: LaneState, ask: Ask) -> None:
         self.hub = hub
@@ -96,29 +85,14 @@ class Conversation:
         self.request = request
         self.lane = lane
         self.ask = ask
-        self.body = b""
-        self.request_id = b""
-        self.started_s = self.first_s = 0.0
-        self.deadline_s = float("inf")
-        self.exchange: Exchange
-        self.place: Place | None = None  # where a reservation is held
-        self.last_place: Place | None = None  # where the last attempt went, for the books
-        self.peer: Peer | None = None
-        self.relay: Relay | None = None
-        self.ticket: Ticket | None = None
-        self.progress = 0
-        self.attempts = 0
-        self.status = 0
-        self.written = 0
+        site = lane.site
+        self.exchange = Exchange(site.gateway.resilience.attempts_max, site.budget, request.client_retries)
 
-    def start(self, body: bytes, request_id: bytes, now_s: float) -> None:
+    def start(self, body: bytes, request_id: bytes) -> None:
         """Begin."""
         self.body = body
         self.request_id = request_id
-        self.started_s = now_s
-        site = self.lane.site
-        resilience = site.gateway.resilience
-        self.exchange = Exchange(resilience.attempts_max, site.budget, self.request.client_retries)
+        self.started_s = now_s = self.hub.clock()
         self.hub.conversations[self] = None
         self._do(self.exchange.start(now_s))
 
@@ -135,18 +109,16 @@ class Conversation:
         lane = self.lane
         if lane.tables is not hub.tables:
             lane = self.lane = hub.tables.lane_after(lane)
-        now_s = hub.clock()
         first = lane.room.first()
         if first is not None and first is not self.ticket and not command.tried:
             self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
             return
         places, in_flight = hub.tables.places, hub.ledger.in_flight
-        load = {
-            candidate.slot: Standing(
-                in_flight(candidate.slot) + places[candidate.slot].foreign, places[candidate.slot].health(now_s)
-            )
-            for candidate in lane.lane.candidates
-        }
+        load = {}
+        for candidate in lane.candidates:
+            slot = candidate.slot
+            place = places[slot]
+            load[slot] = Standing(in_flight(slot) + place.foreign, place.fit)
         decision = route(lane.lane, load, lane.turn, command.tried)
         if isinstance(decision, Rejection):
             self._report(NotPicked(decision.reason))
@@ -210,12 +182,17 @@ class Conversation:
             return
         self.peer = peer
         peer.in_flight += 1
-        if current(peer.health, now_s) is Breaker.HALF_OPEN:
-            peer.trial = True
+        if peer.health.breaker is not Breaker.CLOSED:
+            self._try_out(peer, now_s)
         self.progress = 0
         limit_s = FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S
         self.deadline_s = now_s + limit_s
         self._dispatch(peer, place, fresh=False)
+
+    def _try_out(self, peer: Peer, now_s: float) -> None:
+        """An Endpoint that was out gets one real request; until it is known how that went, no other."""
+        peer.trial = current(peer.health, now_s) is Breaker.HALF_OPEN
+        self.hub.tables.renew_fit(peer, now_s)
 
     def _dispatch(self, peer: Peer, place: Place, fresh: bool) -> None:
         ask, operation = self.ask, self.request.operation
@@ -318,7 +295,9 @@ class Conversation:
         peer, self.peer = self.peer, None
         if peer is not None:
             peer.in_flight -= 1
-            peer.trial = False
+            if peer.trial:
+                peer.trial = False
+                self.hub.tables.renew_fit(peer, self.hub.clock())
         place, self.place = self.place, None
         if place is not None:
             self.lane.drain.ended(self.hub.clock())
@@ -401,11 +380,6 @@ class Conversation:
         """It caught up."""
         if self.relay is not None and self.relay.connection is not None:
             self.relay.connection.transport.resume_reading()
-
-    @property
-    def outcome(self) -> Outcome:
-        """How it ended."""
-        return self.exchange.outcome or Outcome.FAILED
 
 
 ACTIONS: dict[type, Callable[..., None]] = {

@@ -10,13 +10,14 @@ import msgspec
 
 from fleetgate.core.admission import Ticket
 from fleetgate.core.board import Board, Signal, Worker
+from fleetgate.core.exchange import Outcome
 from fleetgate.core.health import Breaker, Health
 from fleetgate.core.ledger import Ledger
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.listener import ClientConnection
-from fleetgate.proxy.tables import LaneState, Maker, Place, Tables
+from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry
 from fleetgate.proxy.transport.upstream import IDLE_MAX_S, Peer
 
@@ -26,10 +27,12 @@ LOAD_FRESH_MS = 3_000  # three polls: an older signal counts as no signal, not a
 TROUBLE_EVERY_S = 5.0  # one line for each Deployment in trouble, not one for each request
 
 _LOG = (
-    b'{"at":%.3f,"event":"request","id":"%b","gateway":%b,"model":%b,"key":%b,"deployment":%b,"region":%b,'
-    b'"status":%d,"outcome":"%b","attempts":%d,"stream":%b,"ttft_ms":%.1f,"duration_ms":%.1f,"bytes":%d,'
+    b'{"at_ms":%d,"event":"request","id":"%b",%b,"key":%b,%b,'
+    b'"status":%d,"outcome":"%b","attempts":%d,"stream":%b,"ttft_us":%d,"duration_us":%d,"bytes":%d,'
     b'"prompt_tokens":%d,"output_tokens":%d}\n'
 )
+_NOWHERE = b'"deployment":"","region":""'
+_OUTCOME_BYTES = {outcome: outcome.value.encode() for outcome in Outcome}
 
 
 class Hub:
@@ -57,6 +60,7 @@ class Hub:
         self._key_names: dict[str, bytes] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
+        self._others = [worker for worker in range(config.workers) if worker != config.index]
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
         self._ids = 0
@@ -105,9 +109,8 @@ class Hub:
         """A Deployment has a place again: whoever waits may look, here first, then in the other workers."""
         if self.waiters:
             self.loop.call_soon(self.wake)
-        board, own = self.board, self.config.index
-        for worker in range(board.workers):
-            if worker != own and board.get(worker, Worker.WAITING):
+        for worker in self._others:
+            if self.board.get(worker, Worker.WAITING):
                 try:
                     os.write(self.config.wake_fds[worker], b"\x01")
                 except OSError:  # its pipe is full, so it is awake, or it is gone
@@ -136,6 +139,7 @@ class Hub:
 
     def health_changed(self, peer: Peer) -> None:
         """Write an Endpoint's breaker where the other workers see it."""
+        self.tables.renew_fit(peer, self.clock())
         health = peer.health
         until_ms = int(health.open_until_s * 1000) if health.breaker is Breaker.OPEN else 0
         board = self.board
@@ -151,10 +155,13 @@ class Hub:
             if until_ms > peer.adopted_ms and until_ms > now_s * 1000 and peer.health.breaker is Breaker.CLOSED:
                 peer.adopted_ms = until_ms
                 peer.health = Health(Breaker.OPEN, ejections=1, open_until_s=until_ms / 1000)
+                self.tables.renew_fit(peer, now_s)
 
-    def _read_foreign(self, now_ms: int) -> None:
+    def _renew_places(self, now_ms: int) -> None:
         board = self.board
         for place in self.tables.places.values():
+            if place.fit < 1.0:
+                place.renew_fit(now_ms / 1000)
             if len(place.peers) == 1:
                 slot = place.peers[0].endpoint.slot
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
@@ -166,7 +173,7 @@ class Hub:
         if now_s - self._trouble.get(name, float("-inf")) < TROUBLE_EVERY_S:
             return
         self._trouble[name] = now_s
-        line = {"at": round(self.epoch_s(), 3), "event": "upstream_trouble", "deployment": name, "message": what[:300]}
+        line = {"at_ms": int(self.epoch_s() * 1000), "event": "upstream_trouble", "deployment": name, "message": what[:300]}
         self.log.add(msgspec.json.encode(line) + b"\n")
 
     # --- the books ---
@@ -176,48 +183,50 @@ class Hub:
         now_s = self.clock()
         cells = self.telemetry.cells
         relay, place, lane = conversation.relay, conversation.last_place, conversation.lane
-        outcome = conversation.outcome.value
-        ttft_s = conversation.first_s - conversation.started_s if conversation.first_s else 0.0
+        started_s, first_s = conversation.started_s, conversation.first_s
+        outcome = conversation.exchange.outcome or Outcome.FAILED
+        meters = self._meters_of(lane, place)
+        cells[meters.outcome(outcome)] += 1
         prompt_tokens = output_tokens = 0
-        if place is not None:
-            meters = lane.meters.get(place.slot) or self.maker.meters(
-                lane.site.gateway.name, place.deployment.name, place.deployment.region
-            )
-            cells[meters.outcome(outcome)] += 1
-            meters.duration.observe(now_s - conversation.started_s)
-            if conversation.first_s:
-                meters.ttft.observe(ttft_s)
-            if relay is not None:
-                if relay.stream and relay.event_count > 1:
-                    meters.tpot.observe((now_s - conversation.first_s) / (relay.event_count - 1))
-                if relay.usage is not None:
-                    prompt_tokens, output_tokens = relay.usage.prompt, relay.usage.output
-                    cells[meters.prompt_tokens] += prompt_tokens
-                    cells[meters.output_tokens] += output_tokens
-        else:
-            cells[self.maker.meters(lane.site.gateway.name, "", "").outcome(outcome)] += 1
+        if first_s:
+            meters.ttft.observe(first_s - started_s)
+            meters.duration.observe(now_s - started_s)
+        if relay is not None:
+            usage = relay.usage
+            if relay.stream and relay.event_count > 1:
+                meters.tpot.observe((now_s - first_s) / (relay.event_count - 1))
+            if usage is not None:
+                prompt_tokens, output_tokens = usage.prompt, usage.output
+                cells[meters.prompt_tokens] += prompt_tokens
+                cells[meters.output_tokens] += output_tokens
         if self.log.on:
             self.log.add(
                 _LOG
                 % (
-                    time.time(),
+                    time.time() * 1000,
                     conversation.request_id,
-                    lane.site.name_json,
-                    lane.model_json,
+                    lane.log_names,
                     self._key_name(conversation.request.key.name),
-                    place.name_json if place is not None else b'""',
-                    place.region_json if place is not None else b'""',
+                    place.log_names if place is not None else _NOWHERE,
                     conversation.status,
-                    outcome.encode(),
+                    _OUTCOME_BYTES[outcome],
                     conversation.attempts,
                     b"true" if conversation.ask.stream else b"false",
-                    ttft_s * 1000,
-                    (now_s - conversation.started_s) * 1000,
+                    (first_s - started_s) * 1e6 if first_s else 0,
+                    (now_s - started_s) * 1e6,
                     conversation.written,
                     prompt_tokens,
                     output_tokens,
                 )
             )
+
+    def _meters_of(self, lane: LaneState, place: Place | None) -> Meters:
+        if place is None:
+            return self.maker.meters(lane.site.gateway.name, "", "")
+        known = lane.meters.get(place.slot)
+        if known is not None:
+            return known
+        return self.maker.meters(lane.site.gateway.name, place.deployment.name, place.deployment.region)
 
     def _key_name(self, name: str) -> bytes:
         known = self._key_names.get(name)
@@ -233,8 +242,8 @@ class Hub:
             index = self._denied[status, code] = self.telemetry.counter("fleetgate_denied_total", labels)
         self.telemetry.cells[index] += 1
         if self.log.on:
-            line = b'{"at":%.3f,"event":"denied","status":%d,"code":"%b"}\n'
-            self.log.add(line % (time.time(), status, code.encode()))
+            line = b'{"at_ms":%d,"event":"denied","status":%d,"code":"%b"}\n'
+            self.log.add(line % (time.time() * 1000, status, code.encode()))
 
     # --- the sweep ---
 
@@ -254,7 +263,7 @@ class Hub:
             if conversation.deadline_s <= now_s:
                 conversation.overdue(now_s)
         self.adopt_ejections(now_s)
-        self._read_foreign(int(now_s * 1000))
+        self._renew_places(int(now_s * 1000))
         if self.waiters:
             self.wake()  # a breaker's back-off may be over; no event tells
         if watch:

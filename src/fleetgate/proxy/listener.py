@@ -219,7 +219,7 @@ class ClientConnection(asyncio.Protocol):
             self.keep_alive = self.keep_alive and not ask.stream
         self.deadline_s = float("inf")
         conversation = self.conversation = Conversation(hub, self, admitted, lane, ask)
-        conversation.start(body, hub.next_id(), hub.clock())
+        conversation.start(body, hub.next_id())
 
     def _answer_models(self, admitted: Admitted) -> None:
         name = admitted.path.removeprefix(openai.MODELS_PATH).removeprefix(b"/").decode("ascii", "replace")

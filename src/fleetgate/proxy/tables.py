@@ -44,26 +44,27 @@ class Place:
         self.deployment = deployment
         self.slot = deployment.slot
         self.peers = peers
+        self.fit = 1.0  # the last answer of `health`: the sweep and every change of a breaker renew it
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
-        self.name_json = msgspec.json.encode(deployment.name)
-        self.region_json = msgspec.json.encode(deployment.region)
+        names = (msgspec.json.encode(deployment.name), msgspec.json.encode(deployment.region))
+        self.log_names = b'"deployment":%b,"region":%b' % names
         self.answer_headers = b"x-fleetgate-deployment: %b\r\nx-fleetgate-region: %b\r\n" % (
             deployment.name.encode(),
             deployment.region.encode(),
         )
 
-    def health(self, now_s: float) -> float:
-        """The fit share of its Endpoints, 0 to 1."""
+    def renew_fit(self, now_s: float) -> None:
+        """Work out the fit share of its Endpoints, 0 to 1."""
         peers = self.peers
-        if len(peers) == 1:
-            return peers[0].fitness(now_s)
-        return sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
+        self.fit = sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
 
     def choose(self, now_s: float) -> Peer | None:
         """The fit Endpoint with the least of this worker's requests."""
+        if len(self.peers) == 1:
+            return self.peers[0] if self.fit > 0.0 else None
         fit = [peer for peer in self.peers if peer.fitness(now_s) > 0.0]
         return min(fit, key=lambda peer: peer.in_flight) if fit else None
 
@@ -74,10 +75,12 @@ class LaneState:
     def __init__(self, model: str, lane: Lane, site: "Site", tables: "Tables") -> None:
         self.tables = tables
         self.model = model
-        self.model_json = msgspec.json.encode(model)
+        names = (msgspec.json.encode(site.gateway.name), msgspec.json.encode(model))
+        self.log_names = b'"gateway":%b,"model":%b' % names
         self.lane = lane
         self.site = site
         self.turn: Turn = NO_TURN
+        self.candidates = lane.candidates
         self.room = WaitingRoom()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
@@ -114,7 +117,6 @@ class Site:
 
     def __init__(self, gateway: Gateway, lanes: dict[str, Lane], budget: RetryBudget, tables: "Tables") -> None:
         self.gateway = gateway
-        self.name_json = msgspec.json.encode(gateway.name)
         self.lanes = {model: LaneState(model, lane, self, tables) for model, lane in lanes.items()}
         self.budget = budget
         self.models_body = models_body(dict.fromkeys(lanes, "fleetgate"))
@@ -133,6 +135,11 @@ class Tables:
         self.places: dict[int, Place] = {}
         for deployment in snapshot.deployments:
             self.places[deployment.slot] = self._place(deployment, maker, peers, snapshot.egress_allow)
+            self.places[deployment.slot].renew_fit(now_s)
+        self.places_of: dict[Peer, list[Place]] = {}
+        for place in self.places.values():
+            for peer in place.peers:
+                self.places_of.setdefault(peer, []).append(place)
         self.sites: dict[bytes, Site] = {}
         self.default: Site | None = None
         for gateway in snapshot.gateways:
@@ -143,6 +150,11 @@ class Tables:
     def lane_states(self) -> Iterable[LaneState]:
         """All Lanes of all Gateways."""
         return (lane for site in self.sites.values() for lane in site.lanes.values())
+
+    def renew_fit(self, peer: Peer, now_s: float) -> None:
+        """A Peer's breaker or trial changed."""
+        for place in self.places_of.get(peer, ()):
+            place.renew_fit(now_s)
 
     def lane_after(self, old: LaneState) -> LaneState:
         """The Lane that took the place of one from an older Snapshot; an empty one where the model is gone."""

@@ -81,7 +81,6 @@ class WorkerProcess:
         """Serve until SIGTERM, then drain."""
         hub, config = self.hub, self.config
         loop = hub.loop = asyncio.get_running_loop()
-        hub.clock = loop.time
         self._stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped.set)

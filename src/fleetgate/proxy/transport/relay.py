@@ -64,58 +64,35 @@ def failure_of(status: int, headers: dict[bytes, bytes]) -> Failure | None:
 class Relay:
     """Reads one answer. `on_data` and `on_lost` are called by the connection that carries it."""
 
-    __slots__ = (
-        "_body",
-        "_buffer",
-        "_chunked",
-        "_closed",
-        "_events",
-        "_left",
-        "_rename",
-        "_state",
-        "beats",
-        "connection",
-        "done_seen",
-        "dropped",
-        "event_count",
-        "finish_seen",
-        "head",
-        "held",
-        "hide_usage",
-        "operation",
-        "owner",
-        "raw",
-        "status",
-        "stream",
-        "usage",
-    )
+    # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
+    connection: UpstreamConnection | None = None
+    head: ResponseHead | None = None
+    status = 0
+    stream = False
+    raw = False  # an HTTP/1.0 client: no chunked framing
+    event_count = 0
+    beats = 0  # reads that were not one plain event: comments and other signs of life
+    dropped = 0
+    finish_seen = False
+    done_seen = False
+    usage: Usage | None = None
+    passed = b""  # header lines of the upstream that the client may see
+    _buffer = b""
+    _chunked: ChunkedBody | None = None
+    _left = -1
+    _closed = False
+    held: list[bytes]
+    _body: list[bytes]
+    _events: Events
 
     def __init__(
         self, owner: Owner, operation: Operation, hide_usage: bool, rename: tuple[bytes, bytes] | None
     ) -> None:
         self.owner = owner
         self.operation = operation
-        self.connection: UpstreamConnection | None = None
         self.hide_usage = hide_usage
         self._rename = rename
         self._state: Callable[[bytes], None] = self._read_head
-        self._buffer = b""
-        self._chunked: ChunkedBody | None = None
-        self._left = -1
-        self._events = Events()
-        self._body: list[bytes] = []
-        self._closed = False
-        self.head: ResponseHead | None = None
-        self.status = 0
-        self.stream = False
-        self.raw = False  # an HTTP/1.0 client: no chunked framing
-        self.held: list[bytes] = []
-        self.event_count = 0
-        self.beats = 0  # reads that were not one plain event: comments and other signs of life
-        self.dropped = 0
-        self.finish_seen = False
-        self.done_seen = False
-        self.usage: Usage | None = None
 
     # --- what the connection reports ---
 
@@ -166,25 +143,52 @@ class Relay:
                 raise Malformed(502, "the upstream's response head is too large")
             self._buffer = data
             return
-        head = http1.parse_response_head(data[: end + 4])
-        rest = data[end + 4 :]
+        head_bytes, rest = data[: end + 4], data[end + 4 :]
         self._buffer = b""
-        if head.status < 200:  # 100 Continue and its like are not passed on
-            if rest:
-                self._read_head(rest)
-            return
+        memo = self.connection.peer.memo if self.connection is not None else http1.ResponseMemo()
+        recalled = memo.recall(head_bytes)
+        if recalled is not None:
+            head, self._left = recalled
+        else:
+            head = http1.parse_response_head(head_bytes)
+            self._left = head.content_length
+            if head.status < 200:  # 100 Continue and its like are not passed on
+                if rest:
+                    self._read_head(rest)
+                return
+            failure = failure_of(head.status, head.headers)
+            if failure is not None:
+                self.head, self.status = head, head.status
+                self._fail(failure, _retry_after_s(head.headers))
+                return
+            memo.keep(head_bytes, head)
+            memo.passed = _passed_headers(head.headers)
         self.head = head
         self.status = head.status
-        self._left = head.content_length
-        self._chunked = ChunkedBody() if head.chunked else None
-        failure = failure_of(head.status, head.headers)
-        if failure is not None:
-            self._fail(failure, _retry_after_s(head.headers))
+        self.passed = memo.passed
+        self._begin_body(head, rest)
+
+    def _begin_body(self, head: ResponseHead, rest: bytes) -> None:
+        if head.chunked:
+            self._chunked = ChunkedBody()
+        self.stream = head.status == 200 and head.headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        if self.stream:
+            self.held = []
+            self._events = Events()
+            self._state = self._peek
+            if rest:
+                self._peek(rest)
             return
-        self.stream = head.headers.get(b"content-type", b"").startswith(b"text/event-stream") and head.status == 200
-        self._state = self._peek if self.stream else self._gather
-        if rest or self._left == 0 or head.status in (204, 304):
-            self._state(rest)
+        if head.status in (204, 304):
+            self._left = 0
+        if self._left == len(rest):  # most answers come in one read
+            self._left = 0
+            self._whole_body(rest)
+            return
+        self._body = []
+        self._state = self._gather
+        if rest:
+            self._gather(rest)
 
     # --- framing ---
 
@@ -230,20 +234,22 @@ class Relay:
 
     def _end_of_body(self) -> None:
         if self._state == self._gather:
-            body = b"".join(self._body)
-            if self.status < 300:
-                self.usage = openai.read_answer(body)
-            if self._rename is not None:
-                body = openai.rename_model(body, *self._rename)
-            self.held = [body]
-            self.finish_seen = True
-            self.owner.on_first(self)  # writes head and body in one
-            self._finish()
+            self._whole_body(b"".join(self._body))
         elif self._state == self._pass_on:
             self.owner.write(b"" if self.raw else http1.LAST_CHUNK)
             self._finish()
         else:
             self._end_of_stream()
+
+    def _whole_body(self, body: bytes) -> None:
+        if self.status < 300:
+            self.usage = openai.read_answer(body)
+        if self._rename is not None:
+            body = openai.rename_model(body, *self._rename)
+        self.held = [body]
+        self.finish_seen = True
+        self.owner.on_first(self)  # writes head and body in one
+        self._finish()
 
     # --- a stream before its first content ---
 
@@ -386,11 +392,6 @@ class Relay:
         self.cancel()
         self.owner.on_failed(self, Failed(failure, sent=True, retry_after_s=retry_after_s))
 
-    def passed_headers(self) -> bytes:
-        """The upstream's headers that the client may see. FAULTS.md row 27."""
-        headers = self.head.headers if self.head is not None else {}
-        return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
-
 
 class Remainder:
     """Reads the terminating chunk that follows `[DONE]`, so that the connection can be used again.
@@ -421,6 +422,11 @@ class Remainder:
 
     def on_lost(self, error: Exception | None) -> None:
         """Nothing is lost."""
+
+
+def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
+    """The upstream's headers that the client may see. FAULTS.md row 27."""
+    return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
 
 
 def _ignore(data: bytes) -> None:

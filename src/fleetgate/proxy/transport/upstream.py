@@ -8,6 +8,7 @@ from typing import Protocol
 from fleetgate.core.capacity import SLOW_START_MIN, slow_start
 from fleetgate.core.health import HEALTHY, Breaker, Health, Sign, after, current
 from fleetgate.core.model import Endpoint
+from fleetgate.protocols.http1 import ResponseMemo
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512
@@ -90,6 +91,7 @@ class Peer:
         self.connects = 0
         self.probe_seen_ms = 0
         self.adopted_ms = 0
+        self.memo = ResponseMemo()
         self._idle: list[UpstreamConnection] = []
         self._tls = tls
         self._allow = allow
