@@ -55,8 +55,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     paid_per_token: bool = False  # its price is per token, not per hour
     concurrency_max: int = 0
     units: float = 1.0
-    credential: str = ""  # sealed with the data directory's key; bound to the origins of `endpoints`
-    credential_name: str = ""  # the Secret's name, which the sealed text is bound to
+    credential: str = ""  # sealed for `credential_name`; sent to the origins of `endpoints` only
+    credential_name: str = ""  # of the Secret
     health_path: str = ""  # where readiness is asked, empty for the engine's own
     egress_checked: bool = True  # False only for what the machine's operator wrote in a --config file
 

@@ -78,7 +78,7 @@ class _Fields:
         self.items: list[tuple[bytes, bytes]] = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.items.append((name.lower(), value))
+        self.items.append((name.lower(), value.rstrip(b" \t")))
 
 
 def parse_request_head(head: bytes) -> RequestHead:

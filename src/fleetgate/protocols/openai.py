@@ -89,16 +89,17 @@ def read_ask(body: bytes) -> Ask:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidBody("invalid_json", f"the request body is not valid JSON: {error}") from None
     plain = b"\\u" not in body and body.count(b'"model"') == 1
-    if not plain:
+    options = fields.stream_options
+    wants_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
+    # Options without usage are walked now because `rewrite` may walk them later, when it is too late to refuse.
+    if not plain or (options is not msgspec.UNSET and not wants_usage):
         names = [name for name, _, _ in top_level(body)]
         if names.count("model") > 1:
             raise InvalidBody("invalid_request", "`model` is given twice; give it once", "model")
     if not fields.model:
         raise InvalidBody("invalid_request", "`model` is empty; name a model", "model")
-    options = fields.stream_options
     if options is msgspec.UNSET:
         return Ask(fields.model, bool(fields.stream), False, False, plain)
-    wants_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
     return Ask(fields.model, bool(fields.stream), wants_usage, True, plain)
 
 
@@ -116,7 +117,9 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_decoder = json.JSONDecoder(parse_constant=_no_constant)
+# Only the ends of values matter, so numbers stay text: Python refuses to read very long ones.
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_int=str, parse_float=str)
+_decode_options = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -177,8 +180,8 @@ def _rewrite_walked(body: bytes, ask: Ask, upstream_name: str | None, add_usage:
         if name == "model" and upstream_name is not None:
             text = text[:start] + json.dumps(upstream_name) + text[end:]
         elif name == "stream_options" and add_usage:
-            options = json.loads(text[start:end]) or {}
-            text = text[:start] + json.dumps({**options, "include_usage": True}) + text[end:]
+            options = {**(_decode_options(text[start:end]) or {}), "include_usage": True}
+            text = text[:start] + msgspec.json.encode(options).decode() + text[end:]
     if add_usage and not ask.has_stream_options:
         brace = text.index("{") + 1
         text = text[:brace] + '"stream_options":{"include_usage":true},' + text[brace:]
@@ -361,15 +364,23 @@ def read_answer(body: bytes) -> Usage | None:
         raise Malformed(502, "the upstream's answer is not whole JSON", "upstream_error") from None
 
 
+_MODEL_MEMBER = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
+
+
 def rename_model(data: bytes, upstream_name: bytes, asked_name: bytes) -> bytes:
     """Put the name the client asked for where the engine wrote its own. Shape: both names as JSON strings.
 
-    Only the first `"model"` of an answer or event is its own; inside strings quotes are escaped and never match.
+    Only the first member `model` with that name is the answer's own; inside strings quotes are escaped and never match.
     """
-    at = data.find(b'"model"')
-    if at < 0:
-        return data
-    value = data.find(upstream_name, at + 7)
-    if value < 0 or data[at + 7 : value].strip(b" \t\r\n") != b":":
-        return data
-    return data[:value] + asked_name + data[value + len(upstream_name) :]
+    for match in _MODEL_MEMBER.finditer(data):
+        if match[1] == upstream_name or (b"\\" in match[1] and _same_text(match[1], upstream_name)):
+            return data[: match.start(1)] + asked_name + data[match.end(1) :]
+    return data
+
+
+def _same_text(one: bytes, other: bytes) -> bool:
+    """Whether two JSON strings say the same: engines in Python escape what is not ASCII."""
+    try:
+        return bool(msgspec.json.decode(one) == msgspec.json.decode(other))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False

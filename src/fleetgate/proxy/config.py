@@ -9,7 +9,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's share of what the supervisor opened, as JSON in the environment variable `FLEETGATE_WORKER`.
 
     Shape: `*_fd` are inherited descriptors, -1 where there is none; `wake_fds` are the write ends of every worker's
-    wake pipe, in order. `auth` is `keys` or `none`; `access_log` a path, `-` for standard output or `off`.
+    wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is
+    `keys` or `none`; `access_log` a path, `-` for standard output or `off`.
     """
 
     index: int

@@ -311,6 +311,8 @@ class Conversation:
         assert relay is not None and place is not None
         self.status = relay.status
         whole = relay.finish_seen and not relay.stream
+        if relay.raw and not whole:
+            self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
         head = answers.relayed_head(self, relay, place, len(relay.held[0]) if whole else -1)
         if whole:
             self.write(head + relay.held[0] if not self.request.no_body else head)
@@ -326,7 +328,9 @@ class Conversation:
 
     def _interrupt(self, command: Interrupt) -> None:
         """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
-        if self.relay is not None and self.relay.stream:
+        if self.relay is not None and self.relay.raw and not self.relay.stream:
+            self.client.transport.abort()  # to HTTP/1.0 a regular close would be a good end
+        elif self.relay is not None and self.relay.stream:
             event = openai.error_event("upstream_interrupted", answers.MESSAGES["upstream_interrupted"])
             self.write(event if self.relay.raw else http1.chunk(event))
         self.client.keep_alive = False
@@ -360,6 +364,8 @@ class Conversation:
             self._stop_waiting()
             ahead = max(1, len(self.lane.room))
             self._report(Overdue(self.lane.drain.wait_s(ahead)))
+        elif relay is not None and relay.paused:
+            self.client.transport.abort()  # it is the client that stalls, so nothing is said against the Endpoint
         elif relay is not None:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
@@ -374,11 +380,13 @@ class Conversation:
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""
         if self.relay is not None and self.relay.connection is not None:
+            self.relay.paused = True
             self.relay.connection.transport.pause_reading()
 
     def resume(self) -> None:
         """It caught up."""
         if self.relay is not None and self.relay.connection is not None:
+            self.relay.paused = False
             self.relay.connection.transport.resume_reading()
 
 

@@ -129,6 +129,10 @@ class Hub:
     def use(self, tables: Tables) -> None:
         """Take a new Snapshot; running requests end on the old one, waiting ones move over."""
         waiting = list(self.waiters.values())
+        kept = set(tables.peers.values())
+        for peer in self.tables.peers.values():
+            if peer not in kept:
+                peer.retire()
         self.tables = tables
         self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
         self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
@@ -173,7 +177,12 @@ class Hub:
         if now_s - self._trouble.get(name, float("-inf")) < TROUBLE_EVERY_S:
             return
         self._trouble[name] = now_s
-        line = {"at_ms": int(self.epoch_s() * 1000), "event": "upstream_trouble", "deployment": name, "message": what[:300]}
+        line = {
+            "at_ms": int(self.epoch_s() * 1000),
+            "event": "upstream_trouble",
+            "deployment": name,
+            "message": what[:300],
+        }
         self.log.add(msgspec.json.encode(line) + b"\n")
 
     # --- the books ---

@@ -19,6 +19,7 @@ IDLE_MAX_S = 75.0  # longer than what load balancers in front usually keep
 LINGER_S = 1.0
 PIPELINED_BYTES_MAX = 64 * 1024
 WRITE_BUFFER_BYTES_MAX = 256 * 1024  # FAULTS.md row 5
+UNREAD_MAX_S = 60.0  # without the client taking a byte; FAULTS.md row 5
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -36,6 +37,8 @@ class ClientConnection(asyncio.Protocol):
         "_paused",
         "_received",
         "_remembered",
+        "_unread",
+        "_unsent_bytes",
         "closing",
         "conversation",
         "deadline_s",
@@ -54,7 +57,9 @@ class ClientConnection(asyncio.Protocol):
         self._missing = 0
         self._received = 0
         self._chunks: ChunkedBody | None = None
-        self._paused = False
+        self._paused = False  # reading, while a request is served
+        self._unread = False  # the client is behind with reading what it was sent
+        self._unsent_bytes = 0  # at the last look
         self.conversation: Conversation | None = None
         self.keep_alive = True
         self.closing = False
@@ -81,25 +86,29 @@ class ClientConnection(asyncio.Protocol):
         return False
 
     def pause_writing(self) -> None:
+        self._unread = True
         if self.conversation is not None:
             self.conversation.pause()
 
     def resume_writing(self) -> None:
+        self._unread = False
         if self.conversation is not None:
             self.conversation.resume()
+        else:
+            self._go_on()
 
     def data_received(self, data: bytes) -> None:
         if self.closing:
             self._received += len(data)
             if self._received > PIPELINED_BYTES_MAX:
                 self.transport.abort()
-        elif self.conversation is not None:
+        elif self._parts is not None:
+            self._more_body(data)
+        elif self.conversation is not None or self._unread:
             self._buffer += data
             if len(self._buffer) > PIPELINED_BYTES_MAX and not self._paused:
                 self._paused = True
                 self.transport.pause_reading()
-        elif self._parts is not None:
-            self._more_body(data)
         else:
             self._read_head(self._buffer + data if self._buffer else data)
 
@@ -241,20 +250,32 @@ class ClientConnection(asyncio.Protocol):
             self.transport.close()
             return
         self.deadline_s = self._hub.clock() + IDLE_MAX_S
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Turn to the next request, but not before the client has read most of the last answer: they would pile up."""
+        if self._unread or self.closing:
+            return
         if self._paused:
             self._paused = False
             self.transport.resume_reading()
         if self._buffer:
             self._hub.loop.call_soon(self._next)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request or an answer is under way, in either direction."""
+        coming = self.conversation is not None or self._parts is not None or bool(self._buffer)
+        return coming or self.transport.get_write_buffer_size() > 0
+
     def close_if_idle(self) -> None:
         """Close when no request is under way: the worker is going."""
-        if self.conversation is None and self._parts is None and not self._buffer:
+        if not self.busy:
             self.closing = True
             self.transport.close()
 
     def _next(self) -> None:
-        if self.conversation is None and not self.closing and self._buffer:
+        if self.conversation is None and not self.closing and not self._unread and self._buffer:
             data, self._buffer = self._buffer, b""
             self._read_head(data)
 
@@ -299,7 +320,13 @@ class ClientConnection(asyncio.Protocol):
         if self.conversation is not None:
             return
         waits_for_request = self._parts is not None or bool(self._buffer)
-        if self.closing or not waits_for_request:
+        unsent_bytes = self.transport.get_write_buffer_size()
+        if unsent_bytes not in (0, self._unsent_bytes):  # slow, but reading
+            self._unsent_bytes = unsent_bytes
+            self.deadline_s = now_s + UNREAD_MAX_S
+        elif unsent_bytes:
+            self.transport.abort()
+        elif self.closing or not waits_for_request:
             self.closing = True
             self.transport.close()
         else:

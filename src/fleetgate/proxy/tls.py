@@ -3,7 +3,8 @@
 import datetime
 import ipaddress
 import ssl
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -24,9 +25,7 @@ class ServerTls:
 
     def __init__(self, cert: Path, key: Path) -> None:
         self._cert, self._key = cert, key
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["http/1.1"])
+        self.context = server_context()
         self.context.load_cert_chain(cert, key)
         self._seen = self._stamp()
 
@@ -40,35 +39,76 @@ class ServerTls:
             if stamp == self._seen:
                 return
             # A trial first: a half-written pair must not spoil the context in use.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
+            server_context().load_cert_chain(self._cert, self._key)
             self.context.load_cert_chain(self._cert, self._key)
             self._seen = stamp
         except (OSError, ssl.SSLError):
             return
 
 
-def development_certificate(directory: Path, names: Sequence[str], now: datetime.datetime) -> tuple[Path, Path, Path]:
-    """Make a CA (once) and a certificate for these host names and addresses; return the paths (CA, certificate, key).
+class DevelopmentTls:
+    """A context whose certificates a development CA makes, one for each Gateway at its first handshake (SNI).
 
-    The CA stays the same over restarts, so that a client has to trust it only once.
+    Shape: `is_served` says whether a host name is a Gateway's; for other names the certificate of `localhost` is shown.
     """
+
+    def __init__(self, directory: Path, is_served: Callable[[str], bool]) -> None:
+        self._directory = directory
+        self._is_served = is_served
+        self._ca, self._ca_key = _load_authority(directory)
+        self._contexts: dict[str, ssl.SSLContext] = {}
+        self.context = self._context_for("localhost", "127.0.0.1", "::1")
+        self.context.sni_callback = self._choose
+
+    def reload_if_changed(self) -> None:
+        """Nothing to do: certificates are made anew at each start."""
+
+    def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        if name is None or not self._is_served(name.lower()):
+            return
+        known = self._contexts.get(name.lower())
+        if known is None:
+            known = self._contexts[name.lower()] = self._context_for(name.lower())
+        connection.context = known
+
+    def _context_for(self, *names: str) -> ssl.SSLContext:
+        key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.datetime.now(datetime.UTC)
+        certificate = _leaf(self._ca, self._ca_key, key, names, now)
+        context = server_context()
+        # The ssl module loads certificates from files only; this one lives as long as the call.
+        with tempfile.NamedTemporaryFile(dir=self._directory) as file:
+            file.write(_private_bytes(key) + certificate.public_bytes(_PEM) + self._ca.public_bytes(_PEM))
+            file.flush()
+            context.load_cert_chain(file.name)
+        return context
+
+
+def server_context() -> ssl.SSLContext:
+    """TLS 1.2 or later, HTTP/1.1 only."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def development_authority(directory: Path) -> Path:
+    """Make the development CA, once, and return the path of its certificate, which clients must trust."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    ca_path, ca_key_path = directory / "dev-ca.pem", directory / "dev-ca.key"
-    if ca_path.exists() and ca_key_path.exists():
-        ca = x509.load_pem_x509_certificate(ca_path.read_bytes())
-        ca_key = serialization.load_pem_private_key(ca_key_path.read_bytes(), None)
-        assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
-    else:
-        ca_key = ec.generate_private_key(ec.SECP256R1())
-        ca = _authority(ca_key, now)
-        _write_private(ca_key_path, ca_key)
-        ca_path.write_bytes(ca.public_bytes(_PEM))
-    key = ec.generate_private_key(ec.SECP256R1())
-    certificate = _leaf(ca, ca_key, key, names, now)
-    cert_path, key_path = directory / "dev-cert.pem", directory / "dev-cert.key"
-    _write_private(key_path, key)
-    cert_path.write_bytes(certificate.public_bytes(_PEM) + ca.public_bytes(_PEM))
-    return ca_path, cert_path, key_path
+    ca_path, key_path = directory / "dev-ca.pem", directory / "dev-ca.key"
+    if not (ca_path.exists() and key_path.exists()):
+        key = ec.generate_private_key(ec.SECP256R1())
+        key_path.touch(mode=0o600)
+        key_path.write_bytes(_private_bytes(key))
+        ca_path.write_bytes(_authority(key, datetime.datetime.now(datetime.UTC)).public_bytes(_PEM))
+    return ca_path
+
+
+def _load_authority(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = serialization.load_pem_private_key((directory / "dev-ca.key").read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"{directory / 'dev-ca.key'} is not the key that `--tls dev` made; remove it to make a new CA")
+    return x509.load_pem_x509_certificate((directory / "dev-ca.pem").read_bytes()), key
 
 
 def _authority(key: ec.EllipticCurvePrivateKey, now: datetime.datetime) -> x509.Certificate:
@@ -133,7 +173,5 @@ def _alternative(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _write_private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    data = key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.touch(mode=0o600)
-    path.write_bytes(data)
+def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

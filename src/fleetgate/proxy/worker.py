@@ -25,7 +25,7 @@ from fleetgate.proxy.prober import Prober
 from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 from fleetgate.proxy.tables import Maker, Tables
 from fleetgate.proxy.telemetry import LineLog
-from fleetgate.proxy.tls import ServerTls
+from fleetgate.proxy.tls import DevelopmentTls, ServerTls
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
@@ -71,11 +71,17 @@ class WorkerProcess:
         self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
         self._snapshots = SnapshotFile(data_dir / "snapshot")
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
-        self._tls = ServerTls(Path(config.tls_cert), Path(config.tls_key)) if config.tls_listen_fd >= 0 else None
+        self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
         self._lb_grace_s, self._grace_s = config.lb_grace_s, config.grace_s
         self._refused = ""
         self._sweeps = 0
         self._stopped: asyncio.Event
+
+    def _server_tls(self) -> ServerTls | DevelopmentTls:
+        if self.config.tls_cert:
+            return ServerTls(Path(self.config.tls_cert), Path(self.config.tls_key))
+        directory = Path(self.config.data_dir) / "tls"
+        return DevelopmentTls(directory, lambda name: name.encode() in self.hub.tables.sites)
 
     async def run(self) -> None:
         """Serve until SIGTERM, then drain."""
@@ -106,7 +112,7 @@ class WorkerProcess:
         prober.cancel()
         hub.log.close()
 
-    async def _listen(self, fd: int, tls: ServerTls | None) -> asyncio.Server:
+    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> asyncio.Server:
         listener = socket.socket(fileno=fd)
         return await self.hub.loop.create_server(
             lambda: ClientConnection(self.hub), sock=listener, backlog=BACKLOG, ssl=tls.context if tls else None
@@ -158,7 +164,7 @@ class WorkerProcess:
         for client in hub.connections:
             client.close_if_idle()
         for _ in range(int(self._grace_s / SWEEP_S)):
-            if not hub.conversations:
+            if not any(client.busy for client in hub.connections):
                 break
             await asyncio.sleep(SWEEP_S)
         for client in hub.connections:

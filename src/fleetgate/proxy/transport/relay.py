@@ -18,6 +18,11 @@ BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a whole answer is held back and checked
 HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is no answer
 RETRY_AFTER_DEFAULT_S = 1.0
 
+# What an answer may hold before its first content; it is kept until the request can no longer move.
+_NOT_YET = frozenset({Meaning.OTHER, Meaning.USAGE, Meaning.COMMENT})
+# How a content event begins, whose every byte the fast path passes on unread; its end must close the JSON too.
+_PLAIN_BEGINS = (b"data: {", b"event: response.output_text.delta\ndata: {")
+
 _PASSED = (b"content-type", b"openai-processing-ms", b"openai-version", b"openai-model")
 
 
@@ -45,8 +50,10 @@ class Owner(Protocol):
 
 def failure_of(status: int, headers: dict[bytes, bytes]) -> Failure | None:
     """The class of an upstream's error status; None for an answer that is the client's, errors of its own included."""
-    if status < 400:
+    if status < 300:
         return None
+    if status < 400:
+        return Failure.BAD_OUTPUT  # a redirect is never followed: it would send a prompt where nobody registered
     if status in (429, 529):
         return Failure.FULL
     if status == 503:
@@ -69,6 +76,7 @@ class Relay:
     head: ResponseHead | None = None
     status = 0
     stream = False
+    paused = False  # the client reads slower than the upstream writes
     raw = False  # an HTTP/1.0 client: no chunked framing
     event_count = 0
     beats = 0  # reads that were not one plain event: comments and other signs of life
@@ -137,14 +145,18 @@ class Relay:
 
     def _read_head(self, data: bytes) -> None:
         data = self._buffer + data if self._buffer else data
-        end = data.find(http1.HEAD_END)
-        if end < 0:
-            if len(data) > http1.HEAD_BYTES_MAX:
-                raise Malformed(502, "the upstream's response head is too large")
-            self._buffer = data
-            return
-        head_bytes, rest = data[: end + 4], data[end + 4 :]
         self._buffer = b""
+        while data:
+            end = data.find(http1.HEAD_END)
+            if end < 0:
+                if len(data) > http1.HEAD_BYTES_MAX:
+                    raise Malformed(502, "the upstream's response head is too large")
+                self._buffer = data
+                return
+            data = self._take_head(data[: end + 4], data[end + 4 :])
+
+    def _take_head(self, head_bytes: bytes, rest: bytes) -> bytes:
+        """Read one head; what is left when it was an interim one, else nothing."""
         memo = self.connection.peer.memo if self.connection is not None else http1.ResponseMemo()
         recalled = memo.recall(head_bytes)
         if recalled is not None:
@@ -153,20 +165,19 @@ class Relay:
             head = http1.parse_response_head(head_bytes)
             self._left = head.content_length
             if head.status < 200:  # 100 Continue and its like are not passed on
-                if rest:
-                    self._read_head(rest)
-                return
+                return rest
             failure = failure_of(head.status, head.headers)
             if failure is not None:
                 self.head, self.status = head, head.status
                 self._fail(failure, _retry_after_s(head.headers))
-                return
+                return b""
             memo.keep(head_bytes, head)
             memo.passed = _passed_headers(head.headers)
         self.head = head
         self.status = head.status
         self.passed = memo.passed
         self._begin_body(head, rest)
+        return b""
 
     def _begin_body(self, head: ResponseHead, rest: bytes) -> None:
         if head.chunked:
@@ -255,18 +266,21 @@ class Relay:
 
     def _peek(self, data: bytes) -> None:
         events = self._events.feed(self._payload(data))
+        meaning: Meaning | None = None
         for position, event in enumerate(events):
             meaning, usage = openai.understand(event)
             self.usage = usage or self.usage
             if meaning is Meaning.ERROR:
                 self._fail(_failure_of_event(event))
                 return
-            if meaning is Meaning.COMMENT:
-                continue
+            if meaning is Meaning.DONE:
+                break  # nothing was said: an empty stream, which may still move
             if meaning is Meaning.MALFORMED:
                 self.dropped += 1
                 continue
-            if meaning is Meaning.OTHER or (meaning is Meaning.USAGE and not self.finish_seen):
+            if meaning is Meaning.USAGE and self.hide_usage:
+                continue
+            if meaning in _NOT_YET:
                 self.held.append(self._named(event))
                 continue
             self.owner.on_first(self)
@@ -278,7 +292,7 @@ class Relay:
             return
         if sum(map(len, self.held)) > HELD_EVENTS_BYTES_MAX:
             raise Malformed(502, "no content event among the first ones")
-        if self._whole():
+        if self._whole() or meaning is Meaning.DONE:
             self._fail(Failure.BAD_OUTPUT)  # an empty stream
 
     # --- a stream after it ---
@@ -317,7 +331,8 @@ class Relay:
         return (
             line > 0
             and data.find(b"\n\n") == len(data) - 4
-            and data.endswith(b"\n\n\r\n")
+            and data.endswith(b"}\n\n\r\n")
+            and data.startswith(_PLAIN_BEGINS, line + 2)
             and data.find(self.operation.fast_mark, line) > 0
             and data[:line] == b"%x" % length
         )
@@ -367,7 +382,7 @@ class Relay:
         return event if self._rename is None else openai.rename_model(event, *self._rename)
 
     def _write_held(self) -> None:
-        payload, self.held = b"".join(self.held), []
+        payload, self.held = self._named(b"".join(self.held)), []
         self.owner.write(payload if self.raw else http1.chunk(payload))
 
     def _finish(self) -> None:
@@ -376,10 +391,13 @@ class Relay:
         connection, self.connection = self.connection, None
         if connection is not None:
             head = self.head
-            clean = head is not None and head.keep_alive and self._whole() and not self._surplus()
-            if clean:
+            good = head is not None and head.keep_alive and not self._surplus()
+            if self.paused:
+                connection.transport.resume_reading()  # the client's pace is no matter of the next request
+            if good and self._whole():
                 connection.release(self.owner.now_s())
-            elif self.stream and head is not None and head.keep_alive and not self._surplus():
+            elif good and self.stream:
+                connection.peer.watch_end(connection, self.owner.now_s())
                 connection.attempt = Remainder(connection, self._chunked)
             else:
                 connection.drop()

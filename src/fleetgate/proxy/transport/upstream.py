@@ -92,6 +92,8 @@ class Peer:
         self.probe_seen_ms = 0
         self.adopted_ms = 0
         self.memo = ResponseMemo()
+        self._finishing: set[UpstreamConnection] = set()
+        self._retired = False
         self._idle: list[UpstreamConnection] = []
         self._tls = tls
         self._allow = allow
@@ -128,7 +130,8 @@ class Peer:
 
     def keep(self, connection: UpstreamConnection, now_s: float) -> None:
         """Put a clean connection aside for the next request."""
-        if len(self._idle) >= IDLE_CONNECTIONS_MAX or connection.transport.is_closing():
+        self._finishing.discard(connection)
+        if self._retired or len(self._idle) >= IDLE_CONNECTIONS_MAX or connection.transport.is_closing():
             connection.drop()
             return
         connection.idle_since_s = now_s
@@ -136,13 +139,26 @@ class Peer:
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection is gone."""
+        self._finishing.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
+
+    def watch_end(self, connection: UpstreamConnection, now_s: float) -> None:
+        """Its answer is whole but for the end of its framing: keep it when that comes, drop it when it does not."""
+        connection.idle_since_s = now_s
+        self._finishing.add(connection)
+
+    def retire(self) -> None:
+        """No Snapshot names this Endpoint any more: keep no connection to it."""
+        self._retired = True
+        self.close_idle(float("inf"))
 
     def close_idle(self, before_s: float) -> None:
         """Close connections that have been idle since before a moment."""
         while self._idle and self._idle[0].idle_since_s < before_s:
             self._idle[0].drop()
+        for connection in [late for late in self._finishing if late.idle_since_s < before_s]:
+            connection.drop()
 
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> UpstreamConnection:
         """Make a connection to one of the Endpoint's addresses, each checked against the egress rule before the dial.

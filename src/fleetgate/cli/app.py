@@ -1,0 +1,263 @@
+"""The commands that are clients of the API: apply, get, describe, delete, keys."""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fleetgate.cli.client import API_ENV, DEFAULT_API, TOKEN_ENV, Client, Failed, Rejected, connected, resource_path
+from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
+from fleetgate.providers.documents import Unreadable, read_file, resolve_value
+
+KINDS = ("clusters", "deployments", "gateways", "keys", "secrets", "events")
+EVENTS_DESCRIBED = 20
+EVENTS_LISTED = 100
+
+app = typer.Typer(
+    name="fleetgate",
+    help="One stable endpoint in front of inference Deployments in any region.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+keys_app = typer.Typer(no_args_is_help=True, help="Client API keys.", rich_markup_mode="markdown")
+app.add_typer(keys_app, name="keys")
+
+Api = Annotated[str | None, typer.Option("--api", help=f"The API's URL, else {API_ENV}.", show_default=DEFAULT_API)]
+Token = Annotated[str | None, typer.Option("--token", help=f"The owner's token, else {TOKEN_ENV}.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Where `fleetgate up` on this machine keeps its data: finds URL and token."),
+]
+Kind = Annotated[str, typer.Argument(metavar="KIND", help=f"One of: {', '.join(KINDS)}; singular or plural.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="How to print.")]
+
+
+@app.command()
+def apply(
+    file: Annotated[list[str], typer.Option("-f", "--file", help="A YAML or JSON file, `-` for standard input.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and tell, but change nothing.")] = False,
+    output: Form = Output.TABLE,
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Create or change everything in files, all or nothing.
+
+    Every mistake is listed, each with its place and a fix. What is missing in a file is not deleted.
+
+    Examples: `fleetgate apply -f fleet.yaml` · `fleetgate apply -f fleet.yaml --dry-run` ·
+    `cat fleet.yaml | fleetgate apply -f -`
+    """
+    with _told():
+        documents, sources = _read(file)
+        with connected(api, token, data_dir) as client:
+            try:
+                answer = client.post("/api/v1/apply", {"documents": documents, "dry_run": dry_run})
+            except Rejected as rejected:
+                raise Failed(
+                    [
+                        f"{sources[mistake.document]}: {mistake.sentence}" if sources else mistake.sentence
+                        for mistake in rejected.mistakes
+                    ]
+                    or rejected.messages
+                ) from rejected
+        if output is not Output.TABLE:
+            _print_one(answer, output)
+            return
+        for result in answer["results"]:
+            would = "would be " if dry_run and result["outcome"] != "unchanged" else ""
+            sys.stdout.write(f"{result['kind']}/{result['name']} {would}{result['outcome']}\n")
+            if "key" in result:
+                sys.stdout.write(f"  its key, shown this once: {result['key']}\n")
+
+
+@app.command()
+def get(
+    kind: Kind,
+    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    output: Form = Output.TABLE,
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """List resources, or show one.
+
+    Examples: `fleetgate get deployments` · `fleetgate get gateway chat -o yaml` · `fleetgate get events`
+    """
+    plural = _plural(kind)
+    with _told(), connected(api, token, data_dir) as client:
+        if plural == "events":
+            if name is not None:
+                raise Failed(["Events have no names; use `fleetgate describe KIND NAME` for one resource's Events"])
+            found = client.get("/api/v1/events", limit=EVENTS_LISTED)["items"]
+        elif name is not None:
+            found = [client.get(resource_path(plural, name))]
+        else:
+            found = client.get(resource_path(plural))["items"]
+        match output:
+            case Output.TABLE:
+                live = client.get("/api/v1/state") if plural in ("deployments", "gateways") else {}
+                print_table(plural, found, live)
+            case Output.JSON:
+                print_json(found if name is None else found[0])
+            case Output.YAML:
+                print_yaml(found)
+
+
+@app.command()
+def describe(
+    kind: Kind,
+    name: Annotated[str, typer.Argument(help="Which one.")],
+    output: Form = Output.TABLE,
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Show one resource in full, how it is now, and what happened to it.
+
+    Examples: `fleetgate describe deployment llama-us` · `fleetgate describe gateway chat -o json`
+    """
+    plural = _plural(kind)
+    if plural == "events":
+        raise typer.BadParameter("Events have no names; use `fleetgate get events`", param_hint="KIND")
+    with _told(), connected(api, token, data_dir) as client:
+        document = client.get(resource_path(plural, name))
+        query = {"kind": document["kind"], "name": name}
+        events = client.get("/api/v1/events", limit=EVENTS_DESCRIBED, **query)["items"]
+        now = _now(client, plural, name)
+        if output is not Output.TABLE:
+            _print_one({**document, **({"now": now} if now else {}), "events": events}, output)
+            return
+        print_yaml([document])
+        if now:
+            sys.stdout.write("\nNow:\n")
+            print_yaml([now])
+        sys.stdout.write("\nEvents:\n")
+        for event in events:
+            console().print(f"  {event['at']}  {event['sentence']}", markup=False)
+
+
+@app.command()
+def delete(
+    kind: Kind,
+    name: Annotated[str, typer.Argument(help="Which one.")],
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Delete a resource that nothing else uses; a deleted key is refused at once.
+
+    Examples: `fleetgate delete gateway chat` · `fleetgate delete key mobile-app`
+    """
+    plural = _plural(kind)
+    if plural == "events":
+        raise typer.BadParameter("Events cannot be deleted", param_hint="KIND")
+    with _told(), connected(api, token, data_dir) as client:
+        deleted = client.delete(resource_path(plural, name))
+        sys.stdout.write(f"{deleted['kind']}/{deleted['name']} deleted\n")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is: a-z, 0-9 and -.")],
+    gateway: Annotated[list[str] | None, typer.Option("--gateway", help="Only this Gateway; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE; may be repeated.")] = None,
+    expires: Annotated[str, typer.Option("--expires", help="30d, 12h, or a time like 2030-01-31T12:00:00Z.")] = "",
+    output: Form = Output.TABLE,
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Create a client key and print it, this once: only a hash is kept.
+
+    Without --gateway and --model it may use all of them.
+
+    Examples: `fleetgate keys create mobile-app` ·
+    `fleetgate keys create batch --gateway chat --model llama-3.3-70b --expires 30d -o json`
+    """
+    labels = dict(_label(text) for text in label or [])
+    document: dict[str, Any] = {"name": name, "gateways": gateway or [], "models": model or [], "labels": labels}
+    if expires:
+        document["expires"] = expires
+    with _told(), connected(api, token, data_dir) as client:
+        created = client.post(resource_path("keys"), document)
+        if output is Output.TABLE:
+            sys.stdout.write(f"{created['key']}\n")
+        else:
+            _print_one({"name": created["name"], "key": created["key"]}, output)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Failures as sentences on standard error and exit code 1."""
+    try:
+        yield
+    except (Failed, Unreadable) as failure:
+        for message in failure.messages:
+            sys.stderr.write(f"{message}\n")
+        raise typer.Exit(1) from None
+
+
+def _read(files: list[str]) -> tuple[list[object], list[str]]:
+    """The documents of all files, and of each the file it came from; every unreadable one is told."""
+    documents: list[object] = []
+    sources: list[str] = []
+    messages: list[str] = []
+    for file in files:
+        try:
+            values = read_file(file)
+        except Unreadable as unreadable:
+            messages += unreadable.messages
+            continue
+        for index, value in enumerate(values):
+            try:
+                documents.append(resolve_value(value, index))
+                sources.append(file)
+            except Unreadable as unreadable:
+                messages += [f"{file}: {message}" for message in unreadable.messages]
+    if messages:
+        raise Unreadable(messages)
+    return documents, sources
+
+
+def _plural(kind: str) -> str:
+    word = kind.lower()
+    for known in KINDS:
+        if word in (known, known.removesuffix("s")):
+            return known
+    meant = next(iter(difflib.get_close_matches(word, KINDS, n=1)), "")
+    hint = f"did you mean `{meant}`?" if meant else f"use one of: {', '.join(KINDS)}"
+    raise typer.BadParameter(f"there is no kind {kind!r}; {hint}", param_hint="KIND")
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--label")
+    return name, value
+
+
+def _now(client: Client, plural: str, name: str) -> dict[str, Any]:
+    if plural not in ("deployments", "gateways"):
+        return {}
+    entries = client.get("/api/v1/state")[plural]
+    found: dict[str, Any] = next((entry for entry in entries if entry["name"] == name), {})
+    return found
+
+
+def _print_one(value: Any, output: Output) -> None:
+    if output is Output.JSON:
+        print_json(value)
+    else:
+        print_yaml([value])
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,97 @@
+"""Resources in a terminal: as a table for people, as JSON or YAML for scripts."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH = 200  # nothing is cut where a program reads
+_NONE = "–"
+
+
+class Output(StrEnum):
+    """The forms of output."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+def print_json(value: Any) -> None:
+    """Print for programs."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_yaml(documents: Sequence[Any]) -> None:
+    """Print documents that `apply -f` takes back."""
+    sys.stdout.write(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
+
+
+def print_table(plural: str, documents: Sequence[Mapping[str, Any]], live: Mapping[str, Any]) -> None:
+    """Print for people; `live` is the API's state, by which Deployments and Gateways show how they are."""
+    if not documents:
+        sys.stdout.write(f"There are no {plural} yet.\n")
+        return
+    states = {entry["name"]: entry for entry in live.get(plural, [])}
+    rows = [_row(plural, document, states.get(document.get("name"), {})) for document in documents]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row.values()))  # Text: a name is never markup
+    console().print(table)
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for a pipe."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def _up(live: Mapping[str, Any]) -> str:
+    """A Deployment's state in a word."""
+    if not live:
+        return _NONE
+    if not live["endpoints"]:
+        return "no replica"
+    return "up" if live["up"] else "down"
+
+
+def _row(plural: str, document: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, str]:
+    name = {"NAME": str(document.get("name", ""))}
+    match plural:
+        case "clusters":
+            return name | {"PROVIDER": document["provider"], "REGION": document["region"]}
+        case "deployments":
+            return name | {
+                "REGION": live.get("region", document.get("region", _NONE)),
+                "ENGINE": document["engine"],
+                "MODELS": ", ".join(model["name"] for model in document["models"]),
+                "UP": _up(live),
+                "IN FLIGHT": str(live.get("in_flight", _NONE)),
+                "LIMIT": str(live.get("limit") or _NONE),
+            }
+        case "gateways":
+            return name | {
+                "HOST": f"{document['name']}.{document['domain']}",
+                "STRATEGY": document["strategy"],
+                "UPSTREAMS": ", ".join(upstream["deployment"] for upstream in document["upstreams"]),
+                "WAITING": str(live.get("waiting", _NONE)),
+            }
+        case "keys":
+            return name | {
+                "ID": document.get("id", _NONE),
+                "GATEWAYS": ", ".join(document["gateways"]) or "all",
+                "MODELS": ", ".join(document["models"]) or "all",
+                "EXPIRES": document.get("expires_at", "never"),
+            }
+        case "events":
+            thing = document["object"]
+            return {"AT": document["at"], "OBJECT": f"{thing['kind']}/{thing['name']}", "WHAT": document["sentence"]}
+        case _:
+            return name | {"CREATED": document["created_at"], "UPDATED": document["updated_at"]}

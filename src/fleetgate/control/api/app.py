@@ -1,0 +1,63 @@
+"""The operations side put together: API, console, health and metrics behind one guard."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from fleetgate.control.api import apply, errors, ops, resources, state
+from fleetgate.control.api.guard import Guard
+from fleetgate.control.context import Control
+from fleetgate.control.resources import KINDS
+
+OPENAPI_PATH = "/api/v1/openapi.json"
+_SCHEMAS = "#/components/schemas/{model}"
+
+
+class ApplyRequest(BaseModel):
+    """Documents of any kind, applied together or not at all."""
+
+    documents: list[dict[str, Any]]
+    dry_run: bool = False
+
+
+def create_app(control: Control, hosts: list[str]) -> FastAPI:
+    """The ASGI application; `hosts` are the names it answers to beside localhost and IP addresses."""
+    app = FastAPI(
+        title="Fleetgate",
+        version="1",
+        description="One stable endpoint in front of inference Deployments in any region.",
+        openapi_url=OPENAPI_PATH,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    errors.install(app)
+    for kind in KINDS:
+        app.include_router(resources.routes(control, kind))
+    app.include_router(apply.routes(control))
+    app.include_router(state.routes(control))
+    app.include_router(ops.routes(control))
+    app.add_middleware(Guard, owner_token=control.data_dir.owner_token, hosts=hosts)
+    _describe_documents(app)
+    return app
+
+
+def _describe_documents(app: FastAPI) -> None:
+    """Add the documents' schemas, which the routes check themselves so as to list every mistake at once."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            described = plain()
+            models: list[type[BaseModel]] = [*KINDS.values(), ApplyRequest, errors.ErrorAnswer]
+            _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_SCHEMAS)
+            components = described.setdefault("components", {})
+            components.setdefault("schemas", {}).update(definitions["$defs"])
+            components["securitySchemes"] = {"owner": {"type": "http", "scheme": "bearer"}}
+            described["security"] = [{"owner": []}]
+            app.openapi_schema = described
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

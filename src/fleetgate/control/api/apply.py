@@ -1,0 +1,63 @@
+"""Whole sets of documents, all or nothing; and what happened, in sentences."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from fleetgate.control.api import shown
+from fleetgate.control.api.bodies import read_json
+from fleetgate.control.api.errors import ApiError
+from fleetgate.control.api.resources import ERRORS, outcome
+from fleetgate.control.applying import API
+from fleetgate.control.context import Control, changed_anything
+from fleetgate.control.store import rows
+
+EVENTS_MAX = 1_000
+
+
+def routes(control: Control) -> APIRouter:
+    """`/api/v1/apply` and `/api/v1/events`."""
+    router = APIRouter(prefix="/api/v1", responses=ERRORS)
+    body = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ApplyRequest"}}},
+        }
+    }
+
+    @router.post("/apply", operation_id="apply", summary="Apply documents, all or none", openapi_extra=body)
+    async def apply(request: Request) -> dict[str, Any]:
+        documents, dry_run = _taken_apart(await read_json(request))
+        checked = await control.changes.check(documents, API)
+        results = await asyncio.to_thread(control.changes.apply, checked, API, dry_run)
+        if changed_anything(results) and not dry_run:
+            await control.adopted()
+        return {"dry_run": dry_run, "results": [outcome(result) for result in results]}
+
+    @router.get("/events", operation_id="list_events", summary="What happened, oldest first")
+    def events(
+        limit: Annotated[int, Query(ge=1, le=EVENTS_MAX)] = 100,
+        after: Annotated[int, Query(ge=0, le=2**53)] = 0,
+        kind: Annotated[str, Query(max_length=32)] = "",
+        name: Annotated[str, Query(max_length=63)] = "",
+    ) -> dict[str, Any]:
+        of = (kind, name) if kind and name else None
+        with control.database.read() as connection:
+            found = rows.load_events(connection, after, limit, of)
+        return {"items": [shown.event(kept) for kept in found]}
+
+    return router
+
+
+def _taken_apart(value: Any) -> tuple[list[Any], bool]:
+    match value:
+        case {"documents": list() as documents, **rest}:
+            dry_run = rest.pop("dry_run", False)
+            if type(dry_run) is not bool:
+                raise ApiError(422, "dry_run is not true or false; correct it or leave it out")
+            if rest:
+                raise ApiError(422, f"{next(iter(rest))!r:.60} is not a known field; send `documents` and `dry_run`")
+            return documents, dry_run
+        case _:
+            raise ApiError(422, 'the body has no list of documents; send {"documents": [...], "dry_run": false}')

@@ -1,0 +1,100 @@
+"""Answers to what went wrong: always JSON of one shape, never a trace."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from fleetgate.control.applying import Stale
+from fleetgate.control.datadir import Unusable
+from fleetgate.control.problems import Problem, Refused, path_of
+
+log = structlog.get_logger()
+
+
+class ErrorItem(BaseModel):
+    """One mistake: where, what, and how to mend it. `document` counts from 0."""
+
+    path: str
+    message: str
+    fix: str
+    document: int = 0
+
+
+class ErrorBody(BaseModel):
+    """What went wrong; `generation` is the stored one where another was given."""
+
+    message: str
+    errors: list[ErrorItem] = []
+    generation: int | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """Every answer with a status of 400 or above."""
+
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """A request was refused with a status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def answer(status: int, message: str, problems: Iterable[Problem] = (), generation: int | None = None) -> JSONResponse:
+    """An error answer."""
+    body: dict[str, Any] = {
+        "message": message,
+        "errors": [{"path": p.path, "message": p.message, "fix": p.fix, "document": p.document} for p in problems],
+    }
+    if generation is not None:
+        body["generation"] = generation
+    headers = {"www-authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse({"error": body}, status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Give each named failure its answer."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(_: Request, error: ApiError) -> JSONResponse:
+        return answer(error.status, str(error))
+
+    @app.exception_handler(Refused)
+    async def _refused(_: Request, error: Refused) -> JSONResponse:
+        return answer(409 if error.conflict else 422, error.message, error.problems)
+
+    @app.exception_handler(Stale)
+    async def _stale(_: Request, error: Stale) -> JSONResponse:
+        return answer(409, str(error), generation=error.current)
+
+    @app.exception_handler(Unusable)
+    async def _unusable(_: Request, error: Unusable) -> JSONResponse:
+        log.error("store_unusable", reason=str(error))
+        return answer(503, f"nothing was changed: {error}")
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        answered = answer(error.status_code, str(error.detail))
+        answered.headers.update(error.headers or {})
+        return answered
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [
+            Problem(path_of(item["loc"]), str(item["msg"]).lower(), "correct it, see /api/v1/openapi.json")
+            for item in error.errors()
+        ]
+        return answer(422, "the request has mistakes", problems)
+
+    @app.exception_handler(Exception)
+    async def _bug(_: Request, error: Exception) -> JSONResponse:
+        log.error("request_failed", exc_info=error)
+        return answer(500, "this is a fault in Fleetgate; the log of the control process has more")

@@ -1,0 +1,80 @@
+"""What every request to the operations side passes first: a known Host, the owner's token, and safe headers back."""
+
+import hmac
+import ipaddress
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fleetgate.control.api.errors import answer
+
+_OPEN_PATHS = frozenset({"/api/v1/openapi.json"})
+_SAFE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Guard:
+    """ASGI middleware. Shape: `hosts` are the names, beside localhost and IP addresses, that may be asked for."""
+
+    def __init__(self, app: ASGIApp, owner_token: str, hosts: Iterable[str]) -> None:
+        self._app = app
+        self._token = owner_token.encode()
+        self._hosts = {"localhost", *(host.lower().rstrip(".") for host in hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with the safe headers added to the answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_safe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        headers = Headers(scope=scope)
+        path: str = scope["path"]
+        if not self.knows_host(headers.getlist("host")):
+            # A page elsewhere whose name was pointed at this address (DNS rebinding) names its own host.
+            refused = answer(
+                421, "this Host is not known here; use localhost, the IP address or a name of --api-listen"
+            )
+            await refused(scope, receive, send_safe)
+        elif path.startswith("/api/") and path not in _OPEN_PATHS and not self._is_owner(headers):
+            text = "the owner's token is missing or wrong; send `Authorization: Bearer` with DATA_DIR/owner-token"
+            await answer(401, text)(scope, receive, send_safe)
+        else:
+            await self._app(scope, receive, send_safe)
+
+    def knows_host(self, given: list[str]) -> bool:
+        """Whether the one Host header names this listener."""
+        if len(given) != 1:
+            return False
+        host = given[0].strip().lower()
+        if host.startswith("["):
+            host = host[1:].partition("]")[0]
+        elif host.count(":") == 1:
+            host = host.partition(":")[0]
+        if host.rstrip(".") in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return True
+
+    def _is_owner(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip().encode("utf-8", "surrogateescape")
+        return hmac.compare_digest(given, self._token) and scheme.lower() == "bearer"

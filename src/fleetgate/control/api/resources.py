@@ -1,0 +1,103 @@
+"""Clusters, Deployments, Gateways, Keys and Secrets over REST: the same five routes each."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from fleetgate.control.api import shown
+from fleetgate.control.api.bodies import if_match, read_document
+from fleetgate.control.api.errors import ApiError, ErrorAnswer
+from fleetgate.control.applying import API, Applied
+from fleetgate.control.context import Control, changed_anything
+from fleetgate.control.store import rows
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 401, 404, 409, 413, 421, 422, 503)
+}
+
+
+def routes(control: Control, kind: str) -> APIRouter:
+    """The routes of one kind."""
+    plural = f"{kind.lower()}s"
+    router = APIRouter(prefix=f"/api/v1/{plural}", tags=[plural], responses=ERRORS)
+    body = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind}"}}},
+        }
+    }
+
+    @router.get("", operation_id=f"list_{plural}", summary=f"All {plural}")
+    def list_all() -> dict[str, Any]:
+        with control.database.read() as connection:
+            world, keys = rows.load_world(connection), rows.load_keys(connection)
+        found = [stored for stored in world.values() if stored.kind == kind]
+        return {"items": [shown.document(stored, keys.get(stored.name)) for stored in found]}
+
+    @router.post("", status_code=201, operation_id=f"create_{kind.lower()}", summary="Create", openapi_extra=body)
+    async def create(request: Request) -> JSONResponse:
+        document = await read_document(request, kind, None)
+        return await write(control, {**document, "generation": 0})
+
+    @router.get("/{name}", operation_id=f"get_{kind.lower()}", summary="One")
+    def get(name: str) -> JSONResponse:
+        return _one(control, kind, name)
+
+    @router.put(
+        "/{name}",
+        operation_id=f"put_{kind.lower()}",
+        summary="Create or replace; `generation` or If-Match makes it compare and swap",
+        responses={201: {"description": "Created"}},
+        openapi_extra=body,
+    )
+    async def put(name: str, request: Request) -> JSONResponse:
+        document = await read_document(request, kind, name)
+        generation = if_match(request)
+        if generation is not None:
+            document["generation"] = generation
+        return await write(control, document)
+
+    @router.delete("/{name}", operation_id=f"delete_{kind.lower()}", summary="Delete, unless something uses it")
+    async def delete(name: str, request: Request) -> dict[str, Any]:
+        deleted = await asyncio.to_thread(control.changes.delete, kind, name, if_match(request))
+        if deleted is None:
+            raise _absent(kind, name)
+        await control.adopted()
+        return outcome(deleted)
+
+    return router
+
+
+async def write(control: Control, document: dict[str, Any]) -> JSONResponse:
+    """Write one document and answer with it; a new Key's text is beside it, this once."""
+    checked = await control.changes.check([document], API)
+    results = await asyncio.to_thread(control.changes.apply, checked, API)
+    if changed_anything(results):
+        await control.adopted()
+    result = results[0]
+    status = 201 if result.outcome == "created" else 200
+    return await asyncio.to_thread(_one, control, result.kind, result.name, status, result.key)
+
+
+def outcome(result: Applied) -> dict[str, Any]:
+    """What became of a document."""
+    told = {"kind": result.kind, "name": result.name, "outcome": result.outcome, "generation": result.generation}
+    return {**told, "key": result.key} if result.key else told
+
+
+def _one(control: Control, kind: str, name: str, status: int = 200, key: str = "") -> JSONResponse:
+    with control.database.read() as connection:
+        stored = rows.load_one(connection, kind, name)
+        kept = rows.load_keys(connection).get(name) if kind == "Key" else None
+    if stored is None:
+        raise _absent(kind, name)
+    body = shown.document(stored, kept)
+    if key:
+        body["key"] = key
+    return JSONResponse(body, status, {"etag": f'"{stored.generation}"'})
+
+
+def _absent(kind: str, name: str) -> ApiError:
+    return ApiError(404, f"there is no {kind} {name[:63]!r}; list them with GET /api/v1/{kind.lower()}s")

@@ -1,0 +1,27 @@
+"""What the control process is told when it is started."""
+
+import msgspec
+
+ENV = "FLEETGATE_CONTROL"
+
+
+class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """JSON in the environment variable `FLEETGATE_CONTROL`.
+
+    Shape: `*_fd` are inherited descriptors, -1 where there is none; `listen`, `tls_listen` and `api_listen` are
+    HOST:PORT; `egress_allow` are CIDRs; `api_hosts` are further names under which the API may be asked for.
+    """
+
+    data_dir: str
+    api_fd: int
+    board_fd: int
+    workers: int
+    config_file: str = ""
+    api_listen: str = "127.0.0.1:7801"
+    listen: str = ""
+    tls_listen: str = ""
+    auth: str = "keys"
+    egress_allow: list[str] = []
+    region: str = ""
+    life_fd: int = -1
+    api_hosts: list[str] = []

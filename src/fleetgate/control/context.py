@@ -1,0 +1,73 @@
+"""What every part of the control process works with."""
+
+import asyncio
+import time
+
+import msgspec
+import structlog
+
+from fleetgate.control.applying import Applied, Changes
+from fleetgate.control.config import ControlConfig
+from fleetgate.control.datadir import DataDir, Unusable
+from fleetgate.control.publisher import Publisher
+from fleetgate.control.store import rows
+from fleetgate.control.store.database import Database
+from fleetgate.core.board import Board, Worker
+
+ADOPTION_S_MAX = 0.5  # DESIGN.md section 3: a change returns when this machine's workers have it, or after this
+_LOOK_EVERY_S = 0.01
+
+log = structlog.get_logger()
+
+
+class Started(msgspec.Struct):
+    """The version that carried what was given at start, and when it was published (monotonic seconds)."""
+
+    version: int = 0
+    at_s: float = 0.0
+
+
+class Control:
+    """The control process's parts, put together once."""
+
+    def __init__(
+        self, config: ControlConfig, data_dir: DataDir, database: Database, changes: Changes, publisher: Publisher
+    ) -> None:
+        self.config = config
+        self.data_dir = data_dir
+        self.database = database
+        self.changes = changes
+        self.publisher = publisher
+        self.board: Board | None = None
+        self.started = Started()
+
+    async def adopted(self) -> None:
+        """Return once every live worker has what is stored now, or after half a second."""
+        try:
+            async with asyncio.timeout(ADOPTION_S_MAX):
+                version = await self.publisher.settle()
+                while not self.has_everywhere(version):  # noqa: ASYNC110 - nothing rings when shared memory changes
+                    await asyncio.sleep(_LOOK_EVERY_S)
+        except TimeoutError:
+            log.warning("slow_adoption", version=self.publisher.version)
+
+    def has_everywhere(self, version: int) -> bool:
+        """Whether every live worker uses this version or a later one."""
+        board = self.board
+        if board is None:
+            return True
+        live = [worker for worker in range(board.workers) if board.get(worker, Worker.PID)]
+        return all(board.get(worker, Worker.SNAPSHOT_VERSION) >= version for worker in live)
+
+    def record(self, kind: str, name: str, sentence: str) -> None:
+        """Write an Event. One that the disk refuses is logged and left out: it must not stop what it tells of."""
+        try:
+            with self.database.write() as connection:
+                rows.add_event(connection, time.time(), kind, name, sentence)
+        except Unusable as error:
+            log.error("event_not_kept", sentence=sentence, reason=str(error))
+
+
+def changed_anything(results: list[Applied]) -> bool:
+    """Whether there is something for the workers to take up."""
+    return any(result.outcome != "unchanged" for result in results)

@@ -1,0 +1,123 @@
+"""Where Fleetgate may be told to connect: every address of a URL is looked at before the URL is kept.
+
+The data plane checks again at each dial, so that a name that changes its address later gains nothing.
+"""
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Iterable, Sequence
+
+import msgspec
+from pydantic_core import PydanticCustomError
+
+from fleetgate.control.fields import parse_url
+
+IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+RESOLVE_S_MAX = 5.0  # the resolver's own first time-out; a name that takes longer cannot be checked
+
+# Addresses where clouds serve a machine's own credentials, beside the link-local 169.254.0.0/16 and fe80::/10.
+_METADATA = tuple(
+    ipaddress.ip_network(text)
+    for text in ("fd00:ec2::254/128", "100.100.100.200/32", "192.0.0.192/32", "168.63.129.16/32", "fd20:ce::254/128")
+)
+_METADATA_NAMES = frozenset({"metadata.google.internal", "metadata.goog", "metadata", "instance-data"})
+
+
+class Denied(msgspec.Struct, frozen=True):
+    """Why an address is refused."""
+
+    message: str
+    fix: str
+
+
+def parse_ranges(texts: Iterable[str]) -> tuple[IpNetwork, ...]:
+    """CIDRs into networks. Raises: `ValueError` naming the one that is not a CIDR."""
+    return tuple(ipaddress.ip_network(text.strip(), strict=False) for text in texts if text.strip())
+
+
+def judge(host: str, address: str, ranges: Sequence[IpNetwork]) -> Denied | None:
+    """Whether one address of a host given through the API is refused, and why."""
+    plain = _plain(address)
+    if never(plain):
+        return _never_denied(host, address)
+    if any(plain in network for network in ranges if network.version == plain.version):
+        return None
+    listed = ", ".join(map(str, ranges)) or "no range"
+    return Denied(
+        f"{host} is at {address}, outside the ranges allowed for URLs given through the API ({listed})",
+        f"start with --egress-allow {plain}/{plain.max_prefixlen}, or write the Deployment in the --config file",
+    )
+
+
+def never(address: IpAddress) -> bool:
+    """Whether an address is refused whatever the ranges say: link-local, metadata, unspecified, multicast."""
+    return (
+        address.is_link_local
+        or address.is_unspecified
+        or address.is_multicast
+        or any(address in network for network in _METADATA if network.version == address.version)
+    )
+
+
+def literal_refusal(url: str) -> Denied | None:
+    """Whether a URL names a refused address without any look-up: for what the machine's operator wrote."""
+    try:
+        host = parse_url(url).host
+    except PydanticCustomError:
+        return None  # the parser says what is wrong with it
+    if host.rstrip(".").lower() in _METADATA_NAMES:
+        return _never_denied(host, host)
+    try:
+        # The resolver's own reading of numbers, so that 0x7f.1 and 2130706433 are seen as it would dial them.
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return None
+    for _, _, _, _, sockaddr in found:
+        if never(_plain(str(sockaddr[0]))):
+            return _never_denied(host, str(sockaddr[0]))
+    return None
+
+
+async def refusal(url: str, ranges: Sequence[IpNetwork]) -> Denied | None:
+    """Whether a URL given through the API is refused: each address its host resolves to must be allowed."""
+    denied = literal_refusal(url)
+    if denied is not None:
+        return denied
+    try:
+        parts = parse_url(url)
+    except PydanticCustomError:
+        return None
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(RESOLVE_S_MAX):
+            found = await loop.getaddrinfo(parts.host, parts.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError, TimeoutError):
+        return Denied(
+            f"{parts.host} does not resolve to an address, so that it cannot be checked",
+            "correct the name, or write the Deployment in the --config file",
+        )
+    for _, _, _, _, sockaddr in found:
+        denied = judge(parts.host, str(sockaddr[0]), ranges)
+        if denied is not None:
+            return denied
+    return None
+
+
+def _plain(text: str) -> IpAddress:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    match address:
+        case ipaddress.IPv6Address(ipv4_mapped=ipaddress.IPv4Address() as inner):
+            return inner
+        case ipaddress.IPv6Address(sixtofour=ipaddress.IPv4Address() as inner):
+            return inner
+        case _:
+            return address
+
+
+def _never_denied(host: str, address: str) -> Denied:
+    where = f"{host} is at {address}" if host != address else host
+    return Denied(
+        f"{where}, a link-local or metadata address, which no --egress-allow opens", "use the server's own address"
+    )

@@ -1,0 +1,141 @@
+"""What is kept, as values: resources, keys, sealed secrets, Events and numbers, each read and written in one place."""
+
+import json
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, delete, select
+from sqlalchemy.dialects.sqlite import insert
+
+from fleetgate.control.store.schema import events, keys, numbers, resources, secrets
+
+EVENTS_KEPT = 10_000
+_PRUNE_EVERY = 256
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A resource as it is kept. Shape: `document` is what was written, with kind and name, without a Secret's value."""
+
+    kind: str
+    name: str
+    document: dict[str, Any]
+    generation: int
+    trusted: bool
+    created_s: float
+    updated_s: float
+
+
+class StoredKey(msgspec.Struct, frozen=True):
+    """What is kept of a client key's secret."""
+
+    name: str
+    id: str
+    secret_hmac: str
+
+
+class Event(msgspec.Struct, frozen=True):
+    """What happened, in a sentence."""
+
+    id: int
+    at_s: float
+    kind: str
+    name: str
+    sentence: str
+
+
+World = dict[tuple[str, str], Stored]
+
+
+def load_world(connection: Connection) -> World:
+    """Every resource by kind and name."""
+    rows = connection.execute(select(resources).order_by(resources.c.kind, resources.c.name))
+    return {(row.kind, row.name): _stored(row) for row in rows}
+
+
+def load_one(connection: Connection, kind: str, name: str) -> Stored | None:
+    """One resource."""
+    query = select(resources).where(resources.c.kind == kind, resources.c.name == name)
+    row = connection.execute(query).first()
+    return _stored(row) if row is not None else None
+
+
+def save(connection: Connection, stored: Stored) -> None:
+    """Write a resource, new or changed."""
+    spec = {field: value for field, value in stored.document.items() if field not in ("kind", "name")}
+    values = {
+        "spec": json.dumps(spec, separators=(",", ":")),
+        "generation": stored.generation,
+        "trusted": stored.trusted,
+        "created_s": stored.created_s,
+        "updated_s": stored.updated_s,
+    }
+    statement = insert(resources).values(kind=stored.kind, name=stored.name, **values)
+    connection.execute(statement.on_conflict_do_update(index_elements=["kind", "name"], set_=values))
+
+
+def remove(connection: Connection, kind: str, name: str) -> None:
+    """Delete a resource with all that belongs to it."""
+    connection.execute(delete(resources).where(resources.c.kind == kind, resources.c.name == name))
+    if kind == "Key":
+        connection.execute(delete(keys).where(keys.c.name == name))
+    if kind == "Secret":
+        connection.execute(delete(secrets).where(secrets.c.name == name))
+
+
+def save_key(connection: Connection, key: StoredKey) -> None:
+    """Keep what is kept of a new key."""
+    connection.execute(keys.insert().values(name=key.name, id=key.id, secret_hmac=key.secret_hmac))
+
+
+def load_keys(connection: Connection) -> dict[str, StoredKey]:
+    """What is kept of every key, by name."""
+    rows = connection.execute(select(keys))
+    return {row.name: StoredKey(row.name, row.id, row.secret_hmac) for row in rows}
+
+
+def save_secret(connection: Connection, name: str, sealed: str) -> None:
+    """Keep a sealed secret, new or changed."""
+    statement = insert(secrets).values(name=name, sealed=sealed)
+    connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"sealed": sealed}))
+
+
+def load_secrets(connection: Connection) -> dict[str, str]:
+    """Every sealed secret by name."""
+    return {row.name: row.sealed for row in connection.execute(select(secrets))}
+
+
+def add_event(connection: Connection, at_s: float, kind: str, name: str, sentence: str) -> None:
+    """Write an Event; the oldest go when there are too many."""
+    result = connection.execute(events.insert().values(at_s=at_s, kind=kind, name=name, sentence=sentence))
+    newest = result.inserted_primary_key[0] if result.inserted_primary_key else 0
+    if newest % _PRUNE_EVERY == 0:
+        connection.execute(delete(events).where(events.c.id <= newest - EVENTS_KEPT))
+
+
+def load_events(connection: Connection, after: int, limit: int, of: tuple[str, str] | None = None) -> list[Event]:
+    """Events in the order they happened: the first `limit` after an id, or the last `limit` when `after` is 0."""
+    query = select(events)
+    if of is not None:
+        query = query.where(events.c.kind == of[0], events.c.name == of[1])
+    if after > 0:
+        query = query.where(events.c.id > after).order_by(events.c.id).limit(limit)
+    else:
+        query = query.order_by(events.c.id.desc()).limit(limit)
+    found = [Event(row.id, row.at_s, row.kind, row.name, row.sentence) for row in connection.execute(query)]
+    return sorted(found, key=lambda event: event.id)
+
+
+def load_number(connection: Connection, name: str) -> int:
+    """A number that is kept, 0 at first."""
+    return connection.execute(select(numbers.c.value).where(numbers.c.name == name)).scalar() or 0
+
+
+def save_number(connection: Connection, name: str, value: int) -> None:
+    """Keep a number."""
+    statement = insert(numbers).values(name=name, value=value)
+    connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"value": value}))
+
+
+def _stored(row: Any) -> Stored:
+    document = {"kind": row.kind, "name": row.name, **json.loads(row.spec)}
+    return Stored(row.kind, row.name, document, row.generation, row.trusted, row.created_s, row.updated_s)

@@ -1,0 +1,62 @@
+"""The store's tables. A change here needs a migration beside it; a test compares the two."""
+
+from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+
+metadata = MetaData()
+
+resources = Table(
+    "resources",
+    metadata,
+    Column("kind", String(32), primary_key=True),
+    Column("name", String(63), primary_key=True),
+    Column("spec", Text, nullable=False),  # JSON as written; a Secret's has no value
+    Column("generation", Integer, nullable=False),
+    Column("trusted", Boolean, nullable=False),  # the machine's operator wrote its URLs in a --config file
+    Column("created_s", Float, nullable=False),
+    Column("updated_s", Float, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("id", String(16), nullable=False, unique=True),
+    Column("secret_hmac", String(64), nullable=False),
+)
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("sealed", Text, nullable=False),
+)
+
+# A slot is given to an owner once. `freed` is 0 while it is in use, else it orders the free ones, longest free first.
+slots = Table(
+    "slots",
+    metadata,
+    Column("space", String(16), primary_key=True),
+    Column("slot", Integer, primary_key=True),
+    Column("owner", String(1024), nullable=False),
+    Column("freed", Integer, nullable=False, default=0),
+    Index("slots_by_owner", "space", "owner", "freed"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at_s", Float, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("sentence", Text, nullable=False),
+    Index("events_by_object", "kind", "name", "id"),
+    sqlite_autoincrement=True,  # an id is never used again, so `after=` never skips a newer Event
+)
+
+numbers = Table(
+    "numbers",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", Integer, nullable=False),
+)

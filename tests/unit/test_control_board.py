@@ -1,0 +1,115 @@
+"""What the control process reads off the board: series, readiness, Events, replicas carried over a restart."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.control.context import Started
+from fleetgate.control.readiness import reasons_against
+from fleetgate.control.replicas import Replicas
+from fleetgate.control.series import Histogram, parse_name, read_series
+from fleetgate.control.watching import Watcher
+from fleetgate.core.board import Signal, Worker
+from fleetgate.core.model import Deployment, Endpoint, Snapshot
+from fleetgate.providers.base import ManagedDeployment, Workload
+from fleetgate.proxy.telemetry import Telemetry, series_name
+from tests.loopback.control_rig import board_of
+
+LABELS = st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text(max_size=8), max_size=3)
+
+
+def deployment(name: str, slot: int, *endpoint_slots: int) -> Deployment:
+    endpoints = tuple(
+        Endpoint(slot=at, scheme="http", host="127.0.0.1", port=8000 + at, base_path="/v1") for at in endpoint_slots
+    )
+    return Deployment(slot=slot, name=name, region="r", engine="vllm", models={"m": "m"}, endpoints=endpoints)
+
+
+@given(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), LABELS)
+def test_names_written_by_workers_are_read_back(metric: str, labels: dict[str, str]) -> None:
+    assert parse_name(series_name(metric, labels)) == (metric, tuple(labels.items()))
+
+
+@given(st.lists(st.floats(1e-6, 268.0), min_size=1, max_size=50), st.floats(0.01, 1.0))
+def test_histograms_of_workers_are_read_back(durations: list[float], share: float) -> None:
+    board = board_of(2)
+    for index, duration_s in enumerate(durations):
+        telemetry = Telemetry(board, index % 2)
+        telemetry.histogram("fleetgate_ttft_seconds", {"gateway": "chat"}).observe(duration_s)
+    histogram = read_series(board.series_totals()).histogram("fleetgate_ttft_seconds", gateway="chat")
+    assert histogram.count == len(durations)
+    assert histogram.sum_s == pytest.approx(sum(durations), abs=1e-6 * len(durations))
+    cumulated = histogram.cumulated()
+    assert cumulated[-1] == (math.inf, len(durations))
+    assert [count for _, count in cumulated] == sorted(count for _, count in cumulated)
+    found = histogram.quantile_s(share)
+    exact = sorted(durations)[max(0, math.ceil(share * len(durations)) - 1)]
+    assert found is not None
+    assert exact / 2.01 - 1e-6 <= found <= max(exact * 2.01, 0.000513)
+
+
+def test_an_empty_histogram_has_no_quantile() -> None:
+    assert Histogram({}).quantile_s(0.5) is None
+
+
+def test_beyond_the_last_bucket_the_mean_is_told() -> None:
+    assert Histogram({math.inf: 2}, 800.0).quantile_s(0.99) == 400.0
+
+
+def test_readiness_gives_every_reason() -> None:
+    board = board_of(2)
+    snapshot = Snapshot(version=7, made_at_s=0.0, deployments=(deployment("a", 0, 0, 1), deployment("b", 1)))
+    started = Started(7, 100.0)
+    assert reasons_against(board, None, started, 100.0)
+    board.set(0, Worker.ACCEPTING, 1)
+    board.set(0, Worker.SNAPSHOT_VERSION, 6)
+    reasons = reasons_against(board, snapshot, started, 101.9)
+    assert [reason.split(" ")[:2] for reason in reasons] == [
+        ["worker", "0"],
+        ["worker", "1"],
+        ["Deployment", "a"],
+        ["Deployment", "b"],
+    ]
+    for worker in range(2):
+        board.set(worker, Worker.ACCEPTING, 1)
+        board.set(worker, Worker.SNAPSHOT_VERSION, 8)
+    board.set_signal(1, Signal.SEEN_MS, 5)
+    assert [reason.split(" ")[1] for reason in reasons_against(board, snapshot, started, 101.9)] == ["b"]
+    assert reasons_against(board, snapshot, started, 102.0) == []
+
+
+def test_a_deployment_is_down_only_when_all_its_endpoints_are() -> None:
+    board = board_of()
+    snapshot = Snapshot(version=1, made_at_s=0.0, deployments=(deployment("a", 0, 0, 1),))
+    watcher = Watcher(board)
+
+    def signal(slot: int, up: int) -> list[str]:
+        board.set_signal(slot, Signal.SEEN_MS, 1)
+        board.set_signal(slot, Signal.UP, up)
+        return [sentence for _, _, sentence in watcher.changes(snapshot)]
+
+    assert list(watcher.changes(snapshot)) == []
+    assert signal(0, 0) == ["Deployment a is up: it answers its probe."]  # the other one counts as up until probed
+    assert signal(1, 0) == ["Deployment a is down: none of its 2 Endpoints answers its probe."]
+    assert signal(1, 0) == []
+    assert signal(0, 1) == ["Deployment a is up again: it answers its probe."]
+    assert signal(1, 1) == []
+
+
+def test_replicas_are_carried_over_a_restart_only_while_workers_serve() -> None:
+    last = Snapshot(version=1, made_at_s=0.0, deployments=(deployment("own", 0, 0), deployment("external", 1, 1)))
+    own = ManagedDeployment(
+        name="own", cluster="c", provider="local", region="r", workload=Workload(command=("x",)), replicas_desired=1
+    )
+    seen: dict[str, tuple[str, ...]] = {}
+    board = board_of()
+    replicas = Replicas(lambda: seen)
+    replicas.carry(last, (own,), board)
+    assert replicas.ready() == {}
+    board.set(0, Worker.ACCEPTING, 1)
+    replicas.carry(last, (own,), board)
+    assert replicas.ready() == {"own": ("http://127.0.0.1:8000/v1",)}
+    seen["own"] = ("http://127.0.0.1:9999/v1",)
+    assert replicas.ready() == {"own": ("http://127.0.0.1:9999/v1",)}
