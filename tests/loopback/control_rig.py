@@ -45,7 +45,7 @@ class ControlRig:
         self._listener: socket.socket = open_listener("127.0.0.1:0", "--api-listen")
         self.port: int = self._listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
-        self._life_read, self.life_write = os.pipe()
+        self._life_read, self._life_write = os.pipe()
         self._options = {"egress_allow": ["127.0.0.0/8", "::1/128"], **options}
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -91,6 +91,12 @@ class ControlRig:
         self.board.set(worker, Worker.SNAPSHOT_VERSION, version)
         self.board.set(worker, Worker.STARTS, max(1, self.board.get(worker, Worker.STARTS)))
 
+    def end_life(self) -> None:
+        """What the supervisor's end does: its end of the pipe closes."""
+        if self._life_write >= 0:
+            os.close(self._life_write)
+            self._life_write = -1
+
     def kill(self) -> None:
         """End the process as a power cut would."""
         if self.process is not None:
@@ -109,6 +115,7 @@ class ControlRig:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end_life()  # engines that a failed test left end too
         self.kill()
         if self.process is not None and self.process.stderr is not None:
             self.process.stderr.close()

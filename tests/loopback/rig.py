@@ -1,5 +1,6 @@
 """A worker on real sockets with a Snapshot written by the test: the data plane without a control plane."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import TracebackType
 
 import msgspec
 
-from fleetgate.core.board import Worker
+from fleetgate.core.board import Board, Worker
 from fleetgate.core.model import (
     Deployment,
     Endpoint,
@@ -43,9 +44,9 @@ class Rig:
         (data_dir / "seal.key").write_bytes(b"s" * 32)
         self._options = {"auth": auth, "access_log": str(data_dir / "access.log"), "lb_grace_s": 0.0, **options}
 
-    def start(self, index: int) -> subprocess.Popen[bytes]:
-        """Start (or start again) one worker."""
-        config = WorkerConfig(
+    def config(self, index: int) -> WorkerConfig:
+        """What one worker is told."""
+        return WorkerConfig(
             index=index,
             workers=self.board.workers,
             data_dir=str(self.data_dir),
@@ -55,7 +56,17 @@ class Rig:
             wake_fds=[write_end for _, write_end in self._pipes],
             **self._options,  # type: ignore[arg-type]
         )
-        fds = [self.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds]
+
+    @property
+    def fds(self) -> list[int]:
+        """Every descriptor that a worker may inherit."""
+        pipes = [fd for pair in self._pipes for fd in pair]
+        return [self.board_fd, *(listener.fileno() for listener in self._listeners), *pipes]
+
+    def start(self, index: int) -> subprocess.Popen[bytes]:
+        """Start (or start again) one worker."""
+        config = self.config(index)
+        fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
         process = subprocess.Popen([sys.executable, "-m", "fleetgate.proxy.worker"], env=env, pass_fds=fds)
         self.processes.append(process)
@@ -98,6 +109,11 @@ class Rig:
         for pair in self._pipes:
             for fd in pair:
                 os.close(fd)
+
+
+def mapped(board_fd: int, workers: int) -> Board:
+    """The board behind an inherited descriptor."""
+    return Board(memoryview(mmap.mmap(board_fd, Board.bytes_needed(workers))), workers)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -1,6 +1,5 @@
 """Managed Deployments through the whole control process: started, published, scaled, carried over a restart, ended."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,5 +77,5 @@ def test_replicas_end_with_the_supervisor(tmp_path: Path) -> None:
             assert api.post("/api/v1/apply", json={"documents": [CLUSTER, managed(1)]}).status_code == 200
         wait_for(lambda: len(published(rig).endpoints) == 1)
         origin = published(rig).endpoints[0].origin
-        os.close(rig.life_write)
+        rig.end_life()
         wait_for(lambda: not answers(origin))

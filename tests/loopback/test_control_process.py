@@ -1,7 +1,6 @@
 """The control process from start to end: `--config`, bad data directories, kill -9, orderly ends."""
 
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -129,7 +128,7 @@ def test_two_processes_never_share_a_data_directory(tmp_path: Path) -> None:
 
 def test_it_ends_when_the_supervisor_does(tmp_path: Path) -> None:
     with ControlRig(tmp_path / "data") as rig:
-        os.close(rig.life_write)
+        rig.end_life()
         assert rig.process is not None
         assert rig.process.wait(timeout=30) == 0
 

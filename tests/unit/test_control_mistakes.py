@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fleetgate.control.applying import API, find_problems
+from fleetgate.control.applying import API, CONFIG, find_problems
 from fleetgate.control.problems import path_of
 
 CLUSTER: dict[str, Any] = {"kind": "Cluster", "name": "home", "provider": "local", "region": "us-east"}
@@ -137,6 +137,37 @@ def test_names_and_defaults_are_unique_in_a_file() -> None:
     gateways = [{**GATEWAY, "default": True}, {**GATEWAY, "name": "other", "default": True}]
     defaults = find_problems([*FLEET[:3], *gateways], {}, API)[1]
     assert {problem.path for problem in defaults} == {"Gateway/chat: default", "Gateway/other: default"}
+
+
+def test_a_config_file_has_its_own_mistakes() -> None:
+    documents = [
+        {**CLUSTER, "generation": 3},
+        {**DEPLOYMENT, "url": "http://0xa9fea9fe/v1"},
+        {"kind": "Key", "name": "k"},
+    ]
+    found = [problem.sentence() for problem in find_problems(documents, {}, CONFIG)[1]]
+    assert [sentence.split(": ")[:2] for sentence in found] == [
+        ["Cluster/home", "generation"],
+        ["Deployment/llama", "url"],
+        ["Key/k", "a --config file cannot hand out a new key; run `fleetgate keys create k`"],
+    ]
+
+
+def test_text_that_is_no_text_is_refused_and_told_as_an_escape() -> None:
+    lone = "\ud800"
+    for document in (
+        {**CLUSTER, "region": lone},
+        {**CLUSTER, "labels": {lone: "x"}},
+        {**CLUSTER, lone: 1},
+        {**CLUSTER, "name": lone},
+        {"kind": lone, "name": "a"},
+        {**DEPLOYMENT, "cluster": lone},
+        {**DEPLOYMENT, "models": [{"name": lone}], "url": f"http://{lone}/v1"},
+    ):
+        problems = find_problems([CLUSTER, document] if document["kind"] == "Deployment" else [document], {}, API)[1]
+        assert problems
+        for problem in problems:
+            problem.sentence().encode()
 
 
 def test_secrets_are_never_repeated_in_messages() -> None:

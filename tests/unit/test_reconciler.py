@@ -25,6 +25,7 @@ from fleetgate.providers.base import (
     Broken,
     ManagedDeployment,
     NotNow,
+    ProviderError,
     Replica,
     ReplicaSpec,
     ReplicaState,
@@ -160,19 +161,24 @@ class Memory:
         self.replicas: dict[str, Replica] = {}
         self.start_error: Exception | None = None
         self.list_error: Exception | None = None
+        self.stop_error: ProviderError | None = None
         self.starts = 0
+        self.state_at_start = ReplicaState.STARTING
 
     async def start(self, spec: ReplicaSpec) -> Replica:
         """Take a replica in; it is ready when the test says so."""
         self.starts += 1
         if self.start_error is not None:
             raise self.start_error
-        begun = seen(spec.id, spec.deployment, ReplicaState.STARTING, spec.workload).replica
+        begun = seen(spec.id, spec.deployment, self.state_at_start, spec.workload).replica
+        begun = msgspec.structs.replace(begun, ref=str(self.starts))
         self.replicas[spec.id] = begun
         return begun
 
     async def stop(self, replica: Replica) -> None:
         """Forget a replica."""
+        if self.stop_error is not None:
+            raise self.stop_error
         self.replicas.pop(replica.id, None)
 
     async def list(self) -> Sequence[Replica]:
@@ -183,8 +189,7 @@ class Memory:
 
     def turn(self, replica_id: str, state: ReplicaState) -> None:
         """Put a replica into a state."""
-        old = self.replicas[replica_id]
-        self.replicas[replica_id] = seen(old.id, old.deployment, state).replica
+        self.replicas[replica_id] = msgspec.structs.replace(self.replicas[replica_id], state=state)
 
 
 class World:
@@ -237,6 +242,18 @@ def test_the_loop_publishes_what_is_ready_once_and_tells_why() -> None:
     ]
 
 
+def test_what_an_earlier_process_started_is_kept_and_told_as_found() -> None:
+    async def run() -> World:
+        world = World(deployment("a"))
+        world.memory.replicas["a-0"] = seen("a-0", "a").replica
+        await world.cycle(0.0)
+        return world
+
+    world = asyncio.run(run())
+    assert world.memory.starts == 0
+    assert world.told == ["replica a-0 was found running at http://a-0/v1"]
+
+
 def test_crashes_back_off_and_steady_running_forgives_them() -> None:
     async def run() -> None:
         world = World(deployment("a"))
@@ -260,6 +277,32 @@ def test_crashes_back_off_and_steady_running_forgives_them() -> None:
         assert world.memory.replicas["a-0"].state is ReplicaState.STARTING
 
     asyncio.run(run())
+
+
+def test_what_crashes_at_once_is_not_started_in_every_cycle() -> None:
+    async def run() -> World:
+        world = World(deployment("a"))
+        world.memory.state_at_start = ReplicaState.FAILED
+        for step in range(120):
+            await world.cycle(step * 0.5)
+        return world
+
+    world = asyncio.run(run())
+    assert 4 <= world.memory.starts <= 9
+    assert sum("failed" in sentence for sentence in world.told) == world.memory.starts
+
+
+def test_a_failure_that_cannot_be_cleared_away_is_told_once() -> None:
+    async def run() -> World:
+        world = World(deployment("a"))
+        await world.cycle(0.0)
+        world.memory.turn("a-0", ReplicaState.FAILED)
+        world.memory.stop_error = Broken("no answer")
+        for step in range(5):
+            await world.cycle(1.0 + step)
+        return world
+
+    assert sum("a-0 failed" in sentence for sentence in asyncio.run(run()).told) == 1
 
 
 def test_a_mistake_is_tried_once_and_a_shortage_again_and_again() -> None:

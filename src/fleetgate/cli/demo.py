@@ -7,9 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
 from fleetgate.cli.client import Failed
@@ -25,21 +23,6 @@ from fleetgate.cli.demo_fleet import (
     fleet_in,
     wait_until_up,
 )
-
-
-def demo(
-    once: Annotated[
-        bool, typer.Option("--once", help="Run the tour and exit: 0 when every claim holds, else 1.")
-    ] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Keep the demo's state here; otherwise it is thrown away at the end.")
-    ] = None,
-) -> None:
-    """Start three regions with a real small model on this machine and show what Fleetgate does.
-
-    Nothing leaves this machine. Without --once it stays up afterwards, for you to try; Ctrl-C ends it.
-    """
-    raise typer.Exit(run_demo(once, data_dir))
 
 
 def run_demo(once: bool, data_dir: Path | None) -> int:

@@ -154,17 +154,23 @@ def find_problems(documents: Sequence[object], world: rows.World, origin: Origin
     problems += references.check(drafts, {identity: stored.document for identity, stored in world.items()})
     if origin.trusted:
         for draft in drafts:
-            if draft.kind == "Key" and (draft.kind, draft.name) not in world:
-                problems.append(
-                    draft.problem(
-                        "", "a --config file cannot hand out a new key", f"run `fleetgate keys create {draft.name}`"
-                    )
-                )
-            for field, url in _urls_of(draft):
-                denied = egress.literal_refusal(url)
-                if denied is not None:
-                    problems.append(draft.problem(field, denied.message, denied.fix))
+            problems.extend(_operator_problems(draft, world.get((draft.kind, draft.name))))
     return drafts, sorted(problems, key=lambda problem: problem.document)
+
+
+def _operator_problems(draft: Draft, stored: Stored | None) -> Iterable[Problem]:
+    """What only matters in a --config file."""
+    if draft.kind == "Key" and stored is None:
+        fix = f"run `fleetgate keys create {draft.name}`"
+        yield draft.problem("", "a --config file cannot hand out a new key", fix)
+    given = draft.resource.generation if draft.resource is not None else None
+    if given is not None and given != (stored.generation if stored else 0):
+        # The file is applied at every start, and at the second one its own change has moved the generation.
+        yield draft.problem("generation", f"{given} is not the stored one", "remove `generation:` from the file")
+    for field, url in _urls_of(draft):
+        denied = egress.literal_refusal(url)
+        if denied is not None:
+            yield draft.problem(field, denied.message, denied.fix)
 
 
 def refuse_if_any(problems: Sequence[Problem]) -> None:

@@ -37,16 +37,22 @@ def parse_ranges(texts: Iterable[str]) -> tuple[IpNetwork, ...]:
     return tuple(ipaddress.ip_network(text.strip(), strict=False) for text in texts if text.strip())
 
 
-def judge(host: str, address: str, ranges: Sequence[IpNetwork]) -> Denied | None:
-    """Whether one address of a host given through the API is refused, and why."""
+def judge(host: str, address: str, ranges: Sequence[IpNetwork], encrypted: bool = True) -> Denied | None:
+    """Whether one address of a host given through the API is refused, and why.
+
+    Public addresses over https need no leave; private ones, and plain http, only inside the ranges.
+    """
     plain = _plain(address)
     if never(plain):
         return _never_denied(host, address)
+    if plain.is_global and encrypted:
+        return None
     if any(plain in network for network in ranges if network.version == plain.version):
         return None
     listed = ", ".join(map(str, ranges)) or "no range"
+    what = "over plain http, " if plain.is_global else ""
     return Denied(
-        f"{host} is at {address}, outside the ranges allowed for URLs given through the API ({listed})",
+        f"{host} is at {address}, {what}outside the ranges allowed for URLs given through the API ({listed})",
         f"start with --egress-allow {plain}/{plain.max_prefixlen}, or write the Deployment in the --config file",
     )
 
@@ -99,7 +105,7 @@ async def refusal(url: str, ranges: Sequence[IpNetwork]) -> Denied | None:
             "correct the name, or write the Deployment in the --config file",
         )
     for _, _, _, _, sockaddr in found:
-        denied = judge(parts.host, str(sockaddr[0]), ranges)
+        denied = judge(parts.host, str(sockaddr[0]), ranges, parts.scheme == "https")
         if denied is not None:
             return denied
     return None

@@ -24,6 +24,12 @@ _HELP = {
     "fleetgate_request_duration_seconds": "Seconds from a request's arrival to its end.",
     "fleetgate_series_overflow": "Observations whose series found no room and were not kept apart.",
 }
+# The same histograms under the names of OpenTelemetry's conventions for generative AI, as Prometheus writes them.
+_GEN_AI = {
+    "fleetgate_ttft_seconds": "gen_ai_server_time_to_first_token_seconds",
+    "fleetgate_tpot_seconds": "gen_ai_server_time_per_output_token_seconds",
+    "fleetgate_request_duration_seconds": "gen_ai_server_request_duration_seconds",
+}
 
 
 def exposition(control: Control) -> bytes:
@@ -73,10 +79,12 @@ def _histograms(series: Series) -> Iterable[Metric]:
     for metric, cells in sorted(series.histograms.items()):
         for names, rows in _by_label_names(cells):
             family = HistogramMetricFamily(metric, _HELP.get(metric, metric), labels=names)
+            named = HistogramMetricFamily(_GEN_AI[metric], _HELP.get(metric, metric), labels=names)
             for values, histogram in rows:
                 buckets = [(_bound(bound), count) for bound, count in histogram.cumulated()]
                 family.add_metric(values, buckets, histogram.sum_s)
-            yield family
+                named.add_metric(values, buckets, histogram.sum_s)
+            yield from (family, named)
 
 
 def _by_label_names(cells: dict[Labels, Any]) -> list[tuple[list[str], list[tuple[list[str], Any]]]]:

@@ -151,6 +151,9 @@ class Reconciler:
         self._stopping: dict[str, asyncio.Task[None]] = {}
         self._last: dict[str, tuple[Seen, ...]] = {}  # by provider, for the cycles in which it cannot be asked
         self._troubles: dict[str, str] = {}
+        # Failures that are told and not forgotten yet by their provider: id and the provider's own name for it.
+        self._failed: set[tuple[str, str]] = set()
+        self._looked = False  # what is ready at the first look was started by an earlier process
         self._endpoints: dict[str, tuple[str, ...]] = {}
 
     def endpoints(self) -> Mapping[str, tuple[str, ...]]:
@@ -207,7 +210,9 @@ class Reconciler:
         self._holds = {name: hold for name, hold in self._holds.items() if fingerprints.get(name) == hold.fingerprint}
         for one in seen:
             self._learn(one.replica, fingerprints.get(one.replica.deployment), now_s)
+        self._looked = True
         ids = {one.replica.id for one in seen}
+        self._failed &= {(one.replica.id, one.replica.ref) for one in seen if one.replica.state is ReplicaState.FAILED}
         self._ready_since_s = {key: since for key, since in self._ready_since_s.items() if key in ids}
         return Observed(tuple(one for one in seen if one.provider not in blind), dict(self._holds), frozenset(blind))
 
@@ -225,10 +230,12 @@ class Reconciler:
                 since_s = self._ready_since_s.get(replica.id)
                 if since_s is None:
                     self._ready_since_s[replica.id] = now_s
-                    self._record("Deployment", name, f"replica {replica.id} is ready at {replica.url}")
+                    how = "is ready" if self._looked else "was found running"
+                    self._record("Deployment", name, f"replica {replica.id} {how} at {replica.url}")
                 elif now_s - since_s >= STEADY_S:
                     self._holds.pop(name, None)
-            case ReplicaState.FAILED:
+            case ReplicaState.FAILED if (replica.id, replica.ref) not in self._failed:
+                self._failed.add((replica.id, replica.ref))
                 self._ready_since_s.pop(replica.id, None)
                 told = f"replica {replica.id} failed: {replica.because}"
                 if fingerprint == replica.fingerprint:

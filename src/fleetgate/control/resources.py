@@ -115,7 +115,6 @@ class HealthProbe(Part):
     """How a Deployment's Endpoints are probed."""
 
     path: fields.Path = "/health"
-    interval_s: Annotated[float, Field(ge=0.1, le=3600, allow_inf_nan=False)] = 5.0
 
 
 class Deployment(Resource):
@@ -136,7 +135,6 @@ class Deployment(Resource):
     capacity: Capacity = Capacity()
     tier: TierName = "committed"
     price: Price | None = None
-    context_tokens_max: Annotated[int | None, Field(ge=1)] = None
     health: HealthProbe | None = None
 
     def base_urls(self) -> tuple[str, ...]:

@@ -7,14 +7,16 @@ from functools import lru_cache
 
 import msgspec
 
+from fleetgate.core.board import BUCKET_FIRST_BIT, BUCKET_LAST_BIT, bucket_bound
+
 _NAME = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?", re.DOTALL)
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _ESCAPE = re.compile(r"\\(.)")
 _UNESCAPED = {"n": "\n", "\\": "\\", '"': '"'}
 Labels = tuple[tuple[str, str], ...]
-# Workers keep buckets that end at powers of two microseconds, and only those that something fell into. Readers of a
-# scrape interpolate from the bucket below, so every one of them is told: 0.5 ms to 268 s.
-BOUNDS_S = tuple(float(f"{(1 << bit) / 1e6:.6g}") for bit in range(9, 29))
+# Workers keep only the buckets that something fell into. Readers of a scrape interpolate from the bucket below, so
+# every one of them is told.
+BOUNDS_S = tuple(float(bucket_bound(bit)) for bit in range(BUCKET_FIRST_BIT, BUCKET_LAST_BIT + 1))
 
 
 class Histogram(msgspec.Struct):

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fleetgate.providers.base import (
     BadSpec,
     Broken,
@@ -31,6 +33,35 @@ _LOG_TAIL_BYTES = 400
 _HOST = "127.0.0.1"
 # What this process was told about itself is none of an engine's business.
 _PRIVATE_ENV = "FLEETGATE_"
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """What a keeper writes of its engine. Shape: `ended` is empty while it runs; a `*_start` is in kernel ticks."""
+
+    id: str
+    deployment: str
+    fingerprint: str
+    port: int
+    url: str
+    health: str
+    keeper_pid: int = 0
+    keeper_start: int = 0
+    engine_pid: int = 0
+    engine_start: int = 0
+    stopping: bool = False
+    ended: str = ""
+    exit_code: int = -1
+    bad_command: bool = False
+
+    @property
+    def keeper_lives(self) -> bool:
+        """Whether its keeper runs."""
+        return _is_same_process(self.keeper_pid, self.keeper_start)
+
+    @property
+    def engine_lives(self) -> bool:
+        """Whether its engine runs."""
+        return _is_same_process(self.engine_pid, self.engine_start)
 
 
 class LocalProvider:
@@ -54,17 +85,17 @@ class LocalProvider:
         if workload.port and not _is_free(port):
             raise NotNow(f"{spec.deployment}: port {port} (workload.port) is taken on this machine")
         fields = {"{port}": str(port)}
-        state = {
-            "id": spec.id,
-            "deployment": spec.deployment,
-            "fingerprint": workload.fingerprint,
-            "port": port,
-            "url": f"http://{_HOST}:{port}/v1",
-            "health": workload.health,
-        }
+        state = State(
+            id=spec.id,
+            deployment=spec.deployment,
+            fingerprint=workload.fingerprint,
+            port=port,
+            url=f"http://{_HOST}:{port}/v1",
+            health=workload.health,
+        )
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE_ENV)}
         job = {
-            "state": state,
+            "state": msgspec.to_builtins(state),
             "state_file": str(self._state_file(spec.id)),
             "log_file": str(self._log_file(spec.id)),
             "argv": [_filled(word, fields) for word in (*workload.command, *workload.args)],
@@ -84,14 +115,14 @@ class LocalProvider:
         if state is None:
             return
         end_s = time.monotonic() + TERM_GRACE_S + HEALTH_TIMEOUT_S
-        while _keeper_lives(state) and time.monotonic() < end_s:
-            _signal(state["keeper_pid"], signal.SIGTERM)
+        while state.keeper_lives and time.monotonic() < end_s:
+            _signal(state.keeper_pid, signal.SIGTERM)
             await asyncio.sleep(_LOOK_S)
             self._reap()
-        if _keeper_lives(state):
-            _signal(state["keeper_pid"], signal.SIGKILL)
-        if _engine_lives(state):
-            signal_group(state["engine_pid"], signal.SIGKILL)
+        if state.keeper_lives:
+            _signal(state.keeper_pid, signal.SIGKILL)
+        if state.engine_lives:
+            signal_group(state.engine_pid, signal.SIGKILL)
         path.unlink(missing_ok=True)
         if replica.state is not ReplicaState.FAILED:  # the log of a failure is what its operator asks for next
             self._log_file(replica.id).unlink(missing_ok=True)
@@ -115,7 +146,7 @@ class LocalProvider:
         return self._folder / f"{replica_id}.log"
 
     def _free_port(self) -> int:
-        given = {state["port"] for path in self._folder.glob("*.json") if (state := _read(path)) is not None}
+        given = {state.port for path in self._folder.glob("*.json") if (state := _read(path)) is not None}
         while True:
             with socket.socket() as probe:
                 probe.bind((_HOST, 0))
@@ -151,24 +182,24 @@ class LocalProvider:
         if state is None:
             keeper.kill()
             raise Broken(f"{spec.deployment}: the keeper of {spec.id} did not start; see this process's own log")
-        if state.get("bad_command"):
+        if state.bad_command:
             path.unlink(missing_ok=True)
-            raise BadSpec(f"{spec.deployment}: {state['ended']}; correct workload.command")
+            raise BadSpec(f"{spec.deployment}: {state.ended}; correct workload.command")
         return _replica(state, ReplicaState.STARTING)
 
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
 
-    async def _look(self, state: dict[str, Any]) -> Replica:
-        if "ended" in state or not _keeper_lives(state):
-            how = state.get("ended", "its keeper was killed")
+    async def _look(self, state: State) -> Replica:
+        if state.ended or not state.keeper_lives:
+            how = state.ended or "its keeper was killed"
             # An engine that was killed had no time to say why; its last line would only mislead.
-            words = self._last_words(state["id"]) if state.get("exit_code", -1) >= 0 else ""
+            words = self._last_words(state.id) if state.exit_code >= 0 else ""
             return _replica(state, ReplicaState.FAILED, how + words)
-        if state.get("stopping") or not _engine_lives(state):  # the keeper is about to write how it ended
+        if state.stopping or not state.engine_lives:  # the keeper is about to write how it ended
             return _replica(state, ReplicaState.STOPPING)
-        known = (state["id"], state["engine_start"])
-        if known not in self._ready and await _is_healthy(state["port"], state["health"]):
+        known = (state.id, state.engine_start)
+        if known not in self._ready and await _is_healthy(state.port, state.health):
             self._ready.add(known)
         return _replica(state, ReplicaState.READY if known in self._ready else ReplicaState.STARTING)
 
@@ -188,32 +219,27 @@ def _filled(text: str, fields: Mapping[str, str]) -> str:
     return text
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+_decode = msgspec.json.Decoder(State).decode
+
+
+def _read(path: Path) -> State | None:
+    """A state file; None when there is none, or what is there was not written by a keeper."""
     try:
-        state = json.loads(path.read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return _decode(path.read_bytes())
+    except (FileNotFoundError, msgspec.MsgspecError):
         return None
-    return state if isinstance(state, dict) else None
 
 
-def _replica(state: Mapping[str, Any], how: ReplicaState, because: str = "") -> Replica:
+def _replica(state: State, how: ReplicaState, because: str = "") -> Replica:
     return Replica(
-        id=state["id"],
-        deployment=state["deployment"],
-        url=state["url"],
+        id=state.id,
+        deployment=state.deployment,
+        url=state.url,
         state=how,
-        fingerprint=state["fingerprint"],
-        ref=str(state.get("engine_pid", "")),
+        fingerprint=state.fingerprint,
+        ref=str(state.engine_pid or ""),
         because=because,
     )
-
-
-def _keeper_lives(state: Mapping[str, Any]) -> bool:
-    return _is_same_process(state["keeper_pid"], state["keeper_start"])
-
-
-def _engine_lives(state: Mapping[str, Any]) -> bool:
-    return _is_same_process(state.get("engine_pid", 0), state.get("engine_start", 0))
 
 
 def _is_same_process(pid: int, start: int) -> bool:

@@ -222,7 +222,7 @@ class Maker:
         if endpoint.scheme == "https":
             self._tls = self._tls or ssl.create_default_context()
             tls = self._tls
-        return Peer(endpoint, tls, EgressRule(egress) if egress is not None else None)
+        return Peer(endpoint, tls, EgressRule(egress, endpoint.scheme == "https") if egress is not None else None)
 
     def open_credential(self, deployment: Deployment) -> str:
         """The credential for a Deployment's origins, or an empty string."""

@@ -5,11 +5,8 @@ import queue
 import threading
 from pathlib import Path
 
-from fleetgate.core.board import Board
+from fleetgate.core.board import BUCKET_FIRST_BIT, BUCKET_LAST_BIT, Board, bucket_bound
 
-# Buckets end at powers of two microseconds, because `int.bit_length` finds them in 0.1 µs: 0.5 ms to 268 s.
-BUCKET_FIRST_BIT = 9
-BUCKET_LAST_BIT = 28
 LOG_BACKLOG_BLOCKS_MAX = 1_200  # one a sweep: a minute
 
 
@@ -80,8 +77,7 @@ class Histogram:
         self._cells[self._sum] += duration_us
 
     def _make(self, bit: int) -> int:
-        bound = "+Inf" if bit > BUCKET_LAST_BIT else f"{(1 << bit) / 1e6:.6g}"
-        index = self._telemetry.counter(f"{self._name}_bucket", {**self._labels, "le": bound})
+        index = self._telemetry.counter(f"{self._name}_bucket", {**self._labels, "le": bucket_bound(bit)})
         self._buckets[bit] = index
         if self._sum < 0:
             self._sum = self._telemetry.counter(f"{self._name}_sum", self._labels)

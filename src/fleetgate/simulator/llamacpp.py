@@ -59,7 +59,7 @@ def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[st
     parameters.verbosity = 0
     parameters.model_alias = set(names or (alias,))
     try:
-        server = xllamacpp.Server(parameters)
+        server = xllamacpp.Server(parameters)  # noqa: F841 - it serves for as long as it is referred to
     except RuntimeError as error:
         raise CannotRun(f"llama.cpp cannot serve {path}: {error}") from None
     stopped = threading.Event()
@@ -69,8 +69,8 @@ def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[st
     sys.stdout.write(f"listening on http://{host}:{port}/v1\n")
     sys.stdout.flush()
     stopped.wait()
-    del server
-    # The server's threads do not always end by themselves, and nothing is left to write.
+    sys.stdout.flush()
+    # Taking the server down in order would wait for the answers that are being made; an engine ends when it is told.
     os._exit(0)
 
 

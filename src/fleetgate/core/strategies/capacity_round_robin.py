@@ -1,6 +1,7 @@
 """Capacity-based round robin: shares in proportion to what each Deployment has free, perfectly interleaved."""
 
 from collections.abc import Sequence
+from math import fsum
 
 from fleetgate.core.capacity import available_units, normalised_load
 from fleetgate.core.strategies import Candidate, Load, Ranking, Turn
@@ -17,7 +18,7 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     weights = {
         c.slot: available_units(load[c.slot].health, c.units, load[c.slot].in_flight, c.limit) for c in candidates
     }
-    total = sum(weights.values())
+    total = fsum(weights.values())  # exact, so that the order of summands changes nothing
     if total <= 0.0:
         by_load = sorted(candidates, key=lambda c: (normalised_load(c.units, load[c.slot].in_flight), c.name))
         return Ranking(by_load, turn)

@@ -12,6 +12,9 @@ from types import ModuleType
 import msgspec
 
 
+COUNT_MAX = 1e12  # an engine that says more, or +Inf, says nothing
+
+
 class Signals(msgspec.Struct, frozen=True):
     """What an engine says of its load; None where it does not say. Units: `kv_ratio` 0 to 1."""
 
@@ -38,6 +41,14 @@ def metric_sum(metrics: bytes, name: bytes) -> float | None:
 
     Cost: one search, whatever the size of the rest.
     """
-    pattern = rb"(?:^|\n)" + re.escape(name) + rb"(?:\{[^\n]*\})? ([0-9.eE+-]+|NaN)"
-    values = [float(match) for match in re.findall(pattern, metrics) if match != b"NaN"]
+    pattern = rb"(?:^|\n)" + re.escape(name) + rb"(?:\{[^\n]*\})? ([^ \n]+)"
+    values = [value for match in re.findall(pattern, metrics) if abs(value := _number(match)) < COUNT_MAX]
     return sum(values) if values else None
+
+
+def _number(text: bytes) -> float:
+    """NaN, which is less than nothing, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

@@ -205,9 +205,13 @@ class Peer:
 
 
 class EgressRule:
-    """The address ranges that may be dialled. Shape: CIDRs; link-local addresses are refused whatever they say."""
+    """The addresses that may be dialled: inside the ranges, or public ones over https; link-local ones never.
 
-    def __init__(self, ranges: tuple[str, ...]) -> None:
+    Shape: `ranges` are CIDRs.
+    """
+
+    def __init__(self, ranges: tuple[str, ...], encrypted: bool) -> None:
+        self._encrypted = encrypted
         self._networks = [ipaddress.ip_network(text) for text in ranges]
 
     def check(self, host: str, addresses: list[str]) -> None:
@@ -220,5 +224,5 @@ class EgressRule:
             if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
                 address = address.ipv4_mapped
             inside = any(address in network for network in self._networks if network.version == address.version)
-            if address.is_link_local or not inside:
+            if address.is_link_local or not (inside or (self._encrypted and address.is_global)):
                 raise Refused(f"{host} resolves to {text}, which --egress-allow does not include")

@@ -1,0 +1,107 @@
+"""Every strategy in the folder, a dropped-in one included, keeps what routing relies on."""
+
+import copy
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.core import strategies
+from fleetgate.core.route import Decision, Lane, route
+from fleetgate.core.strategies import NO_TURN, Candidate, Ranking, Standing, Strategy, Turn
+from tests.properties.test_routing import situations
+
+Situation = tuple[tuple[Candidate, ...], dict[int, Standing], Turn]
+
+
+def fit_of(situation: Situation) -> list[Candidate]:
+    """Those that route hands to a strategy: up, and with room."""
+    made, load, _ = situation
+    return [c for c in made if load[c.slot].health > 0 and (not c.limit or load[c.slot].in_flight < c.limit)]
+
+
+def check_answer(strategy: Strategy, situation: Situation) -> None:
+    """An order of candidates it was given, each once, and none when there is none to give."""
+    _, load, turn = situation
+    fit = fit_of(situation)
+    if not fit:
+        return
+    given_turn, given_load = dict(turn), copy.copy(load)
+    ranking = strategy(fit, load, turn)
+    assert isinstance(ranking, Ranking)
+    names = [candidate.name for candidate in ranking.order]
+    assert names, "somebody has room, so somebody is named"
+    assert len(set(names)) == len(names) and set(names) <= {candidate.name for candidate in fit}
+    assert dict(turn) == given_turn and load == given_load, "what is given is not edited"
+    again = strategy(fit, load, turn)
+    assert [c.name for c in again.order] == names and again.turn == ranking.turn, "the same inputs, the same answer"
+
+
+def check_order_of_writing(strategy: Strategy, situation: Situation) -> None:
+    """Whoever has the most room by a clear margin does not depend on who was written first."""
+    made, load, turn = situation
+    lane, turned = Lane(made, strategy), Lane(tuple(reversed(made)), strategy)
+    one, other = route(lane, load, turn), route(turned, load, turn)
+    assert type(one) is type(other)
+    if isinstance(one, Decision) and isinstance(other, Decision):
+        assert {c.name for c in one.order} == {c.name for c in other.order}
+
+
+def check_long_run(strategy: Strategy, made: tuple[Candidate, ...]) -> None:
+    """A thousand picks on idle Deployments: everybody may be left out, nobody is overfilled, memory stays bounded."""
+    turn: Turn = NO_TURN
+    in_flight = {candidate.slot: 0 for candidate in made}
+    for step in range(1000):
+        load = {slot: Standing(count, 1.0) for slot, count in in_flight.items()}
+        decision = route(Lane(made, strategy), load, turn)
+        if isinstance(decision, Decision):
+            turn = decision.turn
+            first = decision.order[0]
+            assert not first.limit or in_flight[first.slot] < first.limit
+            in_flight[first.slot] += 1
+        if step % 3 == 2:
+            busiest = max(in_flight, key=lambda slot: in_flight[slot])
+            in_flight[busiest] -= 1
+    assert len(turn) <= len(made) and all(abs(value) < 1e6 for value in turn.values())
+
+
+@pytest.mark.parametrize("name", strategies.names())
+class TestEveryStrategy:
+    """The suite that a new file must pass; nothing else names it."""
+
+    @given(situation=situations())
+    def test_it_orders_what_it_is_given(self, name: str, situation: Situation) -> None:
+        check_answer(strategies.find(name), situation)
+
+    @given(situation=situations())
+    def test_it_does_not_care_who_was_written_first(self, name: str, situation: Situation) -> None:
+        check_order_of_writing(strategies.find(name), situation)
+
+    @given(limits=st.lists(st.integers(0, 40), min_size=1, max_size=5))
+    def test_it_holds_for_long(self, name: str, limits: list[int]) -> None:
+        made = tuple(Candidate(name=f"d{n}", slot=n, limit=limit, units=n + 1.0) for n, limit in enumerate(limits))
+        check_long_run(strategies.find(name), made)
+
+    def test_it_stands_extremes(self, name: str) -> None:
+        made = (
+            Candidate(name="tiny", slot=0, units=1e-9, limit=1),
+            Candidate(name="vast", slot=1, units=1e9, limit=1_000_000),
+            Candidate(name="open", slot=2, units=1.0),
+        )
+        load = {0: Standing(0, 0.001), 1: Standing(999_999, 1.0), 2: Standing(10**9, 1.0)}
+        check_answer(strategies.find(name), (made, load, {}))
+
+    def test_it_is_one_pure_documented_function(self, name: str) -> None:
+        strategy = strategies.find(name)
+        assert inspect.getdoc(strategy)
+        module = inspect.getmodule(strategy)
+        assert module is not None and inspect.getdoc(module)
+        assert list(inspect.signature(strategy).parameters) == ["candidates", "load", "turn"]
+        source = inspect.getsource(module)
+        assert not any(f"import {word}" in source for word in ("random", "time", "os", "asyncio"))
+
+
+def test_an_unknown_strategy_is_a_clear_error() -> None:
+    with pytest.raises(KeyError, match="overflow"):
+        strategies.find("dice")

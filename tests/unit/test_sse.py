@@ -1,0 +1,43 @@
+"""Cutting streams into events."""
+
+import pytest
+
+from fleetgate.protocols.sse import EVENT_BYTES_MAX, Events, EventTooLong, data_of
+
+
+def test_events_keep_their_ends() -> None:
+    events = Events()
+    assert events.feed(b"data: 1\n\nda") == [b"data: 1\n\n"]
+    assert events.partial == b"da"
+    assert events.feed(b"ta: 2\r\n\r\n: c\n\n") == [b"data: 2\r\n\r\n", b": c\n\n"]
+    assert events.partial == b""
+
+
+def test_an_event_may_be_as_long_as_the_limit_and_no_longer() -> None:
+    exact = b"x" * EVENT_BYTES_MAX
+    events = Events()
+    assert events.feed(exact) == []
+    assert events.feed(b"\n\n") == [exact + b"\n\n"]
+    with pytest.raises(EventTooLong):
+        Events().feed(exact + b"x")
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        (b"data: {}\n\n", b"{}"),
+        (b"data:{}\n\n", b"{}"),
+        (b"data:  {}\n\n", b" {}"),
+        (b"data: {}\r\n\r\n", b"{}"),
+        (b"event: x\ndata: {}\nid: 1\n\n", b"{}"),
+        (b"data: a\ndata: b\n\n", b"a\nb"),
+        (b"data\n\n", None),
+        (b": comment\n\n", None),
+        (b"event: ping\n\n", None),
+        (b"\n\n", None),
+        (b"xdata: 1\n\n", None),
+        (b"data:\n\n", b""),
+    ],
+)
+def test_the_data_of_an_event(event: bytes, data: bytes | None) -> None:
+    assert data_of(event) == data
