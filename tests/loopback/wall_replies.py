@@ -77,12 +77,13 @@ def _head(length: int, status: bytes = b"200 OK", extra: bytes = b"") -> bytes:
     return b"HTTP/1.1 " + status + b"\r\n" + DATE + kind + extra + b"content-length: %d\r\n\r\n" % length
 
 
-async def _send_events(line: Line, events: Iterable[bytes], last: bytes = LAST) -> None:
-    """Each event in a chunk and a write of its own."""
+async def _send_events(line: Line, seen: Seen, events: Iterable[bytes], last: bytes = LAST) -> None:
+    """Each event in a chunk and a write of its own, `pace_s` apart: then each is likely to be read alone."""
     line.write(EVENT_STREAM + CHUNKED)
+    pace_s = seen.option("pace_s", 0)
     for one in events:
         line.write(chunk(one))
-        await asyncio.sleep(0)
+        await asyncio.sleep(pace_s)
         await line.drain()
     if last:
         line.end()
@@ -218,7 +219,7 @@ async def short_length(line: Line, seen: Seen) -> None:
 async def half_then_reset(line: Line, seen: Seen) -> None:
     """RST in the middle of the body (streamed: after `count` events)."""
     if seen.ask.get("stream"):
-        await _send_events(line, [role(seen.model), *tokens(seen.model, seen.option("count", 2))], last=b"")
+        await _send_events(line, seen, [role(seen.model), *tokens(seen.model, seen.option("count", 2))], last=b"")
     else:
         line.write(_head(1000) + b'{"half":')
     await line.flush()
@@ -229,10 +230,18 @@ async def half_then_reset(line: Line, seen: Seen) -> None:
 async def half_then_fin(line: Line, seen: Seen) -> None:
     """A regular close in the middle of the body."""
     if seen.ask.get("stream"):
-        await _send_events(line, [role(seen.model), *tokens(seen.model, seen.option("count", 2))], last=b"")
+        await _send_events(line, seen, [role(seen.model), *tokens(seen.model, seen.option("count", 2))], last=b"")
     else:
         line.write(_head(1000) + b'{"half":')
     line.close()
+
+
+async def stale(line: Line, seen: Seen) -> None:
+    """Answers the first request of a connection and resets at the second, as an engine that was about to close it."""
+    if [one.connection for one in line.wall.seen].count(line.number) > 1:
+        line.reset()
+    else:
+        await whole_or_stream(line, seen)
 
 
 async def silent(line: Line, seen: Seen) -> None:
@@ -271,7 +280,7 @@ async def slow(line: Line, seen: Seen) -> None:
 
 async def stream(line: Line, seen: Seen) -> None:
     """One event a chunk and a write."""
-    await _send_events(line, _events(seen))
+    await _send_events(line, seen, _events(seen))
 
 
 whole_or_stream = _whole(whole, stream)
@@ -305,14 +314,14 @@ async def stream_odd_chunks(line: Line, seen: Seen) -> None:
 
 async def stream_crlf(line: Line, seen: Seen) -> None:
     """Events that end in CR LF CR LF."""
-    await _send_events(line, (one.replace(b"\n\n", b"\r\n\r\n") for one in _events(seen)))
+    await _send_events(line, seen, (one.replace(b"\n\n", b"\r\n\r\n") for one in _events(seen)))
 
 
 async def stream_comments(line: Line, seen: Seen) -> None:
     """Keep-alive comments between events, and an event with several fields."""
     named = b"event: message\nid: 7\n" + tokens(seen.model, 1)[0]
     model = seen.model
-    await _send_events(line, [role(model), named, b": keep-alive\n\n", *tokens(model, 2), finish(model), DONE])
+    await _send_events(line, seen, [role(model), named, b": keep-alive\n\n", *tokens(model, 2), finish(model), DONE])
 
 
 async def stream_until_close(line: Line, seen: Seen) -> None:
@@ -330,7 +339,7 @@ async def stream_with_length(line: Line, seen: Seen) -> None:
 
 async def stream_late_end(line: Line, seen: Seen) -> None:
     """The terminating chunk comes a moment after [DONE]."""
-    await _send_events(line, _events(seen), last=b"")
+    await _send_events(line, seen, _events(seen), last=b"")
     await asyncio.sleep(0.02)
     line.end()
     line.write(LAST)
@@ -358,7 +367,7 @@ def _stream_of(*parts: str, last: bytes = LAST, then: str = "") -> Reply:
             "comment": b": waiting\n\n",
             "partial": tokens(model, 1)[0][:30],
         }
-        await _send_events(line, [named[part] for part in parts], last)
+        await _send_events(line, seen, [named[part] for part in parts], last)
         if then:
             getattr(line, then)()
 
@@ -438,6 +447,7 @@ REPLIES: dict[str, Reply] = {
     "304": _raw(b"HTTP/1.1 304 Not Modified\r\n\r\n"),
     "204": _raw(b"HTTP/1.1 204 No Content\r\n\r\n"),
     # time
+    "stale": stale,
     "silent": silent,
     "held": held,
     "held-early": held_early,

@@ -11,6 +11,7 @@ def test_events_keep_their_ends() -> None:
     assert events.partial == b"da"
     assert events.feed(b"ta: 2\r\n\r\n: c\n\n") == [b"data: 2\r\n\r\n", b": c\n\n"]
     assert events.partial == b""
+    assert events.feed(b"data: 3\r\rdata: 4\r\r") == [b"data: 3\r\r", b"data: 4\r\r"]
 
 
 def test_an_event_may_be_as_long_as_the_limit_and_no_longer() -> None:

@@ -269,7 +269,8 @@ class ResponseMemo:
         if known is None or not head.startswith(before):
             return None
         date_end = len(before) + _DATE_BYTES
-        if not head.startswith(middle, date_end) or b"\r" in head[len(before) : date_end]:
+        date = head[len(before) : date_end]
+        if not head.startswith(middle, date_end) or b"\r" in date or b"\n" in date:
             return None
         if not self._after_length:
             return (known, -1) if len(head) == date_end + len(middle) else None

@@ -11,7 +11,6 @@ from types import ModuleType
 
 import msgspec
 
-
 COUNT_MAX = 1e12  # an engine that says more, or +Inf, says nothing
 
 

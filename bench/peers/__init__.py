@@ -1,0 +1,1 @@
+"""The proxies that are compared: one file each, or one for those that are installed alike."""
