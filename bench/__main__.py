@@ -26,10 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.machine import cores_for, describe, pin
 from bench.measure import KINDS, QUICK, Scale, Target, Values, applies, requests_busy
-from bench.native import HERE, OUT, CannotBench, Mock, WrongAnswer, build
+from bench.native import HERE, OUT, CannotBench, Mock, WrongAnswer, alone, build
 from bench.peers.base import Absent, Peer, Running, Site
 from bench.peers.debian import Haproxy, Nginx
 from bench.peers.fleetgate import Fleetgate
+from bench.peers.floor import Floor
 from bench.peers.wheels import EngineRouter, Envoy, LiteLLM
 from bench.report import DIRECT, SUBJECT, Results, markdown, show
 from bench.requests import HEADS, body
@@ -38,6 +39,7 @@ PEERS: list[Peer] = [
     Haproxy(log=False),
     Haproxy(log=True),
     Nginx(),
+    Floor(),
     Fleetgate(),
     Envoy(by_model=False),
     Envoy(by_model=True),
@@ -196,8 +198,9 @@ def _load_sentence(scale: Scale, head: str) -> str:
 
 def run(asked: argparse.Namespace, console: Console) -> Results:
     """Build, start, measure in rounds, stop."""
-    build()
     with ExitStack() as stack:
+        stack.enter_context(alone())
+        build()
         bench = Bench(asked, stack, console)
         bench.start_all()
         plan = bench.plan()

@@ -1,10 +1,12 @@
 """The mock upstream and the load client: two small C programs, so that the machine's time goes to the proxy."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,26 @@ class WrongAnswer(Exception):
     """Answers that came through a proxy were not what the mock sent."""
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One benchmark at a time: two at once would measure each other.
+
+    Raises: `CannotBench` when another one runs.
+    """
+    OUT.mkdir(exist_ok=True)
+    with (OUT / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotBench("another benchmark runs on this machine; wait until it has ended") from None
+        yield
+
+
 def build() -> None:
     """Compile both programs where their sources are newer.
 
     Raises: `CannotBench` without a C compiler.
     """
-    OUT.mkdir(exist_ok=True)
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise CannotBench("no C compiler for the mock and the load client: apt-get install gcc libc6-dev")

@@ -144,7 +144,7 @@ def workers_sentence(results: Results) -> str:
         f"Two workers carried {median(per_s[1]):,.0f} requests/s against one's {median(per_s[0]):,.0f} "
         f"({measured:.2f} ×) on {results.facts['cores']} cores that mock and client share; "
         f"a request cost {median(cpu[1]):.1f} µs against {median(cpu[0]):.1f}, "
-        f"so with a core for each they carry {2 / dearer:.2f} × one."
+        f"so with a core for each they would carry {2 / dearer:.2f} × one."
     )
 
 

@@ -16,7 +16,6 @@ from fleetgate.cli.demo import run_demo
 from fleetgate.control.config import ENV as CONTROL_ENV
 from fleetgate.control.config import ControlConfig
 from fleetgate.control.datadir import Unusable, open_data_dir
-from fleetgate.control.loading import check_file
 from fleetgate.core.board import WORKERS_MAX
 from fleetgate.proxy.config import ENV as WORKER_ENV
 from fleetgate.proxy.config import WorkerConfig
@@ -30,7 +29,6 @@ from fleetgate.proxy.supervisor import (
     shared_memory,
     split_address,
 )
-from fleetgate.proxy.tls import development_authority
 from fleetgate.simulator.command import SETTINGS as ENGINE_SETTINGS
 from fleetgate.simulator.command import engine
 
@@ -130,6 +128,10 @@ def run_up(options: UpOptions) -> int:
 
     Raises: `CannotStart`.
     """
+    # Imported here: validation, store and cryptography take half a second that other commands need not wait for.
+    from fleetgate.control.loading import check_file
+    from fleetgate.proxy.tls import development_authority
+
     check_options(options)
     files = certificate_files(options.tls)
     try:
@@ -240,7 +242,7 @@ def announce(options: UpOptions, port: int, api_port: int) -> None:
     if options.tls:
         lines.insert(1, f"endpoint    https://{options.tls_listen}/v1")
     if options.tls == "dev":
-        lines.append(f"dev CA      {development_authority(options.data_dir / 'tls')}")
+        lines.append(f"dev CA      {options.data_dir / 'tls' / 'dev-ca.pem'}")
     if options.auth == "none":
         lines.append("client keys are off (--auth none): anybody on this machine may use the endpoint")
     sys.stderr.write("\n".join(lines) + "\n")

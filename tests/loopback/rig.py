@@ -31,6 +31,7 @@ class Rig:
 
     def __init__(self, data_dir: Path, workers: int = 1, auth: str = "none", **options: object) -> None:
         self.data_dir = data_dir
+        self.patience: dict[str, float] = {}  # `module.NAME` under fleetgate.proxy: shorter waits for tests of waits
         self.board_fd, self.board = shared_memory(workers)
         self._listeners = open_listeners("127.0.0.1:0", "--listen", workers)
         self.port: int = self._listeners[0].getsockname()[1]
@@ -68,7 +69,9 @@ class Rig:
         config = self.config(index)
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
-        process = subprocess.Popen([sys.executable, "-m", "fleetgate.proxy.worker"], env=env, pass_fds=fds)
+        lines = ["from fleetgate.proxy import conversation, listener, worker"]
+        lines += [f"{name} = {value}" for name, value in self.patience.items()]
+        process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)
         return process
 

@@ -207,6 +207,11 @@ TOO_MUCH: dict[str, tuple[bytes, int]] = {
         chunks_are(b"0\r\n" + b"".join(b"x-%d: %b\r\n" % (n, b"y" * 100) for n in range(100)) + b"\r\n"),
         431,
     ),
+    "one-byte chunks without end": (chunks_are(b"1\r\na\r\n" * 100_000 + b"0\r\n\r\n"), 400),
+    "one-byte chunks after a large one": (
+        chunks_are(b"100000\r\n" + b" " * MIB + b"\r\n" + b"1;x\r\na\r\n" * 100_000 + b"0\r\n\r\n"),
+        400,
+    ),
     "one trailer without end": (chunks_are(b"0\r\nx-a: " + b"y" * 20_000), 400),
 }
 

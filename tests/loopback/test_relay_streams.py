@@ -152,6 +152,16 @@ def test_an_event_that_is_not_json_is_dropped_and_the_rest_is_whole(two: Plane, 
         assert answer.body == b"".join([role(name), token, token, finish(name), DONE]) and answer.whole
 
 
+@pytest.mark.parametrize("pace_s", [0, 0.01])
+def test_bytes_that_are_not_text_are_replaced(two: Plane, pace_s: float) -> None:
+    """Event by event, so that what is well keeps its bytes."""
+    two.use({})
+    answer = two.ask(request("not-utf8", stream=True, wall={"pace_s": pace_s}))
+    assert answer.whole and answer.body.decode().count("\ufffd") == 2
+    model, token = "not-utf8", tokens("not-utf8", 1)[0]
+    assert answer.body.startswith(role(model) + token) and answer.body.endswith(token + finish(model) + DONE)
+
+
 def test_a_malformed_first_event_is_dropped(two: Plane) -> None:
     two.use({})
     assert two.ask(request("malformed-first", stream=True)).body == plain("malformed-first", 1)

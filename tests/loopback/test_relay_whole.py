@@ -1,9 +1,12 @@
 """Answers that are not streamed: checked whole before a byte goes out, so that any fault can still move."""
 
+import socket
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
+from fleetgate.core.model import Endpoint
 from fleetgate.providers.sealing import seal
 from tests.loopback.wall_client import request
 from tests.loopback.wall_replies import answer as answer_of
@@ -22,7 +25,7 @@ def two() -> Iterator[Plane]:
 GOOD = ["ok", "in-pieces", "odd-chunks", "until-close", "old-http", "informed-first", "extra-bytes", "evil-headers"]
 BAD = [
     "rst-before", "fin-before", "rst-mid", "fin-mid", "truncated-json", "long-length", "short-length",
-    "garbage", "two-lengths", "length-and-chunks", "bad-chunk", "bare-lf", "huge-head", "switch", "empty-json",
+    "garbage", "two-lengths", "tiny-chunks", "not-text", "length-and-chunks", "bad-chunk", "bare-lf", "huge-head", "switch", "empty-json",
     "not-json", "500", "502", "503", "503-full", "504", "529", "429", "401", "403", "404", "302", "304", "204",
 ]  # fmt: skip
 
@@ -154,6 +157,27 @@ def test_all_down_is_503_with_retry_after(two: Plane) -> None:
     finally:
         for wall in two.walls:
             wall.rise()
+    two.wait_idle()
+
+
+def test_other_endpoints_of_a_deployment_are_tried_before_the_client_hears_of_it(two: Plane) -> None:
+    """`urls` of one Deployment: one refuses, one answers 500, one is well."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    (one,) = two.deployments({})
+    good = one.endpoints[0]
+    for number, bad_port in enumerate((port, two.walls[1].port)):
+        bad = Endpoint(slot=3000 + number, scheme="http", host="127.0.0.1", port=bad_port, base_path="/v1")
+        both = msgspec.structs.replace(one, endpoints=(bad, good))
+        two.walls[1].replies["ok"] = two.walls[1].replies["500"]
+        try:
+            two.publish([both])
+            for _ in range(8):
+                answer = two.ask(request("ok"))
+                assert answer.status == 200 and answer.headers["x-fleetgate-deployment"] == "one"
+        finally:
+            two.walls[1].replies["ok"] = two.walls[0].replies["ok"]
     two.wait_idle()
 
 

@@ -81,6 +81,11 @@ class Client:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
+    @property
+    def buffered(self) -> int:
+        """How many bytes came that no answer has used."""
+        return len(self._buffer)
+
     def receive(self) -> bool:
         """Read more; False at the end."""
         try:

@@ -426,9 +426,11 @@ REPLIES: dict[str, Reply] = {
     "length-and-chunks": _raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n{}"),
     "bad-chunk": _raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"),
     "bare-lf": _raw(b"HTTP/1.1 200 OK\ncontent-length: 2\n\n{}" + b"\r\n\r\n"),
+    "tiny-chunks": _raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 20_000),
     "huge-head": _raw(b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 40_000),
     "switch": _raw(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"),
     "empty-json": _status(b"200 OK", body=b""),
+    "not-text": _status(b"200 OK", body=b'{"choices":[{"message":{"content":"\xff\xfe"}}]}'),
     "not-json": _status(b"200 OK", body=b"<html>hello</html>"),
     # statuses
     "500": _status(b"500 Internal Server Error"),

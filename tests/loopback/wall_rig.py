@@ -83,11 +83,15 @@ class Plane:
 
 
 @contextmanager
-def plane(workers: int = 1, walls: int = 1, **options: object) -> Iterator[Plane]:
+def plane(
+    workers: int = 1, walls: int = 1, patience: dict[str, float] | None = None, **options: object
+) -> Iterator[Plane]:
     """Start them, and end them."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="fleetgate-test-")))
         running = [stack.enter_context(Wall()) for _ in range(walls)]
-        made = Plane(stack.enter_context(Rig(directory, workers, **options)), running)  # type: ignore[arg-type]
+        rig = Rig(directory, workers, **options)  # type: ignore[arg-type]
+        rig.patience = patience or {}
+        made = Plane(stack.enter_context(rig), running)
         made.use(*({} for _ in range(walls)))
         yield made

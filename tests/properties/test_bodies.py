@@ -10,8 +10,9 @@ from fleetgate.protocols.openai import InvalidBody, read_ask, rename_model, rewr
 
 NAMES = st.sampled_from(["m", "meta/llama-3", 'quo"te', "back\\slash", "ünï😀", "model", "a b"])
 TEXTS = st.text(max_size=12) | st.sampled_from(['"model":"x"', "\\", "\u2028", '{"model"', "model"])
+NUMBERS = st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | TEXTS,
+    st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["model", "stream", "x", "stream_options"]), inner, max_size=3)
@@ -37,25 +38,16 @@ def bodies(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
     if draw(st.booleans()):
         text = text.replace('"model"', '"mod\\u0065l"', 1)
     around = draw(st.sampled_from([("", ""), (" ", "\n"), ("\r\n\t", " ")]))
-    return body, text.join(around).encode("utf-8", "surrogatepass")
+    return body, text.join(around).encode()
 
 
 @given(bodies())
 def test_what_is_read_is_what_was_written(made: tuple[dict[str, Any], bytes]) -> None:
     body, data = made
-    try:
-        ask = read_ask(data)
-    except InvalidBody:
-        # Only text that is not Unicode may be refused: a lone surrogate.
-        assert has_surrogate(body)
-        return
+    ask = read_ask(data)
     assert ask.model == body["model"] and ask.stream == bool(body.get("stream"))
     options = body.get("stream_options")
     assert ask.wants_usage == bool(options and options.get("include_usage"))
-
-
-def has_surrogate(body: object) -> bool:
-    return any(0xD800 <= ord(letter) < 0xE000 for letter in json.dumps(body, ensure_ascii=False))
 
 
 @given(bodies(), NAMES, st.booleans())
@@ -63,8 +55,6 @@ def test_what_is_rewritten_differs_in_the_wish_alone(
     made: tuple[dict[str, Any], bytes], name: str, add_usage: bool
 ) -> None:
     body, data = made
-    if has_surrogate(body):
-        return
     ask = read_ask(data)
     add_usage = add_usage and not ask.wants_usage
     written = json.loads(rewrite(data, ask, name, add_usage))

@@ -15,6 +15,7 @@ HEADERS_MAX = 64
 BODY_BYTES_MAX = 20 * 1024 * 1024  # FAULTS.md row 28
 CHUNK_LINE_BYTES_MAX = 256
 TRAILER_BYTES_MAX = 8 * 1024
+CHUNK_EXCESS_BYTES_MAX = 16 * 1024  # framing beyond the payload it carries; one-byte chunks cost a second a megabyte
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _FIELDS = rb"((?:" + _TOKEN + rb":[\t \x21-\x7e\x80-\xff]*\r\n)*)\r\n"
@@ -287,13 +288,14 @@ class ChunkedBody:
     Raises: `Malformed` when the framing is not exact.
     """
 
-    __slots__ = ("_buffer", "_left", "_state", "_trailer_bytes", "done", "rest")
+    __slots__ = ("_buffer", "_excess_bytes", "_left", "_state", "_trailer_bytes", "done", "rest")
 
     def __init__(self) -> None:
         self._buffer = b""
         self._left = 0
         self._state = 0  # 0 size line, 1 data, 2 the line end after data, 3 trailers
         self._trailer_bytes = 0
+        self._excess_bytes = 0
         self.done = False
         self.rest = b""
 
@@ -353,6 +355,9 @@ class ChunkedBody:
         if match is None:
             raise Malformed(400, "malformed chunk size")
         self._left = int(match[1], 16)
+        self._excess_bytes = max(0, self._excess_bytes + len(line) + 4 - self._left)
+        if self._excess_bytes > CHUNK_EXCESS_BYTES_MAX:
+            raise Malformed(400, "malformed chunks: far more framing than payload")
         self._state = 1 if self._left else 3
 
 

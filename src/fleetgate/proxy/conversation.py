@@ -70,6 +70,7 @@ class Conversation:
     place: Place | None = None  # where a reservation is held
     last_place: Place | None = None  # where the last attempt went, for the books
     peer: Peer | None = None
+    failed_peers: tuple[Peer, ...] = ()
     relay: Relay | None = None
     ticket: Ticket | None = None
     first_s = 0.0
@@ -78,6 +79,7 @@ class Conversation:
     attempts = 0
     status = 0
     written = 0
+    tail = b""  # the answer's last bytes, written when its place is free again
 
     def __init__(self, hub: "Hub", client: "ClientConnection", request: "Admitted", lane: LaneState, ask: Ask) -> None:
         self.hub = hub
@@ -119,7 +121,8 @@ class Conversation:
             slot = candidate.slot
             place = places[slot]
             load[slot] = Standing(in_flight(slot) + place.foreign, place.fit)
-        decision = route(lane.lane, load, lane.turn, command.tried)
+        tried = self._exhausted(command.tried) if command.tried else ()
+        decision = route(lane.lane, load, lane.turn, tried)
         if isinstance(decision, Rejection):
             self._report(NotPicked(decision.reason))
             return
@@ -133,6 +136,11 @@ class Conversation:
                 self._report(Picked(candidate))
                 return
         self._report(NotPicked(NoPlace.ALL_FULL))  # another worker was faster
+
+    def _exhausted(self, slots: tuple[int, ...]) -> list[int]:
+        """Those of the Deployments tried that have no other Endpoint to try."""
+        places, now_s = self.hub.tables.places, self.hub.clock()
+        return [slot for slot in slots if slot not in places or not places[slot].choose(now_s, self.failed_peers)]
 
     def _wait(self, command: Wait) -> None:
         if self.ticket is not None:
@@ -175,7 +183,7 @@ class Conversation:
     def _send(self, command: Send) -> None:
         place, now_s = self.place, self.hub.clock()
         assert place is not None
-        peer = place.choose(now_s)
+        peer = place.choose(now_s, self.failed_peers)
         self.attempts += 1
         if peer is None:
             self._lost(Failed(Failure.UNREACHABLE, sent=False))
@@ -259,8 +267,9 @@ class Conversation:
         assert self.peer is not None and self.place is not None
         self._dispatch(self.peer, self.place, fresh=True)
 
-    def on_ended(self, relay: Relay) -> None:
+    def on_ended(self, relay: Relay, tail: bytes) -> None:
         """The answer ended as it should."""
+        self.tail += tail
         if self.peer is not None:
             self._see(Sign.WENT_WELL)
         self._report(FINISHED)
@@ -281,8 +290,10 @@ class Conversation:
         if meters is not None:
             self.hub.telemetry.cells[meters.failure(event.failure)] += 1
         sign = SIGNS.get(event.failure)
-        if sign is not None and self.peer is not None:
-            self._see(sign)
+        if self.peer is not None:
+            self.failed_peers = (*self.failed_peers, self.peer)
+            if sign is not None:
+                self._see(sign)
         self._settle()
         self._report(event)
 
@@ -315,7 +326,7 @@ class Conversation:
             self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
         head = answers.relayed_head(self, relay, place, len(relay.held[0]) if whole else -1)
         if whole:
-            self.write(head + relay.held[0] if not self.request.no_body else head)
+            self.tail = head + relay.held[0]
         else:
             self.write(head)
             self.deadline_s = self.first_s + STALL_MAX_S
@@ -341,6 +352,7 @@ class Conversation:
 
     def _end(self) -> None:
         self._settle()
+        self.write(self.tail)
         self.hub.conversations.pop(self, None)
         self.hub.record(self)
         self.relay = None

@@ -61,11 +61,11 @@ class Place:
         peers = self.peers
         self.fit = sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
 
-    def choose(self, now_s: float) -> Peer | None:
-        """The fit Endpoint with the least of this worker's requests."""
-        if len(self.peers) == 1:
+    def choose(self, now_s: float, without: tuple[Peer, ...] = ()) -> Peer | None:
+        """The fit Endpoint with the least of this worker's requests, leaving some out."""
+        if len(self.peers) == 1 and not without:
             return self.peers[0] if self.fit > 0.0 else None
-        fit = [peer for peer in self.peers if peer.fitness(now_s) > 0.0]
+        fit = [peer for peer in self.peers if peer not in without and peer.fitness(now_s) > 0.0]
         return min(fit, key=lambda peer: peer.in_flight) if fit else None
 
 

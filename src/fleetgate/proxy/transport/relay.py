@@ -38,8 +38,9 @@ class Owner(Protocol):
     def on_stale(self, relay: "Relay") -> None:
         """A kept connection had been closed before this request reached it: nothing is known against the Endpoint."""
 
-    def on_ended(self, relay: "Relay") -> None:
-        """The answer ended as it should; its last bytes are written."""
+    def on_ended(self, relay: "Relay", tail: bytes) -> None:
+        """The answer ended as it should. Its last bytes are the owner's to write, after it has settled its place:
+        a client that asks again at once must not find that place still taken."""
 
     def write(self, data: bytes) -> None:
         """Send payload with its framing to the client."""
@@ -247,27 +248,28 @@ class Relay:
         if self._state == self._gather:
             self._whole_body(b"".join(self._body))
         elif self._state == self._pass_on:
-            self.owner.write(b"" if self.raw else http1.LAST_CHUNK)
-            self._finish()
+            self._finish(b"" if self.raw else http1.LAST_CHUNK)
         else:
-            self._end_of_stream()
+            self._end_of_stream([])
 
     def _whole_body(self, body: bytes) -> None:
         if self.status < 300:
+            if not body.isascii() and not _is_text(body):
+                raise Malformed(502, "the upstream's answer is not UTF-8")
             self.usage = openai.read_answer(body)
         if self._rename is not None:
             body = openai.rename_model(body, *self._rename)
         self.held = [body]
         self.finish_seen = True
-        self.owner.on_first(self)  # writes head and body in one
-        self._finish()
+        self.owner.on_first(self)  # keeps head and body for the end, which is now
+        self._finish(b"")
 
     # --- a stream before its first content ---
 
     def _peek(self, data: bytes) -> None:
         events = self._events.feed(self._payload(data))
         meaning: Meaning | None = None
-        for position, event in enumerate(events):
+        for position, event in enumerate(map(_as_text, events)):
             meaning, usage = openai.understand(event)
             self.usage = usage or self.usage
             if meaning is Meaning.ERROR:
@@ -312,10 +314,10 @@ class Relay:
             if out:  # what came whole before the fault is the client's
                 self._write_events(out)
             raise
-        if out:
-            self._write_events(out)
         if self.done_seen or self._whole():
-            self._end_of_stream()
+            self._end_of_stream(out)
+        elif out:
+            self._write_events(out)
 
     def _write_events(self, events: list[bytes]) -> None:
         payload = b"".join(events)
@@ -333,6 +335,7 @@ class Relay:
             and data.find(b"\n\n") == len(data) - 4
             and data.endswith(b"}\n\n\r\n")
             and data.startswith(_PLAIN_BEGINS, line + 2)
+            and (data.isascii() or _is_text(data))
             and data.find(self.operation.fast_mark, line) > 0
             and data[:line] == b"%x" % length
         )
@@ -340,7 +343,7 @@ class Relay:
     def _sort(self, events: list[bytes], out: list[bytes]) -> None:
         """Put what the client shall see into `out`."""
         mark = self.operation.fast_mark
-        for event in events:
+        for event in map(_as_text, events):
             if mark in event and event.startswith(b"data: {") and event.endswith(b"}\n\n"):
                 self.event_count += 1
                 out.append(self._named(event))
@@ -365,16 +368,18 @@ class Relay:
                 continue
             out.append(self._named(event))
 
-    def _end_of_stream(self) -> None:
+    def _end_of_stream(self, last: list[bytes]) -> None:
         if self._state == self._peek or not self.finish_seen or self._events.partial:
+            if last:
+                self._write_events(last)
             self._fail(Failure.BAD_OUTPUT)
             return
-        tail = b"" if self.done_seen or not self.operation.done_mark else b"data: [DONE]\n\n"
-        if self.raw:
-            self.owner.write(tail)
-        else:
-            self.owner.write((http1.chunk(tail) if tail else b"") + http1.LAST_CHUNK)
-        self._finish()
+        if not self.done_seen and self.operation.done_mark:
+            last.append(b"data: [DONE]\n\n")
+        tail = b"".join(last)
+        if not self.raw:
+            tail = (http1.chunk(tail) if tail else b"") + http1.LAST_CHUNK
+        self._finish(tail)
 
     # --- ends ---
 
@@ -385,7 +390,7 @@ class Relay:
         payload, self.held = self._named(b"".join(self.held)), []
         self.owner.write(payload if self.raw else http1.chunk(payload))
 
-    def _finish(self) -> None:
+    def _finish(self, tail: bytes) -> None:
         self._closed = True
         self._state = _ignore
         connection, self.connection = self.connection, None
@@ -401,7 +406,7 @@ class Relay:
                 connection.attempt = Remainder(connection, self._chunked)
             else:
                 connection.drop()
-        self.owner.on_ended(self)
+        self.owner.on_ended(self, tail)
 
     def _surplus(self) -> bool:
         return bool(self._buffer) or (self._chunked is not None and bool(self._chunked.rest))
@@ -445,6 +450,19 @@ class Remainder:
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
     """The upstream's headers that the client may see. FAULTS.md row 27."""
     return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _as_text(event: bytes) -> bytes:
+    """The event with what is not UTF-8 replaced: the official SDKs die of such bytes. FAULTS.md row 26."""
+    return event if event.isascii() or _is_text(event) else event.decode(errors="replace").encode()
 
 
 def _ignore(data: bytes) -> None:
