@@ -14,6 +14,7 @@ from bench.measure import Values
 REFERENCE = "haproxy"
 SUBJECT = "fleetgate"
 DIRECT = "direct"
+FLOOR = "uvloop-bytes"
 
 
 @dataclass
@@ -125,7 +126,7 @@ def rows(results: Results) -> list[list[str]]:
                 spread(results.series(peer, "memory", "pss_mb"), 1),
                 spread(results.series(peer, "tls", "cpu_us"), 1),
                 _ratios(results, peer, "tls", "cpu_us"),
-                idle if peer != SUBJECT else f"{idle} + {beside} beside",
+                f"{idle} + {beside} beside" if peer == SUBJECT and idle != "–" else idle,
             ]
         )
     return made
@@ -146,6 +147,17 @@ def workers_sentence(results: Results) -> str:
         f"a request cost {median(cpu[1]):.1f} µs against {median(cpu[0]):.1f}, "
         f"so with a core for each they would carry {2 / dearer:.2f} × one."
     )
+
+
+def floor_sentence(results: Results) -> str:
+    """What the event loop alone costs against the reference, and Fleetgate against it; empty when not measured."""
+    parts = []
+    for kind, what in (("request", "a request"), ("event", "an event"), ("burst", "an event in bursts")):
+        floor = results.paired((FLOOR, kind, "cpu_us"), (REFERENCE, kind, "cpu_us"), _ratio)
+        above = results.paired((SUBJECT, kind, "cpu_us"), (FLOOR, kind, "cpu_us"), _ratio)
+        if floor and above:
+            parts.append(f"{what}: {median(floor):.2f} × HAProxy, Fleetgate {median(above):.2f} × that")
+    return f"What moving bytes on the same event loop costs ({FLOOR}), {'; '.join(parts)}." if parts else ""
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ def show(results: Results, console: Console) -> None:
     console.print(table)
     for verdict in verdicts(results):
         console.print(f"  {verdict.sentence()}")
-    for line in filter(None, [workers_sentence(results), *_notes(results)]):
+    for line in filter(None, [workers_sentence(results), floor_sentence(results), *_notes(results)]):
         console.print(line, markup=False)
 
 
@@ -227,8 +239,7 @@ def markdown(results: Results, command: str) -> str:
         "",
         f"Load: {facts['load']}. In the row of `direct` (client to mock, no proxy) the latencies are whole ones.",
         "",
-        workers_sentence(results),
-        "",
+        *(line for text in (workers_sentence(results), floor_sentence(results)) if text for line in (text, "")),
         "## Targets",
         "",
         *(f"- {verdict.sentence()}" for verdict in verdicts(results)),

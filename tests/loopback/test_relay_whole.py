@@ -25,7 +25,8 @@ def two() -> Iterator[Plane]:
 GOOD = ["ok", "in-pieces", "odd-chunks", "until-close", "old-http", "informed-first", "extra-bytes", "evil-headers"]
 BAD = [
     "rst-before", "fin-before", "rst-mid", "fin-mid", "truncated-json", "long-length", "short-length",
-    "garbage", "two-lengths", "tiny-chunks", "not-text", "length-and-chunks", "bad-chunk", "bare-lf", "huge-head", "switch", "empty-json",
+    "garbage", "two-lengths", "tiny-chunks", "not-text",
+    "length-and-chunks", "bad-chunk", "bare-lf", "huge-head", "switch", "empty-json",
     "not-json", "500", "502", "503", "503-full", "504", "529", "429", "401", "403", "404", "302", "304", "204",
 ]  # fmt: skip
 

@@ -166,7 +166,7 @@ class Wall:
             from tests.loopback.wall_replies import REPLIES
 
             replies = REPLIES
-        self.replies = replies
+        self.replies = dict(replies)
         self.on_get: Callable[[Line, Seen], None] = _well
         self.seen: list[Seen] = []
         self.lines: set[Line] = set()

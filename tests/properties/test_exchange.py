@@ -41,7 +41,7 @@ failures = st.sampled_from([failure for failure in Failure if failure is not Fai
 
 def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
     """A shell that answers every command with anything that may happen."""
-    commands = [exchange.start(0.0)]
+    commands: list[Command] = [exchange.start()]
     while not isinstance(commands[-1], Refuse | Interrupt | Finish):
         choices: list[Event]
         match commands[-1]:
@@ -96,7 +96,7 @@ def test_a_total_outage_is_not_multiplied() -> None:
     budget, attempts, requests = RetryBudget(0.1, 0.0), 0, 1000
     for number in range(requests):
         exchange = Exchange(3, budget)
-        command = exchange.start(number / 1000)
+        command: Command = exchange.start()
         while not isinstance(command, Refuse):
             if isinstance(command, Pick):
                 slot = len(command.tried)
@@ -125,7 +125,7 @@ def test_every_move_of_the_table_is_reachable() -> None:
 
 def test_the_outcome_of_an_error_that_is_the_clients() -> None:
     exchange = Exchange(3, RetryBudget(0.1, 0.0))
-    exchange.start(0.0)
+    exchange.start()
     exchange.receive(Picked(Candidate(name="a", slot=0)), 0.0)
     exchange.receive(Content(400), 0.0)
     exchange.receive(FINISHED, 0.0)

@@ -192,7 +192,7 @@ class Exchange:
         self.moves = 0
         self.outcome: Outcome | None = None
 
-    def start(self, now_s: float) -> Command:
+    def start(self) -> Pick:
         """The first command."""
         self._budget.request()
         return PICK

@@ -1,7 +1,7 @@
 """Budgets that keep a fault from multiplying traffic."""
 
 RETRY_FLOOR_PER_S = 10.0  # a quiet Gateway must still be able to fail over
-RETRY_BURST_S = 10.0  # how much of the past counts as "recent requests"
+TOKENS_MAX = RETRY_FLOOR_PER_S * 10.0  # what a quiet spell may save up: ten seconds' worth
 
 
 class RetryBudget:
@@ -19,16 +19,14 @@ class RetryBudget:
 
     def request(self) -> None:
         """A request came: it adds its share."""
-        self._tokens = min(self._tokens + self._ratio, self._most())
+        tokens = self._tokens + self._ratio
+        self._tokens = tokens if tokens < TOKENS_MAX else TOKENS_MAX
 
     def take(self, now_s: float) -> bool:
         """Spend one further attempt, or be told that the budget is gone."""
-        self._tokens = min(self._tokens + (now_s - self._at_s) * RETRY_FLOOR_PER_S, self._most())
+        self._tokens = min(self._tokens + (now_s - self._at_s) * RETRY_FLOOR_PER_S, TOKENS_MAX)
         self._at_s = now_s
         if self._tokens < 1.0:
             return False
         self._tokens -= 1.0
         return True
-
-    def _most(self) -> float:
-        return RETRY_FLOOR_PER_S * RETRY_BURST_S

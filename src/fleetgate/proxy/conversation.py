@@ -10,7 +10,6 @@ from fleetgate.core.admission import Ticket
 from fleetgate.core.exchange import (
     FINISHED,
     GONE,
-    Command,
     Commit,
     Content,
     Event,
@@ -30,7 +29,7 @@ from fleetgate.core.exchange import (
     State,
     Wait,
 )
-from fleetgate.core.health import Breaker, Sign, current
+from fleetgate.core.health import HEALTHY, Breaker, Sign, current
 from fleetgate.core.route import NoPlace, Rejection, route
 from fleetgate.core.strategies import Standing
 from fleetgate.protocols import http1, openai
@@ -94,15 +93,14 @@ class Conversation:
         """Begin."""
         self.body = body
         self.request_id = request_id
-        self.started_s = now_s = self.hub.clock()
+        self.started_s = self.hub.clock()
         self.hub.conversations[self] = None
-        self._do(self.exchange.start(now_s))
-
-    def _do(self, command: Command) -> None:
-        ACTIONS[type(command)](self, command)
+        self._pick(self.exchange.start())
 
     def _report(self, event: Event) -> None:
-        self._do(self.exchange.receive(event, self.hub.clock()))
+        """Tell the core what happened and do what it says."""
+        command = self.exchange.receive(event, self.hub.clock())
+        ACTIONS[type(command)](self, command)
 
     # --- picking and waiting ---
 
@@ -270,7 +268,7 @@ class Conversation:
     def on_ended(self, relay: Relay, tail: bytes) -> None:
         """The answer ended as it should."""
         self.tail += tail
-        if self.peer is not None:
+        if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
             self._see(Sign.WENT_WELL)
         self._report(FINISHED)
 

@@ -212,7 +212,7 @@ class Hub:
             self.log.add(
                 _LOG
                 % (
-                    time.time() * 1000,
+                    int(time.time() * 1000),
                     conversation.request_id,
                     lane.log_names,
                     self._key_name(conversation.request.key.name),
@@ -221,8 +221,8 @@ class Hub:
                     _OUTCOME_BYTES[outcome],
                     conversation.attempts,
                     b"true" if conversation.ask.stream else b"false",
-                    (first_s - started_s) * 1e6 if first_s else 0,
-                    (now_s - started_s) * 1e6,
+                    int((first_s - started_s) * 1e6) if first_s else 0,
+                    int((now_s - started_s) * 1e6),
                     conversation.written,
                     prompt_tokens,
                     output_tokens,

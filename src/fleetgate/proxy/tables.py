@@ -29,7 +29,8 @@ class DrainRate:
 
     def ended(self, now_s: float) -> None:
         """One request ended."""
-        self._rate_per_s = self._rate_per_s * max(0.0, 1.0 - (now_s - self._at_s) / DRAIN_WINDOW_S) + 1 / DRAIN_WINDOW_S
+        kept = 1.0 - (now_s - self._at_s) / DRAIN_WINDOW_S
+        self._rate_per_s = (self._rate_per_s * kept if kept > 0.0 else 0.0) + 1 / DRAIN_WINDOW_S
         self._at_s = now_s
 
     def wait_s(self, ahead: int) -> float:
