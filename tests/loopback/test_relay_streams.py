@@ -241,6 +241,14 @@ def test_the_model_is_renamed_both_ways(two: Plane) -> None:
             assert whole.json()["model"] == asked and inner.encode() not in whole.body
 
 
+@pytest.mark.parametrize("inner", ["dated", "dated@inner"])
+def test_clients_read_the_name_they_asked_for_whatever_the_engine_calls_itself(two: Plane, inner: str) -> None:
+    two.use({"models": {"dated": inner}})
+    events = [json.loads(one[6:]) for one in two.ask(request("dated", stream=True)).body.split(b"\n\n")[:-2]]
+    assert len(events) > 4 and {one["model"] for one in events} == {"dated"}
+    assert two.ask(request("dated")).json()["model"] == "dated"
+
+
 def test_renaming_touches_nothing_else(two: Plane) -> None:
     two.use({"models": {"public": "ok"}})
     body = b'{ "a" : 1.50e+3,"model"\t:\n"public" ,"b":[ ],"stream":false, "c":"\xc3\xa9" }'

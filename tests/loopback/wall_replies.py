@@ -284,6 +284,17 @@ async def stream(line: Line, seen: Seen) -> None:
 
 
 whole_or_stream = _whole(whole, stream)
+DATED = "-2026-11-01"  # what an engine may add to the name it was asked for
+
+
+async def dated(line: Line, seen: Seen) -> None:
+    """A good answer of an engine that calls the model by another name than it was asked for."""
+    if seen.ask.get("stream"):
+        await _send_events(line, seen, stream_of(seen.model + DATED))
+        return
+    body = answer(seen.model + DATED)
+    line.end()
+    line.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
 
 
 async def stream_at_once(line: Line, seen: Seen) -> None:
@@ -376,6 +387,7 @@ def _stream_of(*parts: str, last: bytes = LAST, then: str = "") -> Reply:
 
 REPLIES: dict[str, Reply] = {
     "ok": whole_or_stream,
+    "dated": dated,
     # framing
     "in-pieces": _whole(whole_chunked, stream_in_pieces),
     "odd-chunks": _whole(odd_chunks, stream_odd_chunks),

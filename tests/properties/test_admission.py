@@ -13,8 +13,9 @@ def test_the_room_agrees_with_a_plain_list(steps: list[str], random) -> None:  #
         now_s += 1.0
         if step == "join":
             ticket = Ticket(deadline_s=now_s + random.randint(1, 10))
-            room.join(ticket)
-            model.append(ticket)
+            ahead = random.random() < 0.2
+            room.join(ticket, ahead)
+            model.insert(0 if ahead else len(model), ticket)
         elif step == "first":
             assert room.first() is (model[0] if model else None)
         elif step == "leave" and model:

@@ -27,9 +27,12 @@ class WaitingRoom:
     def __len__(self) -> int:
         return self._here
 
-    def join(self, ticket: Ticket) -> None:
-        """Wait behind all others."""
-        self._tickets.append(ticket)
+    def join(self, ticket: Ticket, ahead: bool = False) -> None:
+        """Wait behind all others, or, for a request that was moved here by a failure, ahead of them."""
+        if ahead:
+            self._tickets.appendleft(ticket)
+        else:
+            self._tickets.append(ticket)
         self._here += 1
 
     def leave(self, ticket: Ticket) -> None:

@@ -378,6 +378,14 @@ def rename_model(data: bytes, upstream_name: bytes, asked_name: bytes) -> bytes:
     return data
 
 
+def named_otherwise(data: bytes, asked_name: bytes) -> bytes | None:
+    """The name an engine gave its answer or event where that is not the asked one: a dated alias, say."""
+    match = _MODEL_MEMBER.search(data)
+    if match is None or match[1] == asked_name or _same_text(match[1], asked_name):
+        return None
+    return match[1]
+
+
 def _same_text(one: bytes, other: bytes) -> bool:
     """Whether two JSON strings say the same: engines in Python escape what is not ASCII."""
     try:

@@ -41,7 +41,7 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
         conversation.hub.date_line,
         relay.passed,
         place.answer_headers,
-        request.answer_headers if conversation.client.keep_alive else request.answer_headers + b"connection: close\r\n",
+        request.answer_headers + _closing(conversation),
         framing,
         conversation.request_id,
         conversation.attempts,
@@ -59,10 +59,12 @@ def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
     body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
-    extra += conversation.request.answer_headers
-    if not conversation.client.keep_alive:
-        extra += b"connection: close\r\n"
+    extra += conversation.request.answer_headers + _closing(conversation)
     return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
+
+
+def _closing(conversation: "Conversation") -> bytes:
+    return b"" if conversation.client.keep_alive and not conversation.hub.draining else b"connection: close\r\n"
 
 
 def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = b"") -> bytes:

@@ -155,7 +155,7 @@ class Conversation:
             limits_s.append(self.lane.site.gateway.slo.ttft_s)
         self.deadline_s = self.started_s + min(limits_s)
         self.ticket = Ticket(self.deadline_s)
-        self.lane.room.join(self.ticket)
+        self.lane.room.join(self.ticket, ahead=self.exchange.moves > 0)
         hub.waiters[self.ticket] = self
         hub.count_waiting(self.lane, 1)
 
@@ -205,10 +205,9 @@ class Conversation:
         assert operation is not None
         upstream_name = place.upstream_names[ask.model]
         add_usage = ask.stream and not ask.wants_usage and place.adds_usage and operation.usage_option
-        rename = None
-        if upstream_name != ask.model:
-            rename = (msgspec.json.encode(upstream_name), msgspec.json.encode(ask.model))
-        relay = self.relay = Relay(self, operation, add_usage, rename)
+        asked = self.lane.model_json
+        names = (asked if upstream_name == ask.model else msgspec.json.encode(upstream_name), asked)
+        relay = self.relay = Relay(self, operation, add_usage, names)
         relay.raw = self.request.raw
         connection = None if fresh else peer.take_idle()
         if connection is None:

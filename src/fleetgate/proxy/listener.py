@@ -310,7 +310,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _write_plain(self, status: int, body: bytes, extra: bytes, no_body: bool) -> None:
         hub = self._hub
-        if not self.keep_alive:
+        if not self.keep_alive or hub.draining:
             extra += b"connection: close\r\n"
         data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
         self.transport.write(data[: -len(body)] if no_body else data)

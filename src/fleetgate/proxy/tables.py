@@ -76,8 +76,8 @@ class LaneState:
     def __init__(self, model: str, lane: Lane, site: "Site", tables: "Tables") -> None:
         self.tables = tables
         self.model = model
-        names = (msgspec.json.encode(site.gateway.name), msgspec.json.encode(model))
-        self.log_names = b'"gateway":%b,"model":%b' % names
+        self.model_json = msgspec.json.encode(model)
+        self.log_names = b'"gateway":%b,"model":%b' % (msgspec.json.encode(site.gateway.name), self.model_json)
         self.lane = lane
         self.site = site
         self.turn: Turn = NO_TURN

@@ -94,13 +94,12 @@ class Relay:
     _body: list[bytes]
     _events: Events
 
-    def __init__(
-        self, owner: Owner, operation: Operation, hide_usage: bool, rename: tuple[bytes, bytes] | None
-    ) -> None:
+    def __init__(self, owner: Owner, operation: Operation, hide_usage: bool, names: tuple[bytes, bytes]) -> None:
         self.owner = owner
         self.operation = operation
         self.hide_usage = hide_usage
-        self._rename = rename
+        self._asked_name = names[1]
+        self._rename = names if names[0] != names[1] else None
         self._state: Callable[[bytes], None] = self._read_head
 
     # --- what the connection reports ---
@@ -257,6 +256,7 @@ class Relay:
             if not body.isascii() and not _is_text(body):
                 raise Malformed(502, "the upstream's answer is not UTF-8")
             self.usage = openai.read_answer(body)
+            self._learn_name(body)
         if self._rename is not None:
             body = openai.rename_model(body, *self._rename)
         self.held = [body]
@@ -282,6 +282,7 @@ class Relay:
                 continue
             if meaning is Meaning.USAGE and self.hide_usage:
                 continue
+            self._learn_name(event)
             if meaning in _NOT_YET:
                 self.held.append(self._named(event))
                 continue
@@ -382,6 +383,14 @@ class Relay:
         self._finish(tail)
 
     # --- ends ---
+
+    def _learn_name(self, data: bytes) -> None:
+        """Clients read the name they asked for, whatever the engine calls itself."""
+        known = self._rename[0] if self._rename is not None else b'"model":%b' % self._asked_name
+        if known not in data:
+            other = openai.named_otherwise(data, self._asked_name)
+            if other is not None:
+                self._rename = (other, self._asked_name)
 
     def _named(self, event: bytes) -> bytes:
         return event if self._rename is None else openai.rename_model(event, *self._rename)
