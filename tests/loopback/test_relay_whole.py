@@ -207,13 +207,13 @@ def test_the_upstream_sees_only_what_it_may(two: Plane) -> None:
 def test_a_credential_goes_to_its_own_origin_only(two: Plane) -> None:
     key = b"s" * 32
     two.use(
-        {"credential": seal("for-one", key, "token-one"), "credential_name": "token-one"},
-        {**SECOND_IS_GOOD, "credential": seal("for-two", key, "token-two"), "credential_name": "token-two"},
+        {"credential": seal("for-one", key, "one")},
+        {**SECOND_IS_GOOD, "credential": seal("for-two", key, "two")},
     )
     assert two.ask(request("500", headers=["Authorization: Bearer client"])).status == 200
     assert two.walls[0].seen[-1].headers["authorization"] == ["Bearer for-one"]
     assert two.walls[1].seen[-1].headers["authorization"] == ["Bearer for-two"]
-    two.use({"credential": seal("for-one", key, "token-one"), "credential_name": "token-one"}, SECOND_IS_GOOD)
+    two.use({"credential": seal("for-one", key, "one")}, SECOND_IS_GOOD)
     assert two.ask(request("500", headers=["Authorization: Bearer client"])).status == 200
     assert "authorization" not in two.walls[1].seen[-1].headers
 

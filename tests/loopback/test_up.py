@@ -180,6 +180,22 @@ def test_the_official_sdk_works_as_it_is(tmp_path: Path, quick: str) -> None:
             openai.OpenAI(base_url=up.url, api_key="fg_wrong", max_retries=0).models.list()
 
 
+def test_a_secret_reaches_its_own_deployment_and_is_never_shown(tmp_path: Path, quick: str) -> None:
+    with engine(*QUICK, "--api-key", "engine-canary") as url:
+        secret = {"kind": "Secret", "name": "token", "value": "engine-canary"}
+        locked = deployment("a", url, credential={"secret": "token"}, health={"path": "/health"})
+        with Up(tmp_path, [secret, locked, gateway("chat", "a")]) as up:
+            key = up.new_key("one")
+            assert up.ask(key).status_code == 200
+            up.write([{**secret, "value": "wrong-canary"}, locked, gateway("chat", "a")])
+            assert up.cli("apply", "-f", str(up.config)).returncode == 0
+            refused = up.ask(key)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (502, "upstream_auth_error")
+            shown = up.cli("get", "secrets", "-o", "json").stdout + up.cli("describe", "secret", "token").stdout
+            kept = b"".join(path.read_bytes() for path in up.data_dir.rglob("*") if path.is_file())
+            assert "canary" not in shown and b"canary" not in kept and "canary" not in up.log.read_text()
+
+
 def test_mistakes_at_the_start_are_one_clear_sentence_each(tmp_path: Path, quick: str) -> None:
     bad = [
         deployment("a", quick, engin="vllm"),

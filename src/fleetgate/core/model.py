@@ -55,8 +55,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     paid_per_token: bool = False  # its price is per token, not per hour
     concurrency_max: int = 0
     units: float = 1.0
-    credential: str = ""  # sealed for `credential_name`; sent to the origins of `endpoints` only
-    credential_name: str = ""  # of the Secret
+    credential: str = ""  # sealed for this Deployment's name; sent to the origins of `endpoints` only
     health_path: str = ""  # where readiness is asked, empty for the engine's own
     egress_checked: bool = True  # False only for what the machine's operator wrote in a --config file
 

@@ -229,7 +229,7 @@ class Maker:
         """The credential for a Deployment's origins, or an empty string."""
         if not deployment.credential:
             return ""
-        return unseal(deployment.credential, self._seal_key(), deployment.credential_name)
+        return unseal(deployment.credential, self._seal_key(), deployment.name)
 
 
 def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
