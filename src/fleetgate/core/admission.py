@@ -27,6 +27,9 @@ class WaitingRoom:
     def __len__(self) -> int:
         return self._here
 
+    def __bool__(self) -> bool:
+        return self._here > 0
+
     def join(self, ticket: Ticket, ahead: bool = False) -> None:
         """Wait behind all others, or, for a request that was moved here by a failure, ahead of them."""
         if ahead:

@@ -7,7 +7,7 @@ import msgspec
 
 from fleetgate.core.capacity import spill_limit
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.core.strategies import Candidate, Load, Strategy, Turn, find
+from fleetgate.core.strategies import Candidate, Load, Strategy, Turn, find, find_lead
 
 
 class NoPlace(StrEnum):
@@ -41,6 +41,7 @@ class Lane(msgspec.Struct, frozen=True):
 
     candidates: tuple[Candidate, ...]
     strategy: Strategy
+    lead: Candidate | None = None  # comes first while healthy and below its spill limit: `route` need not be asked
 
 
 def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lane]:
@@ -52,10 +53,12 @@ def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lan
         candidate = _candidate(gateway, deployment, upstream.rank, region)
         for model in deployment.models:
             by_model.setdefault(model, []).append(candidate)
-    strategy = find(gateway.strategy)
+    strategy, lead_of = find(gateway.strategy), find_lead(gateway.strategy)
     # Sorted, so that the order in which an operator writes Deployments can never decide anything.
+    ordered = {model: tuple(sorted(candidates, key=lambda c: c.name)) for model, candidates in by_model.items()}
     return {
-        model: Lane(tuple(sorted(candidates, key=lambda c: c.name)), strategy) for model, candidates in by_model.items()
+        model: Lane(candidates, strategy, candidates[0] if len(candidates) == 1 else lead_of(candidates))
+        for model, candidates in ordered.items()
     }
 
 
@@ -79,8 +82,6 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
         else:
             fit.append(candidate)
     if fit:
-        if len(fit) == 1 and len(lane.candidates) == 1:
-            return Decision(fit, turn)  # nothing to choose, so no strategy is asked
         ranking = lane.strategy(fit, load, turn)
         return Decision(ranking.order, ranking.turn, tuple(left_out))
     reason = NoPlace.ALL_FULL if full else NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP

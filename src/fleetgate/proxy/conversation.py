@@ -36,7 +36,7 @@ from fleetgate.protocols import http1, openai
 from fleetgate.protocols.openai import Ask
 from fleetgate.proxy import answers
 from fleetgate.proxy.tables import LaneState, Place
-from fleetgate.proxy.transport.relay import Relay
+from fleetgate.proxy.transport.relay import Names, Relay
 from fleetgate.proxy.transport.upstream import Peer, Refused
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ FIRST_EVENT_MAX_S = 60.0
 WHOLE_ANSWER_MAX_S = 600.0  # the official SDKs' own default
 STALL_MAX_S = 60.0  # FAULTS.md row 8: at most
 ROOM = Room()
+CONTENT_OK = Content(200)
 QUEUE_FULL = QueueFull()
 
 # What a failed attempt says about an Endpoint's health. What is missing here says nothing.
@@ -109,6 +110,17 @@ class Conversation:
         lane = self.lane
         if lane.tables is not hub.tables:
             lane = self.lane = hub.tables.lane_after(lane)
+        lead = lane.lead
+        if lead is not None and not command.tried and not lane.room:
+            place = hub.tables.places[lead.slot]
+            if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, lane.lead_limit):
+                self.place = self.last_place = place
+                self._report(Picked(lead))
+                return
+        self._pick_by_route(command, lane)
+
+    def _pick_by_route(self, command: Pick, lane: LaneState) -> None:
+        hub = self.hub
         first = lane.room.first()
         if first is not None and first is not self.ticket and not command.tried:
             self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
@@ -205,8 +217,9 @@ class Conversation:
         assert operation is not None
         upstream_name = place.upstream_names[ask.model]
         add_usage = ask.stream and not ask.wants_usage and place.adds_usage and operation.usage_option
-        asked = self.lane.model_json
-        names = (asked if upstream_name == ask.model else msgspec.json.encode(upstream_name), asked)
+        names = self.lane.same_name
+        if upstream_name != ask.model:
+            names = Names(msgspec.json.encode(upstream_name), names.asked)
         relay = self.relay = Relay(self, operation, add_usage, names)
         relay.raw = self.request.raw
         connection = None if fresh else peer.take_idle()
@@ -217,7 +230,9 @@ class Conversation:
         connection.carry(relay, self._request_bytes(peer, place, upstream_name, add_usage))
 
     def _request_bytes(self, peer: Peer, place: Place, upstream_name: str, add_usage: bool) -> tuple[bytes, ...]:
-        body = openai.rewrite(self.body, self.ask, upstream_name, add_usage)
+        body = self.body
+        if add_usage or upstream_name != self.ask.model:
+            body = openai.rewrite(body, self.ask, upstream_name, add_usage)
         head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
             place.heads[peer.endpoint.slot][self.request.path],
             self.request.passed,
@@ -253,7 +268,7 @@ class Conversation:
     def on_first(self, relay: Relay) -> None:
         """The first content is here."""
         self.first_s = self.hub.clock()
-        self._report(Content(relay.status))
+        self._report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
     def on_failed(self, relay: Relay, event: Failed) -> None:
         """The attempt is lost."""

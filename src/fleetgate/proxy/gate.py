@@ -3,6 +3,8 @@
 import ipaddress
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from fleetgate.core.model import Key
 from fleetgate.protocols import openai
 from fleetgate.protocols.http1 import RequestHead
@@ -38,6 +40,7 @@ class Admitted:
         "client_retries",
         "head",
         "key",
+        "key_json",
         "no_body",
         "operation",
         "passed",
@@ -54,6 +57,7 @@ class Admitted:
         self.tables = tables
         self.site = site
         self.key = key
+        self.key_json = msgspec.json.encode(key.name)
         self.path = head.path
         self.operation = openai.OPERATIONS.get(head.path)
         self.no_body = head.method == b"HEAD"

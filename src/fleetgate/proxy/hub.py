@@ -57,7 +57,6 @@ class Hub:
         self._connections: dict[ClientConnection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._denied: dict[tuple[int, str], int] = {}
-        self._key_names: dict[str, bytes] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
         self._others = [worker for worker in range(config.workers) if worker != config.index]
@@ -195,7 +194,7 @@ class Hub:
         started_s, first_s = conversation.started_s, conversation.first_s
         outcome = conversation.exchange.outcome or Outcome.FAILED
         meters = self._meters_of(lane, place)
-        cells[meters.outcome(outcome)] += 1
+        cells[meters.outcomes.get(outcome) or meters.outcome(outcome)] += 1
         prompt_tokens = output_tokens = 0
         if first_s:
             meters.ttft.observe(first_s - started_s)
@@ -205,7 +204,8 @@ class Hub:
             if relay.stream and relay.event_count > 1:
                 meters.tpot.observe((now_s - first_s) / (relay.event_count - 1))
             if usage is not None:
-                prompt_tokens, output_tokens = usage.prompt, usage.output
+                prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
+                output_tokens = usage.completion_tokens or usage.output_tokens or 0
                 cells[meters.prompt_tokens] += prompt_tokens
                 cells[meters.output_tokens] += output_tokens
         if self.log.on:
@@ -215,7 +215,7 @@ class Hub:
                     int(time.time() * 1000),
                     conversation.request_id,
                     lane.log_names,
-                    self._key_name(conversation.request.key.name),
+                    conversation.request.key_json,
                     place.log_names if place is not None else _NOWHERE,
                     conversation.status,
                     _OUTCOME_BYTES[outcome],
@@ -236,12 +236,6 @@ class Hub:
         if known is not None:
             return known
         return self.maker.meters(lane.site.gateway.name, place.deployment.name, place.deployment.region)
-
-    def _key_name(self, name: str) -> bytes:
-        known = self._key_names.get(name)
-        if known is None:
-            known = self._key_names[name] = msgspec.json.encode(name)
-        return known
 
     def record_denied(self, status: int, code: str) -> None:
         """Count a request that never reached routing. Shape: `code` is one of ours, so the label is bounded."""

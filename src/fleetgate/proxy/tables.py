@@ -13,6 +13,7 @@ from fleetgate.core.strategies import NO_TURN, Turn
 from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
 from fleetgate.providers.sealing import unseal
 from fleetgate.proxy.telemetry import Histogram, Telemetry
+from fleetgate.proxy.transport.relay import Names
 from fleetgate.proxy.transport.upstream import EgressRule, Peer
 
 DRAIN_WINDOW_S = 10.0
@@ -77,11 +78,14 @@ class LaneState:
         self.tables = tables
         self.model = model
         self.model_json = msgspec.json.encode(model)
+        self.same_name = Names(self.model_json, self.model_json)
         self.log_names = b'"gateway":%b,"model":%b' % (msgspec.json.encode(site.gateway.name), self.model_json)
         self.lane = lane
         self.site = site
         self.turn: Turn = NO_TURN
         self.candidates = lane.candidates
+        self.lead = lane.lead
+        self.lead_limit = lane.lead.spill_limit if lane.lead is not None else 0
         self.room = WaitingRoom()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
@@ -93,7 +97,7 @@ class Meters:
     def __init__(self, telemetry: Telemetry, gateway: str, deployment: str, region: str) -> None:
         self._telemetry = telemetry
         self._labels = {"gateway": gateway, "deployment": deployment, "region": region}
-        self._outcomes: dict[str, int] = {}
+        self.outcomes: dict[str, int] = {}
         self.ttft: Histogram = telemetry.histogram("fleetgate_ttft_seconds", self._labels)
         self.tpot: Histogram = telemetry.histogram("fleetgate_tpot_seconds", self._labels)
         self.duration: Histogram = telemetry.histogram("fleetgate_request_duration_seconds", self._labels)
@@ -102,10 +106,8 @@ class Meters:
 
     def outcome(self, outcome: str) -> int:
         """The cell that counts requests with this outcome."""
-        index = self._outcomes.get(outcome)
-        if index is None:
-            index = self._telemetry.counter("fleetgate_requests_total", {**self._labels, "outcome": outcome})
-            self._outcomes[outcome] = index
+        index = self._telemetry.counter("fleetgate_requests_total", {**self._labels, "outcome": outcome})
+        self.outcomes[outcome] = index
         return index
 
     def failure(self, failure: str) -> int:

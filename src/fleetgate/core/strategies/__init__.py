@@ -1,5 +1,8 @@
 """Strategies: one file each. A file is found by its name and gives one function, `order`.
 
+A file may also give `lead(candidates)`: who certainly comes first while it is healthy and below its spill limit,
+whatever the load of the others; None where load decides. It spares most requests the comparison.
+
 `order(candidates, load, turn) -> Ranking`: the candidates in the order in which they should be tried. Every candidate
 given has room and is up; what a strategy leaves out is not tried now. A strategy is pure: what it must remember from
 one request to the next it returns as `Ranking.turn` and gets back as `turn`.
@@ -52,12 +55,24 @@ class Ranking(NamedTuple):
 
 
 Strategy = Callable[[Sequence[Candidate], Load, Turn], Ranking]
+Lead = Callable[[Sequence[Candidate]], Candidate | None]
 
 
 @cache
 def names() -> tuple[str, ...]:
     """Every strategy there is, by file name, in alphabetical order."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+@cache
+def find_lead(name: str) -> Lead:
+    """The `lead` of a strategy; one that never names anybody where its file has none."""
+    lead: Lead = getattr(importlib.import_module(f"{__name__}.{name}"), "lead", _load_decides)
+    return lead
+
+
+def _load_decides(candidates: Sequence[Candidate]) -> Candidate | None:
+    return None
 
 
 @cache

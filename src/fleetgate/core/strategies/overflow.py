@@ -6,6 +6,17 @@ from fleetgate.core.capacity import normalised_load
 from fleetgate.core.strategies import Candidate, Load, Ranking, Turn
 
 
+def lead(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The one of the first rank, where rank and distance alone tell; among equals their load decides."""
+
+    def place(candidate: Candidate) -> tuple[int, int, int]:
+        return (candidate.rank, candidate.paid_per_token, candidate.distance)
+
+    first = min(map(place, candidates), default=None)
+    leaders = [candidate for candidate in candidates if place(candidate) == first]
+    return leaders[0] if len(leaders) == 1 else None
+
+
 def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     """Ranks in order, a rank past its spill limit after those below it; inside one the nearest, then the least loaded.
 

@@ -12,6 +12,7 @@ from fleetgate.protocols import http1, openai
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead
 from fleetgate.protocols.openai import Meaning, Operation, Usage
 from fleetgate.protocols.sse import Events, EventTooLong
+from fleetgate.proxy.transport.remainder import Remainder
 from fleetgate.proxy.transport.upstream import UpstreamConnection
 
 BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a whole answer is held back and checked up to this; DESIGN.md section 5
@@ -69,6 +70,17 @@ def failure_of(status: int, headers: dict[bytes, bytes]) -> Failure | None:
     return None
 
 
+class Names:
+    """What an engine and its client call the model, as JSON strings; `mark` is how answers usually say the latter."""
+
+    __slots__ = ("asked", "mark", "upstream")
+
+    def __init__(self, upstream: bytes, asked: bytes) -> None:
+        self.upstream = upstream
+        self.asked = asked
+        self.mark = b'"model":%b' % (asked if upstream == asked else upstream)
+
+
 class Relay:
     """Reads one answer. `on_data` and `on_lost` are called by the connection that carries it."""
 
@@ -94,12 +106,14 @@ class Relay:
     _body: list[bytes]
     _events: Events
 
-    def __init__(self, owner: Owner, operation: Operation, hide_usage: bool, names: tuple[bytes, bytes]) -> None:
+    def __init__(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> None:
         self.owner = owner
         self.operation = operation
         self.hide_usage = hide_usage
-        self._asked_name = names[1]
-        self._rename = names if names[0] != names[1] else None
+        self._names = names
+        self._rename: tuple[bytes, bytes] | None = (
+            None if names.upstream is names.asked else (names.upstream, names.asked)
+        )
         self._state: Callable[[bytes], None] = self._read_head
 
     # --- what the connection reports ---
@@ -386,11 +400,11 @@ class Relay:
 
     def _learn_name(self, data: bytes) -> None:
         """Clients read the name they asked for, whatever the engine calls itself."""
-        known = self._rename[0] if self._rename is not None else b'"model":%b' % self._asked_name
-        if known not in data:
-            other = openai.named_otherwise(data, self._asked_name)
+        names = self._names
+        if names.mark not in data:
+            other = openai.named_otherwise(data, names.asked)
             if other is not None:
-                self._rename = (other, self._asked_name)
+                self._rename = (other, names.asked)
 
     def _named(self, event: bytes) -> bytes:
         return event if self._rename is None else openai.rename_model(event, *self._rename)
@@ -423,37 +437,6 @@ class Relay:
     def _fail(self, failure: Failure, retry_after_s: float = 0.0) -> None:
         self.cancel()
         self.owner.on_failed(self, Failed(failure, sent=True, retry_after_s=retry_after_s))
-
-
-class Remainder:
-    """Reads the terminating chunk that follows `[DONE]`, so that the connection can be used again.
-
-    The client has its whole answer by then and waits for nothing.
-    """
-
-    __slots__ = ("_chunked", "_connection")
-
-    def __init__(self, connection: UpstreamConnection, chunked: ChunkedBody | None) -> None:
-        self._connection = connection
-        self._chunked = chunked
-        if chunked is None:
-            connection.drop()
-
-    def on_data(self, data: bytes) -> None:
-        """Only the end of the body may come."""
-        chunked = self._chunked
-        try:
-            more = chunked.feed(data) if chunked is not None else b""
-        except Malformed:
-            self._connection.drop()
-            return
-        if more.strip() or chunked is None or chunked.rest:
-            self._connection.drop()
-        elif chunked.done:
-            self._connection.release(self._connection.idle_since_s)
-
-    def on_lost(self, error: Exception | None) -> None:
-        """Nothing is lost."""
 
 
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
