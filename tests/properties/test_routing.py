@@ -91,6 +91,18 @@ def test_the_same_inputs_give_the_same_decision(name: str, situation: tuple) -> 
     assert turn == frozen, "a strategy returns what it remembers, it does not edit what it was given"
 
 
+@given(every_strategy, situations())
+def test_a_lead_is_whom_the_strategy_would_take_first(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    """What spares most requests the comparison must never change its outcome."""
+    made, load, turn = situation
+    lead = strategies.find_lead(name)(made)
+    if lead is None or load[lead.slot].health <= 0:
+        return
+    if not lead.spill_limit or load[lead.slot].in_flight < lead.spill_limit:
+        decision = decide(name, made, load, turn)
+        assert isinstance(decision, Decision) and decision.order[0] is lead
+
+
 @given(situations())
 def test_overflow_takes_the_first_rank_below_its_spill_limit(situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
