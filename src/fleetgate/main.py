@@ -25,6 +25,7 @@ from fleetgate.proxy.supervisor import (
     Supervisor,
     open_listener,
     open_listeners,
+    python_child,
     say_json,
     shared_memory,
     split_address,
@@ -195,13 +196,8 @@ def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[st
     fds = [config.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds, config.life_fd]
     if config.tls_listen_fd >= 0:
         fds.append(config.tls_listen_fd)
-    return Child(
-        name=f"worker {index}",
-        argv=[sys.executable, "-m", "fleetgate.proxy.worker"],
-        env={WORKER_ENV: msgspec.json.encode(config).decode()},
-        fds=fds,
-        worker=index,
-    )
+    argv, env = python_child("fleetgate.proxy.worker", WORKER_ENV, msgspec.json.encode(config))
+    return Child(name=f"worker {index}", argv=argv, env=env, fds=fds, worker=index)
 
 
 def control_child(options: UpOptions, opened: Opened) -> Child:
@@ -221,14 +217,9 @@ def control_child(options: UpOptions, opened: Opened) -> Child:
         region=options.region,
         life_fd=opened.life,
     )
-    return Child(
-        name="control",
-        argv=[sys.executable, "-m", "fleetgate.control.server"],
-        env={CONTROL_ENV: msgspec.json.encode(config).decode()},
-        fds=[opened.api, opened.board, opened.life],
-        essential=True,
-        stop_last=True,
-    )
+    argv, env = python_child("fleetgate.control.server", CONTROL_ENV, msgspec.json.encode(config))
+    fds = [opened.api, opened.board, opened.life]
+    return Child(name="control", argv=argv, env=env, fds=fds, essential=True, stop_last=True)
 
 
 def announce(options: UpOptions, port: int, api_port: int) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from fleetgate.core.admission import Ticket, WaitingRoom
 
 
-@given(st.lists(st.sampled_from(["join", "first", "leave", "overdue"]), max_size=60), st.randoms(use_true_random=False))
+@given(st.lists(st.sampled_from(["join", "first", "leave"]), max_size=60), st.randoms(use_true_random=False))
 def test_the_room_agrees_with_a_plain_list(steps: list[str], random) -> None:  # type: ignore[no-untyped-def]
     room, model, now_s = WaitingRoom(), list[Ticket](), 0.0
     for step in steps:
@@ -22,6 +22,4 @@ def test_the_room_agrees_with_a_plain_list(steps: list[str], random) -> None:  #
             ticket = model.pop(random.randrange(len(model)))
             room.leave(ticket)
             room.leave(ticket)
-        elif step == "overdue":
-            assert room.overdue(now_s) == [ticket for ticket in model if ticket.deadline_s <= now_s]
         assert len(room) == len(model)

@@ -49,7 +49,3 @@ class WaitingRoom:
         while self._tickets and self._tickets[0].left:
             self._tickets.popleft()
         return self._tickets[0] if self._tickets else None
-
-    def overdue(self, now_s: float) -> list[Ticket]:
-        """Those whose deadline has passed; they stay until they leave. Cost: O(n), for the sweep, not the request."""
-        return [ticket for ticket in self._tickets if not ticket.left and ticket.deadline_s <= now_s]

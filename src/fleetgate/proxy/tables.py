@@ -1,7 +1,7 @@
 """A Snapshot made ready for requests: every look-up a dict, every head a template."""
 
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import msgspec
 
@@ -149,10 +149,6 @@ class Tables:
             self._add_site(gateway, maker, last, now_s)
         if self.default is None and len(self.sites) == 1:
             self.default = next(iter(self.sites.values()))
-
-    def lane_states(self) -> Iterable[LaneState]:
-        """All Lanes of all Gateways."""
-        return (lane for site in self.sites.values() for lane in site.lanes.values())
 
     def renew_fit(self, peer: Peer, now_s: float) -> None:
         """A Peer's breaker or trial changed."""
