@@ -77,8 +77,12 @@ class Up:
             words += ["--tls-listen", f"127.0.0.1:{self.tls_port}"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log)
-        wait_for(lambda: self.process.poll() is not None or self.is_ready())
-        assert self.process.poll() is None, self.log.read_text()
+        try:
+            wait_for(lambda: self.process.poll() is not None or self.is_ready())
+            assert self.process.poll() is None, self.log.read_text()
+        except BaseException:
+            self.__exit__(None, None, None)  # `with` does not call it for what fails in here
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
