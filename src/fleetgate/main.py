@@ -166,7 +166,7 @@ def run_up(options: UpOptions) -> int:
     children.append(control_child(options, opened))
     announce(options, listeners[0].getsockname()[1], api.getsockname()[1])
     try:
-        return Supervisor(children, board, options.grace_s + LB_GRACE_S, say_json).run()
+        return Supervisor(children, board, options.grace_s + max(options.lb_grace_s, LB_GRACE_S), say_json).run()
     finally:
         os.close(life_write)
 
