@@ -24,6 +24,7 @@ _RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t \x21-\x7e\x80-\x
 _HOST = re.compile(rb"(?:[A-Za-z0-9_.\-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})\r\n")
 _LENGTH_ANY_CASE = re.compile(rb"\r\n(?i:content-length): ([0-9]{1,15})\r\n")
+LENGTH_DIGITS_MAX = 15
 _DATE_BYTES = 29  # an IMF-fixdate has one length
 _DATE = re.compile(rb"\r\n(?i:date): ([A-Za-z0-9,: ]{29})\r\n")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t \x21-\x7e]*)?")
@@ -68,6 +69,7 @@ class ResponseHead(msgspec.Struct, frozen=True):
     content_length: int
     chunked: bool
     keep_alive: bool
+    event_stream: bool
 
 
 class _Fields:
@@ -143,12 +145,14 @@ def parse_response_head(head: bytes) -> ResponseHead:
     headers = _as_dict(fields.items)
     length, chunked = _framing(fields.items, match[1])
     connection = headers.get(b"connection", b"").lower()
+    status = int(match[2])
     return ResponseHead(
-        status=int(match[2]),
+        status=status,
         headers=headers,
         content_length=length,
         chunked=chunked,
         keep_alive=b"close" not in connection if match[1] == b"1" else b"keep-alive" in connection,
+        event_stream=status == 200 and headers.get(b"content-type", b"").startswith(b"text/event-stream"),
     )
 
 
@@ -208,7 +212,7 @@ def _explain(head: bytes) -> Malformed:
 class HeadMemo:
     """A connection's last head, known again when it differs in nothing but the digits of Content-Length.
 
-    SDK clients send the same head every time. Cost: 0.4 µs instead of 5 to 9.
+    SDK clients send the same head every time. Cost: 0.3 µs instead of 5 to 9.
     Source: HOTPATH.md rule 5.
     """
 
@@ -227,26 +231,31 @@ class HeadMemo:
         self._prefix, self._suffix = head[: match.start(1)], head[match.end(1) :]
         return True
 
-    def recall(self, head: bytes) -> int:
-        """The Content-Length of a head that is otherwise the remembered one, else -1."""
+    def recall(self, data: bytes) -> tuple[int, int]:
+        """Where in `data` the remembered head ends, and this one's Content-Length; an end of 0 if it is another."""
         prefix, suffix = self._prefix, self._suffix
-        if not prefix or not head.startswith(prefix) or not head.endswith(suffix):
-            return -1
-        digits = head[len(prefix) : len(head) - len(suffix)]
-        return int(digits) if digits.isdigit() and len(digits) <= 15 else -1
+        if not prefix or not data.startswith(prefix):
+            return 0, 0
+        start = len(prefix)
+        stop = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
+        digits = data[start:stop]
+        if not data.startswith(suffix, stop) or not digits.isdigit():
+            return 0, 0
+        return stop + len(suffix), int(digits)
 
 
 class ResponseMemo:
     """An Endpoint's last response head, known again when only its Date and the digits of Content-Length differ.
 
-    Cost: 0.6 µs instead of 4.
+    Cost: 0.4 µs instead of 4, once a second 0.6.
     """
 
-    __slots__ = ("_after_date", "_after_length", "_before", "_head", "passed")
+    __slots__ = ("_after_date", "_after_length", "_before", "_begin", "_head", "passed")
 
     def __init__(self) -> None:
         self._head: ResponseHead | None = None
         self._before = self._after_date = self._after_length = b""
+        self._begin = b""  # up to the digits, with the last Date seen: it is the same for a second
         self.passed = b""  # for the owner: what it made of the head
 
     def keep(self, head_bytes: bytes, head: ResponseHead) -> None:
@@ -263,22 +272,31 @@ class ResponseMemo:
         self._before = head_bytes[: date.start(1)]
         self._after_date = head_bytes[date.end(1) : length.start(1) if length else len(head_bytes)]
         self._after_length = head_bytes[length.end(1) :] if length else b""
+        self._begin = head_bytes[: length.start(1) if length else len(head_bytes)]
 
-    def recall(self, head: bytes) -> tuple[ResponseHead, int] | None:
-        """The remembered head and this one's Content-Length (-1 for none) if they are otherwise the same bytes."""
-        known, before, middle = self._head, self._before, self._after_date
-        if known is None or not head.startswith(before):
+    def recall(self, data: bytes) -> tuple[ResponseHead, int, int] | None:
+        """The remembered head, its end in `data` and this one's Content-Length (-1 for none), if all else is equal."""
+        known = self._head
+        if known is None or not (data.startswith(self._begin) or self._has_new_date(data)):
             return None
+        start, after = len(self._begin), self._after_length
+        if not after:
+            return known, start, -1
+        stop = data.find(b"\r", start, start + LENGTH_DIGITS_MAX + 1)
+        digits = data[start:stop]
+        if not data.startswith(after, stop) or not digits.isdigit():
+            return None
+        return known, stop + len(after), int(digits)
+
+    def _has_new_date(self, data: bytes) -> bool:
+        """Whether a head begins as the remembered one but for its Date, which is then remembered too."""
+        before, middle = self._before, self._after_date
         date_end = len(before) + _DATE_BYTES
-        date = head[len(before) : date_end]
-        if not head.startswith(middle, date_end) or b"\r" in date or b"\n" in date:
-            return None
-        if not self._after_length:
-            return (known, -1) if len(head) == date_end + len(middle) else None
-        digits = head[date_end + len(middle) : -len(self._after_length)]
-        if not head.endswith(self._after_length) or not digits.isdigit() or len(digits) > 15:
-            return None
-        return known, int(digits)
+        date = data[len(before) : date_end]
+        if not data.startswith(before) or not data.startswith(middle, date_end) or b"\r" in date or b"\n" in date:
+            return False
+        self._begin = data[: date_end + len(middle)]
+        return True
 
 
 class ChunkedBody:

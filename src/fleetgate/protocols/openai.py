@@ -60,6 +60,8 @@ class Ask(msgspec.Struct, frozen=True):
     plain: bool
 
 
+_MODEL = b'"model"'
+_ESCAPED = b"\\u006"  # how every escape of a letter of `model` begins
 _decode_fields = msgspec.json.Decoder(_Fields).decode
 _FIELD_PATH = re.compile(r"at `\$\.?([\w.]*)`|field `(\w+)`")
 
@@ -78,7 +80,7 @@ def read_ask(body: bytes) -> Ask:
     """Read `model` and `stream` once; nothing else of the body is looked at.
 
     Raises: `InvalidBody` for broken JSON or UTF-8 and for a missing, duplicate or non-string `model`.
-    Cost: 0.7 µs at 1 KiB, 4 µs at 16 KiB; a body with `\\u` escapes or several `"model"` is walked: ten times that.
+    Cost: 0.7 µs at 1 KiB, 4 µs at 16 KiB; a body with `\\u006` escapes or several `"model"` is walked: ten times that.
     """
     try:
         fields = _decode_fields(body)
@@ -88,7 +90,9 @@ def read_ask(body: bytes) -> Ask:
         raise _invalid_field(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidBody("invalid_json", f"the request body is not valid JSON: {error}") from None
-    plain = b"\\u" not in body and body.count(b'"model"') == 1
+    # `find`, because `in` first takes its bytes for a number, in vain; one byte, because longer needles take longer.
+    escaped = body.find(b"\\") >= 0 and body.find(_ESCAPED) >= 0
+    plain = not escaped and 0 < body.find(_MODEL) == body.rfind(_MODEL)
     options = fields.stream_options
     wants_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
     # Options without usage are walked now because `rewrite` may walk them later, when it is too late to refuse.

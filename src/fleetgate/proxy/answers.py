@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
 
 _OK = status_line(200)
+_CLOSE = b"connection: close\r\n"
 
 MESSAGES = {
     "no_deployment_available": "no Deployment that serves this model is up; try again shortly",
@@ -29,7 +30,9 @@ MESSAGES = {
 
 def relayed_head(conversation: "Conversation", relay: Relay, place: Place, length: int) -> bytes:
     """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
-    request = conversation.request
+    client_headers = conversation.request.answer_headers
+    if not conversation.client.keep_alive or conversation.hub.draining:
+        client_headers += _CLOSE
     if length >= 0:
         framing = b"content-length: %d\r\n" % length
     elif relay.raw:
@@ -41,7 +44,7 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
         conversation.hub.date_line,
         relay.passed,
         place.answer_headers,
-        request.answer_headers + _closing(conversation),
+        client_headers,
         framing,
         conversation.request_id,
         conversation.attempts,
@@ -59,12 +62,10 @@ def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
     body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
-    extra += conversation.request.answer_headers + _closing(conversation)
+    extra += conversation.request.answer_headers
+    if not conversation.client.keep_alive or conversation.hub.draining:
+        extra += _CLOSE
     return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
-
-
-def _closing(conversation: "Conversation") -> bytes:
-    return b"" if conversation.client.keep_alive and not conversation.hub.draining else b"connection: close\r\n"
 
 
 def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = b"") -> bytes:

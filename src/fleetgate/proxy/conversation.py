@@ -10,6 +10,7 @@ from fleetgate.core.admission import Ticket
 from fleetgate.core.exchange import (
     FINISHED,
     GONE,
+    Command,
     Commit,
     Content,
     Event,
@@ -73,6 +74,7 @@ class Conversation:
     failed_peers: tuple[Peer, ...] = ()
     relay: Relay | None = None
     ticket: Ticket | None = None
+    seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     first_s = 0.0
     deadline_s = float("inf")
     progress = 0
@@ -100,7 +102,8 @@ class Conversation:
 
     def _report(self, event: Event) -> None:
         """Tell the core what happened and do what it says."""
-        command = self.exchange.receive(event, self.hub.clock())
+        now_s = self.seen_s = self.hub.clock()
+        command = self.exchange.receive(event, now_s)
         ACTIONS[type(command)](self, command)
 
     # --- picking and waiting ---
@@ -191,7 +194,7 @@ class Conversation:
     # --- sending ---
 
     def _send(self, command: Send) -> None:
-        place, now_s = self.place, self.hub.clock()
+        place, now_s = self.place, self.seen_s
         assert place is not None
         peer = place.choose(now_s, self.failed_peers)
         self.attempts += 1
@@ -200,7 +203,7 @@ class Conversation:
             return
         self.peer = peer
         peer.in_flight += 1
-        if peer.health.breaker is not Breaker.CLOSED:
+        if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
             self._try_out(peer, now_s)
         self.progress = 0
         limit_s = FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S
@@ -221,7 +224,8 @@ class Conversation:
         if upstream_name != ask.model:
             names = Names(msgspec.json.encode(upstream_name), names.asked)
         relay = self.relay = Relay(self, operation, add_usage, names)
-        relay.raw = self.request.raw
+        if self.request.raw:
+            relay.raw = True
         connection = None if fresh else peer.take_idle()
         if connection is None:
             self.hub.spawn(self._connect(peer, place, relay, add_usage, upstream_name))
@@ -267,7 +271,6 @@ class Conversation:
 
     def on_first(self, relay: Relay) -> None:
         """The first content is here."""
-        self.first_s = self.hub.clock()
         self._report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
     def on_failed(self, relay: Relay, event: Failed) -> None:
@@ -306,7 +309,7 @@ class Conversation:
             self.failed_peers = (*self.failed_peers, self.peer)
             if sign is not None:
                 self._see(sign)
-        self._settle()
+        self._settle(self.hub.clock())
         self._report(event)
 
     def _see(self, sign: Sign) -> None:
@@ -314,16 +317,16 @@ class Conversation:
         if self.peer.saw(sign, self.hub.clock()):
             self.hub.health_changed(self.peer)
 
-    def _settle(self) -> None:
+    def _settle(self, now_s: float) -> None:
         peer, self.peer = self.peer, None
         if peer is not None:
             peer.in_flight -= 1
             if peer.trial:
                 peer.trial = False
-                self.hub.tables.renew_fit(peer, self.hub.clock())
+                self.hub.tables.renew_fit(peer, now_s)
         place, self.place = self.place, None
         if place is not None:
-            self.lane.drain.ended(self.hub.clock())
+            self.lane.drain.ended(now_s)
             self.hub.ledger.settle(place.slot)
             self.hub.room_freed(place.slot)
 
@@ -332,6 +335,7 @@ class Conversation:
     def _commit(self, command: Commit) -> None:
         relay, place = self.relay, self.place
         assert relay is not None and place is not None
+        self.first_s = self.seen_s
         self.status = relay.status
         whole = relay.finish_seen and not relay.stream
         if relay.raw and not whole:
@@ -347,7 +351,7 @@ class Conversation:
         self._stop_waiting()
         self.status = command.status
         self.write(answers.refusal(self, command))
-        self._end()
+        self._end(command)
 
     def _interrupt(self, command: Interrupt) -> None:
         """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
@@ -357,18 +361,15 @@ class Conversation:
             event = openai.error_event("upstream_interrupted", answers.MESSAGES["upstream_interrupted"])
             self.write(event if self.relay.raw else http1.chunk(event))
         self.client.keep_alive = False
-        self._end()
+        self._end(command)
 
-    def _finish(self, command: Finish) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        self._settle()
+    def _end(self, command: Command) -> None:
+        self._settle(self.seen_s)
         self.write(self.tail)
         self.hub.conversations.pop(self, None)
         self.hub.record(self)
         self.relay = None
-        self.client.ended()
+        self.client.ended(self.seen_s)
 
     # --- what ends it from outside ---
 
@@ -421,5 +422,5 @@ ACTIONS: dict[type, Callable[..., None]] = {
     Commit: Conversation._commit,
     Refuse: Conversation._refuse,
     Interrupt: Conversation._interrupt,
-    Finish: Conversation._finish,
+    Finish: Conversation._end,
 }

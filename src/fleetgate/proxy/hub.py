@@ -188,7 +188,7 @@ class Hub:
 
     def record(self, conversation: Conversation) -> None:
         """Count and log a request that has ended."""
-        now_s = self.clock()
+        now_s = conversation.seen_s
         cells = self.telemetry.cells
         relay, place, lane = conversation.relay, conversation.last_place, conversation.lane
         started_s, first_s = conversation.started_s, conversation.first_s

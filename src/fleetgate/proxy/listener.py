@@ -1,6 +1,7 @@
 """The client's side of a connection: strict framing in, one request at a time, answers in order."""
 
 import asyncio
+from math import inf
 from typing import TYPE_CHECKING
 
 from fleetgate.protocols import http1, openai
@@ -115,6 +116,13 @@ class ClientConnection(asyncio.Protocol):
     # --- a request comes in ---
 
     def _read_head(self, data: bytes) -> None:
+        known = self._remembered
+        if known is not None and known.tables is self._hub.tables:
+            end, length = self._memo.recall(data)
+            if end:
+                self._buffer = b""
+                self._begin(known, length, data[end:])
+                return
         while data.startswith(b"\r\n"):  # some clients end a body with an extra line
             data = data[2:]
         end = data.find(http1.HEAD_END)
@@ -126,14 +134,8 @@ class ClientConnection(asyncio.Protocol):
                 self.deadline_s = self._hub.clock() + HEAD_WAIT_MAX_S
             self._buffer = data
             return
-        head, rest = data[: end + 4], data[end + 4 :]
         self._buffer = b""
-        admitted = self._remembered
-        length = self._memo.recall(head)
-        if length >= 0 and admitted is not None and admitted.tables is self._hub.tables:
-            self._begin(admitted, length, rest)
-            return
-        self._read_new_head(head, rest)
+        self._read_new_head(data[: end + 4], data[end + 4 :])
 
     def _read_new_head(self, head: bytes, rest: bytes) -> None:
         self._remembered = None
@@ -226,7 +228,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if admitted.raw:
             self.keep_alive = self.keep_alive and not ask.stream
-        self.deadline_s = float("inf")
+        self.deadline_s = inf
         conversation = self.conversation = Conversation(hub, self, admitted, lane, ask)
         conversation.start(body, hub.next_id())
 
@@ -238,9 +240,9 @@ class ClientConnection(asyncio.Protocol):
             return
         body = openai.model_body(name, "fleetgate") if name else openai.models_body(dict.fromkeys(allowed, "fleetgate"))
         self._write_plain(200, body, admitted.answer_headers, admitted.no_body)
-        self.ended()
+        self.ended(self._hub.clock())
 
-    def ended(self) -> None:
+    def ended(self, now_s: float) -> None:
         """The answer is written: wait for the next request, or close."""
         self.conversation = None
         if self.closing:
@@ -249,7 +251,7 @@ class ClientConnection(asyncio.Protocol):
             self.closing = True
             self.transport.close()
             return
-        self.deadline_s = self._hub.clock() + IDLE_MAX_S
+        self.deadline_s = now_s + IDLE_MAX_S
         self._go_on()
 
     def _go_on(self) -> None:
@@ -291,7 +293,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             body = openai.error_body(denied.status, denied.code, denied.message, denied.param)
             self._write_plain(denied.status, body, denied.extra, no_body)
-        self.ended()
+        self.ended(hub.clock())
 
     def _deny_and_close(self, denied: Denied) -> None:
         """Answer, then close: after a framing error or with a body unread, the next byte cannot be trusted."""
