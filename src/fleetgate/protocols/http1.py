@@ -302,11 +302,12 @@ class ResponseMemo:
 class ChunkedBody:
     """Takes chunked framing off, strictly.
 
-    Shape: `feed` returns the payload in `data`; when `done`, `rest` holds what came after the body.
+    Shape: `feed` returns the payload in `data`; when `done`, `rest` holds what came after the body. `at_boundary` says
+    whether the next byte begins a chunk's size line.
     Raises: `Malformed` when the framing is not exact.
     """
 
-    __slots__ = ("_buffer", "_excess_bytes", "_left", "_state", "_trailer_bytes", "done", "rest")
+    __slots__ = ("_buffer", "_excess_bytes", "_left", "_state", "_trailer_bytes", "at_boundary", "done", "rest")
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -314,13 +315,9 @@ class ChunkedBody:
         self._state = 0  # 0 size line, 1 data, 2 the line end after data, 3 trailers
         self._trailer_bytes = 0
         self._excess_bytes = 0
+        self.at_boundary = True
         self.done = False
         self.rest = b""
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether the next byte begins a chunk's size line."""
-        return self._state == 0 and not self._buffer and not self.done
 
     def feed(self, data: bytes) -> bytes:
         """Payload bytes of what came; may be empty."""
@@ -352,6 +349,7 @@ class ChunkedBody:
                 self._line(buffer[at:end])
                 at = end + 2
         self._buffer = b"" if self.done else buffer[at:]
+        self.at_boundary = self._state == 0 and not self._buffer and not self.done
         self.rest = buffer[at:] if self.done else b""
         return parts[0] if len(parts) == 1 else b"".join(parts)
 

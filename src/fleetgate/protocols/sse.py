@@ -10,30 +10,26 @@ class EventTooLong(Exception):
 class Events:
     """Cuts payload bytes into whole events, each with the blank line that ends it.
 
+    Shape: `partial` is the begin of an event that has not ended; at the end of a stream, a truncated one.
     Raises: `EventTooLong`.
     """
 
-    __slots__ = ("_partial",)
+    __slots__ = ("partial",)
 
     def __init__(self) -> None:
-        self._partial = b""
-
-    @property
-    def partial(self) -> bytes:
-        """The begin of an event that has not ended; at the end of a stream, a truncated one."""
-        return self._partial
+        self.partial = b""
 
     def feed(self, payload: bytes) -> list[bytes]:
         """The events that are whole now, in order."""
-        buffer = self._partial + payload if self._partial else payload
-        if b"\r" in buffer:
+        buffer = self.partial + payload if self.partial else payload
+        if buffer.find(b"\r") >= 0:
             events, rest = _cut_any(buffer)
         else:
             *events, rest = buffer.split(b"\n\n")
             events = [event + b"\n\n" for event in events]
         if len(rest) > EVENT_BYTES_MAX:
             raise EventTooLong
-        self._partial = rest
+        self.partial = rest
         return events
 
 
