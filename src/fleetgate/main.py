@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from fleetgate.control.config import ENV as CONTROL_ENV
 from fleetgate.control.config import ControlConfig
 from fleetgate.control.datadir import Unusable, open_data_dir
 from fleetgate.core.board import WORKERS_MAX
+from fleetgate.providers.documents import Unreadable
 from fleetgate.proxy.config import ENV as WORKER_ENV
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.supervisor import (
@@ -30,6 +32,7 @@ from fleetgate.proxy.supervisor import (
     shared_memory,
     split_address,
 )
+from fleetgate.rules import plugins
 from fleetgate.simulator.command import SETTINGS as ENGINE_SETTINGS
 from fleetgate.simulator.command import engine
 
@@ -139,6 +142,7 @@ def run_up(options: UpOptions) -> int:
         open_data_dir(options.data_dir)
     except Unusable as error:
         raise CannotStart(str(error)) from None
+    plugins.load()  # the control process tells of those that cannot be used
     if options.config is not None:
         mistakes = check_file(str(options.config), options.data_dir)
         if mistakes:
@@ -305,6 +309,91 @@ def demo(
 ) -> None:
     """Three regions with a real model on this machine: a stream, an overflow, a region killed under load."""
     raise typer.Exit(run_demo(once=once, data_dir=data_dir))
+
+
+class Form(StrEnum):
+    """The forms in which `simulate` reports."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+@app.command()
+def simulate(
+    fleet: Annotated[
+        Path, typer.Option(help="YAML with Gateway, Deployments and Profiles.", exists=True, dir_okay=False)
+    ],
+    trace: Annotated[
+        Path,
+        typer.Option(
+            help="CSV or CSV.gz: timestamp_s,prompt_tokens,output_tokens[,prefix_block_ids_512][,region][,key].",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    gateway: Annotated[str, typer.Option(help="Which Gateway, where the fleet has several.")] = "",
+    load: Annotated[
+        float | None, typer.Option(help="Rescale the trace to this share of the fleet's capacity; 1 is all of it.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Rescale the trace to so many requests a second.")] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable or comma-separated; the Gateway's own otherwise. See below for the baselines."),
+    ] = None,
+    region_phase: Annotated[
+        str,
+        typer.Option(help="Clients' regions, each with the hours that its day is ahead: us-east=0,eu-west=8."),
+    ] = "",
+    proxies: Annotated[int, typer.Option(help="Proxies that share the arrivals; 0 is one for each region.")] = 0,
+    fault: Annotated[list[str] | None, typer.Option(help="KIND:NAME@START[+DURATION][xFACTOR]. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Same inputs and seed, same figures.")] = 0,
+    limit: Annotated[int, typer.Option(help="Only the first N requests of the trace; 0 for all.")] = 0,
+    output: Annotated[Form, typer.Option("-o", "--output", help="How to print.")] = Form.TABLE,
+    plot: Annotated[Path | None, typer.Option(help="Draw TTFT and goodput into FILE.svg or FILE.png.")] = None,
+) -> None:
+    """Play a trace to a fleet that exists only on paper, with the code that routes live traffic.
+
+    Engines take time as their Profiles say, the network as the regions' round trips say; nothing is dialled. What each
+    Deployment takes of this very trace is measured first: `--load` and `goodput_ratio` are shares of the sum.
+
+    Built-in baselines: round_robin, gpu_count_weights, least_outstanding, static_weights, region_local, nearest_first,
+    clairvoyant, clairvoyant_no_shed.
+
+    Faults: `slow:llama-us@300+150x3` (from second 300 on, for 150 s, three times slower), `down:eu-west@600` (a region
+    or a Deployment dies), `refuse:llama-eu@60+30` (429 for 30 s), `slow:llama-us@0x1.3` (the Profile is 30 % too good).
+
+    Examples: `fleetgate simulate --fleet fleet.yaml --trace conv.csv.gz --load 1.2` ·
+    `fleetgate simulate --fleet fleet.yaml --trace conv.csv.gz --load 0.7 --strategy overflow,round_robin -o json` ·
+    `fleetgate simulate --fleet fleet.yaml --trace conv.csv.gz --region-phase us-east=0,eu-west=8 --plot day.svg`
+    """
+    # Imported here: validation and the simulator take half a second that other commands need not wait for.
+    from fleetgate.control.paper import read_fleet
+    from fleetgate.simulator import simulating
+
+    plugins.load()
+    ask = simulating.Ask(
+        trace=trace,
+        gateway=gateway,
+        load=load,
+        rate_rps=rate,
+        strategies=tuple(name.strip() for text in strategy or [] for name in text.split(",") if name.strip()),
+        region_phase=region_phase,
+        proxies=proxies,
+        faults=tuple(fault or []),
+        seed=seed,
+        limit=limit,
+        json=output is Form.JSON,
+        plot=plot,
+    )
+    try:
+        simulating.check(ask)
+        simulating.simulate(ask, read_fleet(str(fleet)))
+    except simulating.WrongUsage as reason:
+        sys.stderr.write(f"{reason}\n")
+        raise typer.Exit(2) from None
+    except (simulating.Failed, Unreadable) as reason:
+        sys.stderr.write(f"{reason}\n")
+        raise typer.Exit(1) from None
 
 
 app.command("engine", context_settings=ENGINE_SETTINGS)(engine)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fleetgate.core import strategies
 from fleetgate.core.route import Decision, Lane, route
 from fleetgate.core.strategies import NO_TURN, Candidate, Ranking, Standing, Strategy, Turn
-from tests.properties.test_routing import situations
+from tests.properties.test_routing import has_room, situations
 
 Situation = tuple[tuple[Candidate, ...], dict[int, Standing], Turn]
 
@@ -18,7 +18,7 @@ Situation = tuple[tuple[Candidate, ...], dict[int, Standing], Turn]
 def fit_of(situation: Situation) -> list[Candidate]:
     """Those that route hands to a strategy: up, and with room."""
     made, load, _ = situation
-    return [c for c in made if load[c.slot].health > 0 and (not c.limit or load[c.slot].in_flight < c.limit)]
+    return [c for c in made if has_room(c, load[c.slot])]
 
 
 def check_answer(strategy: Strategy, situation: Situation) -> None:
@@ -53,7 +53,7 @@ def check_long_run(strategy: Strategy, made: tuple[Candidate, ...]) -> None:
     turn: Turn = NO_TURN
     in_flight = {candidate.slot: 0 for candidate in made}
     for step in range(1000):
-        load = {slot: Standing(count, 1.0) for slot, count in in_flight.items()}
+        load = {c.slot: Standing(in_flight[c.slot], 1.0, c.limit, c.slot + 1.0) for c in made}
         decision = route(Lane(made, strategy), load, turn)
         if isinstance(decision, Decision):
             turn = decision.turn
@@ -80,16 +80,16 @@ class TestEveryStrategy:
 
     @given(limits=st.lists(st.integers(0, 40), min_size=1, max_size=5))
     def test_it_holds_for_long(self, name: str, limits: list[int]) -> None:
-        made = tuple(Candidate(name=f"d{n}", slot=n, limit=limit, units=n + 1.0) for n, limit in enumerate(limits))
+        made = tuple(Candidate(name=f"d{n}", slot=n, limit=limit) for n, limit in enumerate(limits))
         check_long_run(strategies.find(name), made)
 
     def test_it_stands_extremes(self, name: str) -> None:
         made = (
-            Candidate(name="tiny", slot=0, units=1e-9, limit=1),
-            Candidate(name="vast", slot=1, units=1e9, limit=1_000_000),
-            Candidate(name="open", slot=2, units=1.0),
+            Candidate(name="tiny", slot=0, limit=1),
+            Candidate(name="vast", slot=1, limit=1_000_000),
+            Candidate(name="open", slot=2),
         )
-        load = {0: Standing(0, 0.001), 1: Standing(999_999, 1.0), 2: Standing(10**9, 1.0)}
+        load = {0: Standing(0, 0.001, 1, 1e-9), 1: Standing(999_999, 1.0, 1_000_000, 1e9), 2: Standing(10**9, 1.0)}
         check_answer(strategies.find(name), (made, load, {}))
 
     def test_it_is_one_pure_documented_function(self, name: str) -> None:

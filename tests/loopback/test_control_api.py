@@ -26,7 +26,7 @@ def api(rig: ControlRig) -> Iterator[httpx2.Client]:
     """A session on an empty store."""
     with rig.client() as client:
         yield client
-        for plural in ("keys", "gateways", "deployments", "secrets", "clusters"):
+        for plural in ("keys", "gateways", "deployments", "profiles", "secrets", "clusters"):
             for item in client.get(f"/api/v1/{plural}").json()["items"]:
                 assert client.delete(f"/api/v1/{plural}/{item['name']}").status_code == 200
 
@@ -52,6 +52,38 @@ def test_applied_documents_reach_the_snapshot_and_nothing_is_published_twice(
     again = apply(api, GATEWAY, deployment, secret).json()["results"]
     assert [outcome["outcome"] for outcome in again] == ["unchanged"] * 3
     assert rig.snapshot() == snapshot
+
+
+def test_a_profile_is_kept_shown_published_and_guarded(rig: ControlRig, api: httpx2.Client) -> None:
+    profile = {
+        "model": "llama",
+        "sku": "H100",
+        "accelerators_per_replica": 8,
+        "engine": "vllm",
+        "prefill_tokens_per_s": 15000,
+        "decode_step": {"base_s": 0.028, "per_sequence_s": 0.00035},
+    }
+    made = api.put("/api/v1/profiles/p", json=profile)
+    assert (made.status_code, made.json()["batch_max"], made.json()["kv_tokens"]) == (201, 256, 0)
+    deployment = {**DEPLOYMENT, "profile": "p", "accelerator": {"sku": "H100", "count": 8}}
+    shown = api.put("/api/v1/deployments/llama-us", json=deployment).json()
+    assert "Profile p" in shown["status"]["capacity"]["sentence"]
+    published = rig.snapshot().deployments[0].profile
+    assert published is not None
+    assert published.base_s == 0.028
+    changed = api.put("/api/v1/profiles/p", json={**profile, "decode_step": {"base_s": 0.02, "per_sequence_s": 0.0}})
+    assert changed.json()["generation"] == 2
+    published = rig.snapshot().deployments[0].profile
+    assert published is not None
+    assert published.base_s == 0.02
+    assert api.put("/api/v1/deployments/llama-us", json=shown).json()["generation"] == 1, "a status is left aside"
+    misfit = api.put("/api/v1/profiles/p", json={**profile, "engine": "sglang"})
+    assert (misfit.status_code, "Deployment llama-us uses it" in misfit.text) == (422, True)
+    refused = api.delete("/api/v1/profiles/p")
+    assert (refused.status_code, "Deployment/llama-us" in refused.text) == (409, True)
+    state = api.get("/api/v1/state").json()["deployments"][0]
+    assert (state["units"], state["limit"]) == (state["capacity"]["units"], state["capacity"]["limit"])
+    assert state["limit"] > 0
 
 
 def test_a_changed_secret_is_published_and_never_shown(rig: ControlRig, api: httpx2.Client) -> None:

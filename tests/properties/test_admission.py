@@ -1,25 +1,111 @@
-"""The waiting room: in order, each once, nobody forgotten."""
+"""The waiting room: priority, then fairness between keys, then deadlines; each once, nobody forgotten."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.admission import Ticket, WaitingRoom
+from fleetgate.core.admission import Priority, Ticket, WaitingRoom
+
+TICKETS = st.builds(
+    Ticket,
+    deadline_s=st.floats(0, 100),
+    key=st.sampled_from(["a", "b", "c"]),
+    units=st.sampled_from([0.5, 1.0, 4.0]),
+    priority=st.sampled_from(list(Priority)),
+)
 
 
-@given(st.lists(st.sampled_from(["join", "first", "leave"]), max_size=60), st.randoms(use_true_random=False))
-def test_the_room_agrees_with_a_plain_list(steps: list[str], random) -> None:  # type: ignore[no-untyped-def]
-    room, model, now_s = WaitingRoom(), list[Ticket](), 0.0
-    for step in steps:
-        now_s += 1.0
-        if step == "join":
-            ticket = Ticket(deadline_s=now_s + random.randint(1, 10))
-            ahead = random.random() < 0.2
-            room.join(ticket, ahead)
-            model.insert(0 if ahead else len(model), ticket)
-        elif step == "first":
-            assert room.first() is (model[0] if model else None)
-        elif step == "leave" and model:
-            ticket = model.pop(random.randrange(len(model)))
-            room.leave(ticket)
-            room.leave(ticket)
-        assert len(room) == len(model)
+@given(st.lists(st.tuples(TICKETS, st.booleans()), max_size=40), st.randoms(use_true_random=False))
+def test_whoever_joins_comes_first_once_or_leaves(joins: list[tuple[Ticket, bool]], random) -> None:  # type: ignore[no-untyped-def]
+    room, here = WaitingRoom(), list[Ticket]()
+    for ticket, moved in joins:
+        room.join(ticket, moved)
+        here.append(ticket)
+        if random.random() < 0.3:
+            gone = here.pop(random.randrange(len(here)))
+            room.leave(gone)
+            room.leave(gone)
+        assert len(room) == len(here)
+        assert abs(room.units - sum(waiting.units for waiting in here)) < 1e-6
+        assert sorted(map(id, room.row(99))) == sorted(map(id, here))
+    while (first := room.first()) is not None:
+        assert first is room.row(1)[0]
+        assert first.priority == min(waiting.priority for waiting in here)
+        here.remove(first)
+        room.leave(first, served=True)
+    assert not here and not room
+
+
+@given(st.lists(TICKETS, min_size=2, max_size=20))
+def test_inside_one_key_the_earliest_deadline_goes_first(tickets: list[Ticket]) -> None:
+    room = WaitingRoom()
+    for ticket in tickets:
+        ticket.key, ticket.priority = "a", Priority.STANDARD
+        room.join(ticket)
+    served = []
+    while (first := room.first()) is not None:
+        served.append(first.deadline_s)
+        room.leave(first, served=True)
+    assert served == sorted(served)
+
+
+@given(st.integers(2, 6), st.floats(0.1, 9.0), st.integers(30, 120))
+def test_keys_that_always_wait_get_the_same_work_whatever_their_requests_weigh(
+    keys: int, heavy: float, rounds: int
+) -> None:
+    """One key sends requests many times as heavy: it is given fewer of them, not more work."""
+    room, given_units = WaitingRoom(), dict.fromkeys((f"k{n}" for n in range(keys)), 0.0)
+    sizes = {key: heavy if at == 0 else 1.0 for at, key in enumerate(given_units)}
+    for key, units in sizes.items():
+        for at in range(3):
+            room.join(Ticket(float(at), key, units))
+    for at in range(rounds):
+        first = room.first()
+        assert first is not None
+        room.leave(first, served=True)
+        given_units[first.key] += first.units
+        room.join(Ticket(float(at + 3), first.key, first.units))
+    assert max(given_units.values()) - min(given_units.values()) <= 2 * max(heavy, 1.0)
+
+
+def test_a_key_that_was_away_has_saved_nothing_up() -> None:
+    room = WaitingRoom()
+    for at in range(10):
+        room.join(Ticket(float(at), "busy"))
+    for _ in range(6):
+        first = room.first()
+        assert first is not None
+        room.leave(first, served=True)
+    for at in range(10):
+        room.join(Ticket(float(at), "back"))
+    served = []
+    for _ in range(8):
+        first = room.first()
+        assert first is not None
+        served.append(first.key)
+        room.leave(first, served=True)
+    assert served.count("busy") == served.count("back") == 4
+
+
+@given(st.lists(TICKETS, max_size=20), st.sampled_from(list(Priority)))
+def test_only_a_lower_priority_is_shed_and_of_it_the_latest(tickets: list[Ticket], priority: Priority) -> None:
+    room = WaitingRoom()
+    for ticket in tickets:
+        room.join(ticket)
+    victim = room.latest(priority)
+    lower = [ticket for ticket in tickets if ticket.priority > priority]
+    if victim is None:
+        assert not lower
+        return
+    lowest = max(ticket.priority for ticket in lower)
+    assert victim.priority == lowest
+    assert victim.deadline_s == max(ticket.deadline_s for ticket in lower if ticket.priority == lowest)
+
+
+def test_what_a_failure_moved_here_goes_first_in_its_priority() -> None:
+    room = WaitingRoom()
+    early, moved, critical = Ticket(1.0), Ticket(9.0), Ticket(9.0, priority=Priority.CRITICAL)
+    room.join(early)
+    room.join(moved, ahead=True)
+    assert room.row(3) == [moved, early]
+    room.join(critical)
+    assert room.row(3) == [critical, moved, early]

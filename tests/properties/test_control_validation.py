@@ -31,6 +31,20 @@ GOOD: list[dict[str, Any]] = [
     },
     {"kind": "Secret", "name": "token", "value": "abc"},
     {
+        "kind": "Profile",
+        "name": "llama-h100",
+        "model": "llama",
+        "sku": "H100",
+        "accelerators_per_replica": 8,
+        "engine": "vllm",
+        "prefill_tokens_per_s": 15000,
+        "decode_step": {"base_s": 0.028, "per_sequence_s": 0.00035},
+        "batch_max": 128,
+        "kv_tokens": 1200000,
+        "concurrency": 32,
+        "units": 3.2,
+    },
+    {
         "kind": "Deployment",
         "name": "llama-us",
         "cluster": "home",
@@ -40,6 +54,8 @@ GOOD: list[dict[str, Any]] = [
         "credential": {"secret": "token"},
         "replicas": {"committed": 4, "elastic_max": 8},
         "capacity": {"concurrency": 64, "units": 12.5},
+        "accelerator": {"sku": "H100", "count": 8},
+        "profile": "llama-h100",
     },
     {
         "kind": "Deployment",
@@ -202,7 +218,7 @@ def test_what_is_left_out_is_named_where_it_is_used(kept: list[int]) -> None:
     documents = [GOOD[index] for index in kept]
     names = {(document["kind"], document["name"]) for document in documents}
     uses = {
-        ("Deployment", "llama-us"): [("Cluster", "home"), ("Secret", "token")],
+        ("Deployment", "llama-us"): [("Cluster", "home"), ("Secret", "token"), ("Profile", "llama-h100")],
         ("Gateway", "chat"): [("Deployment", "llama-us"), ("Deployment", "llama-eu")],
     }
     expected = {

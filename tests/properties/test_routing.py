@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from fleetgate.core import strategies
 from fleetgate.core.capacity import spill_limit
+from fleetgate.core.forecast import Fit
 from fleetgate.core.route import Decision, Lane, NoPlace, Rejection, route
 from fleetgate.core.strategies import NO_TURN, Candidate, Load, Standing, Turn
 
 
 @st.composite
 def candidates(draw: st.DrawFn, size_min: int = 1) -> tuple[Candidate, ...]:
-    """Deployments with ranks, units and limits as operators write them."""
+    """Deployments with ranks and limits as operators write them."""
     count = draw(st.integers(size_min, 8))
     made = []
     for slot in range(count):
@@ -23,9 +24,8 @@ def candidates(draw: st.DrawFn, size_min: int = 1) -> tuple[Candidate, ...]:
                 name=f"d{slot}",
                 slot=slot,
                 rank=draw(st.integers(1, 3)),
-                units=draw(st.sampled_from([0.5, 1.0, 3.0, 8.0])),
                 limit=limit,
-                spill_limit=spill_limit(limit, draw(st.sampled_from([0.5, 0.85, 1.0]))),
+                overflow_at=draw(st.sampled_from([0.5, 0.85, 1.0])),
                 distance=draw(st.integers(0, 1)),
             )
         )
@@ -36,7 +36,34 @@ def candidates(draw: st.DrawFn, size_min: int = 1) -> tuple[Candidate, ...]:
 def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
     """Any load, over-full and unhealthy ones included."""
     health = st.sampled_from([0.0, 0.1, 0.5, 1.0])
-    return {c.slot: Standing(draw(st.integers(0, 15)), draw(health)) for c in of}
+    fits = st.none() | st.builds(
+        Fit,
+        endpoint_slot=st.integers(0, 9),
+        ttft_s=st.floats(0, 10),
+        tpot_s=st.floats(0, 1),
+        prefill_s=st.floats(0, 10),
+        late=st.sampled_from(["", "", "", "TTFT", "TPOT"]),
+    )
+    units = st.sampled_from([0.5, 1.0, 3.0, 8.0])
+    warm, usd = st.sampled_from([0.0, 0.0, 0.4, 1.0]), st.floats(0, 1)
+    return {
+        c.slot: Standing(
+            draw(st.integers(0, 15)), draw(health), c.limit, draw(units), draw(fits), draw(warm), draw(usd)
+        )
+        for c in of
+    }
+
+
+def has_room(candidate: Candidate, standing: Standing) -> bool:
+    """Up, below its limit, and the request would keep its SLO there."""
+    full = bool(standing.limit) and standing.in_flight >= standing.limit
+    return standing.health > 0 and not full and not (standing.fit and standing.fit.late)
+
+
+def spills(candidate: Candidate, standing: Standing) -> bool:
+    """Past the share of its limit at which `overflow` goes on to the next rank."""
+    limit = spill_limit(standing.limit, candidate.overflow_at)
+    return bool(limit) and standing.in_flight >= limit
 
 
 @st.composite
@@ -57,7 +84,7 @@ every_strategy = st.sampled_from(strategies.names())
 @given(every_strategy, situations())
 def test_only_those_with_room_that_are_up_are_chosen(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
-    fit = {c.name for c in made if load[c.slot].health > 0 and (not c.limit or load[c.slot].in_flight < c.limit)}
+    fit = {c.name for c in made if has_room(c, load[c.slot])}
     decision = decide(name, made, load, turn)
     if isinstance(decision, Decision):
         chosen = [c.name for c in decision.order]
@@ -96,9 +123,7 @@ def test_a_lead_is_whom_the_strategy_would_take_first(name: str, situation: tupl
     """What spares most requests the comparison must never change its outcome."""
     made, load, turn = situation
     lead = strategies.find_lead(name)(made)
-    if lead is None or load[lead.slot].health <= 0:
-        return
-    if not lead.spill_limit or load[lead.slot].in_flight < lead.spill_limit:
+    if lead is not None and has_room(lead, load[lead.slot]) and not spills(lead, load[lead.slot]):
         decision = decide(name, made, load, turn)
         assert isinstance(decision, Decision) and decision.order[0] is lead
 
@@ -109,14 +134,14 @@ def test_overflow_takes_the_first_rank_below_its_spill_limit(situation: tuple) -
     decision = decide("overflow", made, load, turn)
     if isinstance(decision, Decision):
         fit = [c for c in made if c.name not in dict(decision.left_out)]
-        under = [c for c in fit if not c.spill_limit or load[c.slot].in_flight < c.spill_limit]
+        under = [c for c in fit if not spills(c, load[c.slot])]
         assert decision.order[0].rank == min(c.rank for c in under or fit)
 
 
 @given(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0, 8.0]), min_size=2, max_size=6))
 def test_shares_of_idle_deployments_are_their_units(units: list[float]) -> None:
-    made = tuple(Candidate(name=f"d{slot}", slot=slot, units=cu) for slot, cu in enumerate(units))
-    load = {c.slot: Standing(0, 1.0) for c in made}
+    made = tuple(Candidate(name=f"d{slot}", slot=slot) for slot in range(len(units)))
+    load = {slot: Standing(0, 1.0, units=cu) for slot, cu in enumerate(units)}
     turn, picks, rounds = NO_TURN, Counter[str](), 400
     for _ in range(rounds):
         decision = decide("capacity_round_robin", made, load, turn)
@@ -124,33 +149,37 @@ def test_shares_of_idle_deployments_are_their_units(units: list[float]) -> None:
         turn = decision.turn
         picks[decision.order[0].name] += 1
     for candidate in made:
-        share = candidate.units / sum(units)
+        share = units[candidate.slot] / sum(units)
         assert abs(picks[candidate.name] / rounds - share) < 0.05
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=5), st.integers(1, 5000))
 def test_shares_under_load_follow_units_and_no_limit_is_passed(sizes: list[int], seed: int) -> None:
     """Requests that come and go: whoever is picked has room, and full shares are in proportion to size."""
-    made = tuple(Candidate(name=f"d{slot}", slot=slot, units=float(n), limit=n) for slot, n in enumerate(sizes))
+    made = tuple(Candidate(name=f"d{slot}", slot=slot, limit=n) for slot, n in enumerate(sizes))
     in_flight = dict.fromkeys(range(len(made)), 0)
     turn: Turn = NO_TURN
     for _ in range(sum(sizes)):
-        load = {slot: Standing(count, 1.0) for slot, count in in_flight.items()}
+        load = {slot: Standing(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
         decision = decide("capacity_round_robin", made, load, turn)
         assert isinstance(decision, Decision)
         turn = decision.turn
         in_flight[decision.order[0].slot] += 1
         assert in_flight[decision.order[0].slot] <= decision.order[0].limit
-    load = {slot: Standing(count, 1.0) for slot, count in in_flight.items()}
+    load = {slot: Standing(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
     rejection = decide("capacity_round_robin", made, load, turn)
     assert isinstance(rejection, Rejection) and rejection.reason is NoPlace.ALL_FULL
 
 
 def test_rejections_say_why() -> None:
     lane = Lane((Candidate(name="a", slot=0, limit=1), Candidate(name="b", slot=1)), strategies.find("overflow"))
-    rejection = route(lane, {0: Standing(1, 1.0), 1: Standing(0, 0.0)}, NO_TURN)
+    rejection = route(lane, {0: Standing(1, 1.0, 1), 1: Standing(0, 0.0)}, NO_TURN)
     assert isinstance(rejection, Rejection)
     assert dict(rejection.left_out) == {"a": "full: 1 of 1 in flight", "b": "not healthy"}
+    slow = Fit(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late="TTFT")
+    late = route(lane, {0: Standing(0, 1.0, 1, fit=slow), 1: Standing(0, 0.0)}, NO_TURN)
+    assert isinstance(late, Rejection) and late.reason is NoPlace.ALL_FULL
+    assert dict(late.left_out)["a"] == "no room: TTFT would be over its target (TTFT 3.10 s, TPOT 20 ms)"
     down = route(lane, {0: Standing(0, 0.0), 1: Standing(0, 0.0)}, NO_TURN)
     assert isinstance(down, Rejection) and down.reason is NoPlace.NONE_UP
     tried = route(lane, {0: Standing(0, 1.0), 1: Standing(0, 1.0)}, NO_TURN, tried=(0, 1))

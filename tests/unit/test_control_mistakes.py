@@ -30,7 +30,17 @@ GATEWAY: dict[str, Any] = {
     "upstreams": [{"deployment": "llama"}],
 }
 KEY: dict[str, Any] = {"kind": "Key", "name": "app", "gateways": ["chat"]}
-FLEET = (CLUSTER, DEPLOYMENT, MANAGED, GATEWAY, KEY)
+PROFILE: dict[str, Any] = {
+    "kind": "Profile",
+    "name": "p1",
+    "model": "m",
+    "sku": "H100",
+    "accelerators_per_replica": 1,
+    "engine": "vllm",
+    "prefill_tokens_per_s": 15000,
+    "decode_step": {"base_s": 0.028, "per_sequence_s": 0.00035},
+}
+FLEET = (CLUSTER, DEPLOYMENT, MANAGED, GATEWAY, KEY, PROFILE)
 
 
 def mistakes(changed: dict[str, Any], **fields: Any) -> list[str]:
@@ -54,10 +64,10 @@ def test_the_fleet_itself_has_none() -> None:
         (GATEWAY, {"domain": ...}, "Gateway/chat: domain: is missing", "add `domain:`"),
         (GATEWAY, {"domain": "https://example.com"}, "Gateway/chat: domain:", "without scheme"),
         (GATEWAY, {"domain": "example.com."}, "Gateway/chat: domain:", "trailing dot"),
-        (GATEWAY, {"strategy": "overflw"}, "Gateway/chat: strategy:", "capacity_round_robin, overflow"),
+        (GATEWAY, {"strategy": "overflw"}, "Gateway/chat: strategy:", "capacity_round_robin, "),
         (GATEWAY, {"protocol": "anthropic"}, "Gateway/chat: protocol:", "later release"),
         (GATEWAY, {"protocol": "grpc"}, "Gateway/chat: protocol:", "use openai"),
-        (GATEWAY, {"policies": []}, "Gateway/chat: policies:", "later release"),
+        (GATEWAY, {"policies": [{"name": "a"}]}, "Gateway/chat: policies[0]:", "policy a does nothing"),
         (GATEWAY, {"resilience": {"hedge": "auto"}}, "Gateway/chat: resilience.hedge:", "later release"),
         (GATEWAY, {"resilience": {"hedge": True}}, "Gateway/chat: resilience.hedge:", "later release"),
         (GATEWAY, {"resilience": {"attempts_max": 0}}, "Gateway/chat: resilience.attempts_max:", "at least 1"),
@@ -97,7 +107,32 @@ def test_the_fleet_itself_has_none() -> None:
         (DEPLOYMENT, {"models": [{"name": "m"}, {"name": "m"}]}, "Deployment/llama: models[1]:", "2 times"),
         (DEPLOYMENT, {"models": [{"nme": "m"}]}, "Deployment/llama: models[0].nme:", "did you mean `name`?"),
         (DEPLOYMENT, {"engine": "vlm"}, "Deployment/llama: engine:", "did you mean `vllm`?"),
-        (DEPLOYMENT, {"profile": "p"}, "Deployment/llama: profile:", "later release"),
+        (DEPLOYMENT, {"profile": "p"}, "Deployment/llama: profile: there is no Profile", "did you mean `p1`?"),
+        (DEPLOYMENT, {"profile": "p1", "models": [{"name": "x"}]}, "Deployment/llama: profile:", "does not serve"),
+        (DEPLOYMENT, {"profile": "p1", "accelerator": {"sku": "L4"}}, "Deployment/llama: profile:", "calibrate llama"),
+        (
+            DEPLOYMENT,
+            {"profile": "p1", "accelerator": {"sku": "H100"}, "engine": "sglang"},
+            "Deployment/llama: profile:",
+            "engine 'vllm', and the Deployment's is 'sglang'",
+        ),
+        (
+            DEPLOYMENT,
+            {"url": ..., "urls": ["https://h/v1", "https://i/v1"], "replicas": {"committed": 3}},
+            "Deployment/llama: replicas.committed:",
+            "2 urls",
+        ),
+        (PROFILE, {"sku": ...}, "Profile/p1: sku: is missing", "`sku:`"),
+        (PROFILE, {"prefill_tokens_per_s": 0}, "Profile/p1: prefill_tokens_per_s:", "at least"),
+        (
+            PROFILE,
+            {"decode_step": {"base_s": 0, "per_sequence_s": 0}},
+            "Profile/p1: decode_step.base_s:",
+            "more than 0",
+        ),
+        (PROFILE, {"decode_step": {"base_s": 0.1}}, "Profile/p1: decode_step.per_sequence_s:", "missing"),
+        (PROFILE, {"batch_max": 0}, "Profile/p1: batch_max:", "at least 1"),
+        (PROFILE, {"units": 0}, "Profile/p1: units:", "more than 0"),
         (DEPLOYMENT, {"capacity": {"units": 0}}, "Deployment/llama: capacity.units:", "more than 0"),
         (DEPLOYMENT, {"labels": {"a": 1}}, "Deployment/llama: labels.a:", "in quotes"),
         (
@@ -118,7 +153,7 @@ def test_the_fleet_itself_has_none() -> None:
         (KEY, {"name": "App"}, "Key/App: name:", "a-z"),
         (KEY, {"name": "x" * 64}, "Key/xxx", "63"),
         (KEY, {"kind": "Keys"}, "Keys/app: kind:", "did you mean `Key`?"),
-        (KEY, {"kind": "Profile"}, "Profile/app: kind:", "later release"),
+        (KEY, {"kind": "Policy"}, "Policy/app: kind:", "part of a Gateway"),
         (KEY, {"kind": "Event"}, "Event/app: kind:", "by Fleetgate"),
         (KEY, {"kind": ...}, "document 5: kind: is missing", "Gateway"),
         (KEY, {"name": ...}, "document 5 (Key): name: is missing", "`name:`"),

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from fleetgate.cli import calibrate as calibrating
 from fleetgate.cli.client import API_ENV, DEFAULT_API, TOKEN_ENV, Client, Failed, Rejected, connected, resource_path
 from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
 from fleetgate.providers.documents import Unreadable, read_file, resolve_value
 
-KINDS = ("clusters", "deployments", "gateways", "keys", "secrets", "events")
+KINDS = ("clusters", "profiles", "deployments", "gateways", "keys", "secrets", "events")
 EVENTS_DESCRIBED = 20
 EVENTS_LISTED = 100
 
@@ -128,6 +129,7 @@ def describe(
         raise typer.BadParameter("Events have no names; use `fleetgate get events`", param_hint="KIND")
     with _told(), connected(api, token, data_dir) as client:
         document = client.get(resource_path(plural, name))
+        document.pop("status", None)  # `now` has it, and more
         query = {"kind": document["kind"], "name": name}
         events = client.get("/api/v1/events", limit=EVENTS_DESCRIBED, **query)["items"]
         now = _now(client, plural, name)
@@ -192,6 +194,47 @@ def create_key(
             sys.stdout.write(f"{created['key']}\n")
         else:
             _print_one({"name": created["name"], "key": created["key"]}, output)
+
+
+@app.command()
+def calibrate(
+    deployment: Annotated[str, typer.Argument(help="Which Deployment is measured.")],
+    model: Annotated[str, typer.Option("--model", help="Which of its models, else the first.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    max_requests: Annotated[int | None, typer.Option("--max-requests", min=1, help="Send no more.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Prompt and output, no more.")] = None,
+    tpot_s: Annotated[float | None, typer.Option("--tpot-s", help="Held to this, else to its Gateways' slo.")] = None,
+    ttft_s: Annotated[float | None, typer.Option("--ttft-s", help="Held to this, else to its Gateways' slo.")] = None,
+    profile: Annotated[str, typer.Option("--profile", help="The Profile's name, else DEPLOYMENT-MODEL.")] = "",
+    use: Annotated[bool, typer.Option("--use", help="Let the Deployment name the Profile at once.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also while it serves traffic: the figures suffer.")] = False,
+    output: Form = Output.TABLE,
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Measure what one replica of a Deployment takes, and write a Profile.
+
+    It sends real requests, in ever larger waves until the engine is saturated, and refuses while clients use it.
+
+    Examples: `fleetgate calibrate llama-us --dry-run` · `fleetgate calibrate llama-us --use` ·
+    `fleetgate calibrate llama-us --max-tokens 50000 -o yaml`
+    """
+    given = {
+        "model": model or None,
+        "requests_max": max_requests,
+        "tokens_max": max_tokens,
+        "tpot_s": tpot_s,
+        "ttft_s": ttft_s,
+        "profile": profile or None,
+    }
+    order = {name: value for name, value in given.items() if value is not None} | {"use": use, "force": force}
+    path = calibrating.path_of(deployment)
+    with _told(), connected(api, token, data_dir) as client:
+        if dry_run:
+            calibrating.show_plan(client, path, order, output)
+        else:
+            calibrating.print_result(calibrating.calibrate(client, path, order), use, output)
 
 
 @contextmanager

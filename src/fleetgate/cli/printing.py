@@ -76,6 +76,15 @@ def _row(plural: str, document: Mapping[str, Any], live: Mapping[str, Any]) -> d
                 "IN FLIGHT": str(live.get("in_flight", _NONE)),
                 "LIMIT": str(live.get("limit") or _NONE),
             }
+        case "profiles":
+            step = document["decode_step"]
+            return name | {
+                "MODEL": document["model"],
+                "REPLICA": f"{document['accelerators_per_replica']} x {document['sku']}",
+                "ENGINE": document["engine"],
+                "PREFILL TOKENS/S": f"{document['prefill_tokens_per_s']:.6g}",
+                "DECODE STEP": f"{step['base_s'] * 1e3:.3g} ms + {step['per_sequence_s'] * 1e3:.3g} ms a sequence",
+            }
         case "gateways":
             return name | {
                 "HOST": f"{document['name']}.{document['domain']}",

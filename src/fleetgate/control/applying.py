@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from fleetgate.control import egress, references
 from fleetgate.control.datadir import DataDir
 from fleetgate.control.parsing import Draft, parse_documents
+from fleetgate.control.policies import STORED
 from fleetgate.control.problems import Problem, Refused
 from fleetgate.control.resources import KINDS, READ_ONLY, Deployment, Key, Resource, Secret
 from fleetgate.control.store import rows
@@ -78,7 +79,7 @@ def parse_stored(stored: Stored) -> Resource:
     document = stored.document
     if stored.kind == "Secret":
         document = {**document, "value": "-"}
-    return KINDS[stored.kind].model_validate(document)
+    return KINDS[stored.kind].model_validate(document, context=STORED)
 
 
 class Changes:

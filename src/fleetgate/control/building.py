@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from fleetgate.control import resources
+from fleetgate.control import profiles, resources
 from fleetgate.control.applying import parse_stored
 from fleetgate.control.fields import expires_at_s, parse_url
 from fleetgate.control.store.rows import Stored, StoredKey, World
-from fleetgate.core import model
+from fleetgate.core import capacity, model
 from fleetgate.providers.base import ManagedDeployment, Workload
 
 Slots = Mapping[str, int]
@@ -20,12 +20,13 @@ class Parts(msgspec.Struct, frozen=True):
     clusters: dict[str, resources.Cluster]
     deployments: dict[str, tuple[Stored, resources.Deployment]]
     gateways: dict[str, resources.Gateway]
+    profiles: dict[str, resources.Profile]
     keys: dict[str, tuple[Stored, resources.Key]]
 
 
 def parts_of(world: World) -> Parts:
     """Take the store's resources apart by kind."""
-    parts = Parts({}, {}, {}, {})
+    parts = Parts({}, {}, {}, {}, {})
     for stored in world.values():
         match parse_stored(stored):
             case resources.Cluster() as cluster:
@@ -34,6 +35,8 @@ def parts_of(world: World) -> Parts:
                 parts.deployments[stored.name] = (stored, deployment)
             case resources.Gateway() as gateway:
                 parts.gateways[stored.name] = gateway
+            case resources.Profile() as profile:
+                parts.profiles[stored.name] = profile
             case resources.Key() as key:
                 parts.keys[stored.name] = (stored, key)
     return parts
@@ -53,18 +56,25 @@ def endpoint_owner(deployment: str, url: str) -> str:
     return f"{deployment} {url}"
 
 
-def endpoint(url: str, slot: int) -> model.Endpoint:
+def endpoint(url: str, slot: int, engines: int = 1) -> model.Endpoint:
     """An Endpoint of the Snapshot."""
     parts = parse_url(url)
-    return model.Endpoint(slot=slot, scheme=parts.scheme, host=parts.host, port=parts.port, base_path=parts.path)
+    return model.Endpoint(
+        slot=slot, scheme=parts.scheme, host=parts.host, port=parts.port, base_path=parts.path, engines=engines
+    )
 
 
 class Placed(msgspec.Struct, frozen=True):
-    """What a Deployment has beside its document. Shape: `credential` is sealed; `endpoints` have their slots."""
+    """What a Deployment has beside its document.
+
+    Units: `tpot_s` is the strictest TPOT target it is held to.
+    Shape: `credential` is sealed; `endpoints` have their slots.
+    """
 
     slot: int
     endpoints: tuple[model.Endpoint, ...]
     credential: str
+    tpot_s: float
 
 
 def deployment_of(parts: Parts, name: str, placed: Placed) -> model.Deployment:
@@ -72,29 +82,57 @@ def deployment_of(parts: Parts, name: str, placed: Placed) -> model.Deployment:
     stored, written = parts.deployments[name]
     cluster = parts.clusters.get(written.cluster or "")
     labels = {**(cluster.labels if cluster else {}), **(written.labels or {})}
-    region = written.region or (cluster.region if cluster else "")
     managed = written.workload is not None
-    share = min(1.0, len(placed.endpoints) / max(1, written.replicas.committed)) if managed else 1.0
-    concurrency = written.capacity.concurrency or 0
-    units = written.capacity.units or float(concurrency) or 1.0
-    price = written.price
+    named = parts.profiles.get(written.profile or "")
+    price = profiles.price_of(written, cluster)
+    takes = _capacity(written, placed, profiles.chosen(written, parts.profiles))
     return model.Deployment(
         slot=placed.slot,
         name=name,
-        region=region,
+        region=written.region or (cluster.region if cluster else ""),
         engine=written.engine,
         models={served.name: served.upstream_name or served.name for served in written.models},
         endpoints=placed.endpoints,
+        cluster=written.cluster or "",
         labels=labels,
         tier=model.Tier(written.tier),
-        paid_per_token=price is not None and price.usd_per_hour is None,
-        concurrency_max=max(1, int(concurrency * share)) if concurrency else 0,
-        units=units * share or units,  # without a ready replica nothing is sent there, and 0 would only divide badly
+        paid_per_token=price.usd_per_hour is None and written.price is not None,
+        price=price,
+        sku=written.accelerator.sku if written.accelerator else named.sku if named else "",
+        accelerators=profiles.accelerators_of(written, named),
+        profile=takes.profile,
+        concurrency_max=takes.concurrency_max,
+        concurrency_written=takes.concurrency_max > 0,
+        units=takes.units,
         credential=placed.credential,
         health_path=_health_path(written),
         # A managed replica answers where our own provider put it; nobody typed that address.
         egress_checked=not (stored.trusted or managed),
     )
+
+
+class _Capacity(msgspec.Struct, frozen=True):
+    """What a Deployment takes with the replicas it has."""
+
+    profile: model.Profile | None
+    concurrency_max: int
+    units: float
+
+
+def _capacity(written: resources.Deployment, placed: Placed, profile: model.Profile | None) -> _Capacity:
+    """What was typed is for all replicas and scales with those that are ready; a Profile is for each one.
+
+    Without either, units are 0: the proxies learn them.
+    """
+    ready = sum(one.engines for one in placed.endpoints)
+    share = min(1.0, ready / max(1, written.replicas.committed)) if written.workload is not None else 1.0
+    concurrency = written.capacity.concurrency or 0
+    if profile is not None and written.capacity.units is None:
+        units = capacity.units_of(profile, placed.tpot_s) * max(1, ready)
+    else:
+        units = written.capacity.units or float(concurrency)
+        units = units * share or units  # without a ready replica nothing is sent there, and 0 would say "unknown"
+    return _Capacity(profile, max(1, int(concurrency * share)) if concurrency else 0, units)
 
 
 def managed_of(parts: Parts) -> tuple[ManagedDeployment, ...]:
@@ -145,6 +183,7 @@ def gateway_of(written: resources.Gateway, slot: int) -> model.Gateway:
         overflow_at=float(written.overflow_at),
         locality=written.locality,
         tiers=written.tiers,
+        seconds_per_usd=float(written.seconds_per_usd),
         admission=model.Admission(queue_max=admission.queue_max, queue_timeout_s=float(admission.queue_timeout_s)),
         resilience=model.Resilience(
             attempts_max=resilience.attempts_max,
@@ -160,6 +199,18 @@ def gateway_of(written: resources.Gateway, slot: int) -> model.Gateway:
             ttft_s_per_1k_tokens=float(slo.ttft_s_per_1k_tokens),
             tpot_s=float(slo.tpot_s),
         ),
+        policies=tuple(_policy(policy) for policy in written.policies),
+    )
+
+
+def _policy(written: resources.Policy) -> model.Policy:
+    return model.Policy(
+        name=written.name,
+        when=written.when or "",
+        require=written.require or "",
+        prefer=tuple(written.prefer or ()),
+        priority=written.set.priority if written.set is not None else "",
+        python=written.python or "",
     )
 
 
@@ -195,18 +246,21 @@ def build(parts: Parts, ready: Mapping[str, tuple[str, ...]], assign: Assign, cr
     deployment_slots = assign("deployment", list(parts.deployments))
     endpoint_slots = assign("endpoint", [endpoint_owner(name, url) for name in urls for url in urls[name]])
     gateway_slots = assign("gateway", list(parts.gateways))
+    gateways = tuple(gateway_of(gateway, gateway_slots[name]) for name, gateway in parts.gateways.items())
     deployments = []
     for name, (_, written) in parts.deployments.items():
         owners = {url: endpoint_slots.get(endpoint_owner(name, url)) for url in urls[name]}
+        engines = written.engines if written.url is not None else 1
         placed = Placed(
             slot=deployment_slots[name],
-            endpoints=tuple(endpoint(url, slot) for url, slot in owners.items() if slot is not None),
+            endpoints=tuple(endpoint(url, slot, engines) for url, slot in owners.items() if slot is not None),
             credential=credential(name, written.credential.secret) if written.credential else "",
+            tpot_s=profiles.strictest_tpot_s(gateways, name),
         )
         deployments.append(deployment_of(parts, name, placed))
     return model.Snapshot(
         version=0,
         made_at_s=0.0,
-        gateways=tuple(gateway_of(gateway, gateway_slots[name]) for name, gateway in parts.gateways.items()),
+        gateways=gateways,
         deployments=tuple(deployments),
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 from pydantic_core import PydanticCustomError
 
-from fleetgate.control.fields import parse_url
+from fleetgate.control.fields import Url, parse_url
 
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -95,20 +95,36 @@ async def refusal(url: str, ranges: Sequence[IpNetwork]) -> Denied | None:
         parts = parse_url(url)
     except PydanticCustomError:
         return None
+    match await addresses(parts, ranges):
+        case Denied() as refused:
+            return refused
+        case _:
+            return None
+
+
+async def addresses(url: Url, ranges: Sequence[IpNetwork] | None) -> list[str] | Denied:
+    """The addresses at which a URL's host may be dialled, each judged; without ranges only the forbidden ones are.
+
+    Who dials these, and not the name again, cannot be led elsewhere by a name that changes its address.
+    """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(RESOLVE_S_MAX):
-            found = await loop.getaddrinfo(parts.host, parts.port, type=socket.SOCK_STREAM)
+            found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError, TimeoutError):
         return Denied(
-            f"{parts.host} does not resolve to an address, so that it cannot be checked",
+            f"{url.host} does not resolve to an address, so that it cannot be checked",
             "correct the name, or write the Deployment in the --config file",
         )
-    for _, _, _, _, sockaddr in found:
-        denied = judge(parts.host, str(sockaddr[0]), ranges, parts.scheme == "https")
+    allowed = list(dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found))
+    for address in allowed:
+        if ranges is None:
+            denied = _never_denied(url.host, address) if never(_plain(address)) else None
+        else:
+            denied = judge(url.host, address, ranges, url.scheme == "https")
         if denied is not None:
             return denied
-    return None
+    return allowed
 
 
 def _plain(text: str) -> IpAddress:

@@ -36,6 +36,8 @@ def references_of(kind: str, raw: Mapping[str, Any]) -> Iterable[Reference]:
                 yield Reference("cluster", "Cluster", cluster)
             if type(secret := _mapping(raw.get("credential")).get("secret")) is str:
                 yield Reference("credential.secret", "Secret", secret)
+            if type(profile := raw.get("profile")) is str:
+                yield Reference("profile", "Profile", profile)
         case "Gateway":
             for at, upstream in enumerate(_list(raw.get("upstreams"))):
                 if type(deployment := _mapping(upstream).get("deployment")) is str:
@@ -60,6 +62,8 @@ def check(drafts: Iterable[Draft], stored: World) -> list[Problem]:
                 problems.extend(_gateway(draft, world))
             case "Cluster":
                 problems.extend(_stranded(draft, drafts, world))
+            case "Profile":
+                problems.extend(_misfits(draft, drafts, world))
     return problems + _too_many(world)
 
 
@@ -94,9 +98,51 @@ def _deployment(draft: Draft, world: World) -> Iterable[Problem]:
     yield from _repeated(draft, "urls", [_normal_url(url) for url in _list(raw.get("urls"))])
     if "workload" in given and len(given) == 1:
         yield from _managed(draft, world)
+    yield from _profiled(draft, world)
+    urls, committed = _list(raw.get("urls")), _mapping(raw.get("replicas")).get("committed")
+    if urls and type(committed) is int and committed not in (1, len(urls)):  # 1 is what the API fills in
+        fix = "remove it, since each of `urls` is one engine, or give one `url:` with all of them behind it"
+        yield draft.problem("replicas.committed", f"is {committed}, but there are {len(urls)} urls", fix)
     price = _mapping(raw.get("price"))
     if price.get("usd_per_hour") is not None and len(price) > 1:
         yield draft.problem("price", "is by the hour and by the token", "keep usd_per_hour or the usd_per_mtok fields")
+
+
+def _profiled(draft: Draft, world: World) -> Iterable[Problem]:
+    """Does the Profile that a Deployment names belong to it?"""
+    name = draft.raw.get("profile")
+    profile = world.get(("Profile", name)) if type(name) is str else None
+    if profile is None:
+        return
+    for message in _unlike(draft.raw, profile):
+        fix = f"name a Profile that was measured on such a replica, or run `fleetgate calibrate {draft.name}`"
+        yield draft.problem("profile", f"Profile {name} {message}", fix)
+
+
+def _misfits(draft: Draft, drafts: list[Draft], world: World) -> Iterable[Problem]:
+    """A changed Profile must still suit the Deployments of the store that name it; the file's are checked as such."""
+    written = {d.name for d in drafts if d.kind == "Deployment"}
+    for (kind, name), raw in world.items():
+        if kind == "Deployment" and name not in written and raw.get("profile") == draft.name:
+            for message in _unlike(raw, draft.raw):
+                fix = "give the changed Profile another name, or change the Deployment in the same file"
+                yield draft.problem("", f"Deployment {name} uses it, but it {message}", fix)
+
+
+def _unlike(deployment: Mapping[str, Any], profile: Mapping[str, Any]) -> Iterable[str]:
+    """What a Profile was measured on that a Deployment is not. Without a SKU of its own the operator's word stands."""
+    served = [_mapping(model) for model in _list(deployment.get("models"))]
+    names = {name for model in served for name in (model.get("name"), model.get("upstream_name")) if type(name) is str}
+    model = profile.get("model")
+    if type(model) is str and names and model not in names:
+        yield f"is of model {model[:80]!r}, which the Deployment does not serve"
+    sku = _mapping(deployment.get("accelerator")).get("sku")
+    if type(sku) is not str:
+        return
+    for field, own in (("sku", sku), ("engine", deployment.get("engine"))):
+        measured = profile.get(field)
+        if type(measured) is str and type(own) is str and measured != own:
+            yield f"is of {field} {measured[:64]!r}, and the Deployment's is {own[:64]!r}"
 
 
 def _managed(draft: Draft, world: World) -> Iterable[Problem]:
@@ -124,6 +170,16 @@ def _managed(draft: Draft, world: World) -> Iterable[Problem]:
 def _gateway(draft: Draft, world: World) -> Iterable[Problem]:
     upstreams = [_mapping(upstream).get("deployment") for upstream in _list(draft.raw.get("upstreams"))]
     yield from _repeated(draft, "upstreams", upstreams, ".deployment")
+    policies = [_mapping(policy) for policy in _list(draft.raw.get("policies"))]
+    yield from _repeated(draft, "policies", [policy.get("name") for policy in policies], ".name")
+    for at, policy in enumerate(policies):
+        for place, preferred in enumerate(_list(policy.get("prefer"))):
+            if type(preferred) is str and preferred not in upstreams:
+                field = f"policies[{at}].prefer[{place}]"
+                message = f"Deployment {preferred[:63]!r} is not among the upstreams of this Gateway"
+                meant = nearest(preferred, [name for name in upstreams if type(name) is str])
+                fix = f"did you mean `{meant}`?" if meant else "add it to `upstreams:` or remove it here"
+                yield draft.problem(field, message, fix)
     if draft.raw.get("default") is True:
         others = [
             name

@@ -1,11 +1,12 @@
 """The resources as their owner writes them: kinds, fields, defaults. DESIGN.md section 3."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from fleetgate.control import fields
 from fleetgate.control.fields import BaseUrl, Labels, ModelName, Name, Region
+from fleetgate.control.policies import POLICIES_MAX, STORED, Condition, PythonPolicyName, check_condition
 
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -14,6 +15,9 @@ TierName = Literal["committed", "elastic", "spot"]
 ProviderName = Literal["kubernetes", "ssh", "skypilot", "local", "external"]
 EngineName = Literal["vllm", "sglang", "llamacpp", "tgi", "tensorrt-llm", "openai"]
 Share = Literal["prefer", "ignore"]
+# No engine is outside these; they keep every figure that is derived from a Profile finite and above zero.
+PREFILL_TOKENS_PER_S_MIN, PREFILL_TOKENS_PER_S_MAX = 0.01, 1e9
+STEP_S_MAX = 60.0
 
 
 class Part(BaseModel):
@@ -22,7 +26,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-READ_ONLY = frozenset({"created_at", "updated_at", "id", "expires_at"})
+READ_ONLY = frozenset({"created_at", "updated_at", "id", "expires_at", "status"})
 
 
 class Resource(Part):
@@ -103,6 +107,33 @@ class Capacity(Part):
     units: PositiveAmount | None = None
 
 
+class DecodeStep(Part):
+    """How long one decode step takes: `base_s + per_sequence_s × batch`."""
+
+    base_s: Annotated[float, Field(gt=0, le=STEP_S_MAX)]
+    per_sequence_s: Annotated[float, Field(ge=0, le=STEP_S_MAX)]
+
+
+class Profile(Resource):
+    """The measured capacity of one replica of a model on a SKU with one engine configuration.
+
+    Units: `concurrency` in requests and `units` in CU at the goodput knee, both derived from the speeds where absent;
+    `kv_tokens` 0 where unknown.
+    """
+
+    kind: Literal["Profile"] = "Profile"
+    model: ModelName
+    sku: Annotated[str, Field(min_length=1, max_length=64)]
+    accelerators_per_replica: Annotated[int, Field(ge=1, le=1_000_000)]
+    engine: EngineName
+    prefill_tokens_per_s: Annotated[float, Field(ge=PREFILL_TOKENS_PER_S_MIN, le=PREFILL_TOKENS_PER_S_MAX)]
+    decode_step: DecodeStep
+    batch_max: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    kv_tokens: Annotated[int, Field(ge=0, le=1_000_000_000_000)] = 0
+    concurrency: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
+    units: Annotated[float | None, Field(gt=0, le=1_000_000)] = None
+
+
 class Price(Part):
     """What an external Deployment costs: by the hour or by the token, not both."""
 
@@ -133,13 +164,20 @@ class Deployment(Resource):
     accelerator: Accelerator | None = None
     replicas: Replicas = Replicas()
     capacity: Capacity = Capacity()
+    profile: Name | None = None
     tier: TierName = "committed"
     price: Price | None = None
     health: HealthProbe | None = None
+    status: dict[str, Any] | None = None
 
     def base_urls(self) -> tuple[str, ...]:
         """The external Endpoints' base URLs as written; none for a managed Deployment."""
         return tuple(self.urls or ([self.url] if self.url else []))
+
+    @property
+    def engines(self) -> int:
+        """How many engines it has when all is well: those behind `url`, one for each of `urls`, or the replicas."""
+        return len(self.urls) if self.urls else max(1, self.replicas.committed)
 
 
 class Upstream(Part):
@@ -174,6 +212,41 @@ class Resilience(Part):
     hedge: fields.OffOnly = "off"
 
 
+class PolicySet(Part):
+    """What a policy sets on a request."""
+
+    priority: Literal["critical", "standard", "sheddable"]
+
+
+class Policy(Part):
+    """A rule on requests: when it holds, what is required, preferred and set. Expressions are CEL."""
+
+    name: Name
+    require: Condition | None = None
+    prefer: Annotated[list[Name], Field(min_length=1)] | None = None
+    set: PolicySet | None = None
+    python: PythonPolicyName | None = None
+    when: Condition | None = None
+
+    @field_validator("when")
+    @classmethod
+    def _when_of_the_request(cls, when: str | None, info: ValidationInfo) -> str | None:
+        """Only a `require` is asked about each Deployment; what else follows is for the request as a whole."""
+        if (
+            when is not None
+            and info.context != STORED
+            and any(info.data.get(field) is not None for field in ("prefer", "set", "python"))
+        ):
+            check_condition(when, without="deployment")
+        return when
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.require is None and self.prefer is None and self.set is None and self.python is None:
+            fields.refuse(f"policy {self.name} does nothing", "add `require:`, `prefer:`, `set:` or `python:`")
+        return self
+
+
 class Gateway(Resource):
     """What is reached at `<name>.<domain>`, and how its requests are spread."""
 
@@ -186,9 +259,11 @@ class Gateway(Resource):
     overflow_at: Annotated[float, Field(gt=0, le=1)] = 1.0
     locality: Share = "prefer"
     tiers: Share = "prefer"
+    seconds_per_usd: Amount = 0.0
     slo: Slo | None = None
     admission: Admission = Admission()
     resilience: Resilience = Resilience()
+    policies: Annotated[list[Policy], Field(max_length=POLICIES_MAX)] = []
 
     @model_validator(mode="after")
     def _fill_ranks(self) -> Self:
@@ -221,6 +296,7 @@ class Secret(Resource):
 KINDS: dict[str, type[Resource]] = {
     "Cluster": Cluster,
     "Secret": Secret,
+    "Profile": Profile,
     "Deployment": Deployment,
     "Gateway": Gateway,
     "Key": Key,
@@ -229,14 +305,11 @@ PLURALS = {f"{kind.lower()}s": kind for kind in KINDS}
 
 # What DESIGN.md names and a later release brings: refused by name, so that nobody believes that it works.
 LATER_FIELDS = {
-    ("Gateway", "policies"): "policies come in a later release",
-    ("Deployment", "profile"): "profiles come in a later release",
     ("Key", "rpm"): "request rate limits come in a later release",
     ("Key", "tpm"): "token rate limits come in a later release",
     ("Key", "concurrency"): "limits by key come in a later release",
     ("Key", "budget"): "budgets come in a later release",
 }
 LATER_KINDS = {
-    "Profile": "profiles come in a later release",
-    "Policy": "policies come in a later release",
+    "Policy": "policies are part of a Gateway, under `policies:`",
 }

@@ -34,6 +34,7 @@ from fleetgate.control.watching import Watcher, watch
 from fleetgate.core.board import Board
 from fleetgate.providers.base import Settings, discover
 from fleetgate.providers.documents import Unreadable
+from fleetgate.rules import plugins
 
 STOP_S_MAX = 2  # an answer that takes longer belongs to a client that hangs
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - told apart here, not bound
@@ -75,6 +76,9 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     publisher = Publisher(database, data_dir, config.egress_allow, lambda: replicas.ready())
     control = Control(config, data_dir, database, changes, publisher)
     control.board = _board(config)
+    for problem in plugins.load():
+        log.warning("plugin_unusable", reason=problem)
+        control.record("Plugin", problem.split()[1], problem)
     settings = Settings(data_dir=data_dir.path, life_fd=config.life_fd)
     providers = {name: make(settings) for name, make in discover().items()}
     reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)

@@ -1,28 +1,97 @@
-"""The waiting room of one model in one Gateway: requests wait here, never in an engine."""
+"""The waiting room of one model in one Gateway: requests wait here, never in an engine.
 
-from collections import deque
+Whose turn it is: the higher priority first; inside one, requests that a failure moved here, then the key that has had
+least, and of its requests the one whose deadline comes first. Fairness is by virtual token counters: a key's counter
+rises by the CU of what it is given, and one that comes back from idle starts no lower than the least of those waiting,
+so that nobody saves up. Source: VTC (OSDI'24); ALGORITHMS.md section 8.3.
+"""
+
+from enum import IntEnum
+from heapq import heappop, heappush
 
 import msgspec
 
+# A request that may be shed waits as soon as this much of a limit is in use, so that the rest stays for the others.
+SHEDDABLE_SHARE_MAX = 0.7
+KEYS_MAX = 4096  # counters kept of keys that wait no more, while others do
+
+
+DRAIN_WINDOW_S = 10.0
+
+
+class DrainRate:
+    """How much of what a Lane serves ends a second, over the last seconds: what Retry-After is worked out from."""
+
+    __slots__ = ("_at_s", "_rate_per_s")
+
+    def __init__(self) -> None:
+        self._rate_per_s = 0.0
+        self._at_s = 0.0
+
+    def ended(self, now_s: float) -> None:
+        """One request ended."""
+        kept = 1.0 - (now_s - self._at_s) / DRAIN_WINDOW_S
+        self._rate_per_s = (self._rate_per_s * kept if kept > 0.0 else 0.0) + 1 / DRAIN_WINDOW_S
+        self._at_s = now_s
+
+    def expected_s(self, ahead: int) -> float:
+        """Seconds until so many have ended, 0 where nothing has ended yet."""
+        return ahead / self._rate_per_s if self._rate_per_s > 0.0 else 0.0
+
+    def wait_s(self, ahead: int) -> float:
+        """When to come back: once so many have ended, and never sooner than a second."""
+        return max(1.0, self.expected_s(ahead))
+
+
+class Priority(IntEnum):
+    """What goes first, and, in reverse, what is shed first."""
+
+    CRITICAL = 0
+    STANDARD = 1
+    SHEDDABLE = 2
+
+
+PRIORITIES = {priority.name.lower(): priority for priority in Priority}
+
 
 class Ticket(msgspec.Struct, eq=False):
-    """One waiting request. `left` is set when it went on, gave up or timed out; it is then skipped."""
+    """One waiting request. `left` is set when it went on, gave up or timed out; it is then skipped.
+
+    Units: `units` is its cost in CU.
+    """
 
     deadline_s: float
+    key: str = ""
+    units: float = 1.0
+    priority: Priority = Priority.STANDARD
     left: bool = False
 
 
-class WaitingRoom:
-    """First come, first served, every ticket with a deadline; the bound is the caller's, which shares it.
+class _Band:
+    """The requests of one priority."""
 
-    Cost: O(1) a call, amortised.
-    """
-
-    __slots__ = ("_here", "_tickets")
+    __slots__ = ("by_key", "here", "moved")
 
     def __init__(self) -> None:
-        self._tickets: deque[Ticket] = deque()
+        self.here = 0
+        self.moved: list[tuple[float, int, Ticket]] = []
+        self.by_key: dict[str, list[tuple[float, int, Ticket]]] = {}
+
+
+class WaitingRoom:
+    """Tickets by priority, fairness and deadline; the bound is the caller's, which shares it.
+
+    Cost: O(log n) to join, O(keys that wait) to find the first.
+    """
+
+    __slots__ = ("_bands", "_counters", "_here", "_joined", "units")
+
+    def __init__(self) -> None:
+        self._bands = {priority: _Band() for priority in Priority}
+        self._counters: dict[str, float] = {}  # CU given to each key that waits
+        self._joined = 0
         self._here = 0
+        self.units = 0.0  # what waits, in CU
 
     def __len__(self) -> int:
         return self._here
@@ -31,21 +100,80 @@ class WaitingRoom:
         return self._here > 0
 
     def join(self, ticket: Ticket, ahead: bool = False) -> None:
-        """Wait behind all others, or, for a request that was moved here by a failure, ahead of them."""
+        """Wait among those of its priority, or, for a request that was moved here by a failure, ahead of them."""
+        band = self._bands[ticket.priority]
+        self._joined += 1
+        entry = (ticket.deadline_s, self._joined, ticket)
         if ahead:
-            self._tickets.appendleft(ticket)
+            heappush(band.moved, entry)
         else:
-            self._tickets.append(ticket)
+            self._count(ticket.key)
+            heappush(band.by_key.setdefault(ticket.key, []), entry)
+        band.here += 1
         self._here += 1
+        self.units += ticket.units
 
-    def leave(self, ticket: Ticket) -> None:
-        """Stop waiting, wherever in the row; leaving twice does nothing."""
-        if not ticket.left:
-            ticket.left = True
-            self._here -= 1
+    def leave(self, ticket: Ticket, served: bool = False) -> None:
+        """Stop waiting, wherever in the row; leaving twice does nothing. What is `served` counts for its key."""
+        if ticket.left:
+            return
+        ticket.left = True
+        self._bands[ticket.priority].here -= 1
+        self._here -= 1
+        self.units -= ticket.units
+        if served and ticket.key in self._counters:
+            self._counters[ticket.key] += ticket.units
+        if not self._here:  # nobody waits, so nobody is behind
+            self._counters.clear()
+            self._bands = {priority: _Band() for priority in Priority}
+            self.units = 0.0
 
     def first(self) -> Ticket | None:
         """The one whose turn it is, without taking it."""
-        while self._tickets and self._tickets[0].left:
-            self._tickets.popleft()
-        return self._tickets[0] if self._tickets else None
+        for band in self._bands.values():
+            if not band.here:
+                continue
+            if (moved := _head(band.moved)) is not None:
+                return moved
+            heads = {key: head for key, row in band.by_key.items() if (head := _head(row)) is not None}
+            if heads:
+                return heads[min(heads, key=lambda key: (self._counters[key], heads[key].deadline_s, key))]
+        return None
+
+    def row(self, most: int) -> list[Ticket]:
+        """The first so many in the order of their turns: a request that is too long for now blocks no others."""
+        chosen: list[Ticket] = []
+        for band in self._bands.values():
+            waiting = [(0.0, *entry) for entry in band.moved]
+            for key, row in band.by_key.items():
+                waiting += [(1.0 + self._counters.get(key, 0.0), *entry) for entry in row]
+            waiting.sort()
+            chosen += [entry[3] for entry in waiting if not entry[3].left]
+            if len(chosen) >= most:
+                break
+        return chosen[:most]
+
+    def latest(self, below: Priority) -> Ticket | None:
+        """Whom to shed so that a request of priority `below` may wait: of the lowest priority the latest deadline."""
+        for priority in reversed(Priority):
+            if priority <= below:
+                return None
+            waiting = [entry for row in self._bands[priority].by_key.values() for entry in row if not entry[2].left]
+            if waiting:
+                return max(waiting)[2]
+        return None
+
+    def _count(self, key: str) -> None:
+        """A key's counter when it joins: its own, but no lower than the least of those that wait."""
+        waiting = {k for band in self._bands.values() for k, row in band.by_key.items() if _head(row) is not None}
+        if key not in waiting:
+            least = min((self._counters[other] for other in waiting), default=0.0)
+            if len(self._counters) > KEYS_MAX:
+                self._counters = {other: self._counters[other] for other in waiting}
+            self._counters[key] = max(least, self._counters.get(key, 0.0))
+
+
+def _head(row: list[tuple[float, int, Ticket]]) -> Ticket | None:
+    while row and row[0][2].left:
+        heappop(row)
+    return row[0][2] if row else None

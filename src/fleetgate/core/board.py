@@ -57,6 +57,45 @@ class Signal(IntEnum):
 SIGNAL_CELLS = 8
 
 
+class Work(IntEnum):
+    """The cells a worker keeps about what it sent to one Endpoint. DESIGN.md section 4.3: room is predicted from it."""
+
+    PENDING_TOKENS = 0  # uncached prompt tokens whose first answer token has not come
+    SEQUENCES = 1  # requests in flight
+    KV_TOKENS = 2  # prompt and expected output of all of them
+    HEAD_SINCE_US = 3  # since when the engine may have been working on the oldest prompt
+    PREFILLED_TOKENS = 4  # ever, of prompts whose first token came
+    RECENT_TOKENS = 5  # prompt tokens that were sent lately, fading over the life of an answer
+    RECENT_AT_US = 6
+
+
+WORK_CELLS = 7
+
+
+class Tally(IntEnum):
+    """What a worker counts of a Deployment for the correction of its limit; they only rise."""
+
+    ENDED = 0
+    TTFT_LATE = 1
+    TPOT_LATE = 2
+    REFUSED = 3  # by the engine: 429, 503 with an overflowing queue, 529
+
+
+TALLY_CELLS = 4
+
+
+class Learned(IntEnum):
+    """What the prober's worker has learned of a Deployment for all workers. 0 in `SEEN_MS` means nothing yet."""
+
+    SEEN_MS = 0
+    LIMIT = 1  # requests; 0 for none
+    MARGIN_PERMILLE = 2
+    MILLIUNITS = 3
+
+
+LEARNED_CELLS = 4
+
+
 class Board:
     """Views on the shared block.
 
@@ -77,13 +116,25 @@ class Board:
         self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]
         self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
+        self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
+        self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][Work]
+        self.tallies = cells[at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)]  # [slot][worker][Tally]
+        self.learned = cells[at : (at := at + DEPLOYMENTS_MAX * LEARNED_CELLS)]  # [slot][Learned]
         self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]
         self.series = cells[at : at + workers * SERIES_MAX]
 
     @staticmethod
     def _cell_count(workers: int) -> int:
-        per_worker = WORKER_CELLS + DEPLOYMENTS_MAX + ENDPOINTS_MAX + GATEWAYS_MAX + SERIES_MAX
-        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS
+        deployment_cells = 2 + TALLY_CELLS
+        endpoint_cells = 1 + WORK_CELLS
+        per_worker = (
+            WORKER_CELLS
+            + DEPLOYMENTS_MAX * deployment_cells
+            + ENDPOINTS_MAX * endpoint_cells
+            + GATEWAYS_MAX
+            + SERIES_MAX
+        )
+        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS + DEPLOYMENTS_MAX * LEARNED_CELLS
 
     @classmethod
     def bytes_needed(cls, workers: int) -> int:
@@ -127,11 +178,14 @@ class Board:
         for slot in range(DEPLOYMENTS_MAX):
             at = slot * self.workers + worker
             swept += self.in_flight[at]
-            self.in_flight[at] = 0
+            self.in_flight[at] = self.milliunits[at] = 0
         for slot in range(GATEWAYS_MAX):
             self.waiting[slot * self.workers + worker] = 0
         for slot in range(ENDPOINTS_MAX):
-            self.ejected_until_ms[slot * self.workers + worker] = 0
+            at = slot * self.workers + worker
+            self.ejected_until_ms[at] = 0
+            for kept in (Work.PENDING_TOKENS, Work.SEQUENCES, Work.KV_TOKENS):
+                self.work[at * WORK_CELLS + kept] = 0
         for cell in (Worker.PID, Worker.ACCEPTING, Worker.CONNECTIONS, Worker.WAITING, Worker.SNAPSHOT_VERSION):
             self.set(worker, cell, 0)
         return swept

@@ -29,6 +29,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     base_path: str
+    engines: int = 1  # how many engines stand behind this one address
 
     @property
     def origin(self) -> str:
@@ -37,11 +38,47 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.scheme}://{host}:{self.port}"
 
 
+class ProfileSource(StrEnum):
+    """Where a Profile comes from, from the surest to the least sure."""
+
+    WRITTEN = "written"  # the Deployment names it: calibrated, or typed in by the operator
+    PEER = "peer"  # measured on another Deployment with the same model, SKU and engine
+    GUESS = "guess"  # nothing is known but the engine's kind; streams will tell
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """What one replica takes: the measured capacity of a model on a SKU with one engine configuration.
+
+    Units: one decode step takes `base_s + per_sequence_s × batch`; `concurrency` in requests at the goodput knee and
+    `units` in CU, both per replica and 0 where they are to be derived; `kv_tokens` 0 where unknown.
+    """
+
+    name: str
+    prefill_tokens_per_s: float
+    base_s: float
+    per_sequence_s: float
+    batch_max: int = 256
+    kv_tokens: int = 0
+    concurrency: int = 0
+    units: float = 0.0
+    source: ProfileSource = ProfileSource.WRITTEN
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True):
+    """What a Deployment costs: by the hour for all of it, or by the million tokens; None where nobody said."""
+
+    usd_per_hour: float | None = None
+    usd_per_mtok_input: float | None = None
+    usd_per_mtok_output: float | None = None
+
+
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """A model server to route to: models served, engine, place, Endpoints and capacity.
 
-    Units: `concurrency_max` in requests for the whole Deployment, 0 without a limit; `units` in CU.
-    Shape: `models` maps the name clients ask for to the name the engine knows.
+    Units: `concurrency_max` in requests for the whole Deployment, 0 without a limit; `units` in CU, 0 where they are
+    to be learned.
+    Shape: `models` maps the name clients ask for to the name the engine knows; `concurrency_written` says that an
+    operator typed the limit, which then nothing but a refusal may lower.
     """
 
     slot: int
@@ -50,10 +87,16 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     models: dict[str, str]
     endpoints: tuple[Endpoint, ...]
+    cluster: str = ""  # empty where it stands on none
     labels: dict[str, str] = {}
     tier: Tier = Tier.COMMITTED
     paid_per_token: bool = False  # its price is per token, not per hour
+    price: Price = Price()
+    sku: str = ""  # of the accelerators, for reports and peers
+    accelerators: int = 0  # of one replica; 0 where unknown
+    profile: Profile | None = None
     concurrency_max: int = 0
+    concurrency_written: bool = False
     units: float = 1.0
     credential: str = ""  # sealed for this Deployment's name; sent to the origins of `endpoints` only
     health_path: str = ""  # where readiness is asked, empty for the engine's own
@@ -92,6 +135,21 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: float = 0.05
 
 
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """A user-defined rule on requests: when it holds, what is required, preferred and set.
+
+    Shape: `when` and `require` are CEL, empty where not written; `prefer` names Deployments; `priority` is critical,
+    standard, sheddable or empty; `python` names a policy that a plug-in brings.
+    """
+
+    name: str
+    when: str = ""
+    require: str = ""
+    prefer: tuple[str, ...] = ()
+    priority: str = ""
+    python: str = ""
+
+
 class Gateway(msgspec.Struct, frozen=True, kw_only=True):
     """The user's object: what is reached at `<name>.<domain>` and how its requests are spread."""
 
@@ -105,9 +163,11 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
     overflow_at: float = 1.0
     locality: str = "prefer"  # "ignore" turns the preference for the proxy's own region off
     tiers: str = "prefer"  # "ignore" treats supply paid by the hour and per token alike
+    seconds_per_usd: float = 0.0  # what `least_cost` lets a dollar weigh; 0: the price only breaks ties
     admission: Admission = Admission()
     resilience: Resilience = Resilience()
     slo: Slo | None = None
+    policies: tuple[Policy, ...] = ()
 
     @property
     def host(self) -> str:

@@ -5,7 +5,8 @@ from enum import StrEnum
 
 import msgspec
 
-from fleetgate.core.capacity import spill_limit
+from fleetgate.core.capacity import REFERENCE_OUTPUT_TOKENS, REFERENCE_PROMPT_TOKENS
+from fleetgate.core.forecast import Fit
 from fleetgate.core.model import Deployment, Gateway, Snapshot
 from fleetgate.core.strategies import Candidate, Load, Strategy, Turn, find, find_lead
 
@@ -76,9 +77,12 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
             left_out.append((candidate.name, "tried already"))
         elif standing.health <= 0.0:
             left_out.append((candidate.name, "not healthy"))
-        elif candidate.limit and standing.in_flight >= candidate.limit:
+        elif standing.limit and standing.in_flight >= standing.limit:
             full += 1
-            left_out.append((candidate.name, f"full: {standing.in_flight} of {candidate.limit} in flight"))
+            left_out.append((candidate.name, f"full: {standing.in_flight} of {standing.limit} in flight"))
+        elif standing.fit is not None and standing.fit.late:
+            full += 1
+            left_out.append((candidate.name, late_sentence(standing.fit)))
         else:
             fit.append(candidate)
     if fit:
@@ -88,6 +92,11 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
     return Rejection(reason, tuple(left_out))
 
 
+def late_sentence(fit: Fit) -> str:
+    """Why a Deployment with free places has no room for this request."""
+    return f"no room: {fit.late} would be over its target (TTFT {fit.ttft_s:.2f} s, TPOT {fit.tpot_s * 1e3:.0f} ms)"
+
+
 def _candidate(gateway: Gateway, deployment: Deployment, rank: int, region: str) -> Candidate:
     local = not region or deployment.region == region or gateway.locality == "ignore"
     return Candidate(
@@ -95,9 +104,19 @@ def _candidate(gateway: Gateway, deployment: Deployment, rank: int, region: str)
         slot=deployment.slot,
         region=deployment.region,
         rank=rank,
-        units=deployment.units,
         limit=deployment.concurrency_max,
-        spill_limit=spill_limit(deployment.concurrency_max, gateway.overflow_at),
+        overflow_at=gateway.overflow_at,
+        usd_per_unit=_usd_per_unit(deployment),
+        seconds_per_usd=gateway.seconds_per_usd,
         distance=0 if local else 1,
         paid_per_token=0 if gateway.tiers == "ignore" or not deployment.paid_per_token else 1,
     )
+
+
+def _usd_per_unit(deployment: Deployment) -> float:
+    """The price of a reference request: its tokens, or its share of what the Deployment costs an hour."""
+    price = deployment.price
+    if price.usd_per_hour is not None:
+        return price.usd_per_hour / 3600.0 / deployment.units if deployment.units else 0.0
+    prompt, output = price.usd_per_mtok_input or 0.0, price.usd_per_mtok_output or 0.0
+    return (REFERENCE_PROMPT_TOKENS * prompt + REFERENCE_OUTPUT_TOKENS * output) / 1e6

@@ -107,6 +107,26 @@ def read_ask(body: bytes) -> Ask:
     return Ask(fields.model, bool(fields.stream), wants_usage, True, plain)
 
 
+class _Lengths(msgspec.Struct):
+    # Raw, because a wrong type is for the engine to refuse: here they only tell how long an answer may get.
+    max_completion_tokens: msgspec.Raw = msgspec.Raw()
+    max_tokens: msgspec.Raw = msgspec.Raw()
+    max_output_tokens: msgspec.Raw = msgspec.Raw()
+
+
+_decode_lengths = msgspec.json.Decoder(_Lengths).decode
+
+
+def output_tokens_max(body: bytes) -> int:
+    """How many tokens the client allows an answer to have, 0 where it sets no limit; of a body that `read_ask` took."""
+    lengths = _decode_lengths(body)
+    for raw in (lengths.max_completion_tokens, lengths.max_tokens, lengths.max_output_tokens):
+        digits = bytes(raw)
+        if digits.isdigit() and len(digits) < 10:
+            return int(digits)
+    return 0
+
+
 def _invalid_field(error: msgspec.ValidationError) -> InvalidBody:
     match = _FIELD_PATH.search(str(error))
     param = (match[1] or match[2]) if match else None

@@ -31,11 +31,12 @@ from fleetgate.core.exchange import (
     Wait,
 )
 from fleetgate.core.health import HEALTHY, Breaker, Sign, current
-from fleetgate.core.route import NoPlace, Rejection, route
-from fleetgate.core.strategies import Standing
+from fleetgate.core.policy import ALLOWED
+from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.openai import Ask
 from fleetgate.proxy import answers
+from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.tables import LaneState, Place
 from fleetgate.proxy.transport.relay import Names, Relay
 from fleetgate.proxy.transport.upstream import Peer, Refused
@@ -74,6 +75,9 @@ class Conversation:
     failed_peers: tuple[Peer, ...] = ()
     relay: Relay | None = None
     ticket: Ticket | None = None
+    wanting: Wanting | None = None
+    judgement = ALLOWED  # what policies say of it
+    booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     first_s = 0.0
     deadline_s = float("inf")
@@ -123,32 +127,24 @@ class Conversation:
         self._pick_by_route(command, lane)
 
     def _pick_by_route(self, command: Pick, lane: LaneState) -> None:
-        hub = self.hub
-        first = lane.room.first()
-        if first is not None and first is not self.ticket and not command.tried:
+        hub, now_s = self.hub, self.hub.clock()
+        wanting = self.wanting = self.wanting or Wanting(self)
+        first = lane.room.first() if self.ticket is None and not command.tried else None
+        if first is not None and first.priority <= wanting.priority:
             self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
             return
-        places, in_flight = hub.tables.places, hub.ledger.in_flight
-        load = {}
-        for candidate in lane.candidates:
-            slot = candidate.slot
-            place = places[slot]
-            load[slot] = Standing(in_flight(slot) + place.foreign, place.fit)
         tried = self._exhausted(command.tried) if command.tried else ()
-        decision = route(lane.lane, load, lane.turn, tried)
-        if isinstance(decision, Rejection):
-            self._report(NotPicked(decision.reason))
+        wish = wanting.wish(now_s - self.started_s)
+        placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
+        if isinstance(placed, Rejection):
+            self._report(NotPicked(placed.reason))
             return
-        for candidate in decision.order:
-            place = places[candidate.slot]
-            if hub.ledger.reserve(candidate.slot, candidate.limit and candidate.limit - place.foreign):
-                lane.turn = decision.turn
-                self.place = self.last_place = place
-                if self.ticket is not None:
-                    self._stop_waiting()
-                self._report(Picked(candidate))
-                return
-        self._report(NotPicked(NoPlace.ALL_FULL))  # another worker was faster
+        self.place = self.last_place = hub.tables.places[placed.candidate.slot]
+        self.booking = Booking(hub, placed, now_s)
+        lane.affinity.sent(wanting.chain, placed.hold.endpoint_slot)
+        if self.ticket is not None:
+            self._stop_waiting(served=True)
+        self._report(Picked(placed.candidate))
 
     def _exhausted(self, slots: tuple[int, ...]) -> list[int]:
         """Those of the Deployments tried that have no other Endpoint to try."""
@@ -158,26 +154,35 @@ class Conversation:
     def _wait(self, command: Wait) -> None:
         if self.ticket is not None:
             return  # woken in vain: it keeps its place in the row
-        admission = self.lane.site.gateway.admission
-        hub = self.hub
-        if hub.board.waiting_total(self.lane.site.gateway.slot) >= admission.queue_max:
-            self._report(QUEUE_FULL)
+        hub, lane, wanting = self.hub, self.lane, self.wanting
+        assert wanting is not None
+        gateway = lane.site.gateway
+        if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
+            shed = lane.room.latest(wanting.priority)
+            if shed is None:
+                self._report(QUEUE_FULL)
+                return
+            hub.waiters[shed].shed()
+        need = wanting.need
+        self.deadline_s = lane.desk.waits_until_s(need, self.started_s, hub.learning.outlooks, self.request.timeout_s)
+        expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if gateway.slo is not None else 0.0
+        if expected_s > self.deadline_s:  # it would only wait in vain
+            self._report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
             return
-        limits_s = [admission.queue_timeout_s]
-        if self.request.timeout_s:
-            limits_s.append(self.request.timeout_s)
-        if self.lane.site.gateway.slo is not None:
-            limits_s.append(self.lane.site.gateway.slo.ttft_s)
-        self.deadline_s = self.started_s + min(limits_s)
-        self.ticket = Ticket(self.deadline_s)
-        self.lane.room.join(self.ticket, ahead=self.exchange.moves > 0)
+        self.ticket = Ticket(self.deadline_s, self.request.key.name, need.units, wanting.priority)
+        lane.room.join(self.ticket, ahead=self.exchange.moves > 0)
         hub.waiters[self.ticket] = self
-        hub.count_waiting(self.lane, 1)
+        hub.count_waiting(lane, 1)
 
-    def _stop_waiting(self) -> None:
+    def shed(self) -> None:
+        """The queue is full, and a request of a higher priority wants its place there."""
+        self._stop_waiting()
+        self._report(QUEUE_FULL)
+
+    def _stop_waiting(self, served: bool = False) -> None:
         ticket, self.ticket = self.ticket, None
         if ticket is not None:
-            self.lane.room.leave(ticket)
+            self.lane.room.leave(ticket, served)
             self.hub.waiters.pop(ticket, None)
             self.hub.count_waiting(self.lane, -1)
 
@@ -196,7 +201,7 @@ class Conversation:
     def _send(self, command: Send) -> None:
         place, now_s = self.place, self.seen_s
         assert place is not None
-        peer = place.choose(now_s, self.failed_peers)
+        peer = self._peer_at(place, now_s)
         self.attempts += 1
         if peer is None:
             self._lost(Failed(Failure.UNREACHABLE, sent=False))
@@ -209,6 +214,18 @@ class Conversation:
         limit_s = FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S
         self.deadline_s = now_s + limit_s
         self._dispatch(peer, place, fresh=False)
+
+    def _peer_at(self, place: Place, now_s: float) -> Peer | None:
+        """The Endpoint that the desk chose, or, where it has just fallen out, another of the same Deployment."""
+        booking = self.booking
+        if booking is None:
+            return place.choose(now_s, self.failed_peers)
+        peer = place.peer_at(booking.endpoint_slot)
+        if peer is None or peer in self.failed_peers or peer.fitness(now_s) <= 0.0:
+            peer = place.choose(now_s, self.failed_peers)
+            if peer is not None:
+                booking.moved(peer.endpoint.slot)
+        return peer
 
     def _try_out(self, peer: Peer, now_s: float) -> None:
         """An Endpoint that was out gets one real request; until it is known how that went, no other."""
@@ -287,6 +304,8 @@ class Conversation:
         self.tail += tail
         if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
             self._see(Sign.WENT_WELL)
+        if self.booking is not None:
+            self.hub.learn(self, self.booking, relay)
         self._report(FINISHED)
 
     def write(self, data: bytes) -> None:
@@ -304,6 +323,8 @@ class Conversation:
         meters = self.lane.meters.get(self.place.slot) if self.place is not None else None
         if meters is not None:
             self.hub.telemetry.cells[meters.failure(event.failure)] += 1
+        if self.booking is not None and event.failure is Failure.FULL:
+            self.booking.refused()
         sign = SIGNS.get(event.failure)
         if self.peer is not None:
             self.failed_peers = (*self.failed_peers, self.peer)
@@ -327,7 +348,11 @@ class Conversation:
         place, self.place = self.place, None
         if place is not None:
             self.lane.drain.ended(now_s)
-            self.hub.ledger.settle(place.slot)
+            booking, self.booking = self.booking, None
+            if booking is None:
+                self.hub.ledger.settle(place.slot)
+            else:
+                booking.settle()
             self.hub.room_freed(place.slot)
 
     # --- what the core says ---
@@ -346,6 +371,9 @@ class Conversation:
         else:
             self.write(head)
             self.deadline_s = self.first_s + STALL_MAX_S
+            if self.booking is not None:
+                self.booking.first_token(self.first_s - self.started_s, self.first_s)
+                self.hub.prompt_done()
 
     def _refuse(self, command: Refuse) -> None:
         self._stop_waiting()
@@ -395,9 +423,14 @@ class Conversation:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
 
-    def watch(self, now_s: float) -> None:
-        """Once a second: a committed answer that moved since the last look has its stall limit before it again."""
+    def watch(self, now_s: float, furthest: dict[int, int]) -> None:
+        """Once a second: a committed answer that moved since the last look has its stall limit before it again.
+
+        Shape: `furthest` collects, by Endpoint, the most tokens that one stream got since then.
+        """
         relay = self.relay
+        if relay is not None and self.booking is not None:
+            self.booking.watch(relay.event_count if self.first_s else -1, furthest, now_s)
         if relay is not None and self.first_s and relay.beats + relay.event_count != self.progress:
             self.progress = relay.beats + relay.event_count
             self.deadline_s = now_s + STALL_MAX_S

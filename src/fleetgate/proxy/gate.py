@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_HEADER_MAX_MS = 3_600_000
 
+SESSION_BYTES_MAX = 128
 # What of a client's head an upstream gets to see. FAULTS.md row 80.
 _PASSED = (b"accept", b"traceparent", b"tracestate", b"openai-beta", b"x-session-id")
 
@@ -46,6 +47,7 @@ class Admitted:
         "passed",
         "path",
         "raw",
+        "session",
         "site",
         "tables",
         "timeout_s",
@@ -65,6 +67,7 @@ class Admitted:
         self.passed = b"content-type: %b\r\n" % headers.get(b"content-type", b"application/json") + b"".join(
             b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers
         )
+        self.session = headers.get(b"x-session-id", b"")[:SESSION_BYTES_MAX]
         self.answer_headers = b""
         retries = headers.get(b"x-stainless-retry-count", b"")
         self.client_retries = int(retries) if retries.isdigit() and len(retries) < 4 else 0

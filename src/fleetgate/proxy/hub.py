@@ -5,24 +5,33 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import formatdate
+from pathlib import Path
 
 import msgspec
 
 from fleetgate.core.admission import Ticket
 from fleetgate.core.board import Board, Signal, Worker
+from fleetgate.core.books import Books
 from fleetgate.core.exchange import Outcome
 from fleetgate.core.health import Breaker, Health
+from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
+from fleetgate.providers.spool import Happened, Spool
 from fleetgate.proxy.auth import Gatekeeper
+from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
+from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry
+from fleetgate.proxy.transport.relay import Relay
 from fleetgate.proxy.transport.upstream import IDLE_MAX_S, Peer
+from fleetgate.rules.notices import Notices
 
 SWEEP_S = 0.05  # HOTPATH.md rule 10
 WATCH_EVERY = 20  # sweeps: stalls, idle connections and clients' deadlines once a second
+LOOKS_MAX = 8  # requests of a row that may look for room in turn, so that one that is too long blocks none
 LOAD_FRESH_MS = 3_000  # three polls: an older signal counts as no signal, not as "full"
 TROUBLE_EVERY_S = 5.0  # one line for each Deployment in trouble, not one for each request
 
@@ -44,7 +53,14 @@ class Hub:
         self.ledger = ledger
         self.log = log
         self.gatekeeper = keeper
+        self.books = Books(board, config.index, ledger)
+        self.learning = Learning(board, self.books)
+        self.lengths = Lengths()
+        self.notices = Notices()
+        self.spool = Spool(Path(config.data_dir))
+        self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
         self.telemetry = Telemetry(board, config.index)
+        self.ttft_error = self.telemetry.histogram("fleetgate_ttft_prediction_error_seconds", {})
         self.loop: asyncio.AbstractEventLoop
         self.clock: Callable[[], float] = time.monotonic
         self.tables: Tables
@@ -119,9 +135,26 @@ class Hub:
         """Let the first of each Lane's waiting requests look for a place, and the next, until one finds none."""
         lanes = {conversation.lane: None for conversation in self.waiters.values()}
         for lane in lanes:
-            while (ticket := lane.room.first()) is not None and ticket in self.waiters:
-                if not self.waiters[ticket].look_again():
-                    break
+            found = True
+            while found:  # each that finds a place changes what there is for the next
+                found = any(self.waiters[ticket].look_again() for ticket in lane.room.row(LOOKS_MAX))
+
+    def prompt_done(self) -> None:
+        """An engine turned to its next prompt: somebody who waits may have room now."""
+        if self.waiters:
+            self.loop.call_soon(self.wake)
+
+    def learn(self, conversation: Conversation, booking: Booking, relay: Relay) -> None:
+        """An answer ended as it should: what it tells of lengths and speed."""
+        model, usage = conversation.lane.model, relay.usage
+        output_tokens = relay.event_count if relay.stream else 0
+        if usage is not None:
+            prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
+            output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
+            self.lengths.saw_prompt(model, len(conversation.body), prompt_tokens)
+        if output_tokens:
+            self.lengths.saw_output(model, conversation.request.key.name, output_tokens)
+        booking.ended(output_tokens if relay.stream else 0, conversation.lane.desk.slo.tpot_s, self.clock())
 
     # --- Snapshots ---
 
@@ -133,6 +166,9 @@ class Hub:
             if peer not in kept:
                 peer.retire()
         self.tables = tables
+        self.learning.use(tables.snapshot)
+        tables.fit_changed = lambda place: self.learning.renew(place, int(self.clock() * 1000))
+        self._renew_places(int(self.clock() * 1000), whole=True)
         self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
         self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
         for conversation in waiting:
@@ -160,15 +196,19 @@ class Hub:
                 peer.health = Health(Breaker.OPEN, ejections=1, open_until_s=until_ms / 1000)
                 self.tables.renew_fit(peer, now_s)
 
-    def _renew_places(self, now_ms: int) -> None:
+    def _renew_places(self, now_ms: int, whole: bool = False) -> None:
+        """What requests read of Deployments: where health or load changed, and of all once a second."""
         board = self.board
         for place in self.tables.places.values():
+            before = place.fit, place.foreign
             if place.fit < 1.0:
                 place.renew_fit(now_ms / 1000)
             if len(place.peers) == 1:
                 slot = place.peers[0].endpoint.slot
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
                 place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
+            if whole or (place.fit, place.foreign) != before:
+                self.learning.renew(place, now_ms)
 
     def note_upstream_trouble(self, place: Place, what: str) -> None:
         """Log why a Deployment cannot be reached, once in a while."""
@@ -260,19 +300,32 @@ class Hub:
             self._date_s = epoch
             self.date_line = b"date: %b\r\n" % formatdate(epoch, usegmt=True).encode()
         watch = self._sweeps % WATCH_EVERY == 0
+        furthest: dict[int, int] = {}
         for conversation in list(self.conversations):
             if watch:
-                conversation.watch(now_s)
+                conversation.watch(now_s, furthest)
             if conversation.deadline_s <= now_s:
                 conversation.overdue(now_s)
         self.adopt_ejections(now_s)
-        self._renew_places(int(now_s * 1000))
+        self._renew_places(int(now_s * 1000), watch)
         if self.waiters:
             self.wake()  # a breaker's back-off may be over; no event tells
         if watch:
+            self._learn_from_the_last_second(furthest, now_s)
             for client in self.connections:
                 if client.deadline_s <= now_s:
                     client.overdue(now_s)
             for peer in self.tables.peers.values():
                 peer.close_idle(now_s - IDLE_MAX_S)
         self.log.flush()
+
+    def _learn_from_the_last_second(self, furthest: dict[int, int], now_s: float) -> None:
+        """Paces from our own streams; limits, in the one worker that does it for all, from what all have counted."""
+        self.learning.learn_paces(furthest, now_s)
+        if not self.corrects_limits():
+            return
+        for name, change in self.learning.correct_limits(int(now_s * 1000)):
+            sentence = change_sentence(name, change)
+            self.spool.add(Happened("Deployment", name, sentence))
+            line = {"at_ms": int(self.epoch_s() * 1000), "event": "limit_changed", "deployment": name}
+            self.log.add(msgspec.json.encode({**line, "message": sentence}) + b"\n")

@@ -4,12 +4,14 @@ import asyncio
 from math import inf
 from typing import TYPE_CHECKING
 
+from fleetgate.core.policy import ALLOWED
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
 from fleetgate.protocols.openai import InvalidBody
 from fleetgate.proxy import answers
 from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.gate import Admitted, Denied, admit
+from fleetgate.proxy.policing import judge
 
 if TYPE_CHECKING:
     from fleetgate.proxy.hub import Hub
@@ -219,6 +221,7 @@ class ClientConnection(asyncio.Protocol):
             lane = admitted.site.lanes.get(ask.model)
             if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
                 raise Denied(404, "model_not_found", _no_model(ask.model, admitted), "model")
+            judgement = judge(hub, admitted, ask, body)
         except InvalidBody as error:
             self._deny(Denied(400, error.code, error.message, error.param, admitted.answer_headers))
             return
@@ -230,6 +233,8 @@ class ClientConnection(asyncio.Protocol):
             self.keep_alive = self.keep_alive and not ask.stream
         self.deadline_s = inf
         conversation = self.conversation = Conversation(hub, self, admitted, lane, ask)
+        if judgement is not ALLOWED:
+            conversation.judgement = judgement
         conversation.start(body, hub.next_id())
 
     def _answer_models(self, admitted: Admitted) -> None:

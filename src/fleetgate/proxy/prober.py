@@ -76,14 +76,14 @@ class Prober:
     def __init__(self, hub: "Hub", become_prober: Callable[[], bool]) -> None:
         self._hub = hub
         self._become_prober = become_prober
-        self._mine = False
+        self.mine = False
         self._running: dict[Peer, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Probe, and follow what was probed, until cancelled."""
         while True:
-            self._mine = self._mine or self._become_prober()
-            if self._mine:
+            self.mine = self.mine or self._become_prober()
+            if self.mine:
                 self._start_probes()
             await asyncio.sleep(PROBE_EVERY_S / 4)
             self._follow()

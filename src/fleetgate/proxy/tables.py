@@ -5,38 +5,21 @@ from collections.abc import Callable
 
 import msgspec
 
-from fleetgate.core.admission import WaitingRoom
+from fleetgate.core.admission import DrainRate
+from fleetgate.core.affinity import Affinity
+from fleetgate.core.capacity import spill_limit
+from fleetgate.core.desk import Desk
 from fleetgate.core.limits import RetryBudget
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
 from fleetgate.core.route import Lane, lanes_of
-from fleetgate.core.strategies import NO_TURN, Turn
+from fleetgate.core.strategies import Candidate
 from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
 from fleetgate.providers.sealing import unseal
 from fleetgate.proxy.telemetry import Histogram, Telemetry
 from fleetgate.proxy.transport.relay import Names
 from fleetgate.proxy.transport.upstream import EgressRule, Peer
-
-DRAIN_WINDOW_S = 10.0
-
-
-class DrainRate:
-    """How many requests of a Lane end a second, over the last seconds: what Retry-After is worked out from."""
-
-    __slots__ = ("_at_s", "_rate_per_s")
-
-    def __init__(self) -> None:
-        self._rate_per_s = 0.0
-        self._at_s = 0.0
-
-    def ended(self, now_s: float) -> None:
-        """One request ended."""
-        kept = 1.0 - (now_s - self._at_s) / DRAIN_WINDOW_S
-        self._rate_per_s = (self._rate_per_s * kept if kept > 0.0 else 0.0) + 1 / DRAIN_WINDOW_S
-        self._at_s = now_s
-
-    def wait_s(self, ahead: int) -> float:
-        """Seconds until so many have ended, at least one."""
-        return max(1.0, ahead / self._rate_per_s) if self._rate_per_s > 0.0 else 1.0
+from fleetgate.rules.body import BodyReader
+from fleetgate.rules.ruleset import RuleSet
 
 
 class Place:
@@ -63,6 +46,14 @@ class Place:
         peers = self.peers
         self.fit = sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
 
+    def fit_peers(self, now_s: float) -> list[Peer]:
+        """Its Endpoints that may be tried now."""
+        return [peer for peer in self.peers if peer.fitness(now_s) > 0.0]
+
+    def peer_at(self, endpoint_slot: int) -> Peer | None:
+        """The Endpoint of a slot."""
+        return next((peer for peer in self.peers if peer.endpoint.slot == endpoint_slot), None)
+
     def choose(self, now_s: float, without: tuple[Peer, ...] = ()) -> Peer | None:
         """The fit Endpoint with the least of this worker's requests, leaving some out."""
         if len(self.peers) == 1 and not without:
@@ -82,13 +73,29 @@ class LaneState:
         self.log_names = b'"gateway":%b,"model":%b' % (msgspec.json.encode(site.gateway.name), self.model_json)
         self.lane = lane
         self.site = site
-        self.turn: Turn = NO_TURN
+        self.desk = Desk(site.gateway, lane)
+        self.room = self.desk.room
         self.candidates = lane.candidates
-        self.lead = lane.lead
-        self.lead_limit = lane.lead.spill_limit if lane.lead is not None else 0
-        self.room = WaitingRoom()
+        self.lead, self.lead_limit = self._lead(tables)
+        # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
+        self.has_choice = sum(len(tables.places[c.slot].peers) for c in lane.candidates) > 1
+        self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
+
+    def _lead(self, tables: "Tables") -> tuple[Candidate | None, int]:
+        """Whom requests may be given to without asking the strategy, and up to how many.
+
+        Only where the operator wrote the limit, no Profile predicts and no policy has a say: then there is nothing to
+        learn or to weigh.
+        """
+        lead = self.lane.lead
+        if lead is None or not self.site.rules.is_empty:
+            return None, 0
+        deployment = tables.places[lead.slot].deployment
+        if deployment.profile is not None or not deployment.concurrency_written:
+            return None, 0
+        return lead, spill_limit(deployment.concurrency_max, lead.overflow_at)
 
 
 class Meters:
@@ -120,8 +127,10 @@ class Site:
 
     def __init__(self, gateway: Gateway, lanes: dict[str, Lane], budget: RetryBudget, tables: "Tables") -> None:
         self.gateway = gateway
-        self.lanes = {model: LaneState(model, lane, self, tables) for model, lane in lanes.items()}
         self.budget = budget
+        self.rules = RuleSet.compile(gateway, tables.snapshot.deployments)
+        self.body_reader = BodyReader(self.rules.needs_body)
+        self.lanes = {model: LaneState(model, lane, self, tables) for model, lane in lanes.items()}
         self.models_body = models_body(dict.fromkeys(lanes, "fleetgate"))
 
 
@@ -143,6 +152,7 @@ class Tables:
         for place in self.places.values():
             for peer in place.peers:
                 self.places_of.setdefault(peer, []).append(place)
+        self.fit_changed: Callable[[Place], None] = lambda place: None
         self.sites: dict[bytes, Site] = {}
         self.default: Site | None = None
         for gateway in snapshot.gateways:
@@ -154,6 +164,7 @@ class Tables:
         """A Peer's breaker or trial changed."""
         for place in self.places_of.get(peer, ()):
             place.renew_fit(now_s)
+            self.fit_changed(place)
 
     def lane_after(self, old: LaneState) -> LaneState:
         """The Lane that took the place of one from an older Snapshot; an empty one where the model is gone."""
@@ -189,8 +200,9 @@ class Tables:
         site = Site(gateway, lanes_of(gateway, self.snapshot, maker.region), budget, self)
         for model, lane in site.lanes.items():
             if before is not None and model in before.lanes:
-                lane.turn = before.lanes[model].turn
+                lane.desk.turn = before.lanes[model].desk.turn
                 lane.drain = before.lanes[model].drain
+                lane.affinity = before.lanes[model].affinity
             for candidate in lane.lane.candidates:
                 lane.meters[candidate.slot] = maker.meters(gateway.name, candidate.name, candidate.region)
         self.sites[gateway.host.encode()] = site

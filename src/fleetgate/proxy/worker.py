@@ -26,6 +26,7 @@ from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 from fleetgate.proxy.tables import Maker, Tables
 from fleetgate.proxy.telemetry import LineLog
 from fleetgate.proxy.tls import DevelopmentTls, ServerTls
+from fleetgate.rules import plugins
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
@@ -71,6 +72,7 @@ class WorkerProcess:
         self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
         self._snapshots = SnapshotFile(data_dir / "snapshot")
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
+        self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
         self._lb_grace_s, self._grace_s = config.lb_grace_s, config.grace_s
         self._refused = ""
@@ -179,6 +181,7 @@ class WorkerProcess:
 def main() -> None:
     """Run a worker from the environment variable that the supervisor set."""
     config = msgspec.json.decode(os.environ[ENV], type=WorkerConfig)
+    plugins.load()  # the control process tells of those that cannot be used
     uvloop.run(WorkerProcess(config).run())
 
 

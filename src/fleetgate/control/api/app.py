@@ -6,8 +6,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from fleetgate.control.api import apply, errors, ops, resources, state
+from fleetgate.control.api import apply, calibrations, errors, ops, resources, state
 from fleetgate.control.api.guard import Guard
+from fleetgate.control.calibrating import Calibrations
 from fleetgate.control.context import Control
 from fleetgate.control.resources import KINDS
 
@@ -36,6 +37,7 @@ def create_app(control: Control, hosts: list[str]) -> FastAPI:
     errors.install(app)
     for kind in KINDS:
         app.include_router(resources.routes(control, kind))
+    app.include_router(calibrations.routes(Calibrations(control)))
     app.include_router(apply.routes(control))
     app.include_router(state.routes(control))
     app.include_router(ops.routes(control))

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from fleetgate.control.api import shown
 from fleetgate.control.api.bodies import if_match, read_document
 from fleetgate.control.api.errors import ApiError, ErrorAnswer
+from fleetgate.control.api.state import takes
 from fleetgate.control.applying import API, Applied
 from fleetgate.control.context import Control, changed_anything
 from fleetgate.control.store import rows
@@ -96,7 +97,18 @@ def _one(control: Control, kind: str, name: str, status: int = 200, key: str = "
     body = shown.document(stored, kept)
     if key:
         body["key"] = key
+    if kind == "Deployment":
+        body |= _status(control, name)
     return JSONResponse(body, status, {"etag": f'"{stored.generation}"'})
+
+
+def _status(control: Control, name: str) -> dict[str, Any]:
+    """How a Deployment stands in the last Snapshot; nothing while it is not in it yet."""
+    snapshot = control.publisher.current
+    found = next((one for one in snapshot.deployments if one.name == name), None) if snapshot else None
+    if snapshot is None or found is None:
+        return {}
+    return {"status": {"capacity": takes(found, snapshot.gateways, control.board)["capacity"]}}
 
 
 def _absent(kind: str, name: str) -> ApiError:

@@ -1,15 +1,17 @@
 """The live picture for the console: put together from the board when somebody asks, never kept."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter
 
+from fleetgate.control import profiles
 from fleetgate.control.api import shown
 from fleetgate.control.api.errors import ErrorAnswer
 from fleetgate.control.context import Control
 from fleetgate.control.series import Series, read_series
-from fleetgate.core.board import Board, Signal, Worker
+from fleetgate.core.board import LEARNED_CELLS, Board, Learned, Signal, Worker
 from fleetgate.core.model import Deployment, Gateway, Snapshot
 
 REQUESTS = "fleetgate_requests_total"
@@ -44,7 +46,10 @@ def picture(snapshot: Snapshot | None, board: Board | None) -> dict[str, Any]:
         "snapshot_version": snapshot.version if snapshot else 0,
         "snapshot_made_at": shown.moment(snapshot.made_at_s) if snapshot else None,
         "gateways": [_gateway(gateway, board, series) for gateway in gateways],
-        "deployments": [_deployment(deployment, board, series) for deployment in deployments],
+        "deployments": [
+            {**_deployment(deployment, board, series), **takes(deployment, gateways, board)}
+            for deployment in deployments
+        ],
         "workers": workers_of(board),
     }
 
@@ -106,12 +111,17 @@ def _deployment(deployment: Deployment, board: Board | None, series: Series) -> 
         "up": any(endpoint["up"] for endpoint in endpoints),
         "endpoints": endpoints,
         "in_flight": board.in_flight_total(deployment.slot) if board else 0,
-        "limit": deployment.concurrency_max,
         "waiting": sum(endpoint["waiting"] for endpoint in endpoints),
-        "units": deployment.units,
         "requests": series.counts_by(REQUESTS, "outcome", deployment=deployment.name),
         **_ttft(series, deployment=deployment.name),
     }
+
+
+def takes(deployment: Deployment, gateways: Iterable[Gateway], board: Board | None) -> dict[str, Any]:
+    """What a Deployment takes: `units` and `limit` in short, `capacity` with the token form and the source."""
+    learned_limit = board.learned[deployment.slot * LEARNED_CELLS + Learned.LIMIT] if board else 0
+    capacity = profiles.told(deployment, profiles.strictest_tpot_s(gateways, deployment.name), learned_limit)
+    return {"limit": capacity["limit"] or 0, "units": capacity["units"] or 0.0, "capacity": capacity}
 
 
 def _ttft(series: Series, **labels: str) -> dict[str, float | None]:

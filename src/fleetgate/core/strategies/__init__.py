@@ -12,9 +12,11 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
+
+from fleetgate.core.forecast import Fit
 
 Turn = Mapping[int, float]
 NO_TURN: Turn = {}
@@ -23,25 +25,38 @@ NO_TURN: Turn = {}
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A Deployment as a strategy sees it, in one Gateway and for one model.
 
-    Units: `units` in CU, `limit` in requests (0 for none), `paid_per_token` 1 where supply is not paid by the hour.
+    Units: `limit` in requests as written in the Snapshot (0 for none), `paid_per_token` 1 where supply
+    is not paid by the hour, `usd_per_unit` the price of a reference request, `seconds_per_usd` the Gateway's exchange
+    rate between waiting and money.
     """
 
     name: str
     slot: int
     region: str = ""
     rank: int = 1
-    units: float = 1.0
     limit: int = 0
-    spill_limit: int = 0
+    overflow_at: float = 1.0
     distance: int = 0  # 0 in the proxy's own region, 1 elsewhere
     paid_per_token: int = 0
+    usd_per_unit: float = 0.0
+    seconds_per_usd: float = 0.0
 
 
-class Standing(NamedTuple):
-    """How a candidate stands at the moment of the pick; health is 0 to 1, breaker times slow start."""
+class Standing(msgspec.Struct, frozen=True, gc=False):
+    """How a candidate stands at the moment of the pick, for the request that is to be placed.
+
+    Units: `health` 0 to 1, breaker times slow start; `limit` in requests, as it is now, 0 for none; `units` in CU;
+    `warm` the share of the prompt that was seen there before, 0 to 1; `usd` what the request costs there.
+    Shape: `fit` is how the request would do there, None where no Profile tells.
+    """
 
     in_flight: int
     health: float
+    limit: int = 0
+    units: float = 1.0
+    fit: Fit | None = None
+    warm: float = 0.0
+    usd: float = 0.0
 
 
 Load = Mapping[int, Standing]  # by Deployment slot
@@ -58,16 +73,49 @@ Strategy = Callable[[Sequence[Candidate], Load, Turn], Ranking]
 Lead = Callable[[Sequence[Candidate]], Candidate | None]
 
 
+class Plugin(Protocol):
+    """What a strategy's file gives: `order`, and perhaps `lead`."""
+
+    order: Strategy
+
+
+_registered: dict[str, Plugin] = {}
+
+
+def register(name: str, plugin: Plugin) -> None:
+    """Make a strategy from elsewhere known, as if its file were in the folder.
+
+    Raises: `ValueError` when it has no `order` or the name is taken.
+    """
+    if not callable(getattr(plugin, "order", None)):
+        raise ValueError("it has no function `order(candidates, load, turn)`")
+    if name in _in_folder():
+        raise ValueError(f"strategy {name} is built in and cannot be replaced; choose another name")
+    if _registered.setdefault(name, plugin) is not plugin:
+        raise ValueError(f"another strategy is called {name}; rename one of them")
+    for remembered in (names, find, find_lead):
+        remembered.cache_clear()
+
+
 @cache
 def names() -> tuple[str, ...]:
-    """Every strategy there is, by file name, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    """Every strategy there is, by name, in alphabetical order."""
+    return tuple(sorted({*_in_folder(), *_registered}))
+
+
+def _in_folder() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def _plugin(name: str) -> Plugin:
+    plugin: Plugin = _registered.get(name) or importlib.import_module(f"{__name__}.{name}")
+    return plugin
 
 
 @cache
 def find_lead(name: str) -> Lead:
-    """The `lead` of a strategy; one that never names anybody where its file has none."""
-    lead: Lead = getattr(importlib.import_module(f"{__name__}.{name}"), "lead", _load_decides)
+    """The `lead` of a strategy; one that never names anybody where it has none."""
+    lead: Lead = getattr(_plugin(name), "lead", _load_decides)
     return lead
 
 
@@ -79,9 +127,8 @@ def _load_decides(candidates: Sequence[Candidate]) -> Candidate | None:
 def find(name: str) -> Strategy:
     """The strategy of a name.
 
-    Raises: `KeyError` when no file of that name is in the folder.
+    Raises: `KeyError` when there is none.
     """
     if name not in names():
         raise KeyError(f"no strategy {name!r}; there are: {', '.join(names())}")
-    strategy: Strategy = importlib.import_module(f"{__name__}.{name}").order
-    return strategy
+    return _plugin(name).order

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import fsum
 
+from fleetgate.core.affinity import WARM_CREDIT
 from fleetgate.core.capacity import available_units, normalised_load
 from fleetgate.core.strategies import Candidate, Load, Ranking, Turn
 
@@ -15,14 +16,15 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     candidate) however the weights move. The rest follow by credit: they are the fallbacks.
     Source: smooth weighted round robin as in nginx; weights from ALGORITHMS.md section 8.1.
     """
-    weights = {
-        c.slot: available_units(load[c.slot].health, c.units, load[c.slot].in_flight, c.limit) for c in candidates
-    }
+    weights = {}
+    for candidate in candidates:
+        standing = load[candidate.slot]
+        weights[candidate.slot] = available_units(standing.health, standing.units, standing.in_flight, standing.limit)
     total = fsum(weights.values())  # exact, so that the order of summands changes nothing
     if total <= 0.0:
-        by_load = sorted(candidates, key=lambda c: (normalised_load(c.units, load[c.slot].in_flight), c.name))
-        return Ranking(by_load, turn)
+        loads = {c.slot: normalised_load(load[c.slot].units, load[c.slot].in_flight) for c in candidates}
+        return Ranking(sorted(candidates, key=lambda c: (loads[c.slot], c.name)), turn)
     credit = {c.slot: turn.get(c.slot, 0.0) + weights[c.slot] / total for c in candidates}
-    ranked = sorted(candidates, key=lambda c: (-credit[c.slot], c.name))
+    ranked = sorted(candidates, key=lambda c: (-credit[c.slot] - WARM_CREDIT * load[c.slot].warm, c.name))
     credit[ranked[0].slot] -= 1.0
     return Ranking(ranked, credit)

@@ -1,0 +1,88 @@
+"""What policies cost a request: microseconds by kind, and as a ratio to a pick among as many Deployments.
+
+Run: python -m bench.rules
+"""
+
+import timeit
+from collections.abc import Callable
+
+from fleetgate.core.model import Deployment, Gateway, Key, Policy, Snapshot, Upstream
+from fleetgate.core.policy import Facts
+from fleetgate.core.route import lanes_of, route
+from fleetgate.core.strategies import NO_TURN, Standing
+from fleetgate.rules.body import BodyReader
+from fleetgate.rules.ruleset import RuleSet
+
+ROUNDS, REPEATS = 20_000, 5
+DEPLOYMENTS = tuple(
+    Deployment(
+        slot=slot,
+        name=f"d{slot}",
+        region="eu" if slot % 2 else "us",
+        engine="vllm",
+        models={"llama": "llama"},
+        endpoints=(),
+        labels={"jurisdiction": "eu" if slot % 2 else "us"},
+    )
+    for slot in range(16)
+)
+KEY = Key(id="k", name="laptop", secret_hmac="", labels={"jurisdiction": "eu"})
+MESSAGES = b",".join([b'{"role":"user","content":"%b"}' % (b"x" * 66)] * 10)
+BODY = b'{"model":"llama","messages":[%b],"service_tier":"flex"}' % MESSAGES
+
+IN_EU = 'deployment.labels.jurisdiction == "eu"'
+LONG = Policy(name="long", when="request.prompt_tokens > 8000", prefer=("d3",))
+BATCH = Policy(name="batch", when='request.body.service_tier == "flex"', priority="sheddable")
+EU = Policy(name="eu", when='key.labels.jurisdiction == "eu"', require=IN_EU)
+KINDS: dict[str, tuple[Policy, ...]] = {
+    "no policies": (),
+    "deployment only": (Policy(name="a", require=IN_EU),),
+    "key and deployment": (EU,),
+    "a number of the request": (LONG,),
+    "a field of the body": (BATCH,),
+    "a header": (Policy(name="a", when='request.headers["x-team"] == "a"', priority="critical"),),
+    "request and deployment": (Policy(name="a", require=f"request.prompt_tokens < 8000 || {IN_EU}"),),
+    "a pattern": (Policy(name="a", when='request.model.matches("^ll.*")', priority="critical"),),
+    "a loop over 10 messages": (
+        Policy(name="a", when='request.body.messages.exists(m, m.role == "system")', priority="critical"),
+    ),
+    "DESIGN's three together": (EU, LONG, BATCH),
+}
+
+
+def gateway(policies: tuple[Policy, ...]) -> Gateway:
+    """A Gateway over all of them."""
+    return Gateway(
+        slot=0,
+        name="chat",
+        domain="example.com",
+        protocol="openai",
+        strategy="overflow",
+        upstreams=tuple(Upstream(deployment=deployment.name, rank=1) for deployment in DEPLOYMENTS),
+        policies=policies,
+    )
+
+
+def best_us(call: Callable[[], object]) -> float:
+    """The quickest of some repeats."""
+    return min(timeit.repeat(call, number=ROUNDS, repeat=REPEATS)) / ROUNDS * 1e6
+
+
+def main() -> None:
+    """Print a line for each kind of policy."""
+    lane = lanes_of(gateway(()), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["llama"]
+    load = {candidate.slot: Standing(1, 1.0) for candidate in lane.candidates}
+    pick_us = best_us(lambda: route(lane, load, NO_TURN))
+    print(f"{'':28} {'judge µs':>9} {'body µs':>8} {'of a pick':>10}")
+    print(f"{'pick among 16, no policies':28} {pick_us:9.2f}")
+    for kind, policies in KINDS.items():
+        rules = RuleSet.compile(gateway(policies), DEPLOYMENTS)
+        reader = BodyReader(rules.needs_body)
+        facts = Facts(model="llama", prompt_tokens=9000, headers={"x-team": "a"}, body=reader.read(BODY))
+        judge_us = best_us(lambda rules=rules, facts=facts: rules.judge(facts, KEY))
+        body_us = best_us(lambda reader=reader: reader.read(BODY)) if rules.needs_body else 0.0
+        print(f"{kind:28} {judge_us:9.2f} {body_us:8.2f} {(judge_us + body_us) / pick_us:10.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Calibrations of a Deployment over REST: begin or try one, look at it, cancel it."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from fleetgate.control.api.errors import ApiError
+from fleetgate.control.api.resources import ERRORS
+from fleetgate.control.calibrating import Calibrations, Job, Order, Plan
+from fleetgate.control.fields import Name
+from fleetgate.control.resources import Part
+from fleetgate.core.calibration import Budget
+
+_DEFAULT = Budget()
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class CalibrationRequest(Part):
+    """What is to be measured.
+
+    Units: `requests_max` and `tokens_max` bound what is sent; `tpot_s` and `ttft_s` are what answers are held to.
+    """
+
+    model: Annotated[str, Field(max_length=256)] = ""
+    profile: Name | None = None
+    requests_max: Annotated[int, Field(ge=1, le=1_000_000)] = _DEFAULT.requests_max
+    tokens_max: Annotated[int, Field(ge=1, le=1_000_000_000)] = _DEFAULT.tokens_max
+    tpot_s: Seconds | None = None
+    ttft_s: Seconds | None = None
+    dry_run: bool = False
+    force: bool = False
+    use: bool = False
+
+
+class RoundShown(Part):
+    """Requests that start together."""
+
+    measures: str
+    at_once: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class PlanShown(Part):
+    """What would be sent at most. Units: `expected_s` is a guess at how long it takes."""
+
+    deployment: str
+    model: str
+    profile: str
+    tpot_s: float
+    ttft_s: float
+    requests_max: int
+    tokens_max: int
+    expected_s: float
+    rounds: list[RoundShown]
+
+
+class CalibrationShown(Part):
+    """A calibration. Shape: `state` is running, done, failed or cancelled; `profile` what was written in the end."""
+
+    id: str
+    deployment: str
+    state: str
+    step: str
+    share: float
+    requests: int
+    tokens: int
+    requests_max: int
+    tokens_max: int
+    sentence: str
+    profile: dict[str, Any] | None
+
+
+class CalibrationList(Part):
+    """Calibrations, oldest first."""
+
+    items: list[CalibrationShown]
+
+
+def routes(calibrations: Calibrations) -> APIRouter:
+    """`/api/v1/deployments/{name}/calibrations`."""
+    router = APIRouter(prefix="/api/v1/deployments/{name}/calibrations", tags=["deployments"], responses=ERRORS)
+
+    @router.post(
+        "",
+        operation_id="calibrate_deployment",
+        summary="Measure what a replica takes and write a Profile; `dry_run` only says what would be sent",
+        response_model=PlanShown,
+        responses={202: {"model": CalibrationShown}},
+    )
+    async def create(name: str, asked: CalibrationRequest) -> JSONResponse:
+        order = Order(
+            model=asked.model,
+            profile=asked.profile or "",
+            budget=Budget(asked.requests_max, asked.tokens_max),
+            tpot_s=asked.tpot_s,
+            ttft_s=asked.ttft_s,
+            force=asked.force,
+            use=asked.use,
+        )
+        plan = await calibrations.plan(name, order)
+        if plan is None:
+            raise _absent(name)
+        if asked.dry_run:
+            return JSONResponse(_plan(plan).model_dump())
+        return JSONResponse(_shown(await calibrations.start(plan, order)).model_dump(), 202)
+
+    @router.get("", operation_id="list_calibrations", summary="Calibrations since the control process began")
+    def list_all(name: str) -> CalibrationList:
+        return CalibrationList(items=[_shown(job) for job in calibrations.of(name)])
+
+    @router.get("/{id}", operation_id="get_calibration", summary="One calibration: how far it is, or how it ended")
+    def get(name: str, id: str) -> CalibrationShown:
+        return _shown(_found(calibrations, name, id))
+
+    @router.delete("/{id}", operation_id="cancel_calibration", summary="Cancel; what has ended stays as it is")
+    async def cancel(name: str, id: str) -> CalibrationShown:
+        job = _found(calibrations, name, id)
+        await calibrations.cancel(job)
+        return _shown(job)
+
+    return router
+
+
+def _found(calibrations: Calibrations, name: str, job_id: str) -> Job:
+    job = calibrations.get(name, job_id)
+    if job is None:
+        raise ApiError(
+            404,
+            f"Deployment {name[:63]!r} has no calibration {job_id[:32]!r}; a control process that is started again "
+            "forgets them, and what had not ended wrote nothing",
+        )
+    return job
+
+
+def _plan(plan: Plan) -> PlanShown:
+    return PlanShown(
+        deployment=plan.deployment.name,
+        model=plan.model,
+        profile=plan.profile,
+        tpot_s=plan.targets.tpot_s,
+        ttft_s=plan.targets.ttft_s,
+        requests_max=plan.requests_max,
+        tokens_max=plan.tokens_max,
+        expected_s=round(plan.expected_s, 1),
+        rounds=[
+            RoundShown(
+                measures=one.measures,
+                at_once=one.at_once,
+                prompt_tokens=one.prompt_tokens,
+                output_tokens=one.output_tokens,
+            )
+            for one in plan.rounds
+        ],
+    )
+
+
+def _shown(job: Job) -> CalibrationShown:
+    return CalibrationShown(
+        id=job.id,
+        deployment=job.plan.deployment.name,
+        state=job.state,
+        step=job.progress.step,
+        share=job.progress.share,
+        requests=job.progress.requests,
+        tokens=job.progress.tokens,
+        requests_max=job.plan.requests_max,
+        tokens_max=job.plan.tokens_max,
+        sentence=job.sentence,
+        profile=job.profile,
+    )
+
+
+def _absent(name: str) -> ApiError:
+    return ApiError(404, f"there is no Deployment {name[:63]!r}; list them with GET /api/v1/deployments")

@@ -1,0 +1,212 @@
+"""What traffic teaches: how long answers are, how fast engines are by now, and how much a Deployment really takes.
+
+Everything here is fed by requests that clients asked for, and learns nothing while a Deployment is idle.
+"""
+
+from collections import OrderedDict
+
+import msgspec
+
+from fleetgate.core.forecast import Pace
+
+# --- token counts -----------------------------------------------------------------------------------------------------
+
+KEYS_MAX = 4096  # output lengths are remembered for this many keys and models, the least recent are forgotten
+OUTPUT_TOKENS_FIRST = 200.0  # the reference shape, until an answer has told better
+TOKENS_PER_BYTE_FIRST = 0.25  # English text with any current tokenizer, within a third
+LENGTH_SHARE = 0.05  # of a new observation in a running mean: about the last forty count
+
+
+class Lengths:
+    """What a model's answers and prompts usually measure, in tokens."""
+
+    __slots__ = ("_output", "_per_byte")
+
+    def __init__(self) -> None:
+        self._output: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._per_byte: dict[str, float] = {}
+
+    def output_tokens(self, model: str, key: str, tokens_max: int = 0) -> float:
+        """Expected output: what this key, else this model, usually gets, never more than the request allows."""
+        known = self._output.get((model, key)) or self._output.get((model, "")) or OUTPUT_TOKENS_FIRST
+        return min(known, tokens_max) if tokens_max else known
+
+    def prompt_tokens(self, model: str, body_bytes: int) -> float:
+        """Expected prompt tokens of a body."""
+        return body_bytes * self._per_byte.get(model, TOKENS_PER_BYTE_FIRST)
+
+    def saw_output(self, model: str, key: str, tokens: int) -> None:
+        """An answer ended."""
+        for name in ((model, key), (model, "")):
+            before = self._output.pop(name, float(tokens))
+            self._output[name] = before + LENGTH_SHARE * (tokens - before)
+        if len(self._output) > KEYS_MAX:
+            self._output.popitem(last=False)
+
+    def saw_prompt(self, model: str, body_bytes: int, tokens: int) -> None:
+        """A usage came back."""
+        seen = tokens / max(1, body_bytes)
+        before = self._per_byte.get(model, seen)
+        self._per_byte[model] = before + LENGTH_SHARE * (seen - before)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+PACE_MIN, PACE_MAX = 0.1, 10.0
+PACE_SHARE = 0.2  # of one observation: a silent slow-down is believed after about five
+PREFILL_TELLS_S = 0.02  # shorter prefills drown in the network's and the step's own noise
+
+
+class PaceLearner:
+    """How much slower or faster than its Profile a Deployment is, from its own streams."""
+
+    __slots__ = ("pace",)
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+
+    def saw_first(self, predicted_s: float, observed_s: float, prefill_s: float) -> None:
+        """A first token came. Units: `prefill_s` is the part of the prediction that prompts made, at this pace."""
+        if prefill_s < PREFILL_TELLS_S or prefill_s < 0.25 * predicted_s:
+            return
+        ratio = max(0.25, (observed_s - (predicted_s - prefill_s)) / prefill_s)
+        share = PACE_SHARE * min(1.0, prefill_s / 0.2)  # a long prefill tells more than a short one
+        prefill = self.pace.prefill * min(4.0, ratio) ** share
+        self.pace = Pace(min(PACE_MAX, max(PACE_MIN, prefill)), self.pace.decode)
+
+    def saw_decode(self, decode_s: float, step_s: float, steps: int) -> None:
+        """Streams moved for a while. Units: seconds left for decoding, the Profile's step then, and steps done."""
+        if steps < 5 or step_s <= 0.0:
+            return
+        ratio = min(PACE_MAX, max(PACE_MIN, decode_s / (steps * step_s)))
+        decode = self.pace.decode * (ratio / self.pace.decode) ** PACE_SHARE
+        self.pace = Pace(self.pace.prefill, decode)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+LATE_SHARE_MAX = 0.05
+REFUSED_SHARE_MAX = 0.02
+WINDOW_S = 10.0
+BACK_OFF = 0.9
+BACK_OFF_EVERY_S = 2.0
+CREEP_SHARE = 0.01
+MARGIN_BACK_OFF = 0.98
+MARGIN_CREEP = 0.002
+MARGIN_MIN, MARGIN_MAX = 0.6, 1.0
+MARGIN_FIRST = 0.9
+WAITING_POLLS_MAX = 3
+KV_SHARE_MAX = 0.9
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What a Deployment's requests came to, as counters that only rise."""
+
+    ended: int = 0
+    ttft_late: int = 0
+    tpot_late: int = 0
+    refused: int = 0
+
+    def since(self, before: "Counts") -> "Counts":
+        """What was counted in between; a counter that fell (its worker was started anew) counts from zero."""
+        return Counts(
+            max(0, self.ended - before.ended),
+            max(0, self.ttft_late - before.ttft_late),
+            max(0, self.tpot_late - before.tpot_late),
+            max(0, self.refused - before.refused),
+        )
+
+
+class Signals(msgspec.Struct, frozen=True):
+    """What an engine says of itself; None where it says nothing or nothing fresh."""
+
+    waiting: int | None = None
+    kv_share: float | None = None
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """Where a limit starts, how far it may move, and whether the operator wrote it: then nothing raises it.
+
+    Units: `start` 0 is no limit until the engine refuses or lets requests wait.
+    """
+
+    start: int
+    least: int
+    most: int
+    written: bool = False
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A limit that moved, with its reason as one sentence."""
+
+    before: int
+    after: int
+    because: str
+
+
+class LimitLearner:
+    """One Deployment's limit and TPOT margin: AIMD on what went wrong, once a second, never from idle.
+
+    An engine of which nothing is known has no limit until it refuses, or has requests waiting: then what it carried.
+    Source: ALGORITHMS.md section 8.1; the margin section 9.4.
+    """
+
+    __slots__ = ("_bounds", "_history", "_polls_waiting", "_wait_until_s", "limit", "margin")
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._history: list[tuple[float, Counts]] = []
+        self._polls_waiting = 0
+        self._wait_until_s = 0.0
+        self.limit = float(bounds.start)
+        self.margin = MARGIN_FIRST
+
+    def look(self, counts: Counts, in_flight: int, signals: Signals, now_s: float) -> Change | None:
+        """Correct the limit and the margin by the last ten seconds."""
+        self._history.append((now_s, counts))
+        while len(self._history) > 2 and self._history[1][0] <= now_s - WINDOW_S:
+            self._history.pop(0)
+        recent = counts.since(self._history[0][1])
+        self._polls_waiting = self._polls_waiting + 1 if signals.waiting else 0
+        before = int(self.limit)
+        trouble = self._trouble(recent, signals)
+        if trouble:
+            self._back_off(recent, in_flight - (signals.waiting or 0), now_s)
+        elif in_flight > 0.5 * self.limit:
+            self._creep()
+        after = int(self.limit)
+        if after == before:
+            return None
+        return Change(before, after, trouble or "it was busy, and nothing came late or was refused")
+
+    def _trouble(self, recent: Counts, signals: Signals) -> str:
+        """What is wrong, as a sentence, or nothing."""
+        ended, refused = recent.ended, recent.refused
+        if refused and refused > REFUSED_SHARE_MAX * (ended + refused):
+            return f"the engine refused {refused} of the last {ended + refused} requests"
+        if self._bounds.written:
+            return ""
+        late = max(recent.ttft_late, recent.tpot_late)
+        if ended and late > LATE_SHARE_MAX * ended and late > 1:
+            what = "TTFT" if recent.ttft_late >= recent.tpot_late else "TPOT"
+            return f"{late} of the last {ended} answers missed their {what} target"
+        if self._polls_waiting >= WAITING_POLLS_MAX:
+            return f"the engine had requests waiting in {self._polls_waiting} polls in a row"
+        if signals.kv_share is not None and signals.kv_share > KV_SHARE_MAX:
+            return f"the engine's KV cache is {signals.kv_share:.0%} full"
+        return ""
+
+    def _back_off(self, recent: Counts, carried: int, now_s: float) -> None:
+        if recent.tpot_late > LATE_SHARE_MAX * recent.ended:
+            self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)
+        if now_s < self._wait_until_s:
+            return  # what was sent before the last step down has to end first
+        self._wait_until_s = now_s + BACK_OFF_EVERY_S
+        before = self.limit or float(max(carried, self._bounds.least))
+        self.limit = max(float(self._bounds.least), before * BACK_OFF)
+
+    def _creep(self) -> None:
+        if self.limit:
+            ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
+            self.limit = min(ceiling, self.limit + max(1.0, CREEP_SHARE * self.limit))
+        self.margin = min(MARGIN_MAX, self.margin + MARGIN_CREEP)

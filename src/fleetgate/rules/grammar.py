@@ -1,0 +1,304 @@
+"""CEL text into a tree with places: the part of the language that can be checked before it runs."""
+
+import re
+from collections.abc import Sequence
+
+import msgspec
+
+CHARS_MAX = 1024
+NODES_MAX = 128  # with the depth, what bounds the cost of an evaluation; long conditions are better as two policies
+DEPTH_MAX = 24
+
+_TOKEN = re.compile(
+    r"""(?P<space>[ \t\r\n]+|//[^\n]*)
+    |(?P<text>[rR]?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'))
+    |(?P<number>(?:0x[0-9a-fA-F]+|\d+\.\d+(?:[eE][+-]?\d+)?|\d+(?:[eE][+-]?\d+)?)(?![\w.]))
+    |(?P<name>[A-Za-z_][A-Za-z0-9_]*)
+    |(?P<mark>&&|\|\||[=!<>]=|[-+*/%<>!?:.,()\[\]])""",
+    re.VERBOSE,
+)
+_LEVELS: tuple[frozenset[str], ...] = (
+    frozenset({"||"}),
+    frozenset({"&&"}),
+    frozenset({"==", "!=", "<", "<=", ">", ">=", "in"}),
+    frozenset({"+", "-"}),
+    frozenset({"*", "/", "%"}),
+)
+_RESERVED = frozenset(
+    {"as", "break", "const", "continue", "else", "for", "function", "if", "import", "in", "let", "loop"}
+    | {"namespace", "package", "return", "var", "void", "while"}
+)
+
+
+class Mistake(Exception):
+    """What is wrong with an expression, where, and how to mend it. Shape: `at` counts characters from 0."""
+
+    def __init__(self, at: int, message: str, fix: str) -> None:
+        super().__init__(f"{message}; {fix}")
+        self.at = at
+        self.message = message
+        self.fix = fix
+
+    def place(self, source: str) -> str:
+        """`column 9`, with the line where there are several; both count from 1."""
+        line = source.count("\n", 0, self.at) + 1
+        column = self.at - (source.rfind("\n", 0, self.at) + 1) + 1
+        return f"line {line} column {column}" if "\n" in source else f"column {column}"
+
+
+class Constant(msgspec.Struct, frozen=True):
+    """A literal. Shape: `type` is CEL's name for its type, `text` as it was written."""
+
+    at: int
+    type: str
+    text: str
+
+
+class Name(msgspec.Struct, frozen=True):
+    """A variable."""
+
+    at: int
+    name: str
+
+
+class Field(msgspec.Struct, frozen=True):
+    """`base.name`; `at` is the place of the name."""
+
+    at: int
+    base: "Node"
+    name: str
+
+
+class Index(msgspec.Struct, frozen=True):
+    """`base[key]`; `at` is the place of the key."""
+
+    at: int
+    base: "Node"
+    key: "Node"
+
+
+class Unary(msgspec.Struct, frozen=True):
+    """`!value` or `-value`."""
+
+    at: int
+    mark: str
+    value: "Node"
+
+
+class Binary(msgspec.Struct, frozen=True):
+    """`left mark right`; `at` is the place of the mark."""
+
+    at: int
+    mark: str
+    left: "Node"
+    right: "Node"
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """`test ? yes : no`."""
+
+    at: int
+    test: "Node"
+    yes: "Node"
+    no: "Node"
+
+
+class Items(msgspec.Struct, frozen=True):
+    """`[1, 2]`."""
+
+    at: int
+    items: "tuple[Node, ...]"
+
+
+class Call(msgspec.Struct, frozen=True):
+    """`name(args)` or `receiver.name(args)`; `at` is the place of the name."""
+
+    at: int
+    name: str
+    receiver: "Node | None"
+    args: "tuple[Node, ...]"
+
+
+Node = Constant | Name | Field | Index | Unary | Binary | Choice | Items | Call
+
+
+class _Token(msgspec.Struct, frozen=True):
+    kind: str  # text, number, name, mark or end
+    text: str
+    at: int
+
+
+def parse(source: str) -> Node:
+    """Read an expression.
+
+    Raises: `Mistake` with the place.
+    """
+    if len(source) > CHARS_MAX:
+        fix = f"use at most {CHARS_MAX} characters, or write two policies"
+        raise Mistake(CHARS_MAX, f"the expression has {len(source)} characters", fix)
+    return _Reader(source).whole()
+
+
+def _tokens(source: str) -> Sequence[_Token]:
+    found = []
+    at = 0
+    while at < len(source):
+        match = _TOKEN.match(source, at)
+        if match is None or match.lastgroup is None:
+            raise Mistake(at, f"{source[at]!r} cannot stand here", _why_not(source[at]))
+        if match.lastgroup != "space":
+            found.append(_Token(match.lastgroup, match[0], at))
+        at = match.end()
+    return (*found, _Token("end", "the end", len(source)))
+
+
+def _why_not(char: str) -> str:
+    match char:
+        case '"' | "'":
+            return "close the text with the same quote on the same line"
+        case "=":
+            return "compare with =="
+        case "&" | "|":
+            return "write && for and, || for or"
+        case "{" | "}":
+            return "maps cannot be written in a policy; compare single fields"
+        case _ if char.isdigit():
+            return "write a number like 10, 0.5 or 1e6"
+    return "remove it"
+
+
+class _Reader:
+    """A recursive descent over the tokens; each method reads one level of the grammar."""
+
+    def __init__(self, source: str) -> None:
+        self._tokens = _tokens(source)
+        self._next = 0
+        self._nodes = 0
+        self._depth = 0
+
+    def whole(self) -> Node:
+        """All of it."""
+        node = self._expression()
+        if self._peek.kind != "end":
+            raise self._unexpected("write && or || between two conditions")
+        return node
+
+    @property
+    def _peek(self) -> _Token:
+        return self._tokens[self._next]
+
+    def _take(self) -> _Token:
+        token = self._peek
+        self._next += token.kind != "end"
+        return token
+
+    def _skip(self, mark: str) -> bool:
+        token = self._peek
+        found = token.kind == "mark" and token.text == mark
+        self._next += found
+        return found
+
+    def _expect(self, mark: str, opened: str) -> None:
+        if not self._skip(mark):
+            raise self._unexpected(f"{opened} needs `{mark}` here")
+
+    def _unexpected(self, fix: str) -> Mistake:
+        token = self._peek
+        if token.kind == "end":
+            return Mistake(token.at, "the expression is not complete", fix)
+        return Mistake(token.at, f"`{token.text[:40]}` cannot stand here", fix)
+
+    def _count(self, node: Node) -> Node:
+        self._nodes += 1
+        if self._nodes > NODES_MAX:
+            raise Mistake(node.at, "the expression is too long", f"use at most {NODES_MAX} names, values and operators")
+        return node
+
+    def _expression(self) -> Node:
+        self._depth += 1
+        if self._depth > DEPTH_MAX:
+            raise Mistake(self._peek.at, f"this is nested more than {DEPTH_MAX} deep", "write it as several policies")
+        node = self._level(0)
+        at = self._peek.at
+        if self._skip("?"):
+            yes = self._level(0)
+            self._expect(":", "`?`")
+            node = self._count(Choice(at, node, yes, self._expression()))
+        self._depth -= 1
+        return node
+
+    def _level(self, level: int) -> Node:
+        if level == len(_LEVELS):
+            return self._unary()
+        node = self._level(level + 1)
+        while self._peek.kind in ("mark", "name") and self._peek.text in _LEVELS[level]:
+            mark = self._take()
+            node = self._count(Binary(mark.at, mark.text, node, self._level(level + 1)))
+        return node
+
+    def _unary(self) -> Node:
+        token = self._peek
+        if token.kind == "mark" and token.text in "!-":
+            self._take()
+            self._depth += 1
+            if self._depth > DEPTH_MAX:
+                raise Mistake(token.at, f"this is nested more than {DEPTH_MAX} deep", f"remove some `{token.text}`")
+            node = self._count(Unary(token.at, token.text, self._unary()))
+            self._depth -= 1
+            return node
+        return self._member(self._primary())
+
+    def _member(self, node: Node) -> Node:
+        while True:
+            if self._skip("."):
+                name = self._identifier("after the dot comes the name of a field or function")
+                if self._skip("("):
+                    node = self._count(Call(name.at, name.text, node, self._list(")", f"`{name.text}(`")))
+                else:
+                    node = self._count(Field(name.at, node, name.text))
+            elif self._skip("["):
+                at = self._peek.at
+                node = self._count(Index(at, node, self._expression()))
+                self._expect("]", "`[`")
+            else:
+                return node
+
+    def _identifier(self, fix: str) -> _Token:
+        if self._peek.kind != "name" or self._peek.text in _RESERVED:
+            raise self._unexpected(fix)
+        return self._take()
+
+    def _primary(self) -> Node:
+        token = self._take()
+        match token.kind, token.text:
+            case "text", _:
+                return self._count(Constant(token.at, "string", token.text))
+            case "number", number:
+                whole = number.startswith("0x") or number.isdigit()
+                return self._count(Constant(token.at, "int" if whole else "double", number))
+            case "name", "true" | "false":
+                return self._count(Constant(token.at, "bool", token.text))
+            case "name", "null":
+                return self._count(Constant(token.at, "null", token.text))
+            case "name", name if name not in _RESERVED:
+                if self._skip("("):
+                    return self._count(Call(token.at, name, None, self._list(")", f"`{name}(`")))
+                return self._count(Name(token.at, name))
+            case "mark", "(":
+                node = self._expression()
+                self._expect(")", "`(`")
+                return node
+            case "mark", "[":
+                return self._count(Items(token.at, self._list("]", "`[`")))
+        self._next -= token.kind != "end"
+        raise self._unexpected("a value is missing: a name, a number, a text in quotes or `(`")
+
+    def _list(self, end: str, opened: str) -> tuple[Node, ...]:
+        items: list[Node] = []
+        while not self._skip(end):
+            if items:
+                self._expect(",", f"{opened} needs `{end}` or")
+                if end == "]" and self._skip(end):
+                    break
+            items.append(self._expression())
+        return tuple(items)

@@ -1,0 +1,131 @@
+"""Capacity units, forecasts and books: the arithmetic that unlike GPUs are compared by."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.core import capacity
+from fleetgate.core.board import Board
+from fleetgate.core.books import Books, Hold
+from fleetgate.core.forecast import IDLE, STEADY, Need, Pace, TokenWork, fit, idle_ttft_s
+from fleetgate.core.ledger import Ledger, SettledTwice
+from fleetgate.core.model import Profile, Slo
+from fleetgate.core.outlook import Lessons, speed_of
+
+PROFILES = st.builds(
+    Profile,
+    name=st.just("p"),
+    prefill_tokens_per_s=st.floats(200, 60_000),
+    base_s=st.floats(0.001, 0.08),
+    per_sequence_s=st.floats(0, 0.005),
+    batch_max=st.integers(1, 512),
+    kv_tokens=st.one_of(st.just(0), st.integers(5_000, 2_000_000)),
+)
+TPOT = st.floats(0.02, 0.2)
+DESIGN_EXAMPLE = Profile(
+    name="llama-70b-h100x8",
+    prefill_tokens_per_s=15_000,
+    base_s=0.028,
+    per_sequence_s=0.00035,
+    batch_max=128,
+    kv_tokens=1_200_000,
+)
+
+
+def test_the_worked_example() -> None:
+    """The Profile that the reference shows: 3.2 CU, 32 in flight at the knee, and what follows from them."""
+    assert capacity.units_of(DESIGN_EXAMPLE, 0.05) == pytest.approx(3.22, abs=0.01)
+    assert capacity.knee_of(DESIGN_EXAMPLE, 0.05) == pytest.approx(32.4, abs=0.1)
+    assert capacity.limit_of(DESIGN_EXAMPLE, 0.05, 4) == 116
+    assert capacity.batch_within(DESIGN_EXAMPLE, 0.05) == pytest.approx(62.9, abs=0.1)
+    assert capacity.output_weight(DESIGN_EXAMPLE, 0.05) == pytest.approx(11.9, abs=0.1)
+
+
+@given(PROFILES, TPOT)
+def test_the_reference_request_costs_one_unit(profile: Profile, tpot_s: float) -> None:
+    assert capacity.cost_units(profile, tpot_s, 1000, 200) == pytest.approx(1.0)
+    assert capacity.units_of(profile, tpot_s) > 0
+    assert capacity.limit_of(profile, tpot_s, 3) >= 3
+
+
+@given(PROFILES, TPOT, st.floats(1, 50_000), st.floats(0, 5_000), st.floats(0, 1))
+def test_more_work_never_costs_less_and_cached_tokens_are_free(
+    profile: Profile, tpot_s: float, prompt: float, output: float, cached: float
+) -> None:
+    cost = capacity.cost_units(profile, tpot_s, prompt, output)
+    assert capacity.cost_units(profile, tpot_s, prompt * (1 - cached), output) <= cost
+    assert capacity.cost_units(profile, tpot_s, 0, output) == pytest.approx(
+        cost - capacity.cost_units(profile, tpot_s, prompt, 0), abs=1e-6 * max(1.0, cost)
+    )
+
+
+@given(PROFILES, TPOT, st.floats(1.1, 8.0))
+def test_an_engine_that_is_so_many_times_as_fast_never_has_less(profile: Profile, tpot_s: float, times: float) -> None:
+    faster = Profile(
+        name="f",
+        prefill_tokens_per_s=profile.prefill_tokens_per_s * times,
+        base_s=profile.base_s / times,
+        per_sequence_s=profile.per_sequence_s / times,
+        batch_max=profile.batch_max,
+        kv_tokens=profile.kv_tokens,
+    )
+    assert capacity.units_of(faster, tpot_s) >= capacity.units_of(profile, tpot_s) * 0.999
+
+
+@given(PROFILES, st.floats(1, 20_000), st.integers(0, 200), st.floats(0, 50_000), st.floats(0.5, 3))
+def test_a_busier_or_slower_replica_never_promises_more(
+    profile: Profile, prompt: float, sequences: int, pending: float, slowness: float
+) -> None:
+    need, speed = Need(prompt, 200.0), speed_of(profile, Slo(), Lessons(STEADY, 1.0), 0.0)
+    idle = fit(need, speed, 0, 1.0, IDLE)
+    busy = fit(need, speed, 0, 1.0, TokenWork(pending, sequences, 0))
+    assert idle.ttft_s == pytest.approx(idle_ttft_s(speed, prompt))
+    assert busy.ttft_s >= idle.ttft_s and busy.tpot_s >= idle.tpot_s
+    slow = speed_of(profile, Slo(), Lessons(Pace(1 + slowness, 1 + slowness), 1.0), 0.0)
+    slower = fit(need, slow, 0, 1.0, TokenWork(pending, sequences, 0))
+    assert slower.ttft_s > busy.ttft_s and slower.tpot_s > busy.tpot_s
+
+
+@given(PROFILES, st.floats(1, 20_000))
+def test_an_idle_replica_has_room_for_whatever_its_ttft_allows(profile: Profile, prompt: float) -> None:
+    """Nothing is refused for size or slowness alone."""
+    speed = speed_of(profile, Slo(), Lessons(STEADY, 0.85), 0.0)
+    target_s = capacity.ttft_target_s(Slo(), prompt, idle_ttft_s(speed, prompt))
+    assert not fit(Need(prompt, 200.0, target_s), speed, 0, 1.0, IDLE).late
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9000), st.booleans()), max_size=40),
+    st.randoms(use_true_random=False),
+)
+def test_books_return_to_zero_on_every_path(requests: list[tuple[int, int, bool]], random) -> None:  # type: ignore[no-untyped-def]
+    board = Board(memoryview(bytearray(Board.bytes_needed(2))), 2)
+    hands = [Books(board, worker, Ledger(board, worker)) for worker in (0, 1)]
+    held: list[tuple[Books, Hold]] = []
+    for at, (endpoint, tokens, first) in enumerate(requests):
+        books = hands[at % 2]
+        hold = Hold(1, endpoint, tokens, tokens + 100, 1000)
+        if books.reserve(hold, 15, float(at)):
+            held.append((books, books.started(hold, at + 0.5) if first else hold))
+        assert len(held) <= 15
+        assert board.in_flight_total(1) == len(held)
+        if len(held) > 8:
+            books, hold = held.pop(random.randrange(len(held)))
+            books.settle(hold)
+    total = sum(hands[0].work_at(endpoint, 1e-4, 9.0, 0.0).sequences for endpoint in range(4))
+    assert total == len(held)
+    for books, hold in held:
+        books.settle(hold)
+    assert all(hands[1].work_at(endpoint, 1e-4, 9.0, 99.0)[:3] == (0, 0, 0) for endpoint in range(4))
+    assert sum(board.milliunits) == 0 and board.in_flight_total(1) == 0
+    with pytest.raises(SettledTwice):
+        hands[0].settle(Hold(1, 0))
+
+
+def test_a_dead_workers_token_work_is_swept() -> None:
+    board = Board(memoryview(bytearray(Board.bytes_needed(2))), 2)
+    dead = Books(board, 1, Ledger(board, 1))
+    assert dead.reserve(Hold(3, 7, 500, 700, 1500), 0, 0.0)
+    assert board.sweep(1) == 1
+    assert dead.work_at(7, 1e-4, 9.0, 0.0)[:3] == (0, 0, 0)
+    assert sum(board.milliunits) == 0

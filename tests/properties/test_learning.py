@@ -1,0 +1,130 @@
+"""What traffic teaches: it converges, stays in its bounds, and learns nothing from idle."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.core.forecast import STEADY, Pace
+from fleetgate.core.learn import MARGIN_MIN, Bounds, Counts, Lengths, LimitLearner, PaceLearner, Signals
+
+QUIET = Signals()
+COUNTS = st.builds(
+    Counts,
+    ended=st.integers(0, 400),
+    ttft_late=st.integers(0, 400),
+    tpot_late=st.integers(0, 400),
+    refused=st.integers(0, 50),
+)
+
+
+@given(st.floats(0.5, 3.0), st.floats(0.05, 3.0))
+def test_a_pace_is_found_within_a_few_dozen_first_tokens(slowness: float, prefill_s: float) -> None:
+    learner = PaceLearner(STEADY)
+    for _ in range(120):
+        predicted_prefill_s = prefill_s * learner.pace.prefill
+        learner.saw_first(predicted_prefill_s + 0.03, prefill_s * slowness + 0.03, predicted_prefill_s)
+    assert learner.pace.prefill == pytest.approx(slowness, rel=0.1)
+    assert learner.pace.decode == 1.0
+
+
+@given(st.floats(0.5, 3.0))
+def test_a_silent_slow_down_of_decoding_is_believed_after_a_few_seconds(slowness: float) -> None:
+    learner = PaceLearner(STEADY)
+    for _ in range(12):
+        learner.saw_decode(1.0, 0.02, int(1.0 / (0.02 * slowness)))
+    assert learner.pace.decode == pytest.approx(slowness, rel=0.12)
+
+
+def test_a_short_prefill_or_a_few_steps_teach_nothing() -> None:
+    learner = PaceLearner(Pace(1.5, 1.5))
+    learner.saw_first(0.05, 5.0, 0.001)
+    learner.saw_decode(1.0, 0.02, 1)
+    assert learner.pace == Pace(1.5, 1.5)
+
+
+@given(st.lists(st.tuples(COUNTS, st.integers(0, 200), st.integers(0, 5)), max_size=40), st.booleans())
+def test_a_limit_keeps_its_bounds_whatever_happens(seconds: list[tuple[Counts, int, int]], written: bool) -> None:
+    start, least, most = 40, 12, 40 if written else 60
+    learner = LimitLearner(Bounds(start, least, most, written))
+    total = Counts()
+    for now_s, (more, in_flight, waiting) in enumerate(seconds):
+        total = Counts(
+            total.ended + more.ended,
+            total.ttft_late + more.ttft_late,
+            total.tpot_late + more.tpot_late,
+            total.refused + more.refused,
+        )
+        before = int(learner.limit)
+        change = learner.look(total, in_flight, Signals(waiting), float(now_s))
+        assert least <= learner.limit <= most
+        assert MARGIN_MIN <= learner.margin <= 1.0
+        assert (change is None) == (int(learner.limit) == before)
+        if change is not None:
+            assert change.because and (change.before, change.after) == (before, int(learner.limit))
+        if written and not more.refused and total.refused == 0:
+            assert learner.limit == start, "lateness and queues never move what an operator wrote"
+
+
+@given(st.integers(0, 30))
+def test_nothing_is_learned_from_idle(in_flight: int) -> None:
+    learner = LimitLearner(Bounds(60, 10, 90))
+    for now_s in range(20):
+        assert learner.look(Counts(ended=now_s), in_flight, QUIET, float(now_s)) is None
+
+
+def test_a_busy_deployment_without_trouble_gets_more_and_a_late_one_less() -> None:
+    learner = LimitLearner(Bounds(60, 10, 90))
+    for now_s in range(5):
+        learner.look(Counts(ended=20 * now_s), 55, QUIET, float(now_s))
+    assert learner.limit == 65
+    risen = learner.limit
+    change = learner.look(Counts(ended=200, tpot_late=60), 60, QUIET, 5.0)
+    assert change is not None and "TPOT" in change.because and learner.limit == pytest.approx(0.9 * risen)
+
+
+def test_refusals_lower_even_a_written_limit_and_it_comes_back() -> None:
+    learner = LimitLearner(Bounds(50, 1, 50, written=True))
+    change = learner.look(Counts(ended=20, refused=0), 50, QUIET, 0.0)
+    change = learner.look(Counts(ended=40, refused=5), 50, QUIET, 1.0)
+    assert change is not None and "refused 5" in change.because
+    for now_s in range(2, 40):
+        learner.look(Counts(ended=40 + 20 * now_s, refused=5), 45, QUIET, float(now_s))
+    assert learner.limit == 50
+
+
+def test_an_unknown_engine_has_no_limit_until_it_shows_one() -> None:
+    learner = LimitLearner(Bounds(0, 1, 4096))
+    for now_s in range(10):
+        assert learner.look(Counts(ended=50 * now_s), 500, QUIET, float(now_s)) is None
+    assert learner.limit == 0
+    change = learner.look(Counts(ended=500, refused=50), 100, QUIET, 10.0)
+    assert change is not None and change.before == 0 and learner.limit == 90
+    for second in range(1, 13):
+        learner.look(Counts(ended=500 + 100 * second, refused=50), 90, QUIET, 10.0 + second)
+    assert learner.limit < 103, "then it creeps"
+
+
+def test_requests_that_wait_in_an_engine_show_what_it_carries() -> None:
+    learner = LimitLearner(Bounds(0, 1, 4096))
+    for now_s in range(4):
+        learner.look(Counts(ended=50 * now_s), 64, Signals(waiting=32), float(now_s))
+    assert learner.limit == pytest.approx(0.9 * 32)
+
+
+@given(st.lists(st.integers(1, 4000), min_size=80, max_size=200), st.integers(1, 5000))
+def test_lengths_follow_what_a_key_usually_gets(tokens: list[int], most: int) -> None:
+    lengths = Lengths()
+    for count in tokens:
+        lengths.saw_output("m", "k", count)
+    expected = lengths.output_tokens("m", "k")
+    assert min(tokens) <= expected <= max(tokens)
+    assert lengths.output_tokens("m", "k", most) <= most
+    assert lengths.output_tokens("m", "another key") == pytest.approx(expected)
+
+
+def test_tokens_per_byte_are_learned_from_usage() -> None:
+    lengths = Lengths()
+    assert lengths.prompt_tokens("m", 4000) == 1000
+    for _ in range(200):
+        lengths.saw_prompt("m", 4000, 1600)
+    assert lengths.prompt_tokens("m", 8000) == pytest.approx(3200, rel=0.02)

@@ -1,0 +1,245 @@
+"""Whatever clients send and operators label, policies answer, and never more widely than they were written."""
+
+from itertools import permutations
+from typing import Any
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.core.admission import PRIORITIES
+from fleetgate.core.model import Deployment, Gateway, Key, Policy, Upstream
+from fleetgate.core.policy import Facts
+from fleetgate.rules import engine
+from fleetgate.rules.body import BodyReader
+from fleetgate.rules.checking import check
+from fleetgate.rules.grammar import CHARS_MAX, Mistake
+from fleetgate.rules.ruleset import RuleSet
+
+NAMES = ("jurisdiction", "team", "a.b/c")
+labels = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["eu", "us", "", "5", "é"]) | st.text(max_size=5))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "a"]), inner, max_size=2),
+    max_leaves=6,
+)
+CONDITIONS = (
+    'key.labels.jurisdiction == "eu"',
+    "deployment.labels.jurisdiction == key.labels.jurisdiction",
+    'deployment.labels["a.b/c"] == "5" || int(deployment.labels.team) > 3',
+    'deployment.region.startsWith("e") && deployment.usd_per_hour < 3.0',
+    "request.prompt_tokens > 8000 && !request.stream",
+    'request.headers["x-team"] == key.labels.team',
+    "int(request.headers.n) > 3",
+    'request.body.tier == "flex" || request.body.n > 3',
+    'request.body.items.exists(m, m.role == "a" || m.a > 2)',
+    "request.body.items.all(m, m != null) && size(request.body.tier) < 9",
+    '"a" in request.body.items || has(request.body.deep.a)',
+    'string(request.body.n) == "1" || double(request.body.n) > 0.5',
+    'request.body.tier.matches("^[a-z]{1,9}$") ? request.body.flag : gateway.name == "chat"',
+    'request.body["deep"][0].a == request.body.n',
+)
+PATHS: tuple[Any, ...] = (("tier",), ("n",), ("items",), ("deep", "a"), ("flag",), ("deep", 0, "a"))
+conditions = st.sampled_from(CONDITIONS)
+policy_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "when": conditions,
+        "require": conditions,
+        "prefer": st.lists(st.sampled_from(["d0", "d1", "d2", "d3", "gone"]), max_size=3).map(tuple),
+        "priority": st.sampled_from(sorted(PRIORITIES)),
+    },
+)
+
+
+def made_of(name: str, fields: dict[str, Any]) -> Policy:
+    return Policy(name=name, **fields)
+
+
+policies = st.lists(policy_fields, max_size=4).map(
+    lambda many: tuple(made_of(f"p{number}", fields) for number, fields in enumerate(many))
+)
+facts = st.builds(
+    Facts,
+    model=st.sampled_from(["m", "n", "other"]),
+    prompt_tokens=st.integers(0, 10**6),
+    stream=st.booleans(),
+    headers=st.dictionaries(st.sampled_from(["x-team", "n"]), st.text(max_size=5)),
+    body=st.dictionaries(st.sampled_from(PATHS), values),
+)
+keys = st.builds(Key, id=st.just("k"), name=st.text(max_size=5), secret_hmac=st.just(""), labels=labels)
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> tuple[Deployment, ...]:
+    return tuple(
+        Deployment(
+            slot=slot,
+            name=f"d{slot}",
+            region=draw(st.sampled_from(["eu", "us"])),
+            engine="vllm",
+            models=dict.fromkeys(draw(st.sampled_from([("m",), ("m", "n")])), "x"),
+            endpoints=(),
+            labels=draw(labels),
+        )
+        for slot in range(draw(st.integers(1, 4)))
+    )
+
+
+def compiled(made: tuple[Policy, ...], fleet: tuple[Deployment, ...]) -> RuleSet:
+    upstreams = tuple(Upstream(deployment=deployment.name, rank=1) for deployment in fleet)
+    gateway = Gateway(slot=0, name="chat", domain="e", protocol="openai", strategy="overflow", upstreams=upstreams)
+    return RuleSet.compile(msgspec.structs.replace(gateway, policies=made), fleet)
+
+
+def allowed(ruleset: RuleSet, request: Facts, key: Key, fleet: tuple[Deployment, ...]) -> frozenset[int]:
+    """The slots that serve the model and may be used."""
+    told = ruleset.judge(request, key).allowed
+    return frozenset(d.slot for d in fleet if request.model in d.models and (told is None or d.slot in told))
+
+
+@given(policies, fleets(), facts, keys)
+def test_it_always_answers_in_terms_of_the_gateway(
+    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: Facts, key: Key
+) -> None:
+    ruleset = compiled(made, fleet)
+    told = ruleset.judge(request, key)
+    slots = {deployment.slot for deployment in fleet}
+    assert told.allowed is None or told.allowed <= slots
+    assert set(told.preferred) <= (slots if told.allowed is None else told.allowed)
+    assert len(set(told.preferred)) == len(told.preferred)
+    assert told.priority in {None, *PRIORITIES}
+    assert bool(told.denied_by) == (told.allowed == frozenset())
+    assert ruleset.judge(request, key) == told, "what is remembered of a key changes nothing"
+
+
+@given(policies, fleets(), facts, keys, policy_fields)
+def test_another_policy_never_widens(
+    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: Facts, key: Key, more: dict[str, Any]
+) -> None:
+    before = allowed(compiled(made, fleet), request, key, fleet)
+    after = allowed(compiled((*made, made_of("more", more)), fleet), request, key, fleet)
+    assert after <= before
+
+
+@given(policies, fleets(), facts, keys)
+def test_their_order_only_orders_what_is_preferred(
+    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: Facts, key: Key
+) -> None:
+    told = compiled(made, fleet).judge(request, key)
+    for other in list(permutations(made))[:6]:
+        again = compiled(other, fleet).judge(request, key)
+        assert (again.allowed, again.priority, again.denied_by) == (told.allowed, told.priority, told.denied_by)
+        assert set(again.preferred) == set(told.preferred) and sorted(again.notes) == sorted(told.notes)
+
+
+@given(conditions, fleets(), facts, keys)
+def test_what_is_left_out_reads_as_empty(
+    condition: str, fleet: tuple[Deployment, ...], request: Facts, key: Key
+) -> None:
+    """An entry that is missing, null or an empty text is one and the same."""
+    emptied = msgspec.structs.replace(
+        request,
+        headers={"x-team": "", "n": "", **request.headers},
+        body={**dict.fromkeys(PATHS), **request.body},
+    )
+    labelled = msgspec.structs.replace(key, labels={**dict.fromkeys(NAMES, ""), **key.labels})
+    ruleset = compiled((Policy(name="p", require=condition),), fleet)
+    assert ruleset.judge(emptied, labelled) == ruleset.judge(request, key)
+
+
+@given(conditions, st.permutations(range(3)), facts, keys)
+def test_deployments_that_look_alike_are_judged_alike(
+    condition: str, order: list[int], request: Facts, key: Key
+) -> None:
+    twins = tuple(
+        Deployment(slot=slot, name=f"d{slot}", region="eu", engine="vllm", models={"m": "m"}, endpoints=())
+        for slot in order
+    )
+    told = compiled((Policy(name="p", require=condition),), twins).judge(request, key).allowed
+    assert told is None or not told
+
+
+PRESENT: dict[str, Any] = {
+    "request": {
+        "model": "llama",
+        "stream": True,
+        "prompt_tokens": 9000,
+        "headers": {"x-team": "a"},
+        "body": {"n": 5, "f": 0.5, "tier": "flex", "flag": True, "tags": ["a", "b"], "items": [{"role": "x", "k": 1}]},
+    },
+    "key": {"name": "laptop", "labels": {"team": "a"}},
+}
+numbers = st.sampled_from(["request.prompt_tokens", "1", "5", "9000", "2", "int(request.body.n)"])
+texts = st.sampled_from(
+    ["request.model", 'request.headers["x-team"]', "key.labels.team", '"a"', "'llama'", 'key.labels["team"]']
+)
+anything = numbers | texts | st.sampled_from(["request.body.tier", "request.body.n", "request.body.f"])
+sums = st.builds("({} {} {})".format, numbers, st.sampled_from("+-*%/"), numbers) | numbers
+dynamic = st.sampled_from(["request.body.n", "request.body.f"])
+marks = st.sampled_from(["<", "<=", ">", ">=", "==", "!="])
+simple = st.one_of(
+    st.builds("{} {} {}".format, sums, marks, sums),
+    st.builds("{} {} {}".format, dynamic, marks, sums),
+    st.builds("{} {} {}".format, texts, marks, texts),
+    st.builds("{} {} {}".format, st.just("request.body.tier"), st.sampled_from(["==", "!="]), anything),
+    st.builds("{}.{}({})".format, texts, st.sampled_from(["startsWith", "endsWith", "contains"]), texts),
+    st.builds("{} in [{}, {}]".format, texts, texts, texts),
+    st.builds("{} in request.body.tags".format, texts),
+    st.builds("request.body.tags.{}(t, t == {})".format, st.sampled_from(["exists", "all", "exists_one"]), texts),
+    st.builds("request.body.items.exists(m, m.k {} {} && m.role == {})".format, marks, sums, texts),
+    st.sampled_from(
+        ["request.stream", "request.body.flag", "true", "has(request.body.n)", "size(request.body.tags) > 1"]
+    ),
+)
+expressions = st.recursive(
+    simple,
+    lambda inner: st.one_of(
+        st.builds("({} && {})".format, inner, inner),
+        st.builds("({} || {})".format, inner, inner),
+        st.builds("!({})".format, inner),
+        st.builds("({} ? {} : {})".format, inner, inner, inner),
+    ),
+    max_leaves=5,
+)
+
+
+@given(expressions)
+def test_where_everything_is_present_it_means_what_cel_means(source: str) -> None:
+    """The expression as written, given to the library with the whole request, against ours with flat values."""
+    try:
+        check(source)
+    except Mistake as mistake:
+        assert "use at most" in mistake.fix
+        return
+    try:
+        meant = engine.run(engine.compile_text(source), PRESENT) is True
+    except engine.Failed:
+        meant = False
+    request, key = PRESENT["request"], PRESENT["key"]
+    ruleset = compiled(
+        (Policy(name="p", require=source),),
+        (Deployment(slot=0, name="d0", region="eu", engine="vllm", models={"llama": "x"}, endpoints=()),),
+    )
+    reader = BodyReader(ruleset.needs_body)
+    asked = Facts(**{**request, "body": reader.read(msgspec.json.encode(request["body"]))})
+    told = ruleset.judge(asked, Key(id="k", secret_hmac="", **key))
+    assert (told.allowed is None) == meant
+
+
+words = st.sampled_from(
+    [*'()[]{}.,?:!-+*/%<>="&| ', "==", "&&", "||", "in", "has", "request", "body", "key", "labels", "model", "true"]
+) | st.sampled_from(
+    ["null", "1", "0.5", '"a"', "exists", "size", "m", "matches", "\n", "//", "0x", "\\", "request.body.a"]
+)
+
+
+@given(st.text(max_size=40) | st.lists(words, max_size=25).map("".join) | st.lists(words, max_size=25).map(" ".join))
+def test_any_text_is_read_or_refused_with_a_place(source: str) -> None:
+    try:
+        expression = check(source)
+    except Mistake as mistake:
+        assert 0 <= mistake.at <= min(len(source), CHARS_MAX) and mistake.message and mistake.fix
+        return
+    engine.compile_text(source)
+    engine.compile_text(expression.text)

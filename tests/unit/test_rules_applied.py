@@ -1,0 +1,133 @@
+"""Policies as operators write them: mistakes told at apply with path and column, and what reaches the Snapshot."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fleetgate.control import references, resources
+from fleetgate.control.building import gateway_of
+from fleetgate.control.parsing import parse_documents
+from fleetgate.control.policies import POLICIES_MAX, STORED
+from fleetgate.core.model import Policy
+
+DEPLOYMENT = {
+    "kind": "Deployment",
+    "name": "llama-us",
+    "region": "us-east",
+    "engine": "vllm",
+    "url": "http://127.0.0.1:9/v1",
+    "models": [{"name": "m"}],
+}
+EU_STAYS = {
+    "name": "eu-stays-in-eu",
+    "when": 'key.labels.jurisdiction == "eu"',
+    "require": 'deployment.labels.jurisdiction == "eu"',
+}
+
+
+def gateway(*policies: Any) -> dict[str, Any]:
+    return {
+        "kind": "Gateway",
+        "name": "chat",
+        "domain": "example.com",
+        "protocol": "openai",
+        "strategy": "overflow",
+        "upstreams": [{"deployment": "llama-us"}],
+        "policies": list(policies),
+    }
+
+
+def mistakes(*policies: Any) -> list[str]:
+    drafts, problems = parse_documents([DEPLOYMENT, gateway(*policies)])
+    return [problem.sentence() for problem in [*problems, *references.check(drafts, {})]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "path", "says"),
+    [
+        (EU_STAYS | {"when": "key.label.x == 'a'"}, "policies[1].when: at column 5:", "did you mean `key.labels`?"),
+        (EU_STAYS | {"require": "deployment.regon"}, "policies[1].require: at column 12:", "`deployment.region`"),
+        (EU_STAYS | {"require": "1 +"}, "policies[1].require: at column 4:", "not complete"),
+        (EU_STAYS | {"require": "true\n  && 1"}, "policies[1].require: at line 2 column 6:", "a whole number"),
+        (EU_STAYS | {"require": ""}, "policies[1].require: at column 1:", "not complete"),
+        (EU_STAYS | {"require": True}, "policies[1].require:", "put it in quotes"),
+        (EU_STAYS | {"requires": "true"}, "policies[1].requires:", "did you mean `require`?"),
+        (EU_STAYS | {"prefer": ["llama"]}, "policies[1].prefer[0]:", "did you mean `llama-us`?"),
+        (EU_STAYS | {"prefer": ["mars"]}, "policies[1].prefer[0]:", "add it to `upstreams:`"),
+        (EU_STAYS | {"prefer": []}, "policies[1].prefer:", "at least one"),
+        (EU_STAYS | {"set": {"priority": "urgent"}}, "policies[1].set.priority:", "critical, standard, sheddable"),
+        (EU_STAYS | {"set": {"prio": "critical"}}, "policies[1].set.prio:", "did you mean `priority`?"),
+        (EU_STAYS | {"set": {}}, "policies[1].set.priority:", "missing"),
+        (EU_STAYS | {"python": "dice"}, "policies[1].python:", "there is no Python policy 'dice'"),
+        (EU_STAYS | {"name": "first"}, "policies[1].name:", "given 2 times"),
+        ({"name": "idle", "when": "true"}, "policies[1]:", "policy idle does nothing"),
+        ({"when": "true", "require": "true"}, "policies[1].name:", "is missing"),
+        (
+            {"name": "d", "when": "deployment.tier == 'spot'", "set": {"priority": "critical"}},
+            "policies[1].when: at column 1:",
+            "with `require:` alone",
+        ),
+    ],
+)
+def test_one_mistake_is_one_message_with_its_place(policy: dict[str, Any], path: str, says: str) -> None:
+    found = mistakes({"name": "first", "require": "true"}, policy)
+    assert len(found) == 1, found
+    assert found[0].startswith(f"Gateway/chat: {path}") and says in found[0]
+
+
+def test_there_are_not_too_many() -> None:
+    many = [{"name": f"p{number}", "require": "true"} for number in range(POLICIES_MAX + 1)]
+    assert not mistakes(*many[:-1])
+    assert len(mistakes(*many)) == 1
+
+
+def test_every_example_of_the_documentation_reaches_the_snapshot() -> None:
+    written = gateway(
+        EU_STAYS,
+        {"name": "long-prompts", "when": "request.prompt_tokens > 8000", "prefer": ["llama-us"]},
+        {"name": "batch", "when": 'request.body.service_tier == "flex"', "set": {"priority": "sheddable"}},
+    )
+    assert not mistakes(*written["policies"])
+    made = gateway_of(resources.Gateway.model_validate(written), 0)
+    assert made.policies == (
+        Policy(**EU_STAYS),  # type: ignore[arg-type]
+        Policy(name="long-prompts", when="request.prompt_tokens > 8000", prefer=("llama-us",)),
+        Policy(name="batch", when='request.body.service_tier == "flex"', priority="sheddable"),
+    )
+
+
+def test_what_was_accepted_once_is_still_published() -> None:
+    """A plug-in that is gone, or a stricter check, must not keep the rest of the store from the proxies."""
+    written = gateway({"name": "old", "python": "gone", "when": "request.gone == 1"})
+    assert len(mistakes(*written["policies"])) == 2
+    made = gateway_of(resources.Gateway.model_validate(written, context=STORED), 0)
+    assert made.policies == (Policy(name="old", python="gone", when="request.gone == 1"),)
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["reference/policies.md", "howto/write-a-policy.md"])
+def test_what_the_documentation_shows_is_accepted(page: str) -> None:
+    shown = []
+    for block in BLOCK.findall((DOCS / page).read_text()):
+        read = yaml.safe_load(block)
+        shown += read["policies"] if type(read) is dict else read
+    assert len(shown) >= 3
+    for policy in shown:
+        named = [f"prefer[{at}]" for at in range(len(policy.get("prefer", ())))] + ["python"] * ("python" in policy)
+        found = mistakes(policy)
+        # The Deployments and plug-ins that the pages speak of are not installed here.
+        assert [mistake.split(": ")[1] for mistake in found] == [f"policies[0].{field}" for field in named[::-1]]
+
+
+def test_the_mistake_that_the_documentation_shows_is_the_one_that_is_told() -> None:
+    page = " ".join((DOCS / "reference" / "policies.md").read_text().split())
+    told = mistakes(
+        {"name": "a", "require": "true"}, {"name": "b", "when": "request.promt_tokens > 1", "require": "true"}
+    )
+    assert told[0].removeprefix("Gateway/chat: ") in page
