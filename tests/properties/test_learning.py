@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.forecast import STEADY, Pace
-from fleetgate.core.learn import MARGIN_MIN, Bounds, Counts, Lengths, LimitLearner, PaceLearner, Signals
+from fleetgate.core.learn import MARGIN_MAX, MARGIN_MIN, Bounds, Counts, Lengths, LimitLearner, PaceLearner, Signals
 
 QUIET = Signals()
 COUNTS = st.builds(
@@ -46,7 +46,7 @@ def test_a_short_prefill_or_a_few_steps_teach_nothing() -> None:
 def test_a_limit_keeps_its_bounds_whatever_happens(seconds: list[tuple[Counts, int, int]], written: bool) -> None:
     start, least, most = 40, 12, 40 if written else 60
     learner = LimitLearner(Bounds(start, least, most, written))
-    total = Counts()
+    total, told = Counts(), start
     for now_s, (more, in_flight, waiting) in enumerate(seconds):
         total = Counts(
             total.ended + more.ended,
@@ -57,10 +57,12 @@ def test_a_limit_keeps_its_bounds_whatever_happens(seconds: list[tuple[Counts, i
         before = int(learner.limit)
         change = learner.look(total, in_flight, Signals(waiting), float(now_s))
         assert least <= learner.limit <= most
-        assert MARGIN_MIN <= learner.margin <= 1.0
-        assert (change is None) == (int(learner.limit) == before)
+        assert MARGIN_MIN <= learner.margin <= MARGIN_MAX
         if change is not None:
-            assert change.because and (change.before, change.after) == (before, int(learner.limit))
+            assert change.because and change.before == told != change.after == int(learner.limit)
+            told = change.after
+        else:
+            assert int(learner.limit) >= before, "one that falls is always told"
         if written and not more.refused and total.refused == 0:
             assert learner.limit == start, "lateness and queues never move what an operator wrote"
 
@@ -72,14 +74,23 @@ def test_nothing_is_learned_from_idle(in_flight: int) -> None:
         assert learner.look(Counts(ended=now_s), in_flight, QUIET, float(now_s)) is None
 
 
-def test_a_busy_deployment_without_trouble_gets_more_and_a_late_one_less() -> None:
+def test_a_busy_deployment_without_trouble_gets_more() -> None:
     learner = LimitLearner(Bounds(60, 10, 90))
     for now_s in range(5):
         learner.look(Counts(ended=20 * now_s), 55, QUIET, float(now_s))
     assert learner.limit == 65
-    risen = learner.limit
-    change = learner.look(Counts(ended=200, tpot_late=60), 60, QUIET, 5.0)
-    assert change is not None and "TPOT" in change.because and learner.limit == pytest.approx(0.9 * risen)
+
+
+def test_late_answers_narrow_the_margin_first_and_the_limit_when_that_is_spent() -> None:
+    learner = LimitLearner(Bounds(60, 10, 90))
+    margins, limits = [], []
+    for now_s in range(60):
+        learner.look(Counts(ended=20 * now_s, tpot_late=6 * now_s), 55, QUIET, float(now_s))
+        margins.append(learner.margin)
+        limits.append(learner.limit)
+    spent = margins.index(MARGIN_MIN)
+    assert margins[:spent] == sorted(margins[:spent], reverse=True)
+    assert min(limits[: spent - 1]) >= 60 and limits[-1] < 60
 
 
 def test_refusals_lower_even_a_written_limit_and_it_comes_back() -> None:

@@ -7,6 +7,7 @@ The module is pure: the shell opens the memory and hands it in.
 
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import NamedTuple
 
 from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
 
@@ -96,6 +97,14 @@ class Learned(IntEnum):
 LEARNED_CELLS = 4
 
 
+class Taught(NamedTuple):
+    """What was learned of a Deployment. Units: `limit` in requests, 0 for none; `milliunits` CU × 1,000."""
+
+    limit: int
+    margin_permille: int
+    milliunits: int
+
+
 class Board:
     """Views on the shared block.
 
@@ -166,6 +175,22 @@ class Board:
         """Requests that wait for room in a Gateway over all workers."""
         at = gateway_slot * self.workers
         return sum(self.waiting[at : at + self.workers])
+
+    def milliunits_total(self, slot: int) -> int:
+        """CU in flight to a Deployment over all workers, × 1,000."""
+        at = slot * self.workers
+        return sum(self.milliunits[at : at + self.workers])
+
+    def work_total(self, endpoint_slot: int, cell: Work) -> int:
+        """One measure of the token work at an Endpoint over all workers."""
+        at = endpoint_slot * self.workers * WORK_CELLS
+        return sum(self.work[at : at + self.workers * WORK_CELLS][cell::WORK_CELLS])
+
+    def learned_of(self, slot: int) -> Taught | None:
+        """What was learned of a Deployment, None before the first look."""
+        at = slot * LEARNED_CELLS
+        seen_ms, limit, margin_permille, milliunits = self.learned[at : at + LEARNED_CELLS]
+        return Taught(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:
         """The latest moment until which any worker keeps an Endpoint out, ms; 0 if none does."""

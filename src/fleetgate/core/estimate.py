@@ -24,6 +24,7 @@ from fleetgate.core.learn import (
     LimitLearner,
     PaceLearner,
     Signals,
+    SlotPace,
 )
 from fleetgate.core.model import Deployment, Profile, ProfileSource, Slo
 from fleetgate.core.outlook import Lessons, Outlook, Seat, speed_of
@@ -38,6 +39,7 @@ GUESS = Profile(
     source=ProfileSource.GUESS,
 )
 AHEAD_SHARE_MAX = 0.1
+UNTOLD_SHARE_MAX = 0.1  # of the time between two looks
 LIMIT_LEAST_SHARE, LIMIT_MOST_SHARE = 0.3, 1.5  # of what the Profile says
 UNKNOWN_MOST = 4096  # requests at once in one engine of which nothing is known
 UNKNOWN_BATCH = 32.0  # at which unknown engines are compared until their limits are known
@@ -72,13 +74,14 @@ class Estimate:
         self.profile = deployment.profile
         self.pace = PaceLearner(STEADY)
         self.engines = max(1, sum(endpoint.engines for endpoint in deployment.endpoints))
+        self.slots = SlotPace()
         self.limits = LimitLearner(self._bounds())
         self._prefilled: dict[int, int] = {}
         self._ticked_s = 0.0
 
     @property
     def known(self) -> Profile:
-        """The Profile at the pace of now; where there is none, the guess at the pace that streams have shown."""
+        """The Profile at the pace of now, the guess where there is none."""
         profile, pace = self.profile or GUESS, self.pace.pace
         return msgspec.structs.replace(
             profile,
@@ -92,12 +95,14 @@ class Estimate:
     def units(self) -> float:
         """CU of the whole Deployment: as written, or as its Profile says at the pace of now.
 
-        Unknown engines are compared by the reference requests they do at their learned limit, whatever the TPOT.
+        Unknown engines are compared by what they get done at their learned limit, whatever the TPOT.
         """
         if self.profile is None and self.deployment.units > 0.0:
             return self.deployment.units
         if self.profile is None:
-            return rate_at(self.known, self.limits.limit / self.engines or UNKNOWN_BATCH) * self.engines
+            places = self.limits.limit or UNKNOWN_BATCH * self.engines
+            measured = self.slots.units_per_s * places
+            return measured or rate_at(GUESS, places / self.engines) * self.engines
         return units_of(self.known, self.slo.tpot_s) * self.engines
 
     def outlook(self, sighting: Sighting) -> Outlook:
@@ -114,11 +119,15 @@ class Estimate:
         if fit.ahead_s <= AHEAD_SHARE_MAX * fit.prefill_s:  # behind other prompts it would tell of them as well
             self.pace.saw_first(fit.ttft_s, observed_s, fit.prefill_s)
 
+    def saw_end(self, units: float, held_s: float) -> None:
+        """An answer ended as it should. Units: CU by its real lengths; seconds from sending to its end."""
+        self.slots.saw_end(units, held_s)
+
     def learn_pace(self, books: Books, streams: Sequence[Steps], now_s: float) -> None:
         """Compare the last second with the Profile."""
         passed_s, self._ticked_s = now_s - self._ticked_s, now_s
-        if 0.0 < passed_s < 10.0:
-            self._learn_pace(self.profile or GUESS, books, streams, passed_s, now_s)
+        if self.profile is not None and 0.0 < passed_s < 10.0:
+            self._learn_pace(self.profile, books, streams, passed_s, now_s)
 
     def learn_limit(self, counts: Counts, in_flight: int, signals: Signals, now_s: float) -> Change | None:
         """Correct limit and margin by what went wrong lately."""
@@ -134,7 +143,8 @@ class Estimate:
             self._prefilled[seat.endpoint_slot] = total
             prompts_s = tokens / seat.engines * prompt_token_s
             work = books.work_at(seat.endpoint_slot, prompt_token_s, 1.0, now_s)
-            if not work.pending_tokens:  # a prompt in hand has taken time that no first token has accounted for yet
+            # A long prompt in hand has taken time that no first token has accounted for yet.
+            if work.pending_tokens / seat.engines * prompt_token_s <= UNTOLD_SHARE_MAX * passed_s:
                 batch = work.sequences / seat.engines
                 self.pace.saw_decode(max(0.0, passed_s - prompts_s), step_s(profile, batch), steps)
 

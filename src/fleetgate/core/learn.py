@@ -83,6 +83,35 @@ class PaceLearner:
         self.pace = Pace(self.pace.prefill, decode)
 
 
+SLOT_SHARE = 0.02  # of an answer in the running sums: about the last fifty count
+SLOT_TELLS = 5  # answers before which a guess is better
+
+
+class SlotPace:
+    """What one place of a Deployment gets done, by Little's law, for engines of which nothing is known.
+
+    It needs no model of the engine: what limits it is in how long its answers hold their places.
+    """
+
+    __slots__ = ("_held_s", "_seen", "_units")
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._units = 0.0
+        self._held_s = 0.0
+
+    def saw_end(self, units: float, held_s: float) -> None:
+        """An answer ended. Units: `units` in CU by its real lengths, `held_s` from sending to the end."""
+        self._seen += 1
+        self._units += units - SLOT_SHARE * self._units
+        self._held_s += held_s - SLOT_SHARE * self._held_s
+
+    @property
+    def units_per_s(self) -> float:
+        """CU a second of one place, 0 where too little was seen."""
+        return self._units / self._held_s if self._seen >= SLOT_TELLS and self._held_s > 0.0 else 0.0
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 LATE_SHARE_MAX = 0.05
@@ -93,9 +122,11 @@ BACK_OFF_EVERY_S = 2.0
 CREEP_SHARE = 0.01
 MARGIN_BACK_OFF = 0.98
 MARGIN_CREEP = 0.002
-MARGIN_MIN, MARGIN_MAX = 0.6, 1.0
-MARGIN_FIRST = 0.9
+MARGIN_MIN, MARGIN_MAX = 0.6, 1.3
+MARGIN_FIRST = 1.2
 WAITING_POLLS_MAX = 3
+WAITING_SHARE_MAX = 0.05
+TOLD_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
 KV_SHARE_MAX = 0.9
 
 
@@ -151,14 +182,16 @@ class LimitLearner:
     Source: ALGORITHMS.md section 8.1; the margin section 9.4.
     """
 
-    __slots__ = ("_bounds", "_history", "_polls_waiting", "_wait_until_s", "limit", "margin")
+    __slots__ = ("_bounds", "_history", "_polls_waiting", "_settled", "_told", "_wait_until_s", "limit", "margin")
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._history: list[tuple[float, Counts]] = []
         self._polls_waiting = 0
+        self._settled = Counts()
         self._wait_until_s = 0.0
         self.limit = float(bounds.start)
+        self._told = bounds.start
         self.margin = MARGIN_FIRST
 
     def look(self, counts: Counts, in_flight: int, signals: Signals, now_s: float) -> Change | None:
@@ -167,27 +200,34 @@ class LimitLearner:
         while len(self._history) > 2 and self._history[1][0] <= now_s - WINDOW_S:
             self._history.pop(0)
         recent = counts.since(self._history[0][1])
-        self._polls_waiting = self._polls_waiting + 1 if signals.waiting else 0
+        if now_s <= self._wait_until_s:
+            self._settled = counts
+        # A few always wait for the step under way to end; more than that wait for a place.
+        queues = (signals.waiting or 0) > WAITING_SHARE_MAX * in_flight
+        self._polls_waiting = self._polls_waiting + 1 if queues else 0
         before = int(self.limit)
-        trouble = self._trouble(recent, signals)
+        self._correct_margin(recent, in_flight)
+        trouble = self._trouble(recent, counts.since(self._settled), signals)
         if trouble:
-            self._back_off(recent, in_flight - (signals.waiting or 0), now_s)
-        elif in_flight > 0.5 * self.limit:
+            self._back_off(in_flight - (signals.waiting or 0), now_s)
+        elif in_flight > 0.5 * self.limit and not queues:
             self._creep()
         after = int(self.limit)
-        if after == before:
+        if after == self._told or (before <= after < self._told * (1.0 + TOLD_SHARE) and after < self._bounds.most):
             return None
-        return Change(before, after, trouble or "it was busy, and nothing came late or was refused")
+        told, self._told = self._told, after
+        return Change(told, after, trouble or "it was busy, and nothing came late or was refused")
 
-    def _trouble(self, recent: Counts, signals: Signals) -> str:
-        """What is wrong, as a sentence, or nothing."""
-        ended, refused = recent.ended, recent.refused
+    def _trouble(self, recent: Counts, settled: Counts, signals: Signals) -> str:
+        """What is wrong, as a sentence, or nothing. Shape: `settled` is counted since the last step down took hold."""
+        ended, refused = min(recent.ended, settled.ended), min(recent.refused, settled.refused)
         if refused and refused > REFUSED_SHARE_MAX * (ended + refused):
             return f"the engine refused {refused} of the last {ended + refused} requests"
         if self._bounds.written:
             return ""
-        late = max(recent.ttft_late, recent.tpot_late)
-        if ended and late > LATE_SHARE_MAX * ended and late > 1:
+        ended, late = recent.ended, max(recent.ttft_late, recent.tpot_late)
+        # Where room is predicted, the margin answers first: it moves what is admitted, not how much.
+        if ended and late > LATE_SHARE_MAX * ended and late > 1 and self.margin <= MARGIN_MIN:
             what = "TTFT" if recent.ttft_late >= recent.tpot_late else "TPOT"
             return f"{late} of the last {ended} answers missed their {what} target"
         if self._polls_waiting >= WAITING_POLLS_MAX:
@@ -196,9 +236,7 @@ class LimitLearner:
             return f"the engine's KV cache is {signals.kv_share:.0%} full"
         return ""
 
-    def _back_off(self, recent: Counts, carried: int, now_s: float) -> None:
-        if recent.tpot_late > LATE_SHARE_MAX * recent.ended:
-            self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)
+    def _back_off(self, carried: int, now_s: float) -> None:
         if now_s < self._wait_until_s:
             return  # what was sent before the last step down has to end first
         self._wait_until_s = now_s + BACK_OFF_EVERY_S
@@ -209,4 +247,10 @@ class LimitLearner:
         if self.limit:
             ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
             self.limit = min(ceiling, self.limit + max(1.0, CREEP_SHARE * self.limit))
-        self.margin = min(MARGIN_MAX, self.margin + MARGIN_CREEP)
+
+    def _correct_margin(self, recent: Counts, in_flight: int) -> None:
+        late = max(recent.ttft_late, recent.tpot_late)
+        if recent.ended and late > LATE_SHARE_MAX * recent.ended:
+            self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)
+        elif in_flight > 0.25 * self.limit:
+            self.margin = min(MARGIN_MAX, self.margin + MARGIN_CREEP)

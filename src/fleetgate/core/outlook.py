@@ -13,7 +13,7 @@ from fleetgate.core.strategies import Candidate, Load, Standing
 
 # Prompts that an engine takes in while it decodes lengthen the steps of everybody in it. A long answer averages that
 # out; one of this length does not, so it is over its life that the share of prompts is kept within bounds.
-SHORT_ANSWER_TOKENS = 30.0
+SHORT_ANSWER_TOKENS = 18.0
 
 
 class Seat(NamedTuple):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fleetgate.core.admission import PRIORITIES, Priority
 from fleetgate.core.affinity import BLOCK_TOKENS, COLD
-from fleetgate.core.board import TALLY_CELLS, Tally
+from fleetgate.core.board import Tally
 from fleetgate.core.desk import Placed, Wish
 from fleetgate.core.forecast import Need
 from fleetgate.protocols.openai import output_tokens_max
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # An answer that is not streamed shows no first token: its prompt counts as through after so many times its forecast.
 UNSEEN_FIRST = 1.5
-_ENDED, _TTFT_LATE, _TPOT_LATE, _REFUSED = map(int, Tally)
+_ENDED, _TTFT_LATE, _TPOT_LATE = int(Tally.ENDED), int(Tally.TTFT_LATE), int(Tally.TPOT_LATE)
 
 
 class Wanting:
@@ -48,10 +48,11 @@ class Wanting:
 class Booking:
     """A place that was found, as long as the request holds it. Cost: 3 µs over its life."""
 
-    __slots__ = ("_first_s", "_hold", "_hub", "_placed", "_seen_tokens", "_sent_s")
+    __slots__ = ("_first_s", "_hold", "_hub", "_placed", "_promised", "_seen_tokens", "_sent_s")
 
-    def __init__(self, hub: "Hub", placed: Placed, now_s: float) -> None:
+    def __init__(self, hub: "Hub", placed: Placed, promised: bool, now_s: float) -> None:
         self._hub = hub
+        self._promised = promised  # without an SLO nothing can be late
         self._placed = placed
         self._hold = placed.hold
         self._sent_s = now_s
@@ -76,8 +77,8 @@ class Booking:
         if fit is not None:
             self._hub.learning.saw_first(self._hold.slot, fit, observed_s)
             self._hub.ttft_error.observe(abs(observed_s - fit.ttft_s))
-            if ttft_s > self._placed.target_s:
-                self._tally(_TTFT_LATE)
+            if self._promised and ttft_s > self._placed.target_s:
+                self._hub.tally(self._hold.slot, _TTFT_LATE)
 
     def watch(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
         """Once a second. Units: `tokens` that its stream has brought by now, -1 before the first.
@@ -96,18 +97,21 @@ class Booking:
 
     def ended(self, output_tokens: int, tpot_max_s: float, now_s: float) -> None:
         """The answer ended as it should. Units: `output_tokens` 0 where they are not known or were not streamed."""
-        self._tally(_ENDED)
-        if output_tokens > 1 and self._first_s and (now_s - self._first_s) / (output_tokens - 1) > tpot_max_s:
-            self._tally(_TPOT_LATE)
+        self._hub.tally(self._hold.slot, _ENDED)
+        if (
+            self._promised
+            and output_tokens > 1
+            and self._first_s
+            and (now_s - self._first_s) / (output_tokens - 1) > tpot_max_s
+        ):
+            self._hub.tally(self._hold.slot, _TPOT_LATE)
 
-    def refused(self) -> None:
-        """The engine was full."""
-        self._tally(_REFUSED)
+    def measured(self, prompt_tokens: float, output_tokens: float, now_s: float) -> None:
+        """How much was done while the place was held; where a Profile is known, its streams tell more."""
+        if self._placed.fit is None:
+            units = Need(prompt_tokens, output_tokens).units
+            self._hub.learning.saw_end(self._hold.slot, units, now_s - self._sent_s)
 
     def settle(self) -> None:
         """Give the place and its token work back."""
         self._hub.books.settle(self._hold)
-
-    def _tally(self, cell: int) -> None:
-        board = self._hub.board
-        board.tallies[(self._hold.slot * board.workers + self._hub.config.index) * TALLY_CELLS + cell] += 1

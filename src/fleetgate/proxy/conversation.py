@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fleetgate.core.admission import Ticket
+from fleetgate.core.board import Tally
 from fleetgate.core.exchange import (
     FINISHED,
     GONE,
@@ -53,6 +54,8 @@ STALL_MAX_S = 60.0  # FAULTS.md row 8: at most
 ROOM = Room()
 CONTENT_OK = Content(200)
 QUEUE_FULL = QueueFull()
+
+ENDED, REFUSED = int(Tally.ENDED), int(Tally.REFUSED)
 
 # What a failed attempt says about an Endpoint's health. What is missing here says nothing.
 SIGNS = {
@@ -120,7 +123,7 @@ class Conversation:
         lead = lane.lead
         if lead is not None and not command.tried and not lane.room:
             place = hub.tables.places[lead.slot]
-            if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, lane.lead_limit):
+            if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
                 self.place = self.last_place = place
                 self._report(Picked(lead))
                 return
@@ -140,7 +143,7 @@ class Conversation:
             self._report(NotPicked(placed.reason))
             return
         self.place = self.last_place = hub.tables.places[placed.candidate.slot]
-        self.booking = Booking(hub, placed, now_s)
+        self.booking = Booking(hub, placed, lane.desk.promised, now_s)
         lane.affinity.sent(wanting.chain, placed.hold.endpoint_slot)
         if self.ticket is not None:
             self._stop_waiting(served=True)
@@ -306,6 +309,8 @@ class Conversation:
             self._see(Sign.WENT_WELL)
         if self.booking is not None:
             self.hub.learn(self, self.booking, relay)
+        elif self.place is not None:
+            self.hub.tally(self.place.slot, ENDED)
         self._report(FINISHED)
 
     def write(self, data: bytes) -> None:
@@ -323,8 +328,8 @@ class Conversation:
         meters = self.lane.meters.get(self.place.slot) if self.place is not None else None
         if meters is not None:
             self.hub.telemetry.cells[meters.failure(event.failure)] += 1
-        if self.booking is not None and event.failure is Failure.FULL:
-            self.booking.refused()
+        if self.place is not None and event.failure is Failure.FULL:
+            self.hub.tally(self.place.slot, REFUSED)
         sign = SIGNS.get(event.failure)
         if self.peer is not None:
             self.failed_peers = (*self.failed_peers, self.peer)

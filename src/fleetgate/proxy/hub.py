@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from fleetgate.core.admission import Ticket
-from fleetgate.core.board import Board, Signal, Worker
+from fleetgate.core.board import TALLY_CELLS, Board, Signal, Worker
 from fleetgate.core.books import Books
 from fleetgate.core.exchange import Outcome
 from fleetgate.core.health import Breaker, Health
@@ -24,14 +24,14 @@ from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
-from fleetgate.proxy.telemetry import LineLog, Telemetry
+from fleetgate.proxy.telemetry import LineLog, Telemetry, TokenMeter
 from fleetgate.proxy.transport.relay import Relay
 from fleetgate.proxy.transport.upstream import IDLE_MAX_S, Peer
 from fleetgate.rules.notices import Notices
 
 SWEEP_S = 0.05  # HOTPATH.md rule 10
 WATCH_EVERY = 20  # sweeps: stalls, idle connections and clients' deadlines once a second
-LOOKS_MAX = 8  # requests of a row that may look for room in turn, so that one that is too long blocks none
+LOOKS_MAX = 4  # requests of a row that may look for room in turn, so that one that is too long blocks none
 LOAD_FRESH_MS = 3_000  # three polls: an older signal counts as no signal, not as "full"
 TROUBLE_EVERY_S = 5.0  # one line for each Deployment in trouble, not one for each request
 
@@ -60,6 +60,7 @@ class Hub:
         self.spool = Spool(Path(config.data_dir))
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
         self.telemetry = Telemetry(board, config.index)
+        self.estimates = {kind: TokenMeter(self.telemetry, kind) for kind in ("prompt", "output")}
         self.ttft_error = self.telemetry.histogram("fleetgate_ttft_prediction_error_seconds", {})
         self.loop: asyncio.AbstractEventLoop
         self.clock: Callable[[], float] = time.monotonic
@@ -139,6 +140,11 @@ class Hub:
             while found:  # each that finds a place changes what there is for the next
                 found = any(self.waiters[ticket].look_again() for ticket in lane.room.row(LOOKS_MAX))
 
+    def tally(self, slot: int, cell: int) -> None:
+        """Count something of a Deployment for the correction of its limit."""
+        board = self.board
+        board.tallies[(slot * board.workers + self.config.index) * TALLY_CELLS + cell] += 1
+
     def prompt_done(self) -> None:
         """An engine turned to its next prompt: somebody who waits may have room now."""
         if self.waiters:
@@ -146,15 +152,23 @@ class Hub:
 
     def learn(self, conversation: Conversation, booking: Booking, relay: Relay) -> None:
         """An answer ended as it should: what it tells of lengths and speed."""
-        model, usage = conversation.lane.model, relay.usage
+        model, usage, wanting = conversation.lane.model, relay.usage, conversation.wanting
+        prompt_tokens = 0
         output_tokens = relay.event_count if relay.stream else 0
         if usage is not None:
             prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
             output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
             self.lengths.saw_prompt(model, len(conversation.body), prompt_tokens)
+            if wanting is not None:
+                self.estimates["prompt"].saw(wanting.need.prompt_tokens, prompt_tokens)
+                self.estimates["output"].saw(wanting.need.output_tokens, output_tokens)
         if output_tokens:
             self.lengths.saw_output(model, conversation.request.key.name, output_tokens)
-        booking.ended(output_tokens if relay.stream else 0, conversation.lane.desk.slo.tpot_s, self.clock())
+        now_s = self.clock()
+        if wanting is not None:
+            need = wanting.need
+            booking.measured(prompt_tokens or need.prompt_tokens, output_tokens or need.output_tokens, now_s)
+        booking.ended(output_tokens if relay.stream else 0, conversation.lane.desk.slo.tpot_s, now_s)
 
     # --- Snapshots ---
 

@@ -74,6 +74,11 @@ class Learning:
         if slot in self._by_slot:
             self._by_slot[slot].saw_first(fit, observed_s)
 
+    def saw_end(self, slot: int, units: float, held_s: float) -> None:
+        """An answer ended as it should, of so many CU, so long after its request was sent."""
+        if slot in self._by_slot:
+            self._by_slot[slot].saw_end(units, held_s)
+
     def renew(self, place: "Place", now_ms: int) -> None:
         """Work out what requests read of a Deployment until the next look. Cost: 6 µs."""
         deployment = place.deployment
@@ -85,7 +90,9 @@ class Learning:
         if now_ms - seen_ms < FRESH_MS:
             estimate.limits.limit = float(limit)
             estimate.limits.margin = margin_permille / 1000
-        self.outlooks[deployment.slot] = estimate.outlook(Sighting(place.fit, seats, place.foreign, rtt_s))
+        outlook = estimate.outlook(Sighting(place.fit, seats, place.foreign, rtt_s))
+        self.outlooks[deployment.slot] = outlook
+        place.limit = outlook.limit
 
     def learn_paces(self, furthest: Mapping[int, int], now_s: float) -> None:
         """Once a second. Shape: `furthest` is the most tokens that one stream of an Endpoint got since then."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fleetgate.core.policy import ALLOWED, Facts, Judgement
+from fleetgate.core.policy import Facts, Judgement
 from fleetgate.protocols.openai import Ask, output_tokens_max
 from fleetgate.providers.spool import Happened
 from fleetgate.proxy.gate import Admitted, Denied
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 def judge(hub: "Hub", admitted: Admitted, ask: Ask, body: bytes) -> Judgement:
     """The Deployments that policies leave, those they want first, and the request's priority.
 
-    Raises: `Denied` when they leave none; `openai.InvalidBody`. Cost: nothing without policies, 10 µs with three.
+    Raises: `Denied` when they leave none; `openai.InvalidBody`. Cost: 10 µs with three policies.
     """
     site = admitted.site
     rules = site.rules
-    if rules.is_empty:
-        return ALLOWED
     headers = admitted.head.headers
     facts = Facts(
         model=ask.model,

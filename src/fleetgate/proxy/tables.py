@@ -7,7 +7,6 @@ import msgspec
 
 from fleetgate.core.admission import DrainRate
 from fleetgate.core.affinity import Affinity
-from fleetgate.core.capacity import spill_limit
 from fleetgate.core.desk import Desk
 from fleetgate.core.limits import RetryBudget
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
@@ -30,6 +29,7 @@ class Place:
         self.slot = deployment.slot
         self.peers = peers
         self.fit = 1.0  # the last answer of `health`: the sweep and every change of a breaker renew it
+        self.limit = deployment.concurrency_max  # as it is now; 0 for none. Renewed with what was learned
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
         self.adds_usage = deployment.engine in USAGE_ENGINES
@@ -76,26 +76,22 @@ class LaneState:
         self.desk = Desk(site.gateway, lane)
         self.room = self.desk.room
         self.candidates = lane.candidates
-        self.lead, self.lead_limit = self._lead(tables)
+        self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
         self.has_choice = sum(len(tables.places[c.slot].peers) for c in lane.candidates) > 1
         self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
 
-    def _lead(self, tables: "Tables") -> tuple[Candidate | None, int]:
-        """Whom requests may be given to without asking the strategy, and up to how many.
+    def _lead(self, tables: "Tables") -> Candidate | None:
+        """Whom requests may be given to without asking the strategy, up to its limit.
 
-        Only where the operator wrote the limit, no Profile predicts and no policy has a say: then there is nothing to
-        learn or to weigh.
+        Only where no Profile predicts and no policy has a say: then there is nothing to weigh.
         """
         lead = self.lane.lead
-        if lead is None or not self.site.rules.is_empty:
-            return None, 0
-        deployment = tables.places[lead.slot].deployment
-        if deployment.profile is not None or not deployment.concurrency_written:
-            return None, 0
-        return lead, spill_limit(deployment.concurrency_max, lead.overflow_at)
+        if lead is None or not self.site.rules.is_empty or lead.overflow_at < 1.0:
+            return None
+        return lead if tables.places[lead.slot].deployment.profile is None else None
 
 
 class Meters:
