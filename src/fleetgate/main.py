@@ -318,32 +318,32 @@ class Form(StrEnum):
     JSON = "json"
 
 
+TRACE_COLUMNS = "timestamp_s,prompt_tokens,output_tokens[,prefix_block_ids_512][,region][,key]"
+FleetFile = Annotated[
+    Path, typer.Option(help="YAML with Gateway, Deployments and Profiles.", exists=True, dir_okay=False)
+]
+TraceFile = Annotated[Path, typer.Option(help=f"CSV or CSV.gz: {TRACE_COLUMNS}.", exists=True, dir_okay=False)]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(help="Repeatable or comma-separated; the Gateway's own otherwise. The baselines are listed above."),
+]
+Load = Annotated[
+    float | None, typer.Option(help="Rescale the trace to this share of the fleet's capacity; 1 is all of it.")
+]
+Phases = Annotated[
+    str, typer.Option(help="Clients' regions, each with the hours that its day is ahead: us-east=0,eu-west=8.")
+]
+
+
 @app.command()
 def simulate(
-    fleet: Annotated[
-        Path, typer.Option(help="YAML with Gateway, Deployments and Profiles.", exists=True, dir_okay=False)
-    ],
-    trace: Annotated[
-        Path,
-        typer.Option(
-            help="CSV or CSV.gz: timestamp_s,prompt_tokens,output_tokens[,prefix_block_ids_512][,region][,key].",
-            exists=True,
-            dir_okay=False,
-        ),
-    ],
+    fleet: FleetFile,
+    trace: TraceFile,
     gateway: Annotated[str, typer.Option(help="Which Gateway, where the fleet has several.")] = "",
-    load: Annotated[
-        float | None, typer.Option(help="Rescale the trace to this share of the fleet's capacity; 1 is all of it.")
-    ] = None,
+    load: Load = None,
     rate: Annotated[float | None, typer.Option(help="Rescale the trace to so many requests a second.")] = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeatable or comma-separated; the Gateway's own otherwise. See below for the baselines."),
-    ] = None,
-    region_phase: Annotated[
-        str,
-        typer.Option(help="Clients' regions, each with the hours that its day is ahead: us-east=0,eu-west=8."),
-    ] = "",
+    strategy: Strategies = None,
+    region_phase: Phases = "",
     proxies: Annotated[int, typer.Option(help="Proxies that share the arrivals; 0 is one for each region.")] = 0,
     fault: Annotated[list[str] | None, typer.Option(help="KIND:NAME@START[+DURATION][xFACTOR]. Repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Same inputs and seed, same figures.")] = 0,
@@ -371,29 +371,17 @@ def simulate(
     from fleetgate.simulator import simulating
 
     plugins.load()
+    wanted = tuple(name.strip() for text in strategy or [] for name in text.split(",") if name.strip())
     ask = simulating.Ask(
-        trace=trace,
-        gateway=gateway,
-        load=load,
-        rate_rps=rate,
-        strategies=tuple(name.strip() for text in strategy or [] for name in text.split(",") if name.strip()),
-        region_phase=region_phase,
-        proxies=proxies,
-        faults=tuple(fault or []),
-        seed=seed,
-        limit=limit,
-        json=output is Form.JSON,
-        plot=plot,
-    )
+        trace=trace, gateway=gateway, load=load, rate_rps=rate, strategies=wanted, region_phase=region_phase,
+        proxies=proxies, faults=tuple(fault or []), seed=seed, limit=limit, json=output is Form.JSON, plot=plot,
+    )  # fmt: skip
     try:
         simulating.check(ask)
         simulating.simulate(ask, read_fleet(str(fleet)))
-    except simulating.WrongUsage as reason:
+    except (simulating.WrongUsage, simulating.Failed, Unreadable) as reason:
         sys.stderr.write(f"{reason}\n")
-        raise typer.Exit(2) from None
-    except (simulating.Failed, Unreadable) as reason:
-        sys.stderr.write(f"{reason}\n")
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if type(reason) is simulating.WrongUsage else 1) from None
 
 
 app.command("engine", context_settings=ENGINE_SETTINGS)(engine)

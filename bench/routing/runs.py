@@ -1,0 +1,99 @@
+"""Runs of the evaluation: windows of a trace at several loads, each over every strategy, and what came of them."""
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from statistics import median
+
+import msgspec
+
+from fleetgate.simulator.faults import Fault
+from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.scoring import good
+from fleetgate.simulator.simulate import Outcome, Setting, Simulation
+from fleetgate.simulator.world import Arrival
+
+WINDOW_SHARE = 0.5  # of the trace that one seed sees; seeds begin evenly spaced, so that they overlap
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One run. Units: `worst_third` of the run's goodput as a share of the median third's; `case` steady or a fault."""
+
+    trace: str
+    case: str
+    strategy: str
+    load: float
+    seed: int
+    proxies: int
+    goodput_ratio: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    shed_share: float
+    overcommit_max: float
+    spill_ratio: float
+    cost_usd_per_mtok: float | None
+    worst_third: float
+
+
+class Case(msgspec.Struct, frozen=True):
+    """What is run besides trace and load. Shape: `slow` names a Deployment that is 3 times slower for a while."""
+
+    name: str
+    strategies: tuple[str, ...]
+    proxies: int = 1
+    slow: str = ""
+
+
+SLOW_FROM, SLOW_FOR, SLOW_FACTOR = 0.25, 0.375, 3.0  # of the run; 150 of 400 s
+
+
+def window(arrivals: Sequence[Arrival], seed: int, seeds: int) -> list[Arrival]:
+    """The part of a trace that a seed sees."""
+    size = len(arrivals) if seeds == 1 else int(WINDOW_SHARE * len(arrivals))
+    start = 0 if seeds == 1 else seed * (len(arrivals) - size) // (seeds - 1)
+    chosen = [copy(arrival) for arrival in arrivals[start : start + size]]
+    for index, arrival in enumerate(chosen):
+        arrival.index = index
+    return chosen
+
+
+def run_case(fleet: Fleet, named: tuple[str, Sequence[Arrival]], case: Case, load: float, seed: int) -> Iterable[Point]:
+    """Every strategy of a case on one window."""
+    name, arrivals = named
+    setting = Setting(strategies=case.strategies, load=load, seed=seed, proxies=case.proxies)
+    simulation = Simulation(fleet, arrivals, setting, warn=print)
+    if case.slow:
+        span_s = simulation.trace[-1].at_s
+        begins_s = SLOW_FROM * span_s
+        fault = Fault("slow", case.slow, begins_s, begins_s + SLOW_FOR * span_s, SLOW_FACTOR)
+        simulation.setting = msgspec.structs.replace(setting, faults=(fault,))
+    for strategy in case.strategies:
+        outcome = simulation.run(strategy)
+        score = outcome.score
+        yield Point(
+            trace=name,
+            case=case.name,
+            strategy=strategy,
+            load=load,
+            seed=seed,
+            proxies=case.proxies,
+            goodput_ratio=score.goodput_ratio,
+            ttft_p50_s=score.ttft_p50_s,
+            ttft_p99_s=score.ttft_p99_s,
+            shed_share=score.shed_share,
+            overcommit_max=score.overcommit_max,
+            spill_ratio=score.spill_ratio,
+            cost_usd_per_mtok=score.cost_usd_per_mtok,
+            worst_third=worst_third(simulation, outcome),
+        )
+
+
+def worst_third(simulation: Simulation, outcome: Outcome) -> float:
+    """Of the share of its work that each third of the time served inside the SLO, the worst over the median."""
+    span_s = simulation.trace[-1].at_s
+    offered, served = [1e-9] * 3, [0.0] * 3
+    for arrival, work in zip(outcome.arrivals, simulation.work, strict=True):
+        third = min(2, int(3 * arrival.at_s / span_s))
+        offered[third] += work
+        served[third] += work if all(good(arrival, simulation.fleet)) else 0.0
+    rates = [done / (span_s / 3) for done in served]
+    return round(min(rates) / max(1e-9, median(rates)), 4)

@@ -1,0 +1,113 @@
+"""Faults on a schedule: a Deployment slows down silently, dies, or refuses; a region dies."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+
+import msgspec
+
+from fleetgate.core.model import Deployment
+from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.world import World
+
+FORM = "KIND:NAME@START[+DURATION][xFACTOR], for example slow:llama-us@300+150x3, down:eu-west@600+120, refuse:b@60"
+KINDS = ("slow", "down", "refuse")
+_MARK = re.compile(r"(\w+):([^@]+)@([0-9.]+)(?:\+([0-9.]+))?(?:x([0-9.]+))?$")
+
+
+class BadFault(Exception):
+    """A fault cannot be read or names nothing; the text shows the form."""
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """One fault. Units: seconds of the run; `ends_s` infinite where it lasts; `factor` of a step's time."""
+
+    kind: str
+    name: str
+    begins_s: float
+    ends_s: float
+    factor: float
+
+
+def parse_fault(text: str) -> Fault:
+    """Read a mark of `--fault`.
+
+    Raises: `BadFault`.
+    """
+    match = _MARK.match(text)
+    if match is None or match[1] not in KINDS:
+        raise BadFault(f"--fault {text!r} is not {FORM}; kinds are {', '.join(KINDS)}")
+    kind, name, start, duration, factor = match.groups()
+    if (kind == "slow") != (factor is not None):
+        raise BadFault(f"--fault {text!r}: `slow` needs a factor, the others have none; {FORM}")
+    try:
+        begins_s = float(start)
+        ends_s = begins_s + float(duration) if duration else float("inf")
+        times = float(factor) if factor else 1.0
+    except ValueError:
+        raise BadFault(f"--fault {text!r} has a number that is none; {FORM}") from None
+    if times <= 0.0:
+        raise BadFault(f"--fault {text!r}: the factor must be above 0")
+    return Fault(kind, name, begins_s, ends_s, times)
+
+
+def arrange(faults: Sequence[Fault], fleet: Fleet, world: World) -> None:
+    """Let the world make them happen.
+
+    Raises: `BadFault` when a name is neither a Deployment nor, for `down`, a region.
+    """
+    sites = [_Site(engine, world) for engine in range(len(world.engines))]
+    for fault in faults:
+        check_name(fault, fleet)
+        for site in sites:
+            if _hits(fault, world.engines[site.engine].deployment):
+                world.at(fault.begins_s, partial(site.begin, fault))
+                if fault.ends_s < float("inf"):
+                    world.at(fault.ends_s, partial(site.end, fault))
+
+
+def check_name(fault: Fault, fleet: Fleet) -> None:
+    """Raises: `BadFault` when it would hit nothing."""
+    if not any(_hits(fault, deployment) for deployment in fleet.deployments):
+        regions = {deployment.region for deployment in fleet.deployments if deployment.region}
+        known = sorted(
+            {deployment.name for deployment in fleet.deployments} | (regions if fault.kind == "down" else set())
+        )
+        what = "a Deployment or a region" if fault.kind == "down" else "a Deployment"
+        raise BadFault(f"--fault {fault.kind}:{fault.name} does not name {what} of the fleet: {', '.join(known)}")
+
+
+def _hits(fault: Fault, deployment: Deployment) -> bool:
+    return fault.name == deployment.name or (fault.kind == "down" and fault.name == deployment.region)
+
+
+class _Site:
+    """The faults of one engine that are under way: slow-downs multiply, and it is back when the last one is over."""
+
+    def __init__(self, engine: int, world: World) -> None:
+        self.engine = engine
+        self.world = world
+        self.active: list[Fault] = []
+
+    def begin(self, fault: Fault, now_s: float) -> None:
+        """One more."""
+        self.active.append(fault)
+        if fault.kind == "down" and self._count("down") == 1:
+            self.world.take_down(self.engine, now_s)
+        self._settle(fault.kind, now_s)
+
+    def end(self, fault: Fault, now_s: float) -> None:
+        """One less."""
+        self.active.remove(fault)
+        if fault.kind == "down" and not self._count("down"):
+            self.world.bring_up(self.engine)
+        self._settle(fault.kind, now_s)
+
+    def _count(self, kind: str) -> int:
+        return sum(fault.kind == kind for fault in self.active)
+
+    def _settle(self, kind: str, now_s: float) -> None:
+        self.world.engines[self.engine].refuses = self._count("refuse") > 0
+        if kind == "slow":
+            self.world.slow_down(self.engine, prod(fault.factor for fault in self.active), now_s)

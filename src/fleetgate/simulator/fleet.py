@@ -1,0 +1,80 @@
+"""A fleet out of a Snapshot: every replica an engine of its own, with its round trips to every proxy."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from fleetgate.core.model import Deployment, Endpoint, Gateway, Slo, Snapshot
+from fleetgate.simulator.replica import Replica
+from fleetgate.simulator.rtt import Rtts
+from fleetgate.simulator.world import Engine
+
+MODEL = "*"  # a trace names no model: every Deployment of the Gateway serves it
+
+
+class BadFleet(Exception):
+    """The fleet cannot be simulated; the text says what to add."""
+
+
+class UnclearGateway(BadFleet):
+    """It is not clear which Gateway is meant; `--gateway` says it."""
+
+
+class Fleet(msgspec.Struct, frozen=True):
+    """What is simulated: one Gateway, and its Deployments with one Endpoint for each replica."""
+
+    gateway: Gateway
+    deployments: tuple[Deployment, ...]
+
+    @property
+    def slo(self) -> Slo:
+        """What requests are judged by; the defaults where the Gateway has none."""
+        return self.gateway.slo or Slo()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The fleet as a proxy would be given it."""
+        return Snapshot(version=1, made_at_s=0.0, gateways=(self.gateway,), deployments=self.deployments)
+
+    def deployment(self, name: str) -> Deployment | None:
+        """A Deployment by name."""
+        return next((deployment for deployment in self.deployments if deployment.name == name), None)
+
+
+def fleet_of(snapshot: Snapshot, gateway: str = "") -> Fleet:
+    """Take one Gateway and its Deployments out of a Snapshot.
+
+    Raises: `UnclearGateway`; `BadFleet` when there is none, or a Deployment's speed is not known.
+    """
+    names = [known.name for known in snapshot.gateways]
+    chosen = [known for known in snapshot.gateways if gateway in ("", known.name)]
+    if not names:
+        raise BadFleet("the fleet has no Gateway; add `kind: Gateway` that lists the Deployments as upstreams")
+    if len(chosen) != 1:
+        what = f"--gateway {gateway!r} is none of them" if gateway else "one is simulated; say which with --gateway"
+        raise UnclearGateway(f"{what}; the fleet has: {', '.join(names)}")
+    listed = {upstream.deployment for upstream in chosen[0].upstreams}
+    deployments, slot = [], 0
+    for index, deployment in enumerate(d for d in snapshot.deployments if d.name in listed):
+        if deployment.profile is None:
+            raise BadFleet(
+                f"Deployment {deployment.name} has no Profile, so nobody knows how fast it is; "
+                "add `kind: Profile` and name it in `profile:` (or run `fleetgate calibrate`)"
+            )
+        count = max(1, sum(endpoint.engines for endpoint in deployment.endpoints))
+        endpoints = tuple(
+            Endpoint(slot=slot + n, scheme="http", host="simulated", port=80, base_path="/v1") for n in range(count)
+        )
+        slot += count
+        deployments.append(msgspec.structs.replace(deployment, slot=index, models={MODEL: MODEL}, endpoints=endpoints))
+    return Fleet(chosen[0], tuple(deployments))
+
+
+def engines_of(fleet: Fleet, proxy_regions: Sequence[str], rtts: Rtts) -> list[Engine]:
+    """Fresh engines for one run, in the order of their Endpoints' slots."""
+    engines = []
+    for deployment in fleet.deployments:
+        assert deployment.profile is not None
+        rtts_s = [rtts.between_s(region, deployment.region) for region in proxy_regions]
+        engines += [Engine(deployment, Replica(deployment.profile), rtts_s) for _ in deployment.endpoints]
+    return engines

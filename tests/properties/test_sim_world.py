@@ -1,0 +1,130 @@
+"""The simulated world: whatever balancers and faults do, every request ends once and nothing is left behind."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fleetgate.core import strategies
+from fleetgate.simulator.baseline import Truth
+from fleetgate.simulator.baselines import BASELINES
+from fleetgate.simulator.faults import Fault, arrange
+from fleetgate.simulator.fleet import Fleet, engines_of
+from fleetgate.simulator.rtt import Rtts
+from fleetgate.simulator.shell import Shell
+from fleetgate.simulator.world import Arrival, Balancer, World
+from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet
+
+REGIONS = ("us-east", "eu-west")
+
+
+class Watched:
+    """A balancer that counts what it is told, in front of a real one."""
+
+    def __init__(self, inner: Balancer) -> None:
+        self.inner = inner
+        self.came: Counter[int] = Counter()
+        self.firsts: Counter[int] = Counter()
+        self.ends: Counter[int] = Counter()
+        self.failures: Counter[int] = Counter()
+
+    def arrive(self, arrival: Arrival, now_s: float) -> None:
+        assert now_s == arrival.at_s
+        self.came[arrival.index] += 1
+        self.inner.arrive(arrival, now_s)
+
+    def first_token(self, arrival: Arrival, now_s: float) -> None:
+        self.firsts[arrival.index] += 1
+        self.inner.first_token(arrival, now_s)
+
+    def finished(self, arrival: Arrival, now_s: float) -> None:
+        self.ends[arrival.index] += 1
+        self.inner.finished(arrival, now_s)
+
+    def failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
+        assert failure in ("full", "broken")
+        self.failures[arrival.index] += 1
+        self.inner.failed(arrival, failure, now_s)
+
+    def tick(self, now_s: float) -> None:
+        self.inner.tick(now_s)
+
+    def woken(self, now_s: float) -> None:
+        self.inner.woken(now_s)
+
+    def limit_of(self, slot: int) -> int:
+        return self.inner.limit_of(slot)
+
+
+def balancer(strategy: str, world: World, on: Fleet) -> Balancer:
+    if strategy in BASELINES:
+        return BASELINES[strategy](world, Truth(on, {d.name: 1.0 + d.slot for d in on.deployments}))
+    return Shell(world, on, strategy)
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
+    gaps = draw(st.lists(st.sampled_from([0.0, 0.01, 0.5, 3.0]), min_size=1, max_size=30))
+    found, at_s = [], 0.0
+    for index, gap_s in enumerate(gaps):
+        at_s += gap_s
+        found.append(
+            Arrival(
+                index,
+                at_s,
+                draw(st.one_of(st.integers(1, 2000), st.integers(1, 40_000))),
+                draw(st.integers(1, 300)),
+                region=draw(st.sampled_from(REGIONS)),
+                proxy=draw(st.integers(0, 1)),
+            )
+        )
+    return found
+
+
+faults = st.builds(
+    Fault,
+    kind=st.sampled_from(["slow", "down", "refuse"]),
+    name=st.sampled_from(["a", "b", "c"]),
+    begins_s=st.floats(0.0, 20.0),
+    ends_s=st.one_of(st.just(float("inf")), st.floats(20.0, 40.0)),
+    factor=st.sampled_from([0.5, 3.0]),
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted([*BASELINES, *strategies.names()])), arrivals(), st.lists(faults, max_size=3))
+def test_every_request_ends_exactly_once(strategy: str, requests: list[Arrival], happening: list[Fault]) -> None:
+    on = fleet(deployment("a", FAST), deployment("b", SLOW, 2, "eu-west"), deployment("c", SLOW, region="eu-west"))
+    world = World(engines_of(on, REGIONS, Rtts(warn=lambda sentence: None)), REGIONS)
+    world.balancer = watched = Watched(balancer(strategy, world, on))
+    arrange(happening, on, world)
+    world.run(requests)
+    everyone = Counter(dict.fromkeys(range(len(requests)), 1))
+    refused = Counter(arrival.index for arrival in requests if arrival.refused)
+    assert watched.came == everyone
+    assert watched.ends + refused == everyone
+    for arrival in requests:
+        assert watched.firsts[arrival.index] <= 1
+        if not arrival.refused:
+            assert arrival.at_s <= arrival.first_s <= arrival.ended_s
+            assert watched.firsts[arrival.index] == 1
+        if not happening:
+            assert not watched.failures[arrival.index]
+    assert set(world.in_flight.values()) == {0}
+    assert all(not engine.jobs and not engine.replica.kv_used for engine in world.engines)
+
+
+@given(arrivals())
+@settings(deadline=None)
+def test_nothing_is_faster_than_an_idle_engine_and_the_network(requests: list[Arrival]) -> None:
+    on = fleet(deployment("a", FAST), deployment("c", SLOW, region="eu-west"))
+    world = World(engines_of(on, REGIONS, Rtts(warn=lambda sentence: None)), REGIONS)
+    world.balancer = balancer("round_robin", world, on)
+    world.run(requests)
+    for arrival in requests:
+        engine = world.engines[arrival.replica]
+        profile, rtt_s = engine.replica.profile, engine.rtts_s[arrival.proxy]
+        least_s = rtt_s + arrival.prompt_tokens / profile.prefill_tokens_per_s
+        assert arrival.first_s - arrival.at_s >= least_s - 1e-9
+        steps = arrival.output_tokens - 1
+        assert arrival.ended_s - arrival.first_s >= steps * (profile.base_s + profile.per_sequence_s) - 1e-9
