@@ -101,6 +101,21 @@ def test_only_a_lower_priority_is_shed_and_of_it_the_latest(tickets: list[Ticket
     assert victim.deadline_s == max(ticket.deadline_s for ticket in lower if ticket.priority == lowest)
 
 
+@given(st.integers(0, 12), st.integers(0, 12))
+def test_in_a_full_row_the_key_with_most_waiting_gives_way_to_one_with_fewer(eager: int, modest: int) -> None:
+    room = WaitingRoom()
+    for at in range(eager):
+        room.join(Ticket(float(at), "eager"))
+    for at in range(modest):
+        room.join(Ticket(float(at), "modest"))
+    victim = room.latest(Priority.STANDARD, "modest")
+    assert room.latest(Priority.STANDARD, "eager" if eager >= modest else "modest") is None
+    if eager > modest + 1:
+        assert victim is not None and (victim.key, victim.deadline_s) == ("eager", eager - 1.0)
+    else:
+        assert victim is None
+
+
 def test_what_a_failure_moved_here_goes_first_in_its_priority() -> None:
     room = WaitingRoom()
     early, moved, critical = Ticket(1.0), Ticket(9.0), Ticket(9.0, priority=Priority.CRITICAL)

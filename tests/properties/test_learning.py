@@ -62,7 +62,7 @@ def test_a_limit_keeps_its_bounds_whatever_happens(seconds: list[tuple[Counts, i
             assert change.because and change.before == told != change.after == int(learner.limit)
             told = change.after
         else:
-            assert int(learner.limit) >= before, "one that falls is always told"
+            assert int(learner.limit) >= min(before, told), "one that falls below what was told is always told"
         if written and not more.refused and total.refused == 0:
             assert learner.limit == start, "lateness and queues never move what an operator wrote"
 
@@ -119,7 +119,19 @@ def test_requests_that_wait_in_an_engine_show_what_it_carries() -> None:
     learner = LimitLearner(Bounds(0, 1, 4096))
     for now_s in range(4):
         learner.look(Counts(ended=50 * now_s), 64, Signals(waiting=32), float(now_s))
-    assert learner.limit == pytest.approx(0.9 * 32)
+    assert learner.limit == 32
+
+
+@given(st.integers(0, 40), st.integers(3, 20))
+def test_a_queue_in_the_engine_is_taken_off_at_once_and_a_stale_one_costs_a_tenth(waiting: int, idle: int) -> None:
+    learner = LimitLearner(Bounds(80, 1, 120))
+    for now_s in range(3):
+        learner.look(Counts(), 80, Signals(waiting), float(now_s))
+    assert learner.limit == (80 - waiting if 4 < waiting < 40 else pytest.approx(72 if waiting >= 40 else 83))
+    learner = LimitLearner(Bounds(80, 1, 120))
+    for now_s in range(3):
+        learner.look(Counts(), idle, Signals(waiting=30), float(now_s))
+    assert learner.limit == pytest.approx(72), "what was in flight is gone, so the two do not belong together"
 
 
 @given(st.lists(st.integers(1, 4000), min_size=80, max_size=200), st.integers(1, 5000))

@@ -1,47 +1,123 @@
 """What was decided is decided again from its record, through bytes and under other slots."""
 
 import msgspec
-from hypothesis import given
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from fleetgate.core import strategies
-from fleetgate.core.record import Recorded, decide_again, line_of, read_line, same, stood_of, turn_of
+from fleetgate.core.admission import Priority
+from fleetgate.core.desk import Considered, Wish, limit_for, preferred_first
+from fleetgate.core.forecast import Need
+from fleetgate.core.record import (
+    Ended,
+    Recorded,
+    Whose,
+    choice_of,
+    decide_again,
+    line_of,
+    missed,
+    read_line,
+    record_of,
+    same,
+)
 from fleetgate.core.route import Decision, Lane, route
 from fleetgate.core.strategies import Candidate, Load, Turn
 from tests.properties.test_routing import every_strategy, situations
 
-
-def recorded(made: tuple[Candidate, ...], load: Load, turn: Turn, name: str) -> tuple[Recorded, list[str]]:
-    decision = route(Lane(made, strategies.find(name)), load, turn)
-    order = [candidate.name for candidate in decision.order] if isinstance(decision, Decision) else []
-    record = Recorded(
-        at_s=1.0,
-        gateway="g",
-        model="m",
-        key="k",
-        prompt_tokens=100.0,
-        output_tokens=50.0,
-        load=stood_of(made, load),
-        turn=turn_of(made, turn),
-        tried=[],
-        order=order,
-        chosen=order[0] if order else "",
-    )
-    return read_line(line_of(record)), order
+WHOSE = Whose(1.0, "req_1", "g", "m", "k", "eu", 1)
+priorities = st.sampled_from(Priority)
+slots = st.lists(st.integers(0, 8), max_size=3, unique=True)
 
 
-@given(every_strategy, situations())
-def test_a_recorded_decision_is_taken_again(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+def recorded(
+    made: tuple[Candidate, ...],
+    load: Load,
+    turn: Turn,
+    name: str,
+    wish: Wish | None = None,
+    tried: list[int] | None = None,
+) -> Recorded:
+    """A decision as a desk takes it, its record written and read."""
+    wish, tried = wish or Wish(Need(100.0, 50.0)), tried or []
+    decision = route(Lane(made, strategies.find(name)), load, turn, tried)
+    chosen = ""
+    if isinstance(decision, Decision):
+        for candidate in preferred_first(decision.order, wish.preferred):
+            limit = limit_for(wish.priority, load[candidate.slot].limit)
+            if not limit or load[candidate.slot].in_flight < limit:
+                chosen = candidate.name
+                break
+    record = read_line(line_of(record_of(WHOSE, Considered(made, load, turn, 2.0, decision), wish, tried, chosen)))
+    assert isinstance(record, Recorded)
+    return record
+
+
+def moved(made: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """The same Deployments under the slots of another store."""
+    return tuple(msgspec.structs.replace(candidate, slot=candidate.slot + 100) for candidate in made)
+
+
+@given(every_strategy, situations(), priorities, slots, slots)
+def test_a_recorded_decision_is_taken_again(
+    name: str,
+    situation: tuple,  # type: ignore[type-arg]
+    priority: Priority,
+    preferred: list[int],
+    tried: list[int],
+) -> None:
     made, load, turn = situation
-    record, _ = recorded(made, load, turn, name)
-    elsewhere = tuple(msgspec.structs.replace(candidate, slot=candidate.slot + 100) for candidate in made)
-    assert same(record, decide_again(record, Lane(elsewhere, strategies.find(name))))
+    wish = Wish(Need(100.0, 50.0), priority=priority, preferred=tuple(preferred))
+    record = recorded(made, load, turn, name, wish, tried)
+    again = decide_again(record, Lane(moved(made), strategies.find(name)))
+    assert same(record, again)
+    assert choice_of(record, again) == record.chosen
 
 
 @given(situations())
 def test_another_configuration_may_decide_otherwise_but_never_for_the_unknown(situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
-    record, _ = recorded(made, load, turn, "overflow")
+    record = recorded(made, load, turn, "overflow")
     stranger = Candidate(name="stranger", slot=99)
     again = decide_again(record, Lane((*made, stranger), strategies.find("capacity_round_robin")))
     if isinstance(again, Decision):
         assert stranger not in again.order
+
+
+@given(situations())
+def test_a_turn_that_is_not_what_it_was_is_noticed(situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    record = recorded(made, load, turn, "capacity_round_robin")
+    standings = [load[candidate.slot] for candidate in made if candidate.name in record.order]
+    # Without anything free the order is by load, and turns have no say.
+    assume(len(standings) > 1 and any((s.limit or s.places) and s.health > 0.0 for s in standings))
+    last = record.order[-1]
+    corrupted = msgspec.structs.replace(record, turn={**record.turn, last: record.turn.get(last, 0.0) + 1e6})
+    assert not same(corrupted, decide_again(corrupted, Lane(made, strategies.find("capacity_round_robin"))))
+
+
+@given(every_strategy, situations())
+def test_a_choice_that_is_not_in_the_order_is_noticed(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    record = msgspec.structs.replace(recorded(made, load, turn, name), chosen="somebody else")
+    assert not same(record, decide_again(record, Lane(made, strategies.find(name))))
+
+
+@given(every_strategy, situations())
+def test_only_those_that_were_predicted_late_or_were_not_placed_are_said_to_miss(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    record = recorded(made, load, turn, name)
+    late = missed(record, record.chosen, tpot_s=0.5)
+    if not record.chosen:
+        assert late is True
+        return
+    fit = next(load[candidate.slot].fit for candidate in made if candidate.name == record.chosen)
+    assert late == (None if fit is None else fit.ttft_s > 2.0 or fit.tpot_s > 0.5)
+
+
+def test_the_end_of_a_request_is_a_record_too_and_anything_else_is_none() -> None:
+    ended = Ended(**WHOSE._asdict(), outcome="ok", duration_s=1.5, prompt_tokens=10, output_tokens=3)
+    assert read_line(line_of(ended)) == ended
+    for line in (b"", b"{}", b'{"record":"decision"}', line_of(ended)[:-9], b"null", b"\xff\n", b'{"record":"\xff"}'):
+        with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
+            read_line(line)

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from fleetgate.control.api.state import endpoint_up
 from fleetgate.control.context import Control
 from fleetgate.control.series import Labels, Series, read_series
-from fleetgate.core.board import Board, Signal, Worker
+from fleetgate.core.board import Board, Signal, Work, Worker
 from fleetgate.core.model import Snapshot
 
 _HELP = {
@@ -22,6 +22,9 @@ _HELP = {
     "fleetgate_ttft_seconds": "Seconds from a request's arrival to its first content event.",
     "fleetgate_tpot_seconds": "Seconds per output token after the first.",
     "fleetgate_request_duration_seconds": "Seconds from a request's arrival to its end.",
+    "fleetgate_ttft_prediction_error_seconds": "Seconds by which a predicted TTFT was off, either way.",
+    "fleetgate_estimated_tokens": "Tokens as estimated before the answer, of requests whose engine then told them.",
+    "fleetgate_token_error": "Tokens by which those estimates were off, either way.",
     "fleetgate_series_overflow": "Observations whose series found no room and were not kept apart.",
 }
 # The same histograms under the names of OpenTelemetry's conventions for generative AI, as Prometheus writes them.
@@ -78,13 +81,14 @@ def _counters(series: Series) -> Iterable[Metric]:
 def _histograms(series: Series) -> Iterable[Metric]:
     for metric, cells in sorted(series.histograms.items()):
         for names, rows in _by_label_names(cells):
-            family = HistogramMetricFamily(metric, _HELP.get(metric, metric), labels=names)
-            named = HistogramMetricFamily(_GEN_AI[metric], _HELP.get(metric, metric), labels=names)
+            families = [HistogramMetricFamily(metric, _HELP.get(metric, metric), labels=names)]
+            if metric in _GEN_AI:
+                families.append(HistogramMetricFamily(_GEN_AI[metric], _HELP.get(metric, metric), labels=names))
             for values, histogram in rows:
                 buckets = [(_bound(bound), count) for bound, count in histogram.cumulated()]
-                family.add_metric(values, buckets, histogram.sum_s)
-                named.add_metric(values, buckets, histogram.sum_s)
-            yield from (family, named)
+                for family in families:
+                    family.add_metric(values, buckets, histogram.sum_s)
+            yield from families
 
 
 def _by_label_names(cells: dict[Labels, Any]) -> list[tuple[list[str], list[tuple[list[str], Any]]]]:
@@ -115,22 +119,51 @@ def _workers(board: Board) -> Iterable[Metric]:
 
 
 def _gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
-    place = ["deployment", "region"]
-    in_flight = GaugeMetricFamily("fleetgate_in_flight", "Requests in flight to a Deployment.", labels=place)
-    limit = GaugeMetricFamily(
-        "fleetgate_limit", "Requests a Deployment may have; absent without a limit.", labels=place
-    )
+    yield from _deployment_gauges(board, snapshot)
+    yield from _endpoint_gauges(board, snapshot)
     queue = GaugeMetricFamily("fleetgate_queue", "Requests that wait for room.", labels=["gateway"])
+    for gateway in snapshot.gateways:
+        queue.add_metric([gateway.name], board.waiting_total(gateway.slot))
+    yield queue
+
+
+def _deployment_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
+    """What a Deployment takes and has: as learned, until then as written."""
+
+    def gauge(name: str, told: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(name, told, labels=["deployment", "region"])
+
+    in_flight = gauge("fleetgate_in_flight", "Requests in flight to a Deployment.")
+    limit = gauge("fleetgate_limit", "Requests a Deployment may have, as learned or written; absent without a limit.")
+    units = gauge("fleetgate_units", "CU of a Deployment, as written, from its Profile at the pace of now, or learned.")
+    margin = gauge("fleetgate_margin", "Share of the TPOT target that is used; where room is predicted.")
+    held = gauge("fleetgate_units_in_flight", "Cost in CU of the requests in flight; where room is predicted.")
+    for deployment in snapshot.deployments:
+        where = [deployment.name, deployment.region]
+        in_flight.add_metric(where, board.in_flight_total(deployment.slot))
+        learned = board.learned_of(deployment.slot)
+        limit_now = learned.limit if learned is not None else deployment.concurrency_max
+        if limit_now:
+            limit.add_metric(where, limit_now)
+        if learned is not None:
+            units.add_metric(where, learned.milliunits / 1000)
+        if deployment.profile is not None:
+            held.add_metric(where, board.milliunits_total(deployment.slot) / 1000)
+            if learned is not None:
+                margin.add_metric(where, learned.margin_permille / 1000)
+    return [in_flight, limit, units, margin, held]
+
+
+def _endpoint_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
     at = ["deployment", "endpoint"]
     up = GaugeMetricFamily("fleetgate_endpoint_up", "Whether an Endpoint answers its probe.", labels=at)
     running = GaugeMetricFamily("fleetgate_engine_running", "Requests the engine says it runs.", labels=at)
     waiting = GaugeMetricFamily("fleetgate_engine_waiting", "Requests the engine says wait in it.", labels=at)
     kv = GaugeMetricFamily("fleetgate_engine_kv_ratio", "Share of the engine's KV cache in use.", labels=at)
+    work = GaugeMetricFamily(
+        "fleetgate_work_tokens", "Token work that was sent to an Endpoint and has not ended.", labels=[*at, "kind"]
+    )
     for deployment in snapshot.deployments:
-        where = [deployment.name, deployment.region]
-        in_flight.add_metric(where, board.in_flight_total(deployment.slot))
-        if deployment.concurrency_max:
-            limit.add_metric(where, deployment.concurrency_max)
         for endpoint in deployment.endpoints:
             which = [deployment.name, f"{endpoint.origin}{endpoint.base_path}"]
             up.add_metric(which, int(endpoint_up(board, endpoint.slot)))
@@ -138,6 +171,6 @@ def _gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
                 running.add_metric(which, board.signal(endpoint.slot, Signal.RUNNING))
                 waiting.add_metric(which, board.signal(endpoint.slot, Signal.WAITING))
                 kv.add_metric(which, board.signal(endpoint.slot, Signal.KV_PERMILLE) / 1000)
-    for gateway in snapshot.gateways:
-        queue.add_metric([gateway.name], board.waiting_total(gateway.slot))
-    return [in_flight, limit, queue, up, running, waiting, kv]
+            work.add_metric([*which, "pending"], board.work_total(endpoint.slot, Work.PENDING_TOKENS))
+            work.add_metric([*which, "kv"], board.work_total(endpoint.slot, Work.KV_TOKENS))
+    return [up, running, waiting, kv, work]

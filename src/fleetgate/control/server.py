@@ -34,6 +34,7 @@ from fleetgate.control.watching import Watcher, watch
 from fleetgate.core.board import Board
 from fleetgate.providers.base import Settings, discover
 from fleetgate.providers.documents import Unreadable
+from fleetgate.providers.spool import Spool
 from fleetgate.rules import plugins
 
 STOP_S_MAX = 2  # an answer that takes longer belongs to a client that hangs
@@ -111,7 +112,8 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         replicas.drop_carried(publisher.poke),
     ]
     if control.board is not None:
-        jobs.append(watch(Watcher(control.board), lambda: publisher.current, control.record))
+        spool = Spool(data_dir.path)
+        jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
     log.info("control_stopped")

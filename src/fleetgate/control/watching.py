@@ -1,12 +1,16 @@
-"""Watching the board: Deployments that go up or down and workers that are started again become Events."""
+"""What becomes an Event: Deployments that go up or down, workers that are started again, and what workers tell."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+import structlog
 
 from fleetgate.core.board import Board, Signal, Worker
 from fleetgate.core.model import Snapshot
+from fleetgate.providers.spool import Spool
 
 WATCH_EVERY_S = 1.0
+log = structlog.get_logger()
 Record = Callable[[str, str, str], None]
 
 
@@ -47,10 +51,21 @@ class Watcher:
             self._starts[worker] = starts
 
 
-async def watch(watcher: Watcher, snapshot: Callable[[], Snapshot | None], record: Record) -> None:
+async def watch(watcher: Watcher, spool: Spool, snapshot: Callable[[], Snapshot | None], record: Record) -> None:
     """Look about once a second, for as long as the process lives."""
     while True:
         await asyncio.sleep(WATCH_EVERY_S)
         changes = list(watcher.changes(snapshot()))
-        for change in changes:
-            await asyncio.to_thread(record, *change)
+        await asyncio.to_thread(_record_all, changes, spool, record)
+
+
+def _record_all(changes: Iterable[tuple[str, str, str]], spool: Spool, record: Record) -> None:
+    for change in changes:
+        record(*change)
+    try:
+        told = spool.take()
+    except OSError as error:  # they stay where they are, and the next look tries again
+        log.warning("spool_unreadable", reason=str(error))
+        return
+    for happened in told:
+        record(happened.kind, happened.name, happened.message)

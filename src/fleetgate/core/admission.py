@@ -144,24 +144,37 @@ class WaitingRoom:
         """The first so many in the order of their turns: a request that is too long for now blocks no others."""
         chosen: list[Ticket] = []
         for band in self._bands.values():
-            waiting = [(0.0, *entry) for entry in band.moved]
+            waiting = [(0.0, deadline_s, "", joined, ticket) for deadline_s, joined, ticket in band.moved]
             for key, row in band.by_key.items():
-                waiting += [(1.0 + self._counters.get(key, 0.0), *entry) for entry in row]
+                given = 1.0 + self._counters.get(key, 0.0)
+                waiting += [(given, deadline_s, key, joined, ticket) for deadline_s, joined, ticket in row]
             waiting.sort()
-            chosen += [entry[3] for entry in waiting if not entry[3].left]
+            chosen += [entry[4] for entry in waiting if not entry[4].left]
             if len(chosen) >= most:
                 break
         return chosen[:most]
 
-    def latest(self, below: Priority) -> Ticket | None:
-        """Whom to shed so that a request of priority `below` may wait: of the lowest priority the latest deadline."""
+    def latest(self, below: Priority, key: str | None = None) -> Ticket | None:
+        """Whom to shed so that a request of priority `below` may wait: of the lowest priority the latest deadline.
+
+        Among equals it is one of the key that has most waiting, where `key` has fewer: a row is shared like turns are.
+        """
         for priority in reversed(Priority):
             if priority <= below:
-                return None
+                return None if key is None else self._of_the_greediest(below, key)
             waiting = [entry for row in self._bands[priority].by_key.values() for entry in row if not entry[2].left]
             if waiting:
                 return max(waiting)[2]
         return None
+
+    def _of_the_greediest(self, priority: Priority, key: str) -> Ticket | None:
+        rows = {
+            name: [entry for entry in row if not entry[2].left] for name, row in self._bands[priority].by_key.items()
+        }
+        most = max(rows, key=lambda name: (len(rows[name]), name), default=key)
+        if len(rows.get(most, ())) <= len(rows.get(key, ())) + 1:
+            return None
+        return max(rows[most])[2]
 
     def _count(self, key: str) -> None:
         """A key's counter when it joins: its own, but no lower than the least of those that wait."""

@@ -12,7 +12,7 @@ from fleetgate.core.capacity import cost_units, ttft_target_s
 from fleetgate.core.forecast import Fit, Need
 from fleetgate.core.model import Gateway, Slo
 from fleetgate.core.outlook import Outlook, least_idle_s, load_for, target_s
-from fleetgate.core.route import Lane, NoPlace, Rejection, route
+from fleetgate.core.route import Decision, Lane, NoPlace, Rejection, route
 from fleetgate.core.strategies import NO_TURN, Candidate, Load, Turn
 
 DEFAULT_SLO = Slo()
@@ -48,10 +48,23 @@ class Placed(NamedTuple):
     load: Load
 
 
-class Desk:
-    """What a Lane remembers from request to request: whose turn it is, and who waits."""
+class Considered(NamedTuple):
+    """Everything that a decision was taken from, and the decision. Units: `target_s` is the TTFT that was promised."""
 
-    __slots__ = ("gateway", "lane", "promised", "room", "slo", "turn")
+    candidates: Sequence[Candidate]
+    load: Load
+    turn: Turn
+    target_s: float
+    decision: Decision | Rejection
+
+
+class Desk:
+    """What a Lane remembers from request to request: whose turn it is, and who waits.
+
+    Shape: `considered` is the last decision, kept only while `keeps_considered`, for whoever records it.
+    """
+
+    __slots__ = ("considered", "gateway", "keeps_considered", "lane", "promised", "room", "slo", "turn")
 
     def __init__(self, gateway: Gateway, lane: Lane) -> None:
         self.gateway = gateway
@@ -60,6 +73,8 @@ class Desk:
         self.promised = gateway.slo is not None
         self.turn: Turn = NO_TURN
         self.room = WaitingRoom()
+        self.keeps_considered = False
+        self.considered: Considered | None = None
 
     def place(
         self, wish: Wish, outlooks: Mapping[int, Outlook], books: Books, now_s: float, tried: Collection[int] = ()
@@ -77,13 +92,13 @@ class Desk:
         need = wish.need._replace(ttft_left_s=TTFT_MARGIN * promised_s - (wish.waited_s if self.promised else 0.0))
         load = load_for(need, candidates, outlooks, books, now_s)
         decision = route(lane, load, self.turn, tried)
+        if self.keeps_considered:
+            self.considered = Considered(candidates, load, self.turn, promised_s, decision)
         if isinstance(decision, Rejection):
             return decision
-        for candidate in _preferred_first(decision.order, wish.preferred):
+        for candidate in preferred_first(decision.order, wish.preferred):
             standing, outlook = load[candidate.slot], outlooks[candidate.slot]
-            limit = standing.limit
-            if limit and wish.priority is Priority.SHEDDABLE:
-                limit = max(1, int(limit * SHEDDABLE_SHARE_MAX))
+            limit = limit_for(wish.priority, standing.limit)
             hold = self._hold(need, candidate, standing.fit, outlook, books)
             if books.reserve(hold, limit and max(1, limit - outlook.foreign), now_s):
                 self.turn = decision.turn
@@ -114,7 +129,13 @@ class Desk:
         return Hold(candidate.slot, fit.endpoint_slot, int(uncached), kv_tokens, int(units * 1000), speed.window_s)
 
 
-def _preferred_first(order: Sequence[Candidate], preferred: tuple[int, ...]) -> Sequence[Candidate]:
+def limit_for(priority: int, limit: int) -> int:
+    """How much of a limit requests of a priority may take; 0 stays no limit."""
+    return max(1, int(limit * SHEDDABLE_SHARE_MAX)) if limit and priority == Priority.SHEDDABLE else limit
+
+
+def preferred_first(order: Sequence[Candidate], preferred: Sequence[int]) -> Sequence[Candidate]:
+    """An order with those in front that policies want first. Shape: `preferred` are slots."""
     if not preferred:
         return order
     turns = {slot: turn for turn, slot in enumerate(preferred)}

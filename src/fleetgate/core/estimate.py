@@ -75,6 +75,7 @@ class Estimate:
         self.pace = PaceLearner(STEADY)
         self.engines = max(1, sum(endpoint.engines for endpoint in deployment.endpoints))
         self.slots = SlotPace()
+        self.places_guess = UNKNOWN_BATCH  # of one engine, while it has no limit
         self.limits = LimitLearner(self._bounds())
         self._prefilled: dict[int, int] = {}
         self._ticked_s = 0.0
@@ -100,7 +101,7 @@ class Estimate:
         if self.profile is None and self.deployment.units > 0.0:
             return self.deployment.units
         if self.profile is None:
-            places = self.limits.limit or UNKNOWN_BATCH * self.engines
+            places = self.limits.limit or self.places_guess * self.engines
             measured = self.slots.units_per_s * places
             return measured or rate_at(GUESS, places / self.engines) * self.engines
         return units_of(self.known, self.slo.tpot_s) * self.engines
@@ -112,7 +113,8 @@ class Estimate:
         if self.profile is not None:
             lessons = Lessons(self.pace.pace, self.limits.margin)
             speed = speed_of(self.profile, self.slo, lessons, sighting.rtt_s)
-        return Outlook(sighting.health, limit, sighting.foreign, sighting.seats, self.units, speed)
+        places = limit or (0 if self.deployment.units > 0.0 else int(self.places_guess * self.engines))
+        return Outlook(sighting.health, limit, sighting.foreign, sighting.seats, self.units, speed, places)
 
     def saw_first(self, fit: Fit, observed_s: float) -> None:
         """A first token came so long after the request was sent."""

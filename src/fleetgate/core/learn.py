@@ -118,6 +118,7 @@ LATE_SHARE_MAX = 0.05
 REFUSED_SHARE_MAX = 0.02
 WINDOW_S = 10.0
 BACK_OFF = 0.9
+BACK_OFF_MOST = 0.5
 BACK_OFF_EVERY_S = 2.0
 CREEP_SHARE = 0.01
 MARGIN_BACK_OFF = 0.98
@@ -189,7 +190,7 @@ class LimitLearner:
         self._history: list[tuple[float, Counts]] = []
         self._polls_waiting = 0
         self._settled = Counts()
-        self._wait_until_s = 0.0
+        self._wait_until_s = float("-inf")
         self.limit = float(bounds.start)
         self._told = bounds.start
         self.margin = MARGIN_FIRST
@@ -200,20 +201,21 @@ class LimitLearner:
         while len(self._history) > 2 and self._history[1][0] <= now_s - WINDOW_S:
             self._history.pop(0)
         recent = counts.since(self._history[0][1])
-        if now_s <= self._wait_until_s:
-            self._settled = counts
         # A few always wait for the step under way to end; more than that wait for a place.
         queues = (signals.waiting or 0) > WAITING_SHARE_MAX * in_flight
         self._polls_waiting = self._polls_waiting + 1 if queues else 0
+        if now_s <= self._wait_until_s:  # what was sent before the last step down has to end first
+            self._settled, self._polls_waiting = counts, 0
         before = int(self.limit)
         self._correct_margin(recent, in_flight)
         trouble = self._trouble(recent, counts.since(self._settled), signals)
         if trouble:
-            self._back_off(in_flight - (signals.waiting or 0), now_s)
+            self._back_off(in_flight, signals.waiting if queues and signals.waiting else 0, now_s)
         elif in_flight > 0.5 * self.limit and not queues:
             self._creep()
         after = int(self.limit)
-        if after == self._told or (before <= after < self._told * (1.0 + TOLD_SHARE) and after < self._bounds.most):
+        crept = before <= after < self._told * (1.0 + TOLD_SHARE) and after < self._bounds.most
+        if after == self._told or crept:
             return None
         told, self._told = self._told, after
         return Change(told, after, trouble or "it was busy, and nothing came late or was refused")
@@ -236,12 +238,17 @@ class LimitLearner:
             return f"the engine's KV cache is {signals.kv_share:.0%} full"
         return ""
 
-    def _back_off(self, carried: int, now_s: float) -> None:
-        if now_s < self._wait_until_s:
-            return  # what was sent before the last step down has to end first
+    def _back_off(self, in_flight: int, waiting: int, now_s: float) -> None:
+        """A step down: to what the engine carries, where it tells how many wait; else by a tenth."""
+        if now_s <= self._wait_until_s:
+            return
         self._wait_until_s = now_s + BACK_OFF_EVERY_S
-        before = self.limit or float(max(carried, self._bounds.least))
-        self.limit = max(float(self._bounds.least), before * BACK_OFF)
+        carried = float(max(in_flight - waiting, self._bounds.least))
+        before = self.limit or carried
+        after = before * BACK_OFF
+        if waiting and carried > BACK_OFF_MOST * before:  # else the two were not seen at the same time
+            after = min(before - 1.0, carried) if self.limit else carried
+        self.limit = max(float(self._bounds.least), after)
 
     def _creep(self) -> None:
         if self.limit:

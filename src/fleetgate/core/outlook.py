@@ -27,7 +27,7 @@ class Outlook(msgspec.Struct, frozen=True):
     """What a proxy knows of a Deployment between two looks: renewed by its sweep, read by every request.
 
     Units: `health` 0 to 1, breaker times slow start; `limit` in requests, 0 for none; `foreign` requests that did not
-    come through here; `units` in CU.
+    come through here; `units` in CU; `places` are the limit or, while there is none, a guess that only weighs.
     """
 
     health: float
@@ -36,6 +36,7 @@ class Outlook(msgspec.Struct, frozen=True):
     seats: tuple[Seat, ...] = ()
     units: float = 1.0
     speed: Speed | None = None
+    places: int = 0
 
 
 class Lessons(NamedTuple):
@@ -98,7 +99,14 @@ def load_for(
         if candidate.usd_per_unit:
             usd = candidate.usd_per_unit * need.units
         load[slot] = Standing(
-            in_flight_of(slot) + outlook.foreign, outlook.health, outlook.limit, outlook.units, best, warm, usd
+            in_flight_of(slot) + outlook.foreign,
+            outlook.health,
+            outlook.limit,
+            outlook.units,
+            best,
+            warm,
+            usd,
+            outlook.places,
         )
     return load
 

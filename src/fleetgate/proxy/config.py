@@ -10,7 +10,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Shape: `*_fd` are inherited descriptors, -1 where there is none; `wake_fds` are the write ends of every worker's
     wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is
-    `keys` or `none`; `access_log` a path, `-` for standard output or `off`.
+    `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none.
     """
 
     index: int
@@ -28,5 +28,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cors: list[str] = []
     region: str = ""
     access_log: str = "-"
+    record: str = "off"
     lb_grace_s: float = 5.0
     grace_s: float = 30.0

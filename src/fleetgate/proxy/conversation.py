@@ -139,6 +139,8 @@ class Conversation:
         tried = self._exhausted(command.tried) if command.tried else ()
         wish = wanting.wish(now_s - self.started_s)
         placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
+        if hub.recorder is not None:
+            hub.recorder.decided(self, wish, tried, placed)
         if isinstance(placed, Rejection):
             self._report(NotPicked(placed.reason))
             return
@@ -161,14 +163,15 @@ class Conversation:
         assert wanting is not None
         gateway = lane.site.gateway
         if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
-            shed = lane.room.latest(wanting.priority)
+            shed = lane.room.latest(wanting.priority, self.request.key.name)
             if shed is None:
                 self._report(QUEUE_FULL)
                 return
             hub.waiters[shed].shed()
         need = wanting.need
         self.deadline_s = lane.desk.waits_until_s(need, self.started_s, hub.learning.outlooks, self.request.timeout_s)
-        expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if gateway.slo is not None else 0.0
+        promised = gateway.slo is not None or self.request.timeout_s  # to the client, or by it to somebody
+        expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if promised else 0.0
         if expected_s > self.deadline_s:  # it would only wait in vain
             self._report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
             return

@@ -23,6 +23,7 @@ from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.recorder import Recorder
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry, TokenMeter
 from fleetgate.proxy.transport.relay import Relay
@@ -58,6 +59,7 @@ class Hub:
         self.lengths = Lengths()
         self.notices = Notices()
         self.spool = Spool(Path(config.data_dir))
+        self.recorder = Recorder(config) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
         self.telemetry = Telemetry(board, config.index)
         self.estimates = {kind: TokenMeter(self.telemetry, kind) for kind in ("prompt", "output")}
@@ -180,6 +182,8 @@ class Hub:
             if peer not in kept:
                 peer.retire()
         self.tables = tables
+        if self.recorder is not None:
+            self.recorder.watch(tables)
         self.learning.use(tables.snapshot)
         tables.fit_changed = lambda place: self.learning.renew(place, int(self.clock() * 1000))
         self._renew_places(int(self.clock() * 1000), whole=True)
@@ -243,6 +247,8 @@ class Hub:
     def record(self, conversation: Conversation) -> None:
         """Count and log a request that has ended."""
         now_s = conversation.seen_s
+        if self.recorder is not None:
+            self.recorder.ended(conversation)
         cells = self.telemetry.cells
         relay, place, lane = conversation.relay, conversation.last_place, conversation.lane
         started_s, first_s = conversation.started_s, conversation.first_s
@@ -332,6 +338,8 @@ class Hub:
             for peer in self.tables.peers.values():
                 peer.close_idle(now_s - IDLE_MAX_S)
         self.log.flush()
+        if self.recorder is not None:
+            self.recorder.log.flush()
 
     def _learn_from_the_last_second(self, furthest: dict[int, int], now_s: float) -> None:
         """Paces from our own streams; limits, in the one worker that does it for all, from what all have counted."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fleetgate.core.board import LEARNED_CELLS, TALLY_CELLS, Board, Learned, Signal
 from fleetgate.core.books import Books
-from fleetgate.core.estimate import Estimate, Sighting, Steps
+from fleetgate.core.estimate import UNKNOWN_BATCH, Estimate, Sighting, Steps
 from fleetgate.core.forecast import Fit
 from fleetgate.core.learn import Change, Counts, Signals
 from fleetgate.core.model import Deployment, Slo, Snapshot
@@ -96,11 +96,19 @@ class Learning:
 
     def learn_paces(self, furthest: Mapping[int, int], now_s: float) -> None:
         """Once a second. Shape: `furthest` is the most tokens that one stream of an Endpoint got since then."""
+        self._guess_places()
         for estimate in self._estimates.values():
             outlook = self.outlooks.get(estimate.deployment.slot)
             if outlook is not None:
                 steps = [Steps(seat, furthest.get(seat.endpoint_slot, 0)) for seat in outlook.seats]
                 estimate.learn_pace(self._books, steps, now_s)
+
+    def _guess_places(self) -> None:
+        """An engine of which no limit is known yet is taken to hold what the others hold: so they can be compared."""
+        unknown = [estimate for estimate in self._estimates.values() if estimate.deployment.profile is None]
+        known = [one.limits.limit / one.engines for one in unknown if one.limits.limit]
+        for estimate in unknown:
+            estimate.places_guess = sum(known) / len(known) if known else UNKNOWN_BATCH
 
     def correct_limits(self, now_ms: int) -> Iterable[tuple[str, Change]]:
         """Once a second, in the prober's worker: every limit that moved, by Deployment, with the reason."""

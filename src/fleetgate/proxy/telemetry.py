@@ -86,6 +86,22 @@ class Histogram:
         return index
 
 
+class TokenMeter:
+    """How far token estimates are off. Shape: `kind` is `prompt` or `output`."""
+
+    __slots__ = ("_cells", "_error", "_estimated")
+
+    def __init__(self, telemetry: Telemetry, kind: str) -> None:
+        self._cells = telemetry.cells
+        self._estimated = telemetry.counter("fleetgate_estimated_tokens_total", {"kind": kind})
+        self._error = telemetry.counter("fleetgate_token_error_total", {"kind": kind})
+
+    def saw(self, estimated: float, tokens: int) -> None:
+        """An engine told how many there were."""
+        self._cells[self._estimated] += int(estimated)
+        self._cells[self._error] += int(abs(estimated - tokens))
+
+
 class LineLog:
     """Writes whole lines to a file, pipe or terminal from a thread, so that a slow reader never holds up a request.
 

@@ -113,6 +113,10 @@ class WorkerProcess:
         sweeper.cancel()
         prober.cancel()
         hub.log.close()
+        if hub.recorder is not None:
+            hub.recorder.log.close()
+            if hub.recorder.log.dropped:
+                self._say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
     async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> asyncio.Server:
         listener = socket.socket(fileno=fd)

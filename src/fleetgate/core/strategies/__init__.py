@@ -46,7 +46,8 @@ class Standing(msgspec.Struct, frozen=True, gc=False):
     """How a candidate stands at the moment of the pick, for the request that is to be placed.
 
     Units: `health` 0 to 1, breaker times slow start; `limit` in requests, as it is now, 0 for none; `units` in CU;
-    `warm` the share of the prompt that was seen there before, 0 to 1; `usd` what the request costs there.
+    `warm` the share of the prompt that was seen there before, 0 to 1; `usd` what the request costs there; `places`
+    what its load is weighed against where it has no limit, 0 for nothing.
     Shape: `fit` is how the request would do there, None where no Profile tells.
     """
 
@@ -57,6 +58,7 @@ class Standing(msgspec.Struct, frozen=True, gc=False):
     fit: Fit | None = None
     warm: float = 0.0
     usd: float = 0.0
+    places: int = 0
 
 
 Load = Mapping[int, Standing]  # by Deployment slot

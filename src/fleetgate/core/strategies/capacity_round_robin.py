@@ -19,7 +19,8 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     weights = {}
     for candidate in candidates:
         standing = load[candidate.slot]
-        weights[candidate.slot] = available_units(standing.health, standing.units, standing.in_flight, standing.limit)
+        places = standing.limit or standing.places
+        weights[candidate.slot] = available_units(standing.health, standing.units, standing.in_flight, places)
     total = fsum(weights.values())  # exact, so that the order of summands changes nothing
     if total <= 0.0:
         loads = {c.slot: normalised_load(load[c.slot].units, load[c.slot].in_flight) for c in candidates}
