@@ -92,9 +92,10 @@ class Learned(IntEnum):
     LIMIT = 1  # requests; 0 for none
     MARGIN_PERMILLE = 2
     MILLIUNITS = 3
+    OF = 4  # a mark of what it was learned of: a Deployment that was changed starts anew
 
 
-LEARNED_CELLS = 4
+LEARNED_CELLS = 5
 
 
 class Taught(NamedTuple):
@@ -189,7 +190,7 @@ class Board:
     def learned_of(self, slot: int) -> Taught | None:
         """What was learned of a Deployment, None before the first look."""
         at = slot * LEARNED_CELLS
-        seen_ms, limit, margin_permille, milliunits = self.learned[at : at + LEARNED_CELLS]
+        seen_ms, limit, margin_permille, milliunits, _ = self.learned[at : at + LEARNED_CELLS]
         return Taught(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:

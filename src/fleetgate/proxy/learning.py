@@ -6,6 +6,9 @@ what all have counted; the others read them off the board.
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+from zlib import crc32
+
+import msgspec
 
 from fleetgate.core.board import LEARNED_CELLS, TALLY_CELLS, Board, Learned, Signal
 from fleetgate.core.books import Books
@@ -36,14 +39,14 @@ def strictest_slos(snapshot: Snapshot) -> dict[str, Slo]:
     return found
 
 
-def same_engine(one: Deployment, other: Deployment) -> bool:
-    """Whether what was learned of one holds for the other: nothing that bears on speed or limit differs."""
+def mark_of(deployment: Deployment, slo: Slo) -> int:
+    """Tells apart what was learned of a Deployment before and after a change that bears on speed or limit.
 
-    def bearing(deployment: Deployment) -> tuple[object, ...]:
-        engines = sum(endpoint.engines for endpoint in deployment.endpoints)
-        return (deployment.profile, deployment.concurrency_max, deployment.engine, deployment.units, engines)
-
-    return bearing(one) == bearing(other)
+    Every process works out the same mark from the same Snapshot; 0 is nobody's.
+    """
+    engines = sum(endpoint.engines for endpoint in deployment.endpoints)
+    bearing = (deployment.profile, deployment.concurrency_max, deployment.engine, deployment.units, engines, slo)
+    return crc32(msgspec.json.encode(bearing)) + 1
 
 
 class Learning:
@@ -54,6 +57,7 @@ class Learning:
         self._books = books
         self._estimates: dict[str, Estimate] = {}
         self._by_slot: dict[int, Estimate] = {}
+        self._marks: dict[str, int] = {}
         self.outlooks: dict[int, Outlook] = {}
 
     def use(self, snapshot: Snapshot) -> None:
@@ -62,12 +66,13 @@ class Learning:
         kept, self._estimates = self._estimates, {}
         for deployment in snapshot.deployments:
             slo, known = slos.get(deployment.name, Slo()), kept.get(deployment.name)
-            if known is not None and known.slo == slo and same_engine(known.deployment, deployment):
+            if known is not None and mark_of(known.deployment, known.slo) == mark_of(deployment, slo):
                 known.deployment = deployment
                 self._estimates[deployment.name] = known
             else:
                 self._estimates[deployment.name] = Estimate(deployment, slo)
         self._by_slot = {estimate.deployment.slot: estimate for estimate in self._estimates.values()}
+        self._marks = {name: mark_of(one.deployment, one.slo) for name, one in self._estimates.items()}
 
     def saw_first(self, slot: int, fit: Fit, observed_s: float) -> None:
         """A first token came so long after its request was sent."""
@@ -86,8 +91,8 @@ class Learning:
         seats = tuple(Seat(peer.endpoint.slot, peer.endpoint.engines) for peer in place.fit_peers(now_ms / 1000))
         rtt_s = min((self._board.signal(seat.endpoint_slot, Signal.RTT_US) for seat in seats), default=0) / 1e6
         at = deployment.slot * LEARNED_CELLS
-        seen_ms, limit, margin_permille, _ = self._board.learned[at : at + LEARNED_CELLS]
-        if now_ms - seen_ms < FRESH_MS:
+        seen_ms, limit, margin_permille, _, mark = self._board.learned[at : at + LEARNED_CELLS]
+        if now_ms - seen_ms < FRESH_MS and mark == self._marks[deployment.name]:
             estimate.limits.limit = float(limit)
             estimate.limits.margin = margin_permille / 1000
         outlook = estimate.outlook(Sighting(place.fit, seats, place.foreign, rtt_s))
@@ -120,6 +125,7 @@ class Learning:
             self._board.learned[at + Learned.LIMIT] = int(limits.limit)
             self._board.learned[at + Learned.MARGIN_PERMILLE] = int(limits.margin * 1000)
             self._board.learned[at + Learned.MILLIUNITS] = int(estimate.units * 1000)
+            self._board.learned[at + Learned.OF] = self._marks[name]
             self._board.learned[at + Learned.SEEN_MS] = now_ms
             if change is not None:
                 yield name, change

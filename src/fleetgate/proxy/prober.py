@@ -77,6 +77,7 @@ class Prober:
         self._hub = hub
         self._become_prober = become_prober
         self.mine = False
+        self._foreign: dict[int, int] = {}  # by Endpoint slot, as the last poll had it
         self._running: dict[Peer, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -163,7 +164,10 @@ class Prober:
         # What others send to the same engine; ours before and after, so that a request that just ended is not foreign.
         ours = max(ours_before, board.in_flight_total(deployment.slot))
         there = (signals.running or 0) + (signals.waiting or 0)
-        board.set_signal(slot, Signal.FOREIGN, max(0, there - ours) if len(deployment.endpoints) == 1 else 0)
+        foreign = max(0, there - ours) if len(deployment.endpoints) == 1 else 0
+        # Seen twice: an engine goes on counting a request of ours for a moment after we have its last byte.
+        board.set_signal(slot, Signal.FOREIGN, min(foreign, self._foreign.get(slot, 0)))
+        self._foreign[slot] = foreign
         board.set_signal(slot, Signal.LOAD_SEEN_MS, int(hub.clock() * 1000))
 
     def _write(self, board: Board, slot: int, up: int, rtt_us: int) -> None:

@@ -1,0 +1,58 @@
+"""What a worker believes of a Deployment when its Snapshot changes."""
+
+import msgspec
+
+from fleetgate.core.board import Board
+from fleetgate.core.books import Books
+from fleetgate.core.ledger import Ledger
+from fleetgate.core.model import Deployment, Endpoint, Snapshot
+from fleetgate.proxy.learning import Learning
+from fleetgate.proxy.tables import Place
+from fleetgate.proxy.transport.upstream import Peer
+
+ENDPOINT = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=1, base_path="/v1")
+SMALL = Deployment(
+    slot=0,
+    name="a",
+    region="r",
+    engine="vllm",
+    models={"m": "m"},
+    endpoints=(ENDPOINT,),
+    concurrency_max=1,
+    concurrency_written=True,
+)
+
+
+def limit_after(learning: Learning, deployment: Deployment, now_ms: int) -> int:
+    """What requests read once this Deployment is in the Snapshot."""
+    learning.use(Snapshot(version=1, made_at_s=0.0, deployments=(deployment,)))
+    place = Place(deployment, [Peer(ENDPOINT, None, None)], {})
+    learning.renew(place, now_ms)
+    assert place.limit == learning.outlooks[0].limit
+    return place.limit
+
+
+def test_a_limit_that_was_changed_holds_at_once_in_every_worker() -> None:
+    """What was learned of the old one is still fresh on the board, and must not be taken for the new one's."""
+    board = Board(memoryview(bytearray(Board.bytes_needed(2))), 2)
+    leader, other = (Learning(board, Books(board, n, Ledger(board, n))) for n in (0, 1))
+    for learning in (leader, other):
+        assert limit_after(learning, SMALL, 1_000) == 1
+    list(leader.correct_limits(1_000))
+    raised = msgspec.structs.replace(SMALL, concurrency_max=8)
+    assert limit_after(leader, raised, 1_500) == 8
+    assert limit_after(other, raised, 1_500) == 8
+
+
+def test_the_others_read_what_the_leader_learned() -> None:
+    board = Board(memoryview(bytearray(Board.bytes_needed(2))), 2)
+    leader, other = (Learning(board, Books(board, n, Ledger(board, n))) for n in (0, 1))
+    wide = msgspec.structs.replace(SMALL, concurrency_max=100)
+    for learning in (leader, other):
+        assert limit_after(learning, wide, 1_000) == 100
+    list(leader.correct_limits(1_000))
+    board.tallies[3] = 50  # the engine refused fifty
+    list(leader.correct_limits(2_000))
+    assert limit_after(leader, wide, 2_100) < 100
+    assert limit_after(other, wide, 2_100) == limit_after(leader, wide, 2_100)
+    assert limit_after(other, wide, 9_000) < 100, "a leader that is gone leaves what it learned"
