@@ -5,11 +5,15 @@ Seeds are overlapping halves of each trace, evenly spaced; every figure is the m
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,8 +22,9 @@ from bench.routing.runs import Case, Point, run_case, window
 from fleetgate.control.paper import read_fleet
 from fleetgate.core import strategies
 from fleetgate.simulator.baselines import BASELINES
-from fleetgate.simulator.fleet import fleet_of
+from fleetgate.simulator.fleet import Fleet, fleet_of
 from fleetgate.simulator.traces import read_trace
+from fleetgate.simulator.world import Arrival
 
 HERE = Path(__file__).parent
 TRACES = {"conv": "azure_llm_2023_conv.csv.gz", "mooncake": "mooncake_synthetic.csv.gz"}
@@ -50,38 +55,73 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subject", default="capacity_round_robin", help="whose figures are held against the bars")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--limit", type=int, default=0, help="only the first N requests of a trace")
-    parser.add_argument("--steady", action="store_true", help="leave out the slow Deployment and the four proxies")
+    parser.add_argument("--steady", action="store_true", help="leave out slow Deployment, proxies and affinity")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at work")
     parser.add_argument("--out", type=Path, default=None, help="write every run as JSON")
+    parser.add_argument("--write", action="store_true", help="write RESULTS.md instead of printing it")
     return parser.parse_args(argv)
 
 
-def cases(options: argparse.Namespace) -> list[tuple[Case, list[float]]]:
+def cases(options: argparse.Namespace, has_prefixes: bool) -> list[tuple[Case, list[float]]]:
     """What is run at which loads."""
     loads = [float(load) for load in options.loads.split(",")]
     chosen = [(Case("steady", tuple(options.strategies.split(","))), loads)]
     if not options.steady:
         chosen.append((Case("slow", (options.subject, "static_weights"), slow=LARGEST), [0.7]))
         chosen.append((Case("proxies", (options.subject,), proxies=4), [1.2]))
+        if has_prefixes:
+            chosen.append((Case("no affinity", (options.subject,), affinity=False), [0.7]))
     return chosen
 
 
-def measure(options: argparse.Namespace) -> list[Point]:
-    """Every run; a line on standard error tells of each as it ends."""
+class Job(NamedTuple):
+    """What one process does at a time: every strategy of a case, at one load, on one window."""
+
+    fleet: Fleet
+    name: str
+    file: Path
+    limit: int
+    case: Case
+    load: float
+    seed: int
+    seeds: int
+
+
+@cache
+def trace_of(file: Path, limit: int) -> list[Arrival]:
+    """A trace, read once in each process."""
+    return read_trace(file, limit)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Everything that is to be run."""
     fleet = fleet_of(read_fleet(str(options.fleet)))
-    points = []
     for mark in options.trace.split(","):
         name, _, file = mark.partition("=")
-        arrivals = read_trace(options.traces / (file or TRACES[name]), options.limit)
-        for case, loads in cases(options):
+        path = options.traces / (file or TRACES[name])
+        has_prefixes = any(arrival.blocks for arrival in trace_of(path, options.limit))
+        for case, loads in cases(options, has_prefixes):
             for load in loads:
                 for seed in range(options.seeds):
-                    part, began_s = window(arrivals, seed, options.seeds), time.perf_counter()
-                    for point in run_case(fleet, (name, part), case, load, seed):
-                        took_s, began_s = time.perf_counter() - began_s, time.perf_counter()
-                        told = f"{point.goodput_ratio:.3f} ({took_s:.1f} s)"
-                        sys.stderr.write(f"{name} {case.name} {load:g} seed {seed} {point.strategy} {told}\n")
-                        points.append(point)
+                    yield Job(fleet, name, path, options.limit, case, load, seed, options.seeds)
+
+
+def run_job(job: Job) -> list[Point]:
+    """In a process of its own; a line on standard error tells of each run as it ends."""
+    part = window(trace_of(job.file, job.limit), job.seed, job.seeds)
+    points, began_s = [], time.perf_counter()
+    for point in run_case(job.fleet, (job.name, part), job.case, job.load, job.seed):
+        took_s, began_s = time.perf_counter() - began_s, time.perf_counter()
+        told = f"{point.goodput_ratio:.3f} ({took_s:.1f} s)"
+        sys.stderr.write(f"{point.trace} {point.case} {point.load:g} seed {point.seed} {point.strategy} {told}\n")
+        points.append(point)
     return points
+
+
+def measure(options: argparse.Namespace) -> list[Point]:
+    """Every run, in the same order whatever the number of processes."""
+    with ProcessPoolExecutor(options.jobs) as pool:
+        return [point for points in pool.map(run_job, jobs(options)) for point in points]
 
 
 def markdown(points: Sequence[Point], subject: str) -> str:
@@ -115,13 +155,31 @@ def _spread(values: Sequence[float | None]) -> str:
     return f"{median(known):.3f} [{min(known):.3f}–{max(known):.3f}]" if known else "–"
 
 
+def preface(options: argparse.Namespace, points: Sequence[Point]) -> str:
+    """What was run, so that it can be run again."""
+    counts = f"the first {options.limit:,} requests" if options.limit else "all requests"
+    seeds = len({point.seed for point in points})
+    half = " (overlapping halves, evenly spaced)" if seeds > 1 else ""
+    return (
+        "# Routing and admission on paper\n\n"
+        f"`python -m bench.routing --traces DIR --write` over `bench/routing/fleet.yaml`: {counts} of each trace, "
+        f"{seeds} windows{half}, medians with their range. Loads and goodput are shares of what the Deployments carry "
+        "of that window when each is measured alone at steady arrivals. One setting for all traces. "
+        "The built-in baselines run without admission; the clairvoyant knows every output length.\n"
+    )
+
+
 def main() -> int:
     """Measure and tell."""
     options = arguments()
     points = measure(options)
     if options.out is not None:
         options.out.write_text(json.dumps(msgspec.to_builtins(points), indent=1) + "\n")
-    sys.stdout.write(markdown(points, options.subject))
+    text = preface(options, points) + markdown(points, options.subject)
+    if options.write:
+        (HERE / "RESULTS.md").write_text(text)
+    else:
+        sys.stdout.write(text)
     return 0
 
 

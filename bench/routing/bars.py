@@ -79,6 +79,10 @@ def bars(found: Findings, strategy: str, trace: str, short_outputs: bool) -> lis
         at_least("goodput of 4 proxies at 1.2 over one's", several, 0.97),
         at_most("over-admission of 4 proxies at 1.2", own("overcommit_max", 1.2, "proxies"), 0.02),
     ]
+    if found.values("ttft_p50_s", strategy, 0.7, trace, "no affinity"):
+        cold = (strategy, 0.7, trace, "no affinity")
+        ratio = found.ratio("ttft_p50_s", (strategy, 0.7, trace, steady), cold)
+        lines.append(("p50 TTFT at 0.7 over the same without affinity", ratio, 1.0, ratio < 1.0))
     return lines + [
         at_least(f"goodput at {load:g} over the clairvoyant's", against("clairvoyant", load), near)
         for load in found.loads(trace)

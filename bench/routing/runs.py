@@ -1,16 +1,19 @@
 """Runs of the evaluation: windows of a trace at several loads, each over every strategy, and what came of them."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Hashable, Iterable, Sequence
 from copy import copy
 from statistics import median
 
 import msgspec
 
+from fleetgate.core.affinity import COLD, Affinity, Warm
 from fleetgate.simulator.faults import Fault
 from fleetgate.simulator.fleet import Fleet
 from fleetgate.simulator.scoring import good
+from fleetgate.simulator.shell import Shell
 from fleetgate.simulator.simulate import Outcome, Setting, Simulation
-from fleetgate.simulator.world import Arrival
+from fleetgate.simulator.world import Arrival, Balancer, World
 
 WINDOW_SHARE = 0.5  # of the trace that one seed sees; seeds begin evenly spaced, so that they overlap
 
@@ -35,12 +38,36 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """What is run besides trace and load. Shape: `slow` names a Deployment that is 3 times slower for a while."""
+    """What is run besides trace and load.
+
+    Shape: `slow` names a Deployment that is 3 times slower for a while; without `affinity` engines keep their prefix
+    caches, and proxies do not know whose.
+    """
 
     name: str
     strategies: tuple[str, ...]
     proxies: int = 1
     slow: str = ""
+    affinity: bool = True
+
+
+class Forgetful(Affinity):
+    """Remembers no prompt."""
+
+    def find(self, chain: Sequence[Hashable]) -> Warm:
+        """Nobody has seen it."""
+        return COLD
+
+
+class WithoutAffinity(Simulation):
+    """Everything but the preference for who has seen a prompt before."""
+
+    def _balancer(self, strategy: str, world: World) -> Balancer:
+        balancer = super()._balancer(strategy, world)
+        assert isinstance(balancer, Shell)
+        for proxy in balancer.proxies:
+            proxy.affinity = Forgetful()
+        return balancer
 
 
 SLOW_FROM, SLOW_FOR, SLOW_FACTOR = 0.25, 0.375, 3.0  # of the run; 150 of 400 s
@@ -60,7 +87,8 @@ def run_case(fleet: Fleet, named: tuple[str, Sequence[Arrival]], case: Case, loa
     """Every strategy of a case on one window."""
     name, arrivals = named
     setting = Setting(strategies=case.strategies, load=load, seed=seed, proxies=case.proxies)
-    simulation = Simulation(fleet, arrivals, setting, warn=print)
+    kind = Simulation if case.affinity else WithoutAffinity
+    simulation = kind(fleet, arrivals, setting, lambda sentence: print(sentence, file=sys.stderr))
     if case.slow:
         span_s = simulation.trace[-1].at_s
         begins_s = SLOW_FROM * span_s

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from fleetgate.cli.app import app
 from fleetgate.main import main as registers_every_command  # noqa: F401
+from fleetgate.simulator.baselines import BASELINES
 from tests.scenarios.paper_fleets import trace
 
 FLEET = """
@@ -254,3 +255,14 @@ def test_load_needs_a_trace_that_takes_time(fleet_file: Path, tmp_path: Path) ->
 def test_limit_takes_the_first_requests(fleet_file: Path, trace_file: Path) -> None:
     done = simulate(fleet_file, trace_file, "--limit", "50")
     assert done.stdout.startswith("50 requests")
+
+
+def test_help_and_reference_tell_of_every_column_and_strategy() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["simulate", "--help"], env={"COLUMNS": "200"}).stdout.split())
+    reference = (Path(__file__).parents[2] / "docs" / "reference" / "simulate.md").read_text()
+    for name in KEYS[3:]:
+        assert name in shown
+    for name in [*KEYS, *BASELINES]:
+        assert f"`{name}`" in reference
+    for name in BASELINES:
+        assert name in shown

@@ -86,7 +86,7 @@ _decode = msgspec.json.Decoder(Record).decode
 
 
 def line_of(record: Record) -> bytes:
-    """A record as one line of JSON. Cost: 2 µs with three candidates."""
+    """A record as one line of JSON."""
     return _encode(record) + b"\n"
 
 
@@ -112,7 +112,10 @@ class Whose(NamedTuple):
 
 
 def record_of(whose: Whose, considered: Considered, wish: Wish, tried: Collection[int], chosen: str) -> Recorded:
-    """The record of a decision that a desk has just taken."""
+    """The record of a decision that a desk has just taken.
+
+    Cost: with its line 6 µs with three candidates, 15 µs with sixteen.
+    """
     candidates, decision = considered.candidates, considered.decision
     names = {candidate.slot: candidate.name for candidate in candidates}
     return Recorded(

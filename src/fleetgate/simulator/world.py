@@ -212,7 +212,8 @@ class World:
         truth = self.engines[engine]
         if not truth.replica.up or truth.refuses:
             failure = "full" if truth.replica.up else "broken"
-            self._later(self.now_s + self._half_s(arrival, engine), self._fail, arrival, engine, failure)
+            # Through the heap even without a round trip: the balancer is in the middle of sending.
+            self._push(self.now_s + self._half_s(arrival, engine), self._fail, (arrival, engine, failure))
             return
         job = Job(arrival.index, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks)
         truth.jobs[arrival.index] = (job, arrival)

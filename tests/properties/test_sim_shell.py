@@ -1,0 +1,87 @@
+"""The production balancer in the simulator: its books close, its limits hold, and it answers each request once."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fleetgate.core import strategies
+from fleetgate.simulator.faults import Fault, arrange
+from fleetgate.simulator.fleet import Fleet, engines_of
+from fleetgate.simulator.rtt import Rtts
+from fleetgate.simulator.shell import Shell
+from fleetgate.simulator.world import Arrival, World
+from tests.scenarios.paper_fleets import SLOW, deployment, fleet
+
+FOREVER = float("inf")
+
+
+class Watching(World):
+    """Counts answers, and looks at the ledger each time that something is sent."""
+
+    def __init__(self, on: Fleet, regions: Sequence[str]) -> None:
+        super().__init__(engines_of(on, regions, Rtts(warn=lambda sentence: None)), regions)
+        self.refusals: Counter[int] = Counter()
+        self.sent = 0
+        self.shell: Shell
+
+    def refuse(self, arrival: Arrival, reason: str, now_s: float) -> None:
+        self.refusals[arrival.index] += 1
+        super().refuse(arrival, reason, now_s)
+
+    def send(self, arrival: Arrival, engine: int, now_s: float) -> None:
+        self.sent += 1
+        proxy, slot = self.shell.proxies[arrival.proxy], self.engines[engine].deployment.slot
+        assert self.shell.leases[arrival.proxy, slot].until_s >= now_s
+        assert 0 < proxy.books.ledger.in_flight(slot) <= proxy.outlooks[slot].limit
+        super().send(arrival, engine, now_s)
+
+
+def crowd(count: int, gap_s: float, prompt_tokens: int, proxies: int) -> list[Arrival]:
+    """More than a fleet can take, so that many wait."""
+    return [Arrival(n, n * gap_s, prompt_tokens, 20, region="us-east", proxy=n % proxies) for n in range(count)]
+
+
+crowds = st.builds(
+    crowd,
+    count=st.integers(1, 120),
+    gap_s=st.sampled_from([0.0, 0.004, 0.05]),
+    prompt_tokens=st.sampled_from([10, 600, 5000]),
+    proxies=st.just(2),
+)
+faults = st.builds(
+    Fault,
+    kind=st.sampled_from(["slow", "down", "refuse"]),
+    name=st.sampled_from(["a", "b"]),
+    begins_s=st.sampled_from([0.0, 0.3, 1.02, 2.5]),
+    ends_s=st.sampled_from([FOREVER, 4.7]),
+    factor=st.just(3.0),
+)
+REFUSED_WHILE_MANY_WAIT = [
+    Fault("refuse", "a", 1.02, FOREVER, 1.0),
+    Fault("refuse", "b", 1.02, FOREVER, 1.0),
+]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(strategies.names()), crowds, st.lists(faults, max_size=3))
+@example("overflow", crowd(60, 0.004, 600, 2), REFUSED_WHILE_MANY_WAIT)
+@example("overflow", crowd(60, 0.004, 600, 2), [Fault("down", "a", 1.02, FOREVER, 1.0)])
+def test_books_close_limits_hold_and_nobody_is_answered_twice(
+    strategy: str, requests: list[Arrival], happening: list[Fault]
+) -> None:
+    # No round trip anywhere: a request may fail in the moment in which it is sent.
+    on, regions = fleet(deployment("a", SLOW), deployment("b", SLOW)), ("us-east", "us-east")
+    world = Watching(on, regions)
+    world.balancer = world.shell = Shell(world, on, strategy)
+    arrange(happening, on, world)
+    world.run(requests)
+    ended = Counter(arrival.index for arrival in requests if arrival.ended_s >= 0.0)
+    assert ended + world.refusals == Counter(range(len(requests)))
+    if not happening:
+        assert world.sent == len(ended)
+    for proxy in world.shell.proxies:
+        assert not proxy.open and not proxy.waiting and not proxy.desk.room
+        assert all(proxy.books.ledger.in_flight(known.slot) == 0 for known in on.deployments)
+        assert all(proxy.books.sequences(slot) == 0 for slot in range(len(world.engines)))
