@@ -94,6 +94,14 @@ def test_an_idle_replica_has_room_for_whatever_its_ttft_allows(profile: Profile,
     assert not fit(Need(prompt, 200.0, target_s), speed, 0, 1.0, IDLE).late
 
 
+@given(st.floats(1, 200_000), st.integers(0, 8))
+def test_no_prompt_is_too_long_for_a_replica_that_decodes_with_time_to_spare(prompt: float, sequences: int) -> None:
+    """It waits for a moment without prompts ahead of it, never for an idle replica, which under load never comes."""
+    speed = speed_of(DESIGN_EXAMPLE, Slo(), Lessons(STEADY, 1.0), 0.0)
+    need = Need(prompt, 200.0, float("inf"))
+    assert not fit(need, speed, 0, 1.0, TokenWork(0, sequences, 0)).late
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9000), st.booleans()), max_size=40),
     st.randoms(use_true_random=False),

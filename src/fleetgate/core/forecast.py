@@ -87,8 +87,8 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
     """A Profile as it is now: at the pace that streams have shown, and held to an SLO less a margin.
 
     Units: `prompt_token_s` of one prompt token, `base_s` and `per_sequence_s` of a decode step; `window_s` is the
-    life of a short answer, over which prompts that are sent meanwhile lengthen its steps; `sequence_s` what a request
-    in flight still takes of the replica.
+    life of a short answer, over which prompts that are sent meanwhile lengthen its steps; `own_share_max` is how
+    much of that a request's own prompt may count for; `sequence_s` what a request in flight still takes of the replica.
     """
 
     profile: Profile
@@ -99,6 +99,7 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
     kv_tokens: float
     batch_max: float
     window_s: float
+    own_share_max: float
     rtt_s: float
     sequence_s: float
 
@@ -124,7 +125,9 @@ def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: Toke
     prefill_s = ahead * speed.prompt_token_s
     ttft_s = speed.rtt_s + prefill_s
     decode_s = speed.base_s + speed.per_sequence_s * (sequences + 1.0)
-    prompts_share = (recent + own) * speed.prompt_token_s / speed.window_s
+    # Its own prompt lengthens the steps of others only, and a long one has to be taken some time.
+    own_share = min(speed.own_share_max, own * speed.prompt_token_s / speed.window_s)
+    prompts_share = recent * speed.prompt_token_s / speed.window_s + own_share
     tpot_s = decode_s / (1.0 - min(PROMPTS_SHARE_MAX, prompts_share))
     late = ""
     if sequences >= 1.0:

@@ -14,6 +14,9 @@ from fleetgate.core.strategies import Candidate, Load, Standing
 # Prompts that an engine takes in while it decodes lengthen the steps of everybody in it. A long answer averages that
 # out; one of this length does not, so it is over its life that the share of prompts is kept within bounds.
 SHORT_ANSWER_TOKENS = 18.0
+# Of the time that an empty batch leaves for prompts: a request's own may not count for all of it, or a long one would
+# have room nowhere but in an idle replica, of which there are none under load.
+OWN_HEADROOM_MAX = 0.6
 
 
 class Seat(NamedTuple):
@@ -62,6 +65,7 @@ def speed_of(profile: Profile, slo: Slo, lessons: Lessons, rtt_s: float) -> Spee
         kv_tokens=float(profile.kv_tokens) or float("inf"),
         batch_max=float(profile.batch_max),
         window_s=SHORT_ANSWER_TOKENS * target_s,
+        own_share_max=OWN_HEADROOM_MAX * max(0.0, 1.0 - profile.base_s * pace.decode / (margin * target_s)),
         rtt_s=rtt_s,
         sequence_s=0.5 * REFERENCE_OUTPUT_TOKENS * output_token_s(profile, slo.tpot_s) * pace.decode,
     )
