@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from fleetgate.core import capacity
 from fleetgate.core.board import Board
 from fleetgate.core.books import Books, Hold
-from fleetgate.core.forecast import IDLE, STEADY, Need, Pace, TokenWork, fit, idle_ttft_s
+from fleetgate.core.estimate import Estimate
+from fleetgate.core.forecast import STEADY, Need, Pace, TokenWork, fit, idle_ttft_s
 from fleetgate.core.ledger import Ledger, SettledTwice
-from fleetgate.core.model import Profile, Slo
+from fleetgate.core.model import Deployment, Endpoint, Profile, Slo
 from fleetgate.core.outlook import Lessons, speed_of
 
 PROFILES = st.builds(
@@ -48,6 +49,21 @@ def test_the_reference_request_costs_one_unit(profile: Profile, tpot_s: float) -
     assert capacity.limit_of(profile, tpot_s, 3) >= 3
 
 
+@given(PROFILES, st.floats(0.5, 50), st.floats(0.3, 3))
+def test_units_that_an_operator_wrote_hold_and_move_only_with_the_pace(
+    profile: Profile, written: float, slowness: float
+) -> None:
+    endpoint = Endpoint(slot=0, scheme="http", host="h", port=1, base_path="/v1", engines=2)
+    fields = {"slot": 0, "name": "d", "region": "r", "engine": "vllm", "models": {"m": "m"}, "endpoints": (endpoint,)}
+    typed = Estimate(Deployment(**fields, profile=profile, units=written), Slo())  # type: ignore[arg-type]
+    derived = Estimate(Deployment(**fields, profile=profile, units=0.0), Slo())  # type: ignore[arg-type]
+    assert typed.units == pytest.approx(written)
+    assert derived.units == pytest.approx(2 * capacity.units_of(profile, Slo().tpot_s))
+    for estimate in (typed, derived):
+        estimate.pace.pace = Pace(slowness, slowness)
+    assert typed.units / written == pytest.approx(derived.units / (2 * capacity.units_of(profile, Slo().tpot_s)))
+
+
 @given(PROFILES, TPOT, st.floats(1, 50_000), st.floats(0, 5_000), st.floats(0, 1))
 def test_more_work_never_costs_less_and_cached_tokens_are_free(
     profile: Profile, tpot_s: float, prompt: float, output: float, cached: float
@@ -77,7 +93,7 @@ def test_a_busier_or_slower_replica_never_promises_more(
     profile: Profile, prompt: float, sequences: int, pending: float, slowness: float
 ) -> None:
     need, speed = Need(prompt, 200.0), speed_of(profile, Slo(), Lessons(STEADY, 1.0), 0.0)
-    idle = fit(need, speed, 0, 1.0, IDLE)
+    idle = fit(need, speed, 0, 1.0, TokenWork())
     busy = fit(need, speed, 0, 1.0, TokenWork(pending, sequences, 0))
     assert idle.ttft_s == pytest.approx(idle_ttft_s(speed, prompt))
     assert busy.ttft_s >= idle.ttft_s and busy.tpot_s >= idle.tpot_s
@@ -91,7 +107,7 @@ def test_an_idle_replica_has_room_for_whatever_its_ttft_allows(profile: Profile,
     """Nothing is refused for size or slowness alone."""
     speed = speed_of(profile, Slo(), Lessons(STEADY, 0.85), 0.0)
     target_s = capacity.ttft_target_s(Slo(), prompt, idle_ttft_s(speed, prompt))
-    assert not fit(Need(prompt, 200.0, target_s), speed, 0, 1.0, IDLE).late
+    assert not fit(Need(prompt, 200.0, target_s), speed, 0, 1.0, TokenWork()).late
 
 
 @given(st.floats(1, 200_000), st.integers(0, 8))

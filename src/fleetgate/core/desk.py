@@ -81,7 +81,7 @@ class Desk:
     ) -> Placed | Rejection:
         """Route the request and reserve its place, or say why there is none.
 
-        Cost: 7 µs with one candidate, 25 µs with sixteen.
+        Cost: 12 µs with one candidate and a Profile, 45 to 50 µs with sixteen, on a busy machine.
         """
         lane = self.lane
         if wish.allowed is not None:

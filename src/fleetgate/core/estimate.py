@@ -1,6 +1,7 @@
 """What a proxy believes of one Deployment: its Profile, corrected by what its streams and refusals show.
 
-A shell calls `tick` once a second and `seen` for every answer; requests read the Outlook that comes out of it.
+A shell tells of first tokens and ends as they come, and of streams and signals once a second; requests read the Outlook
+that comes out of it.
 """
 
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ class Estimate:
 
     @property
     def units(self) -> float:
-        """CU of the whole Deployment: as written, or as its Profile says at the pace of now.
+        """CU of the whole Deployment: as written, or as its Profile says; with a Profile, at the pace of now.
 
         Unknown engines are compared by what they get done at their learned limit, whatever the TPOT.
         """
@@ -104,7 +105,8 @@ class Estimate:
             places = self.limits.limit or self.places_guess * self.engines
             measured = self.slots.units_per_s * places
             return measured or rate_at(GUESS, places / self.engines) * self.engines
-        return units_of(self.known, self.slo.tpot_s) * self.engines
+        at_rest, tpot_s = units_of(self.profile, self.slo.tpot_s), self.slo.tpot_s
+        return (self.deployment.units or at_rest * self.engines) * units_of(self.known, tpot_s) / at_rest
 
     def outlook(self, sighting: Sighting) -> Outlook:
         """What requests read until the next tick."""

@@ -41,9 +41,6 @@ class TokenWork(NamedTuple):
     recent_tokens: float = 0
 
 
-IDLE = TokenWork()
-
-
 class Need(NamedTuple):
     """What a request needs, as far as can be known before it is answered.
 

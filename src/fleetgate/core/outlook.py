@@ -73,18 +73,17 @@ def speed_of(profile: Profile, slo: Slo, lessons: Lessons, rtt_s: float) -> Spee
 
 def target_s(need: Need, slo: Slo, candidates: Sequence[Candidate], outlooks: Mapping[int, Outlook]) -> float:
     """The TTFT a request is promised here; a target that no idle replica could meet is widened."""
-    tokens, least_s = need.prompt_tokens, float("inf")
-    for candidate in candidates:
-        speed = outlooks[candidate.slot].speed
-        if speed is not None and (idle_s := speed.rtt_s + tokens * speed.prompt_token_s) < least_s:
-            least_s = idle_s
-    return ttft_target_s(slo, tokens, least_s if least_s < float("inf") else 0.0)
+    return ttft_target_s(slo, need.prompt_tokens, least_idle_s(need, candidates, outlooks))
 
 
 def least_idle_s(need: Need, candidates: Sequence[Candidate], outlooks: Mapping[int, Outlook]) -> float:
     """The TTFT of the fastest candidate if it had nothing else to do, 0 where nothing is known."""
-    speeds = [speed for candidate in candidates if (speed := outlooks[candidate.slot].speed) is not None]
-    return min((idle_ttft_s(speed, need.prompt_tokens) for speed in speeds), default=0.0)
+    least_s = float("inf")
+    for candidate in candidates:
+        speed = outlooks[candidate.slot].speed
+        if speed is not None and (idle_s := idle_ttft_s(speed, need.prompt_tokens)) < least_s:
+            least_s = idle_s
+    return least_s if least_s < float("inf") else 0.0
 
 
 def load_for(
@@ -121,13 +120,8 @@ def best_fit(need: Need, outlook: Outlook, books: Books, now_s: float) -> Fit | 
     assert speed is not None
     if len(seats) == 1:
         endpoint_slot, engines = seats[0]
-        return fit(
-            need,
-            speed,
-            endpoint_slot,
-            engines,
-            books.work_at(endpoint_slot, speed.prompt_token_s, speed.window_s, now_s),
-        )
+        work = books.work_at(endpoint_slot, speed.prompt_token_s, speed.window_s, now_s)
+        return fit(need, speed, endpoint_slot, engines, work)
     chosen, chosen_work, least_s = None, None, float("inf")
     for seat in seats:
         endpoint_slot, engines = seat
