@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from fleetgate.core import strategies
 from fleetgate.core.route import Decision, Lane, route
 from fleetgate.core.strategies import NO_TURN, Candidate, Ranking, Standing, Strategy, Turn
-from tests.properties.test_routing import has_room, situations
+from tests.properties.test_routing import has_place, situations
 
 Situation = tuple[tuple[Candidate, ...], dict[int, Standing], Turn]
 
 
 def fit_of(situation: Situation) -> list[Candidate]:
-    """Those that route hands to a strategy: up, and with room."""
+    """Those that route hands to a strategy: up, and with a place."""
     made, load, _ = situation
-    return [c for c in made if has_room(c, load[c.slot])]
+    return [c for c in made if has_place(load[c.slot])]
 
 
 def check_answer(strategy: Strategy, situation: Situation) -> None:
@@ -27,7 +27,7 @@ def check_answer(strategy: Strategy, situation: Situation) -> None:
     fit = fit_of(situation)
     if not fit:
         return
-    given_turn, given_load = dict(turn), copy.copy(load)
+    given_turn, given_load = dict(turn), copy.deepcopy(load)
     ranking = strategy(fit, load, turn)
     assert isinstance(ranking, Ranking)
     names = [candidate.name for candidate in ranking.order]

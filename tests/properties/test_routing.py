@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,10 +55,14 @@ def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
     }
 
 
-def has_room(candidate: Candidate, standing: Standing) -> bool:
-    """Up, below its limit, and the request would keep its SLO there."""
-    full = bool(standing.limit) and standing.in_flight >= standing.limit
-    return standing.health > 0 and not full and not (standing.fit and standing.fit.late)
+def has_place(standing: Standing) -> bool:
+    """Up and below its limit."""
+    return standing.health > 0 and not (standing.limit and standing.in_flight >= standing.limit)
+
+
+def has_room(standing: Standing) -> bool:
+    """It has a place, and the request would keep its SLO there."""
+    return has_place(standing) and not standing.late
 
 
 def spills(candidate: Candidate, standing: Standing) -> bool:
@@ -83,15 +88,43 @@ every_strategy = st.sampled_from(strategies.names())
 
 @given(every_strategy, situations())
 def test_only_those_with_room_that_are_up_are_chosen(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    """The first has room, and the rest at least a place; a rejection has asked everybody."""
     made, load, turn = situation
-    fit = {c.name for c in made if has_room(c, load[c.slot])}
+    fit = {c.name for c in made if has_room(load[c.slot])}
     decision = decide(name, made, load, turn)
+    left_out = {name for name, _ in decision.left_out}
     if isinstance(decision, Decision):
         chosen = [c.name for c in decision.order]
-        assert chosen and len(set(chosen)) == len(chosen) and set(chosen) <= fit
-        assert {name for name, _ in decision.left_out} == {c.name for c in made} - fit
+        assert len(set(chosen)) == len(chosen) and chosen[0] in fit
+        assert set(chosen) <= {c.name for c in made if has_place(load[c.slot])}
+        assert {c.name for c in made if not has_place(load[c.slot])} <= left_out <= {c.name for c in made} - fit
+        assert not left_out & set(chosen)
     else:
-        assert not fit
+        assert not fit and left_out == {c.name for c in made}
+
+
+class Counting(Standing):
+    """Counts how often its fit is asked for."""
+
+    asked: int = 0
+
+    @property
+    def fit(self) -> Fit | None:
+        self.asked += 1
+        return self.predicted
+
+
+@given(st.sampled_from(["overflow", "capacity_round_robin"]), situations())
+def test_nobody_else_is_predicted_where_the_first_has_room(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    """To predict costs more than to order."""
+    made, load, turn = situation
+    counting = {slot: Counting(*msgspec.structs.astuple(standing)) for slot, standing in load.items()}
+    decision = decide(name, made, counting, turn)
+    asked = [c.name for c in made if counting[c.slot].asked]
+    if isinstance(decision, Decision) and len(asked) > 1:
+        assert any(load[c.slot].late for c in made if c.name in asked)
+    elif isinstance(decision, Decision):
+        assert asked == [decision.order[0].name]
 
 
 @given(every_strategy, situations(), st.randoms(use_true_random=False))
@@ -123,7 +156,7 @@ def test_a_lead_is_whom_the_strategy_would_take_first(name: str, situation: tupl
     """What spares most requests the comparison must never change its outcome."""
     made, load, turn = situation
     lead = strategies.find_lead(name)(made)
-    if lead is not None and has_room(lead, load[lead.slot]) and not spills(lead, load[lead.slot]):
+    if lead is not None and has_room(load[lead.slot]) and not spills(lead, load[lead.slot]):
         decision = decide(name, made, load, turn)
         assert isinstance(decision, Decision) and decision.order[0] is lead
 
@@ -177,7 +210,7 @@ def test_rejections_say_why() -> None:
     assert isinstance(rejection, Rejection)
     assert dict(rejection.left_out) == {"a": "full: 1 of 1 in flight", "b": "not healthy"}
     slow = Fit(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late="TTFT")
-    late = route(lane, {0: Standing(0, 1.0, 1, fit=slow), 1: Standing(0, 0.0)}, NO_TURN)
+    late = route(lane, {0: Standing(0, 1.0, 1, predicted=slow), 1: Standing(0, 0.0)}, NO_TURN)
     assert isinstance(late, Rejection) and late.reason is NoPlace.ALL_FULL
     assert dict(late.left_out)["a"] == "no room: TTFT would be over its target (TTFT 3.10 s, TPOT 20 ms)"
     down = route(lane, {0: Standing(0, 0.0), 1: Standing(0, 0.0)}, NO_TURN)

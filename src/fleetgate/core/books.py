@@ -94,18 +94,19 @@ class Books:
         pending: float
         recent: float
         cells = self._work[at : at + self._workers * WORK_CELLS].tolist()
-        pending, sequences, kv_tokens, since_us, _, recent, recent_us = cells[:WORK_CELLS]
         now_us = now_s * 1e6
-        if recent:
-            recent *= exp((recent_us - now_us) / (window_s * 1e6))
-        if self._workers > 1:
+        if self._workers == 1:
+            pending, sequences, kv_tokens, since_us, _, recent, recent_us = cells
+            if recent:
+                recent *= exp((recent_us - now_us) / (window_s * 1e6))
+        else:
             pending, sequences = sum(cells[_PENDING_TOKENS::WORK_CELLS]), sum(cells[_SEQUENCES::WORK_CELLS])
             kv_tokens, since_us = sum(cells[_KV_TOKENS::WORK_CELLS]), max(cells[_HEAD_SINCE_US::WORK_CELLS])
             fades = zip(cells[_RECENT_TOKENS::WORK_CELLS], cells[_RECENT_AT_US::WORK_CELLS], strict=True)
             recent = sum(tokens * exp((sent - now_us) / (window_s * 1e6)) for tokens, sent in fades)
         if pending:
             done = (now_us - since_us) / (prompt_token_s * 1e6)
-            pending -= min(done, pending * HEAD_DONE_MAX)
+            pending -= done if done < pending * HEAD_DONE_MAX else pending * HEAD_DONE_MAX
         return TokenWork(pending, sequences, kv_tokens, recent)
 
     def sequences(self, endpoint_slot: int) -> int:

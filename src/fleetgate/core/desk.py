@@ -11,8 +11,8 @@ from fleetgate.core.books import Books, Hold
 from fleetgate.core.capacity import cost_units, ttft_target_s
 from fleetgate.core.forecast import Fit, Need
 from fleetgate.core.model import Gateway, Slo
-from fleetgate.core.outlook import Outlook, least_idle_s, load_for, target_s
-from fleetgate.core.route import Decision, Lane, NoPlace, Rejection, route
+from fleetgate.core.outlook import Outlook, Scene, least_idle_s
+from fleetgate.core.route import Decision, Lane, NoPlace, Rejection, late_sentence, route
 from fleetgate.core.strategies import NO_TURN, Candidate, Load, Turn
 
 DEFAULT_SLO = Slo()
@@ -45,7 +45,6 @@ class Placed(NamedTuple):
     hold: Hold
     fit: Fit | None
     target_s: float
-    load: Load
 
 
 class Considered(NamedTuple):
@@ -64,7 +63,7 @@ class Desk:
     Shape: `considered` is the last decision, kept only while `keeps_considered`, for whoever records it.
     """
 
-    __slots__ = ("considered", "gateway", "keeps_considered", "lane", "promised", "room", "slo", "turn")
+    __slots__ = ("considered", "gateway", "keeps_considered", "lane", "promised", "room", "scene", "slo", "turn")
 
     def __init__(self, gateway: Gateway, lane: Lane) -> None:
         self.gateway = gateway
@@ -73,6 +72,7 @@ class Desk:
         self.promised = gateway.slo is not None
         self.turn: Turn = NO_TURN
         self.room = WaitingRoom()
+        self.scene = Scene(lane.candidates)
         self.keeps_considered = False
         self.considered: Considered | None = None
 
@@ -81,29 +81,39 @@ class Desk:
     ) -> Placed | Rejection:
         """Route the request and reserve its place, or say why there is none.
 
-        Cost: 12 µs with one candidate and a Profile, 45 to 50 µs with sixteen, on a busy machine.
+        Cost: with Profiles 10 µs with one candidate, 22 µs with sixteen of which the first has room.
         """
-        lane = self.lane
-        if wish.allowed is not None:
+        lane, scene = self.lane, self.scene
+        scene.set(outlooks, books, now_s)
+        if wish.allowed is None:
+            idle_s = scene.least_idle_s(wish.need.prompt_tokens)
+        else:
             lane = Lane(tuple(c for c in lane.candidates if c.slot in wish.allowed), lane.strategy)
-        candidates = lane.candidates
+            idle_s = least_idle_s(wish.need, lane.candidates, outlooks)
         # Without a written SLO nothing is refused by it: what a request has waited takes nothing from its target.
-        promised_s = target_s(wish.need, self.slo, candidates, outlooks)
+        promised_s = ttft_target_s(self.slo, wish.need.prompt_tokens, idle_s)
         need = wish.need._replace(ttft_left_s=TTFT_MARGIN * promised_s - (wish.waited_s if self.promised else 0.0))
-        load = load_for(need, candidates, outlooks, books, now_s)
+        load = scene.ask(need)
+        if self.keeps_considered:
+            scene.predict()  # while nothing is reserved yet
         decision = route(lane, load, self.turn, tried)
         if self.keeps_considered:
-            self.considered = Considered(candidates, load, self.turn, promised_s, decision)
+            self.considered = Considered(lane.candidates, load, self.turn, promised_s, decision)
         if isinstance(decision, Rejection):
             return decision
+        left_out = decision.left_out
         for candidate in preferred_first(decision.order, wish.preferred):
             standing, outlook = load[candidate.slot], outlooks[candidate.slot]
+            fit = standing.fit
+            if fit is not None and fit.late:
+                left_out += ((candidate.name, late_sentence(fit)),)
+                continue
             limit = limit_for(wish.priority, standing.limit)
-            hold = self._hold(need, candidate, standing.fit, outlook, books)
+            hold = self._hold(need, candidate, fit, outlook, books)
             if books.reserve(hold, limit and max(1, limit - outlook.foreign), now_s):
                 self.turn = decision.turn
-                return Placed(candidate, hold, standing.fit, promised_s, load)
-        return Rejection(NoPlace.ALL_FULL, decision.left_out)
+                return Placed(candidate, hold, fit, promised_s)
+        return Rejection(NoPlace.ALL_FULL, left_out)
 
     def waits_until_s(
         self, need: Need, came_s: float, outlooks: Mapping[int, Outlook], timeout_s: float = 0.0

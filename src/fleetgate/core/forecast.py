@@ -119,12 +119,13 @@ def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: Toke
     prompt_tokens, output_tokens, ttft_left_s, warm_slot, _ = need
     own = prompt_tokens if endpoint_slot != warm_slot else need.uncached_at(endpoint_slot)
     ahead = pending + own
-    prefill_s = ahead * speed.prompt_token_s
+    token_s = speed.prompt_token_s
+    prefill_s = ahead * token_s
     ttft_s = speed.rtt_s + prefill_s
     decode_s = speed.base_s + speed.per_sequence_s * (sequences + 1.0)
     # Its own prompt lengthens the steps of others only, and a long one has to be taken some time.
-    own_share = min(speed.own_share_max, own * speed.prompt_token_s / speed.window_s)
-    prompts_share = recent * speed.prompt_token_s / speed.window_s + own_share
+    share_per_token = token_s / speed.window_s
+    prompts_share = recent * share_per_token + min(speed.own_share_max, own * share_per_token)
     tpot_s = decode_s / (1.0 - min(PROMPTS_SHARE_MAX, prompts_share))
     late = ""
     if sequences >= 1.0:
@@ -138,4 +139,4 @@ def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: Toke
             late = "batch"
     if ttft_s > ttft_left_s:
         late = "TTFT"
-    return Fit(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * speed.prompt_token_s, late)
+    return Fit(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late)

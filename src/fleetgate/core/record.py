@@ -138,9 +138,11 @@ def stood_of(candidates: Sequence[Candidate], load: Load) -> dict[str, Stood]:
     """How the candidates stood, by name."""
     found = {}
     for candidate in candidates:
-        in_flight, health, limit, units, fit, warm, usd, places = msgspec.structs.astuple(load[candidate.slot])
-        short = None if fit is None else (fit.ttft_s, fit.tpot_s, fit.late)
-        found[candidate.name] = Stood(in_flight, health, limit, units, short, warm, usd, places)
+        one = load[candidate.slot]
+        short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late)
+        found[candidate.name] = Stood(
+            one.in_flight, one.health, one.limit, one.units, short, one.warm, one.usd, one.places
+        )
     return found
 
 
@@ -172,7 +174,8 @@ def choice_of(record: Recorded, again: Decision | Rejection) -> str:
     for candidate in preferred_first(again.order, [slots[name] for name in record.preferred if name in slots]):
         stood = record.load[candidate.name]
         limit = limit_for(record.priority, stood.limit)
-        if not limit or stood.in_flight < limit:
+        late = stood.fit is not None and stood.fit[2]
+        if not late and (not limit or stood.in_flight < limit):
             return candidate.name
     return ""
 

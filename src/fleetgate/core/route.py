@@ -8,7 +8,7 @@ import msgspec
 from fleetgate.core.capacity import REFERENCE_OUTPUT_TOKENS, REFERENCE_PROMPT_TOKENS
 from fleetgate.core.forecast import Fit
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.core.strategies import Candidate, Load, Strategy, Turn, find, find_lead
+from fleetgate.core.strategies import Candidate, Load, Ranking, Strategy, Turn, find, find_lead
 
 
 class NoPlace(StrEnum):
@@ -64,9 +64,10 @@ def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lan
 
 
 def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> Decision | Rejection:
-    """Order the Deployments that are up, have room and were not tried yet; or say why there is none.
+    """Order the Deployments that are up, have a place and were not tried yet; or say why there is none.
 
-    Cost: about 2 µs with three candidates.
+    Whoever comes first keeps the SLO. Of the others that is asked only when the first of them all would not: predicting
+    costs more than ordering, and most requests go where they should. Cost: about 2 µs with three candidates.
     """
     fit: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
@@ -80,20 +81,25 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
         elif standing.limit and standing.in_flight >= standing.limit:
             full += 1
             left_out.append((candidate.name, f"full: {standing.in_flight} of {standing.limit} in flight"))
-        elif standing.fit is not None and standing.fit.late:
-            full += 1
-            left_out.append((candidate.name, late_sentence(standing.fit)))
         else:
             fit.append(candidate)
     if fit:
         ranking = lane.strategy(fit, load, turn)
-        return Decision(ranking.order, ranking.turn, tuple(left_out))
+        if ranking.order and load[ranking.order[0].slot].late:
+            late = [candidate for candidate in fit if load[candidate.slot].late]
+            full += len(late)
+            left_out += [(candidate.name, late_sentence(load[candidate.slot].fit)) for candidate in late]
+            fit = [candidate for candidate in fit if candidate not in late]
+            ranking = lane.strategy(fit, load, turn) if fit else Ranking((), turn)
+        if ranking.order:
+            return Decision(ranking.order, ranking.turn, tuple(left_out))
     reason = NoPlace.ALL_FULL if full else NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP
     return Rejection(reason, tuple(left_out))
 
 
-def late_sentence(fit: Fit) -> str:
+def late_sentence(fit: Fit | None) -> str:
     """Why a Deployment with free places has no room for this request."""
+    assert fit is not None
     return f"no room: {fit.late} would be over its target (TTFT {fit.ttft_s:.2f} s, TPOT {fit.tpot_s * 1e3:.0f} ms)"
 
 

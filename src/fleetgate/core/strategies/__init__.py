@@ -4,8 +4,9 @@ A file may also give `lead(candidates)`: who certainly comes first while it is h
 whatever the load of the others; None where load decides. It spares most requests the comparison.
 
 `order(candidates, load, turn) -> Ranking`: the candidates in the order in which they should be tried. Every candidate
-given has room and is up; what a strategy leaves out is not tried now. A strategy is pure: what it must remember from
-one request to the next it returns as `Ranking.turn` and gets back as `turn`.
+given is up and has a free place; what a strategy leaves out is not tried now. Whether the first would keep the SLO is
+asked afterwards: where it would not, all who would not are left out and the strategy is asked once more. A strategy is
+pure: what it must remember from one request to the next it returns as `Ranking.turn` and gets back as `turn`.
 """
 
 import importlib
@@ -42,23 +43,36 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_usd: float = 0.0
 
 
-class Standing(msgspec.Struct, frozen=True, gc=False):
-    """How a candidate stands at the moment of the pick, for the request that is to be placed.
+class Standing(msgspec.Struct):
+    """How a candidate stands at the moment of the pick, for the request that is to be placed. To be read only.
 
     Units: `health` 0 to 1, breaker times slow start; `limit` in requests, as it is now, 0 for none; `units` in CU;
     `warm` the share of the prompt that was seen there before, 0 to 1; `usd` what the request costs there; `places`
     what its load is weighed against where it has no limit, 0 for nothing.
-    Shape: `fit` is how the request would do there, None where no Profile tells.
     """
 
     in_flight: int
     health: float
     limit: int = 0
     units: float = 1.0
-    fit: Fit | None = None
+    predicted: Fit | None = None
     warm: float = 0.0
     usd: float = 0.0
     places: int = 0
+
+    @property
+    def fit(self) -> Fit | None:
+        """How the request would do there, None where no Profile tells.
+
+        Cost: predicted when it is first asked for, 2 µs; a strategy that can do without should.
+        """
+        return self.predicted
+
+    @property
+    def late(self) -> bool:
+        """Whether the request would miss its SLO there."""
+        fit = self.fit
+        return fit is not None and fit.late != ""
 
 
 Load = Mapping[int, Standing]  # by Deployment slot

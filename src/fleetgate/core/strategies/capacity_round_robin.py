@@ -16,16 +16,17 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     candidate) however the weights move. The rest follow by credit: they are the fallbacks.
     Source: smooth weighted round robin as in nginx; weights from ALGORITHMS.md section 8.1.
     """
-    weights = {}
-    for candidate in candidates:
-        standing = load[candidate.slot]
-        places = standing.limit or standing.places
-        weights[candidate.slot] = available_units(standing.health, standing.units, standing.in_flight, places)
-    total = fsum(weights.values())  # exact, so that the order of summands changes nothing
+    standings = [load[candidate.slot] for candidate in candidates]
+    weights = [available_units(s.health, s.units, s.in_flight, s.limit or s.places) for s in standings]
+    total = fsum(weights)  # exact, so that the order of summands changes nothing
     if total <= 0.0:
         loads = {c.slot: normalised_load(load[c.slot].units, load[c.slot].in_flight) for c in candidates}
         return Ranking(sorted(candidates, key=lambda c: (loads[c.slot], c.name)), turn)
-    credit = {c.slot: turn.get(c.slot, 0.0) + weights[c.slot] / total for c in candidates}
-    ranked = sorted(candidates, key=lambda c: (-credit[c.slot] - WARM_CREDIT * load[c.slot].warm, c.name))
-    credit[ranked[0].slot] -= 1.0
-    return Ranking(ranked, credit)
+    credit, places = {}, []
+    for candidate, standing, weight in zip(candidates, standings, weights, strict=True):
+        slot = candidate.slot
+        credit[slot] = share = turn.get(slot, 0.0) + weight / total
+        places.append((-share - WARM_CREDIT * standing.warm, candidate.name, candidate))
+    places.sort()  # names differ, so that candidates are never compared
+    credit[places[0][2].slot] -= 1.0
+    return Ranking([candidate for _, _, candidate in places], credit)

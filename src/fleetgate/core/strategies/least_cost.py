@@ -15,17 +15,20 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     in the nearest region does. Source: GORGO and Mooncake, in one unit; ALGORITHMS.md section 8.2.
     """
 
-    def seconds(candidate: Candidate) -> float:
+    known = []
+    for candidate in candidates:
         standing = load[candidate.slot]
-        ttft_s = standing.fit.ttft_s if standing.fit is not None else float(candidate.distance)
-        return ttft_s + candidate.seconds_per_usd * standing.usd
-
-    least_s = min(map(seconds, candidates))
-
-    def place(candidate: Candidate) -> tuple[float, float, float, str]:
-        standing, expected_s = load[candidate.slot], seconds(candidate)
-        tied = expected_s <= least_s * (1.0 + TIE_SHARE)
+        fit = standing.fit
+        ttft_s = fit.ttft_s if fit is not None else float(candidate.distance)
+        known.append((ttft_s + candidate.seconds_per_usd * standing.usd, standing, candidate))
+    least_s = min(expected_s for expected_s, _, _ in known)
+    tied_s = least_s * (1.0 + TIE_SHARE)
+    places = []
+    for expected_s, standing, candidate in known:
         share = normalised_load(standing.units, standing.in_flight)
-        return (least_s if tied else expected_s, standing.usd if tied else 0.0, share, candidate.name)
-
-    return Ranking(sorted(candidates, key=place), turn)
+        if expected_s <= tied_s:
+            places.append((least_s, standing.usd, share, candidate.name, candidate))
+        else:
+            places.append((expected_s, 0.0, share, candidate.name, candidate))
+    places.sort()  # names differ, so that candidates are never compared
+    return Ranking([place[-1] for place in places], turn)

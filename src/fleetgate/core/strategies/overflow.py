@@ -27,28 +27,30 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     ties, so that the order in which Deployments are written changes nothing.
     """
 
-    def share(candidate: Candidate) -> float:
-        standing = load[candidate.slot]
-        return normalised_load(standing.units, standing.in_flight)
-
-    def warm(candidate: Candidate) -> bool:
-        if load[candidate.slot].warm < WARM_SHARE_MIN:
-            return False
-        shares = [share(other) for other in candidates if other.rank == candidate.rank]
-        return share(candidate) <= WARM_LOAD_MAX * fsum(shares) / len(shares)
-
-    def place(candidate: Candidate) -> tuple[bool, int, int, int, bool, float, str]:
+    places = []
+    for candidate in candidates:
         standing = load[candidate.slot]
         limit = spill_limit(standing.limit, candidate.overflow_at)
-        spilt = bool(limit) and standing.in_flight >= limit
-        return (
-            spilt,
-            candidate.rank,
-            candidate.paid_per_token,
-            candidate.distance,
-            not warm(candidate),
-            share(candidate),
-            candidate.name,
+        places.append(
+            (
+                limit > 0 and standing.in_flight >= limit,
+                candidate.rank,
+                candidate.paid_per_token,
+                candidate.distance,
+                standing.warm < WARM_SHARE_MIN or not _may_be_preferred(candidate, candidates, load),
+                normalised_load(standing.units, standing.in_flight),
+                candidate.name,
+                candidate,
+            )
         )
+    places.sort()  # names differ, so that candidates are never compared
+    return Ranking([place[-1] for place in places], turn)
 
-    return Ranking(sorted(candidates, key=place), turn)
+
+def _may_be_preferred(candidate: Candidate, candidates: Sequence[Candidate], load: Load) -> bool:
+    """Whether it is not much busier than the rest of its rank."""
+    standings = [load[other.slot] for other in candidates if other.rank == candidate.rank]
+    shares = [normalised_load(standing.units, standing.in_flight) for standing in standings]
+    standing = load[candidate.slot]
+    own = normalised_load(standing.units, standing.in_flight)
+    return own <= WARM_LOAD_MAX * fsum(shares) / len(shares)
