@@ -45,7 +45,7 @@ def recorded(
     if isinstance(decision, Decision):
         for candidate in preferred_first(decision.order, wish.preferred):
             limit = limit_for(wish.priority, load[candidate.slot].limit)
-            if not limit or load[candidate.slot].in_flight < limit:
+            if not load[candidate.slot].late and (not limit or load[candidate.slot].in_flight < limit):
                 chosen = candidate.name
                 break
     record = read_line(line_of(record_of(WHOSE, Considered(made, load, turn, 2.0, decision), wish, tried, chosen)))

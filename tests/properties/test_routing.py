@@ -44,6 +44,7 @@ def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
         tpot_s=st.floats(0, 1),
         prefill_s=st.floats(0, 10),
         late=st.sampled_from(["", "", "", "TTFT", "TPOT"]),
+        tight=st.booleans(),
     )
     units = st.sampled_from([0.5, 1.0, 3.0, 8.0])
     warm, usd = st.sampled_from([0.0, 0.0, 0.4, 1.0]), st.floats(0, 1)
@@ -103,6 +104,15 @@ def test_only_those_with_room_that_are_up_are_chosen(name: str, situation: tuple
         assert not fit and left_out == {c.name for c in made}
 
 
+@given(every_strategy, situations())
+def test_a_long_prompt_goes_where_it_holds_up_nobody_if_it_can(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
+    made, load, turn = situation
+    decision = decide(name, made, load, turn)
+    welcome = {c.name for c in made if has_room(load[c.slot]) and not load[c.slot].unwelcome}
+    if isinstance(decision, Decision) and welcome:
+        assert decision.order[0].name in welcome
+
+
 class Counting(Standing):
     """Counts how often its fit is asked for."""
 
@@ -122,7 +132,7 @@ def test_nobody_else_is_predicted_where_the_first_has_room(name: str, situation:
     decision = decide(name, made, counting, turn)
     asked = [c.name for c in made if counting[c.slot].asked]
     if isinstance(decision, Decision) and len(asked) > 1:
-        assert any(load[c.slot].late for c in made if c.name in asked)
+        assert any(load[c.slot].unwelcome for c in made if c.name in asked)
     elif isinstance(decision, Decision):
         assert asked == [decision.order[0].name]
 
@@ -166,7 +176,8 @@ def test_overflow_takes_the_first_rank_below_its_spill_limit(situation: tuple) -
     made, load, turn = situation
     decision = decide("overflow", made, load, turn)
     if isinstance(decision, Decision):
-        fit = [c for c in made if c.name not in dict(decision.left_out)]
+        fit = [c for c in made if has_room(load[c.slot])]
+        fit = [c for c in fit if not load[c.slot].unwelcome] or fit
         under = [c for c in fit if not spills(c, load[c.slot])]
         assert decision.order[0].rank == min(c.rank for c in under or fit)
 

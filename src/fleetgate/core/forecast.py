@@ -69,6 +69,7 @@ class Need(NamedTuple):
 class Fit(msgspec.Struct, frozen=True, gc=False):
     """How a request would do at one Endpoint. `late` is empty where it would keep its SLO, else it says why not.
 
+    `tight` is where it would keep it at the cost of those who are there: its long prompt holds up their answers.
     Units: `prefill_s` is the part of `ttft_s` that prompts take, its own and those ahead of it, `ahead_s` the latter.
     """
 
@@ -78,6 +79,7 @@ class Fit(msgspec.Struct, frozen=True, gc=False):
     prefill_s: float
     ahead_s: float = 0.0
     late: str = ""
+    tight: bool = False
 
 
 class Speed(msgspec.Struct, frozen=True, gc=False):
@@ -123,9 +125,15 @@ def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: Toke
     prefill_s = ahead * token_s
     ttft_s = speed.rtt_s + prefill_s
     decode_s = speed.base_s + speed.per_sequence_s * (sequences + 1.0)
-    # Its own prompt lengthens the steps of others only, and a long one has to be taken some time.
+    # Its own prompt lengthens the steps of others only, and a long one has to be taken some time and somewhere.
     share_per_token = token_s / speed.window_s
-    prompts_share = recent * share_per_token + min(speed.own_share_max, own * share_per_token)
+    own_share = own * share_per_token
+    tight = False
+    if own_share > speed.own_share_max:
+        stretch = 1.0 - min(PROMPTS_SHARE_MAX, recent * share_per_token + own_share)
+        tight = sequences >= 1.0 and decode_s > speed.tpot_max_s * stretch
+        own_share = speed.own_share_max
+    prompts_share = recent * share_per_token + own_share
     tpot_s = decode_s / (1.0 - min(PROMPTS_SHARE_MAX, prompts_share))
     late = ""
     if sequences >= 1.0:
@@ -139,4 +147,4 @@ def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: Toke
             late = "batch"
     if ttft_s > ttft_left_s:
         late = "TTFT"
-    return Fit(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late)
+    return Fit(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late, tight)

@@ -16,13 +16,16 @@ from fleetgate.core.strategies import Candidate, Load, Standing, Turn
 
 
 class Stood(msgspec.Struct, frozen=True, array_like=True):
-    """How one candidate stood. Shape: `fit` is TTFT and TPOT in seconds, then why it would be late, if so."""
+    """How one candidate stood.
+
+    Shape: `fit` is TTFT and TPOT in seconds, then why it would be late, if so, and whether others would be.
+    """
 
     in_flight: int
     health: float
     limit: int
     units: float
-    fit: tuple[float, float, str] | None = None
+    fit: tuple[float, float, str, bool] | None = None
     warm: float = 0.0
     usd: float = 0.0
     places: int = 0
@@ -139,7 +142,7 @@ def stood_of(candidates: Sequence[Candidate], load: Load) -> dict[str, Stood]:
     found = {}
     for candidate in candidates:
         one = load[candidate.slot]
-        short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late)
+        short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late, one.fit.tight)
         found[candidate.name] = Stood(
             one.in_flight, one.health, one.limit, one.units, short, one.warm, one.usd, one.places
         )
@@ -203,5 +206,5 @@ def missed(record: Recorded, chosen: str, tpot_s: float) -> bool | None:
 
 
 def _standing(stood: Stood) -> Standing:
-    fit = None if stood.fit is None else Fit(-1, stood.fit[0], stood.fit[1], 0.0, 0.0, stood.fit[2])
+    fit = None if stood.fit is None else Fit(-1, stood.fit[0], stood.fit[1], 0.0, 0.0, *stood.fit[2:])
     return Standing(stood.in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places)

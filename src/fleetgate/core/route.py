@@ -66,8 +66,9 @@ def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lan
 def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> Decision | Rejection:
     """Order the Deployments that are up, have a place and were not tried yet; or say why there is none.
 
-    Whoever comes first keeps the SLO. Of the others that is asked only when the first of them all would not: predicting
-    costs more than ordering, and most requests go where they should. Cost: about 2 µs with three candidates.
+    Whoever comes first keeps the SLO, its own and that of those who are there; the latter gives way where nobody else
+    has room. Only the first is asked, and the others if it would not: predicting costs more than ordering, and most
+    requests go where they should. Cost: about 2 µs with three candidates.
     """
     fit: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
@@ -85,11 +86,12 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
             fit.append(candidate)
     if fit:
         ranking = lane.strategy(fit, load, turn)
-        if ranking.order and load[ranking.order[0].slot].late:
+        if ranking.order and load[ranking.order[0].slot].unwelcome:
             late = [candidate for candidate in fit if load[candidate.slot].late]
             full += len(late)
             left_out += [(candidate.name, late_sentence(load[candidate.slot].fit)) for candidate in late]
             fit = [candidate for candidate in fit if candidate not in late]
+            fit = [candidate for candidate in fit if not load[candidate.slot].unwelcome] or fit
             ranking = lane.strategy(fit, load, turn) if fit else Ranking((), turn)
         if ranking.order:
             return Decision(ranking.order, ranking.turn, tuple(left_out))

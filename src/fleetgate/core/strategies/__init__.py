@@ -4,9 +4,9 @@ A file may also give `lead(candidates)`: who certainly comes first while it is h
 whatever the load of the others; None where load decides. It spares most requests the comparison.
 
 `order(candidates, load, turn) -> Ranking`: the candidates in the order in which they should be tried. Every candidate
-given is up and has a free place; what a strategy leaves out is not tried now. Whether the first would keep the SLO is
-asked afterwards: where it would not, all who would not are left out and the strategy is asked once more. A strategy is
-pure: what it must remember from one request to the next it returns as `Ranking.turn` and gets back as `turn`.
+given is up and has a free place; what a strategy leaves out is not tried now. Whether the SLO would be kept at the
+first is asked afterwards: if not, the strategy is asked once more for those where it would. A strategy is pure: what it
+must remember from one request to the next it returns as `Ranking.turn` and gets back as `turn`.
 """
 
 import importlib
@@ -73,6 +73,12 @@ class Standing(msgspec.Struct):
         """Whether the request would miss its SLO there."""
         fit = self.fit
         return fit is not None and fit.late != ""
+
+    @property
+    def unwelcome(self) -> bool:
+        """Whether it would miss its SLO there, or make others miss theirs."""
+        fit = self.fit
+        return fit is not None and (fit.tight or fit.late != "")
 
 
 Load = Mapping[int, Standing]  # by Deployment slot
