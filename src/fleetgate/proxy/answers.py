@@ -51,6 +51,16 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
     )
 
 
+def place_comment(place: Place, attempts: int) -> bytes:
+    """Who answers from here on, where the head named somebody else: a comment, which SDKs ignore."""
+    deployment = place.deployment
+    return b": fleetgate deployment=%b region=%b attempts=%d\n\n" % (
+        deployment.name.encode(),
+        deployment.region.encode(),
+        attempts,
+    )
+
+
 def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     """An error of ours after the core has decided."""
     extra = b"x-fleetgate-attempts: %d\r\n" % conversation.attempts

@@ -1,6 +1,5 @@
 """One request in a worker: the shell around its Exchange. It does what the core says and reports what happened."""
 
-import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from fleetgate.core.exchange import (
     Command,
     Commit,
     Content,
+    Continue,
     Event,
     Exchange,
     Failed,
@@ -36,11 +36,12 @@ from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.openai import Ask
-from fleetgate.proxy import answers
+from fleetgate.proxy import answers, sending
 from fleetgate.proxy.booking import Booking, Wanting
+from fleetgate.proxy.resuming import Resumption, script_of
 from fleetgate.proxy.tables import LaneState, Place
 from fleetgate.proxy.transport.relay import Names, Relay
-from fleetgate.proxy.transport.upstream import Peer, Refused
+from fleetgate.proxy.transport.upstream import Peer
 
 if TYPE_CHECKING:
     from fleetgate.proxy.gate import Admitted
@@ -81,6 +82,7 @@ class Conversation:
     wanting: Wanting | None = None
     judgement = ALLOWED  # what policies say of it
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
+    resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     first_s = 0.0
     deadline_s = float("inf")
@@ -137,7 +139,9 @@ class Conversation:
             self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
             return
         tried = self._exhausted(command.tried) if command.tried else ()
-        wish = wanting.wish(now_s - self.started_s)
+        if self.resumption is not None:
+            tried = [*tried, *self.resumption.unfit(lane, hub.tables)]
+        wish = wanting.wish(now_s - self.wants_since_s)
         placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
         if hub.recorder is not None:
             hub.recorder.decided(self, wish, tried, placed)
@@ -150,6 +154,11 @@ class Conversation:
         if self.ticket is not None:
             self._stop_waiting(served=True)
         self._report(Picked(placed.candidate))
+
+    @property
+    def wants_since_s(self) -> float:
+        """Since when it wants the place that it looks for."""
+        return self.started_s if self.resumption is None else self.resumption.lost_s
 
     def _exhausted(self, slots: tuple[int, ...]) -> list[int]:
         """Those of the Deployments tried that have no other Endpoint to try."""
@@ -169,7 +178,9 @@ class Conversation:
                 return
             hub.waiters[shed].shed()
         need = wanting.need
-        self.deadline_s = lane.desk.waits_until_s(need, self.started_s, hub.learning.outlooks, self.request.timeout_s)
+        self.deadline_s = lane.desk.waits_until_s(
+            need, self.wants_since_s, hub.learning.outlooks, self.request.timeout_s
+        )
         promised = gateway.slo is not None or self.request.timeout_s  # to the client, or by it to somebody
         expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if promised else 0.0
         if expected_s > self.deadline_s:  # it would only wait in vain
@@ -246,47 +257,21 @@ class Conversation:
         names = self.lane.same_name
         if upstream_name != ask.model:
             names = Names(msgspec.json.encode(upstream_name), names.asked)
-        relay = self.relay = Relay(self, operation, add_usage, names)
+        if self.resumption is None:
+            relay = self.relay = Relay(self, operation, add_usage, names)
+        else:
+            relay = self.relay = self.resumption.relay(self, operation, add_usage, names)
         if self.request.raw:
             relay.raw = True
         connection = None if fresh else peer.take_idle()
         if connection is None:
-            self.hub.spawn(self._connect(peer, place, relay, add_usage, upstream_name))
+            self.hub.spawn(sending.connect(self, peer, place, relay))
             return
         relay.connection = connection
-        connection.carry(relay, self._request_bytes(peer, place, upstream_name, add_usage))
+        connection.carry(relay, sending.request_bytes(self, peer, place, add_usage))
 
-    def _request_bytes(self, peer: Peer, place: Place, upstream_name: str, add_usage: bool) -> tuple[bytes, ...]:
-        body = self.body
-        if add_usage or upstream_name != self.ask.model:
-            body = openai.rewrite(body, self.ask, upstream_name, add_usage)
-        head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-            place.heads[peer.endpoint.slot][self.request.path],
-            self.request.passed,
-            self.request_id,
-            len(body),
-        )
-        return (head + body,) if len(body) < 65536 else (head, body)
-
-    async def _connect(self, peer: Peer, place: Place, relay: Relay, add_usage: bool, upstream_name: str) -> None:
-        timeout_s = self.lane.site.gateway.resilience.connect_timeout_s
-        try:
-            connection = await peer.connect(self.hub.loop, timeout_s)
-        except ssl.SSLError as error:
-            self.hub.note_upstream_trouble(place, f"TLS: {error.reason or error}")
-            self._not_connected(relay, Failure.TLS)
-            return
-        except (OSError, TimeoutError, Refused) as error:
-            self.hub.note_upstream_trouble(place, str(error) or "connect timed out")
-            self._not_connected(relay, Failure.UNREACHABLE)
-            return
-        if self.relay is not relay:  # the client left meanwhile, or the deadline passed
-            peer.keep(connection, self.hub.clock())
-            return
-        relay.connection = connection
-        connection.carry(relay, self._request_bytes(peer, place, upstream_name, add_usage))
-
-    def _not_connected(self, relay: Relay, failure: Failure) -> None:
+    def not_connected(self, relay: Relay, failure: Failure) -> None:
+        """The Endpoint could not be reached."""
         if self.relay is relay:
             self._lost(Failed(failure, sent=False))
 
@@ -333,6 +318,8 @@ class Conversation:
             self.hub.telemetry.cells[meters.failure(event.failure)] += 1
         if self.place is not None and event.failure is Failure.FULL:
             self.hub.tally(self.place.slot, REFUSED)
+        if self.first_s and event.failure is not Failure.MISMATCH:
+            event = self._resumable(event)
         sign = SIGNS.get(event.failure)
         if self.peer is not None:
             self.failed_peers = (*self.failed_peers, self.peer)
@@ -340,6 +327,16 @@ class Conversation:
                 self._see(sign)
         self._settle(self.hub.clock())
         self._report(event)
+
+    def _resumable(self, event: Failed) -> Failed:
+        """The same loss, with whether the answer that is half-way out can go on elsewhere."""
+        relay = self.relay
+        if self.resumption is None and relay is not None and relay.script is not None:
+            self.resumption = Resumption.of(self, relay, self.hub.clock())
+        if self.resumption is None:
+            return event
+        self.resumption.lost_s = self.hub.clock()
+        return msgspec.structs.replace(event, resumable=True)
 
     def _see(self, sign: Sign) -> None:
         assert self.peer is not None
@@ -379,9 +376,20 @@ class Conversation:
         else:
             self.write(head)
             self.deadline_s = self.first_s + STALL_MAX_S
+            if relay.stream:
+                relay.script = script_of(self)
             if self.booking is not None:
                 self.booking.first_token(self.first_s - self.started_s, self.first_s)
                 self.hub.prompt_done()
+
+    def _continue(self, command: Continue) -> None:
+        """Another Deployment has come to where the answer broke off; its client can read who it is."""
+        place, now_s = self.place, self.seen_s
+        assert place is not None
+        comment = answers.place_comment(place, self.attempts)
+        self.write(comment if self.request.raw else http1.chunk(comment))
+        self.deadline_s = now_s + STALL_MAX_S
+        self.hub.resumed(self)
 
     def _refuse(self, command: Refuse) -> None:
         self._stop_waiting()
@@ -391,6 +399,7 @@ class Conversation:
 
     def _interrupt(self, command: Interrupt) -> None:
         """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
+        self._stop_waiting()
         if self.relay is not None and self.relay.raw and not self.relay.stream:
             self.client.transport.abort()  # to HTTP/1.0 a regular close would be a good end
         elif self.relay is not None and self.relay.stream:
@@ -461,6 +470,7 @@ ACTIONS: dict[type, Callable[..., None]] = {
     Wait: Conversation._wait,
     Send: Conversation._send,
     Commit: Conversation._commit,
+    Continue: Conversation._continue,
     Refuse: Conversation._refuse,
     Interrupt: Conversation._interrupt,
     Finish: Conversation._end,

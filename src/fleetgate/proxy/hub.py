@@ -225,8 +225,17 @@ class Hub:
                 slot = place.peers[0].endpoint.slot
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
                 place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
+            if whole:
+                place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
             if whole or (place.fit, place.foreign) != before:
                 self.learning.renew(place, now_ms)
+
+    def resumed(self, conversation: Conversation) -> None:
+        """An answer that broke off goes on elsewhere."""
+        resumption = conversation.resumption
+        assert resumption is not None
+        labels = {"gateway": conversation.lane.site.gateway.name, "way": str(resumption.way)}
+        self.telemetry.cells[self.telemetry.counter("fleetgate_resumes_total", labels)] += 1
 
     def note_upstream_trouble(self, place: Place, what: str) -> None:
         """Log why a Deployment cannot be reached, once in a while."""

@@ -13,12 +13,16 @@ from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
 from fleetgate.core.route import Lane, lanes_of
 from fleetgate.core.strategies import Candidate
 from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
+from fleetgate.protocols.resume import Way
 from fleetgate.providers.sealing import unseal
 from fleetgate.proxy.telemetry import Histogram, Telemetry
 from fleetgate.proxy.transport.relay import Names
 from fleetgate.proxy.transport.upstream import EgressRule, Peer
 from fleetgate.rules.body import BodyReader
 from fleetgate.rules.ruleset import RuleSet
+
+ANY_ENGINE = frozenset({Way.REPLAY})
+EVERY_WAY = frozenset(Way)
 
 
 class Place:
@@ -32,6 +36,7 @@ class Place:
         self.limit = deployment.concurrency_max  # as it is now; 0 for none. Renewed with what was learned
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
+        self.prefills = False  # whether its engine was seen to go on with what another had begun
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
         names = (msgspec.json.encode(deployment.name), msgspec.json.encode(deployment.region))
@@ -79,9 +84,16 @@ class LaneState:
         self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
         self.has_choice = sum(len(tables.places[c.slot].peers) for c in lane.candidates) > 1
+        self.resumes = self.has_choice and site.gateway.resilience.resume == "auto"
         self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
+
+    @property
+    def ways(self) -> frozenset[Way]:
+        """How answers of this Lane can go on elsewhere."""
+        places = self.tables.places
+        return EVERY_WAY if any(places[c.slot].prefills for c in self.candidates) else ANY_ENGINE
 
     def _lead(self, tables: "Tables") -> Candidate | None:
         """Whom requests may be given to without asking the strategy, up to its limit.
