@@ -93,6 +93,10 @@ class Rig:
             )
         )
 
+    def wait_a_look(self) -> None:
+        """Until every worker has looked at the board again, which it does once a second."""
+        time.sleep(1.5)
+
     def __enter__(self) -> "Rig":
         for index in range(self.board.workers):
             self.start(index)

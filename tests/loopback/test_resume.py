@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ from tests.loopback.wall_replies import (
     DONE,
     EVENT_STREAM,
     LAST,
-    answer,
     chunk,
     event,
     finish,
@@ -78,14 +76,6 @@ def breaking(how: str) -> Reply:
 
 async def well(line: Line, seen: Seen) -> None:
     """The whole answer, in chunks that hold several events."""
-    if not seen.ask.get("stream"):
-        said, _ = read(b"".join(events_of(seen)))
-        body = answer(seen.model, said[:60])
-        line.end()
-        line.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-        )
-        return
     line.write(EVENT_STREAM + CHUNKED)
     payload = b"".join(events_of(seen))
     for at in range(0, len(payload), 700):
@@ -224,7 +214,7 @@ def test_a_sampled_answer_goes_on_where_the_engine_was_seen_to(three: Plane) -> 
     probes = [list(wall.seen) for wall in three.walls]
     assert not probes[0] and all(seen.ask["max_tokens"] <= 16 for seen in probes[1] + probes[2])
     wait_for(lambda: [three.rig.board.signal(slot, Signal.PREFILL) for slot in three.slots] == [0, 2, 1])
-    time.sleep(1.5)  # workers read it once a second; to try until it works would open the first one's breaker
+    three.rig.wait_a_look()  # to try until it works would open the first one's breaker
     for wall in three.walls:
         wall.forget()
     answer = ask(three, 12, temperature=0.7, max_tokens=100)

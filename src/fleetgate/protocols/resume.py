@@ -363,6 +363,9 @@ def prefill_body(body: bytes, transcript: Transcript, engine: str) -> bytes | No
         asked["prompt"] += text
         return msgspec.json.encode(asked)
     asked["messages"] = [*asked["messages"], {"role": "assistant", "content": text}]
-    if engine != "llamacpp":
-        asked["continue_final_message"], asked["add_generation_prompt"] = True, False
-    return msgspec.json.encode(asked)
+    return msgspec.json.encode({**asked, **prefix_fields(engine)})
+
+
+def prefix_fields(engine: str) -> dict[str, bool]:
+    """What tells an engine that the last message, the assistant's, is to be gone on with."""
+    return {} if engine == "llamacpp" else {"continue_final_message": True, "add_generation_prompt": False}

@@ -14,6 +14,8 @@ import msgspec
 
 from fleetgate.core.board import Signal
 from fleetgate.protocols.http1 import Malformed
+from fleetgate.protocols.resume import Transcript, prefix_fields
+from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.prober import OneAnswer
 from fleetgate.proxy.tables import Place
 from fleetgate.proxy.transport.upstream import Peer, Refused
@@ -27,18 +29,6 @@ TIMEOUT_S = 20.0
 CHAT = b"/v1/chat/completions"
 SAID_TOKENS = 16
 UNKNOWN, YES, NO = 0, 1, 2
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-
-
-class _Answer(msgspec.Struct):
-    choices: list[_Choice]
 
 
 class PrefillProbe:
@@ -72,21 +62,23 @@ class PrefillProbe:
 
     async def _goes_on(self, place: Place, peer: Peer) -> bool:
         """Whether an answer and one that goes on from its middle are the same."""
-        asked = {"role": "user", "content": "Write the numbers from one to nine in words."}
+        asked = {"role": "user", "content": "Tell me about the sea."}
         said = await self._ask(place, peer, {"messages": [asked]})
         cut = said.find(" ", len(said) // 2)
         if cut <= 0:
             return False
         begun = {"role": "assistant", "content": said[:cut]}
-        options = {} if place.deployment.engine == "llamacpp" else PREFIX_OPTIONS
-        rest = await self._ask(place, peer, {"messages": [asked, begun], **options})
+        rest = await self._ask(place, peer, {"messages": [asked, begun], **prefix_fields(place.deployment.engine)})
         again = said[:cut] + rest
         return bool(rest) and (again.startswith(said) or said.startswith(again))
 
     async def _ask(self, place: Place, peer: Peer, what: dict[str, object]) -> str:
-        """The text of one answer, empty where there is none."""
+        """The text of one answer, empty where there is none; streamed, as it is for clients: llama.cpp repeats what was
+        said in an answer that is not."""
         model = next(iter(place.upstream_names.values()), "")
-        body = msgspec.json.encode({"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, **what})
+        body = msgspec.json.encode(
+            {"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, "stream": True, **what}
+        )
         head = b"%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (place.heads[peer.endpoint.slot][CHAT], len(body))
         answer = OneAnswer(self._hub.loop)
         try:
@@ -97,11 +89,10 @@ class PrefillProbe:
                     response, data = await answer.answer
                 finally:
                     connection.drop()
-            if response.status != 200:
-                return ""
-            return msgspec.json.decode(data, type=_Answer).choices[0].message.content or ""
-        except (OSError, TimeoutError, ssl.SSLError, Refused, Malformed, msgspec.MsgspecError, IndexError):
+            events = Events().feed(data) if response.status == 200 else []
+        except (OSError, TimeoutError, ssl.SSLError, Refused, Malformed, EventTooLong):
             return ""
-
-
-PREFIX_OPTIONS = {"continue_final_message": True, "add_generation_prompt": False}
+        transcript = Transcript()
+        for event in events:
+            transcript.keep(event)
+        return "".join(text for channel, text in transcript.runs if channel == "content")
