@@ -34,11 +34,12 @@ from fleetgate.core.exchange import (
 from fleetgate.core.health import HEALTHY, Breaker, Sign, current
 from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
-from fleetgate.protocols import http1, openai
+from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
 from fleetgate.proxy import answers, sending
 from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.resuming import Resumption, script_of
+from fleetgate.proxy.speaking import COMMENT_EVERY_S, Speaker
 from fleetgate.proxy.tables import LaneState, Place
 from fleetgate.proxy.transport.relay import Names, Relay
 from fleetgate.proxy.transport.upstream import Peer
@@ -69,11 +70,10 @@ SIGNS = {
 }
 
 
-class Conversation:
+class Conversation(Speaker):
     """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
-    place: Place | None = None  # where a reservation is held
     last_place: Place | None = None  # where the last attempt went, for the books
     peer: Peer | None = None
     failed_peers: tuple[Peer, ...] = ()
@@ -84,13 +84,8 @@ class Conversation:
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
-    first_s = 0.0
     deadline_s = float("inf")
     progress = 0
-    attempts = 0
-    status = 0
-    written = 0
-    tail = b""  # the answer's last bytes, written when its place is free again
 
     def __init__(self, hub: "Hub", client: "ClientConnection", request: "Admitted", lane: LaneState, ask: Ask) -> None:
         self.hub = hub
@@ -267,8 +262,7 @@ class Conversation:
         if connection is None:
             self.hub.spawn(sending.connect(self, peer, place, relay))
             return
-        relay.connection = connection
-        connection.carry(relay, sending.request_bytes(self, peer, place, add_usage))
+        sending.carry(self, connection, relay, sending.request_bytes(self, peer, place, add_usage))
 
     def not_connected(self, relay: Relay, failure: Failure) -> None:
         """The Endpoint could not be reached."""
@@ -300,12 +294,6 @@ class Conversation:
         elif self.place is not None:
             self.hub.tally(self.place.slot, ENDED)
         self._report(FINISHED)
-
-    def write(self, data: bytes) -> None:
-        """Send to the client."""
-        if data:
-            self.written += len(data)
-            self.client.transport.write(data)
 
     def now_s(self) -> float:
         """The loop's clock."""
@@ -368,6 +356,13 @@ class Conversation:
         self.first_s = self.seen_s
         self.status = relay.status
         whole = relay.finish_seen and not relay.stream
+        if self.early_attempts:
+            self.say_who_answers(place)
+            if whole:
+                self.say_as_event(relay.held[0])
+            else:
+                self._flow(relay)
+            return
         if relay.raw and not whole:
             self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
         head = answers.relayed_head(self, relay, place, len(relay.held[0]) if whole else -1)
@@ -375,36 +370,44 @@ class Conversation:
             self.tail = head + relay.held[0]
         else:
             self.write(head)
-            self.deadline_s = self.first_s + STALL_MAX_S
-            if relay.stream:
-                relay.script = script_of(self)
-            if self.booking is not None:
-                self.booking.first_token(self.first_s - self.started_s, self.first_s)
-                self.hub.prompt_done()
+            self._flow(relay)
+
+    def _flow(self, relay: Relay) -> None:
+        """From here on the answer goes to the client as it comes."""
+        self.deadline_s = self.first_s + STALL_MAX_S
+        if relay.stream:
+            relay.script = script_of(self)
+        if self.booking is not None:
+            self.booking.first_token(self.first_s - self.started_s, self.first_s)
+            self.hub.prompt_done()
 
     def _continue(self, command: Continue) -> None:
         """Another Deployment has come to where the answer broke off; its client can read who it is."""
         place, now_s = self.place, self.seen_s
         assert place is not None
-        comment = answers.place_comment(place, self.attempts)
-        self.write(comment if self.request.raw else http1.chunk(comment))
+        self.say_who_answers(place)
         self.deadline_s = now_s + STALL_MAX_S
         self.hub.resumed(self)
 
     def _refuse(self, command: Refuse) -> None:
         self._stop_waiting()
         self.status = command.status
+        if self.early_attempts:
+            self._break_off(command.code, command)
+            return
         self.write(answers.refusal(self, command))
         self._end(command)
 
     def _interrupt(self, command: Interrupt) -> None:
         """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
         self._stop_waiting()
-        if self.relay is not None and self.relay.raw and not self.relay.stream:
+        if self.request.raw and not self.ask.stream:
             self.client.transport.abort()  # to HTTP/1.0 a regular close would be a good end
-        elif self.relay is not None and self.relay.stream:
-            event = openai.error_event("upstream_interrupted", answers.MESSAGES["upstream_interrupted"])
-            self.write(event if self.relay.raw else http1.chunk(event))
+        self._break_off("upstream_interrupted", command)
+
+    def _break_off(self, code: str, command: Command) -> None:
+        if self.ask.stream:
+            self.write_event(openai.error_event(code, answers.MESSAGES[code]))
         self.client.keep_alive = False
         self._end(command)
 
@@ -451,6 +454,10 @@ class Conversation:
         if relay is not None and self.first_s and relay.beats + relay.event_count != self.progress:
             self.progress = relay.beats + relay.event_count
             self.deadline_s = now_s + STALL_MAX_S
+            if self.exchange.state is State.COMMITTED:
+                self.heard_s = now_s
+        if self.ask.stream and now_s - (self.heard_s or self.started_s) >= COMMENT_EVERY_S:
+            self.keep_alive(now_s, self.exchange.state is State.TRYING)
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""

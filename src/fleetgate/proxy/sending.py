@@ -7,7 +7,7 @@ from fleetgate.core.exchange import Failure
 from fleetgate.protocols import openai
 from fleetgate.proxy.tables import Place
 from fleetgate.proxy.transport.relay import Relay
-from fleetgate.proxy.transport.upstream import Peer, Refused
+from fleetgate.proxy.transport.upstream import Peer, Refused, UpstreamConnection
 
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
@@ -49,5 +49,14 @@ async def connect(conversation: "Conversation", peer: Peer, place: Place, relay:
     if conversation.relay is not relay:  # the client left meanwhile, or the deadline passed
         peer.keep(connection, hub.clock())
         return
+    carry(conversation, connection, relay, request_bytes(conversation, peer, place, relay.hide_usage))
+
+
+def carry(
+    conversation: "Conversation", connection: UpstreamConnection, relay: Relay, request: tuple[bytes, ...]
+) -> None:
+    """Send it; where an answer goes on, its client may be behind with reading."""
     relay.connection = connection
-    connection.carry(relay, request_bytes(conversation, peer, place, relay.hide_usage))
+    connection.carry(relay, request)
+    if conversation.resumption is not None and conversation.client.unread:
+        conversation.pause()
