@@ -80,6 +80,10 @@ class Booking:
             if self._promised and ttft_s > self._placed.target_s:
                 self._hub.tally(self._hold.slot, _TTFT_LATE)
 
+    def went_on(self, now_s: float) -> None:
+        """An answer that broke off elsewhere goes on here: its prompt is through, and nothing is learned from it."""
+        self._hold = self._hub.books.started(self._hold, now_s)
+
     def watch(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
         """Once a second. Units: `tokens` that its stream has brought by now, -1 before the first.
 

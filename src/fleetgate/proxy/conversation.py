@@ -387,6 +387,9 @@ class Conversation(Speaker):
         assert place is not None
         self.say_who_answers(place)
         self.deadline_s = now_s + STALL_MAX_S
+        if self.booking is not None:
+            self.booking.went_on(now_s)
+            self.hub.prompt_done()
         self.hub.resumed(self)
 
     def _refuse(self, command: Refuse) -> None:
