@@ -215,6 +215,11 @@ class Exchange:
         self._budget.request()
         return PICK
 
+    def hedged(self, candidate: Candidate) -> None:
+        """A second attempt runs beside the one in hand; which of them it is that brings content makes no difference."""
+        self.tried = (*self.tried, candidate.slot)
+        self.sent += 1
+
     def receive(self, event: Event, now_s: float) -> Command:
         """What to do now that this happened.
 

@@ -31,17 +31,18 @@ from fleetgate.core.exchange import (
     State,
     Wait,
 )
-from fleetgate.core.health import HEALTHY, Breaker, Sign, current
+from fleetgate.core.health import HEALTHY, Breaker, Sign
 from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
 from fleetgate.proxy import answers, sending
 from fleetgate.proxy.booking import Booking, Wanting
+from fleetgate.proxy.hedging import Hedge, try_hedge
 from fleetgate.proxy.resuming import Resumption, script_of
 from fleetgate.proxy.speaking import COMMENT_EVERY_S, Speaker
 from fleetgate.proxy.tables import LaneState, Place
-from fleetgate.proxy.transport.relay import Names, Relay
+from fleetgate.proxy.transport.relay import Relay
 from fleetgate.proxy.transport.upstream import Peer
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Conversation(Speaker):
     wanting: Wanting | None = None
     judgement = ALLOWED  # what policies say of it
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
+    hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     deadline_s = float("inf")
@@ -221,11 +223,12 @@ class Conversation(Speaker):
         self.peer = peer
         peer.in_flight += 1
         if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
-            self._try_out(peer, now_s)
+            self.hub.tables.try_out(peer, now_s)
         self.progress = 0
         limit_s = FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S
         self.deadline_s = now_s + limit_s
-        self._dispatch(peer, place, fresh=False)
+        self.relay = relay = sending.relay_for(self, self, place)
+        sending.send(self, relay, peer, place)
 
     def _peer_at(self, place: Place, now_s: float) -> Peer | None:
         """The Endpoint that the desk chose, or, where it has just fallen out, another of the same Deployment."""
@@ -239,40 +242,12 @@ class Conversation(Speaker):
                 booking.moved(peer.endpoint.slot)
         return peer
 
-    def _try_out(self, peer: Peer, now_s: float) -> None:
-        """An Endpoint that was out gets one real request; until it is known how that went, no other."""
-        peer.trial = current(peer.health, now_s) is Breaker.HALF_OPEN
-        self.hub.tables.renew_fit(peer, now_s)
-
-    def _dispatch(self, peer: Peer, place: Place, fresh: bool) -> None:
-        ask, operation = self.ask, self.request.operation
-        assert operation is not None
-        upstream_name = place.upstream_names[ask.model]
-        add_usage = ask.stream and not ask.wants_usage and place.adds_usage and operation.usage_option
-        names = self.lane.same_name
-        if upstream_name != ask.model:
-            names = Names(msgspec.json.encode(upstream_name), names.asked)
-        if self.resumption is None:
-            relay = self.relay = Relay(self, operation, add_usage, names)
-        else:
-            relay = self.relay = self.resumption.relay(self, operation, add_usage, names)
-        if self.request.raw:
-            relay.raw = True
-        connection = None if fresh else peer.take_idle()
-        if connection is None:
-            self.hub.spawn(sending.connect(self, peer, place, relay))
-            return
-        sending.carry(self, connection, relay, sending.request_bytes(self, peer, place, add_usage))
-
-    def not_connected(self, relay: Relay, failure: Failure) -> None:
-        """The Endpoint could not be reached."""
-        if self.relay is relay:
-            self._lost(Failed(failure, sent=False))
-
     # --- what the relay reports ---
 
     def on_first(self, relay: Relay) -> None:
         """The first content is here."""
+        if self.hedge is not None:
+            self._end_hedge()
         self._report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
     def on_failed(self, relay: Relay, event: Failed) -> None:
@@ -282,7 +257,8 @@ class Conversation(Speaker):
     def on_stale(self, relay: Relay) -> None:
         """The kept connection was closed before the request got there: send it again on a new one."""
         assert self.peer is not None and self.place is not None
-        self._dispatch(self.peer, self.place, fresh=True)
+        self.relay = sending.relay_for(self, self, self.place)
+        sending.send(self, self.relay, self.peer, self.place, fresh=True)
 
     def on_ended(self, relay: Relay, tail: bytes) -> None:
         """The answer ended as it should."""
@@ -308,13 +284,38 @@ class Conversation(Speaker):
             self.hub.tally(self.place.slot, REFUSED)
         if self.first_s and event.failure is not Failure.MISMATCH:
             event = self._resumable(event)
-        sign = SIGNS.get(event.failure)
         if self.peer is not None:
-            self.failed_peers = (*self.failed_peers, self.peer)
-            if sign is not None:
-                self._see(sign)
+            self.blame(self.peer, event.failure)
         self._settle(self.hub.clock())
-        self._report(event)
+        if self.hedge is not None:
+            self.exchange.failures = (*self.exchange.failures, event)
+            self.adopt(self.hedge)
+        else:
+            self._report(event)
+
+    def blame(self, peer: Peer, failure: Failure) -> None:
+        """An attempt at this Endpoint is lost."""
+        self.failed_peers = (*self.failed_peers, peer)
+        sign = SIGNS.get(failure)
+        if sign is not None and peer.saw(sign, self.hub.clock()):
+            self.hub.health_changed(peer)
+
+    def adopt(self, hedge: Hedge) -> None:
+        """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
+        now_s = self.hub.clock()
+        if self.relay is not None:
+            self.relay.cancel()
+        self._settle(now_s)
+        self.hedge = None
+        self.place = self.last_place = hedge.place
+        self.peer, self.booking, self.relay = hedge.peer, hedge.booking, hedge.relay
+        hedge.relay.owner = self
+        self.deadline_s = now_s + (FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S)
+
+    def _end_hedge(self) -> None:
+        hedge, self.hedge = self.hedge, None
+        if hedge is not None:
+            hedge.cancel()
 
     def _resumable(self, event: Failed) -> Failed:
         """The same loss, with whether the answer that is half-way out can go on elsewhere."""
@@ -375,6 +376,8 @@ class Conversation(Speaker):
     def _flow(self, relay: Relay) -> None:
         """From here on the answer goes to the client as it comes."""
         self.deadline_s = self.first_s + STALL_MAX_S
+        if self.lane.hedges and self.wanting is not None and relay.stream:
+            self.lane.first_tokens.saw(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
         if relay.stream:
             relay.script = script_of(self)
         if self.booking is not None:
@@ -415,6 +418,8 @@ class Conversation(Speaker):
         self._end(command)
 
     def _end(self, command: Command) -> None:
+        if self.hedge is not None:
+            self._end_hedge()
         self._settle(self.seen_s)
         self.write(self.tail)
         self.hub.conversations.pop(self, None)
@@ -445,6 +450,11 @@ class Conversation(Speaker):
         elif relay is not None:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
+
+    def perhaps_hedge(self, now_s: float) -> None:
+        """The sweep asks: is a second attempt due?"""
+        if self.hedge is None and self.exchange.state is State.TRYING and not self.exchange.resumes:
+            self.hedge = try_hedge(self, now_s)
 
     def watch(self, now_s: float, furthest: dict[int, int]) -> None:
         """Once a second: a committed answer that moved since the last look has its stall limit before it again.

@@ -335,6 +335,8 @@ class Hub:
                 conversation.watch(now_s, furthest)
             if conversation.deadline_s <= now_s:
                 conversation.overdue(now_s)
+            elif conversation.lane.hedges:
+                conversation.perhaps_hedge(now_s)
         self.adopt_ejections(now_s)
         self._renew_places(int(now_s * 1000), watch)
         if self.waiters:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from fleetgate.protocols.openai import Operation
 from fleetgate.protocols.resume import Seam, Transcript, Way, prefill_body, ways_of
 from fleetgate.proxy.transport.continuation import Continuation
-from fleetgate.proxy.transport.relay import Names, Relay
+from fleetgate.proxy.transport.relay import Names, Owner, Relay
 
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
@@ -62,7 +62,7 @@ class Resumption:
             return body
         return prefill_body(body, self._transcript, engine) or body
 
-    def relay(self, owner: "Conversation", operation: Operation, hide_usage: bool, names: Names) -> Continuation:
+    def relay(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> Continuation:
         """Who reads its answer."""
         seam = Seam(self._transcript, self.way, self._asked_model)
         relay = Continuation(owner, operation, hide_usage, names, seam, self._transcript)

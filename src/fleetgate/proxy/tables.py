@@ -8,6 +8,8 @@ import msgspec
 from fleetgate.core.admission import DrainRate
 from fleetgate.core.affinity import Affinity
 from fleetgate.core.desk import Desk
+from fleetgate.core.health import Breaker, current
+from fleetgate.core.hedging import FirstTokens
 from fleetgate.core.limits import RetryBudget
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
 from fleetgate.core.route import Lane, lanes_of
@@ -81,10 +83,12 @@ class LaneState:
         self.desk = Desk(site.gateway, lane)
         self.room = self.desk.room
         self.candidates = lane.candidates
+        self.hedges = site.gateway.resilience.hedge != "off"
         self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
         self.has_choice = sum(len(tables.places[c.slot].peers) for c in lane.candidates) > 1
         self.resumes = self.has_choice and site.gateway.resilience.resume == "auto"
+        self.first_tokens = FirstTokens()
         self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
@@ -98,10 +102,10 @@ class LaneState:
     def _lead(self, tables: "Tables") -> Candidate | None:
         """Whom requests may be given to without asking the strategy, up to its limit.
 
-        Only where no Profile predicts and no policy has a say: then there is nothing to weigh.
+        Only where no Profile predicts, no policy has a say and nothing is hedged: then there is nothing to weigh.
         """
         lead = self.lane.lead
-        if lead is None or not self.site.rules.is_empty or lead.overflow_at < 1.0:
+        if lead is None or self.hedges or not self.site.rules.is_empty or lead.overflow_at < 1.0:
             return None
         return lead if tables.places[lead.slot].deployment.profile is None else None
 
@@ -168,6 +172,11 @@ class Tables:
         if self.default is None and len(self.sites) == 1:
             self.default = next(iter(self.sites.values()))
 
+    def try_out(self, peer: Peer, now_s: float) -> None:
+        """An Endpoint that was out gets one real request; until it is known how that went, no other."""
+        peer.trial = current(peer.health, now_s) is Breaker.HALF_OPEN
+        self.renew_fit(peer, now_s)
+
     def renew_fit(self, peer: Peer, now_s: float) -> None:
         """A Peer's breaker or trial changed."""
         for place in self.places_of.get(peer, ()):
@@ -211,6 +220,7 @@ class Tables:
                 lane.desk.turn = before.lanes[model].desk.turn
                 lane.drain = before.lanes[model].drain
                 lane.affinity = before.lanes[model].affinity
+                lane.first_tokens = before.lanes[model].first_tokens
             for candidate in lane.lane.candidates:
                 lane.meters[candidate.slot] = maker.meters(gateway.name, candidate.name, candidate.region)
         self.sites[gateway.host.encode()] = site

@@ -147,6 +147,17 @@ class Relay:
         else:
             self._fail(Failure.BROKEN)
 
+    def not_connected(self, failure: Failure) -> None:
+        """There is no connection to send the request on."""
+        if not self._closed:
+            self._closed = True
+            self.owner.on_failed(self, Failed(failure, sent=False))
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._closed
+
     def cancel(self) -> None:
         """Nobody wants the answer any more: close the connection, which frees the engine's slot."""
         self._closed = True
