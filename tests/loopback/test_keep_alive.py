@@ -26,7 +26,7 @@ async def refuses_late(line: Line, seen: Seen) -> None:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Plane]:
-    patience = {"conversation.COMMENT_EVERY_S": 1.0, "conversation.FIRST_EVENT_MAX_S": 4.0}
+    patience = {"watching.COMMENT_EVERY_S": 1.0, "watching.patience.FIRST_UNKNOWN_S": 4.0}
     with plane(walls=2, patience=patience) as made:
         for wall in made.walls:
             wall.replies["refuses-late"] = refuses_late

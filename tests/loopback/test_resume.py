@@ -28,6 +28,7 @@ from tests.loopback.wall_rig import Plane, plane
 WORDS = [
     f"{number} {text}" for number, text in enumerate(["plain ", "é→😀 ", 'a " quote ', "line\nbreak ", "\\u0041 "] * 8)
 ]
+PATIENCE = {"watching.patience.STALL_UNKNOWN_S": 1.0, "watching.patience.STALL_MIN_S": 1.0}
 ENDS = ("rst", "fin", "clean", "stall", "error", "malformed")
 
 
@@ -107,7 +108,7 @@ CHUNK = {"tools": [{"type": "function", "function": {"name": "f"}}]}
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Plane]:
-    with plane(walls=3, patience={"conversation.STALL_MAX_S": 1.0}) as made:
+    with plane(walls=3, patience=PATIENCE) as made:
         for wall in made.walls:
             wall.replies.update(REPLIES)
         yield made

@@ -64,6 +64,12 @@ class Booking:
         """The Endpoint that was chosen."""
         return self._hold.endpoint_slot
 
+    @property
+    def predicted_s(self) -> float | None:
+        """The TTFT that was predicted of it, None where no Profile does."""
+        fit = self._placed.fit
+        return fit.ttft_s if fit is not None else None
+
     def moved(self, endpoint_slot: int) -> None:
         """Another Endpoint of the same Deployment takes it: the chosen one has just fallen out."""
         if endpoint_slot != self._hold.endpoint_slot:

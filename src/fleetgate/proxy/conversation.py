@@ -36,11 +36,11 @@ from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
-from fleetgate.proxy import answers, sending
+from fleetgate.proxy import answers, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
-from fleetgate.proxy.hedging import Hedge, try_hedge
+from fleetgate.proxy.hedging import Hedge
 from fleetgate.proxy.resuming import Resumption, script_of
-from fleetgate.proxy.speaking import COMMENT_EVERY_S, Speaker
+from fleetgate.proxy.speaking import Speaker
 from fleetgate.proxy.tables import LaneState, Place
 from fleetgate.proxy.transport.relay import Relay
 from fleetgate.proxy.transport.upstream import Peer
@@ -50,10 +50,6 @@ if TYPE_CHECKING:
     from fleetgate.proxy.hub import Hub
     from fleetgate.proxy.listener import ClientConnection
 
-# Until the predicted TTFT is known (capacity profiles), these bound how long an upstream may stay silent.
-FIRST_EVENT_MAX_S = 60.0
-WHOLE_ANSWER_MAX_S = 600.0  # the official SDKs' own default
-STALL_MAX_S = 60.0  # FAULTS.md row 8: at most
 ROOM = Room()
 CONTENT_OK = Content(200)
 QUEUE_FULL = QueueFull()
@@ -225,8 +221,7 @@ class Conversation(Speaker):
         if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
             self.hub.tables.try_out(peer, now_s)
         self.progress = 0
-        limit_s = FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S
-        self.deadline_s = now_s + limit_s
+        self.deadline_s = now_s + watching.first_event_s(self, self.booking)
         self.relay = relay = sending.relay_for(self, self, place)
         sending.send(self, relay, peer, place)
 
@@ -310,7 +305,7 @@ class Conversation(Speaker):
         self.place = self.last_place = hedge.place
         self.peer, self.booking, self.relay = hedge.peer, hedge.booking, hedge.relay
         hedge.relay.owner = self
-        self.deadline_s = now_s + (FIRST_EVENT_MAX_S if self.ask.stream else WHOLE_ANSWER_MAX_S)
+        self.deadline_s = now_s + watching.first_event_s(self, hedge.booking)
 
     def _end_hedge(self) -> None:
         hedge, self.hedge = self.hedge, None
@@ -375,7 +370,7 @@ class Conversation(Speaker):
 
     def _flow(self, relay: Relay) -> None:
         """From here on the answer goes to the client as it comes."""
-        self.deadline_s = self.first_s + STALL_MAX_S
+        self.deadline_s = self.first_s + watching.stall_s(self)
         if self.lane.hedges and self.wanting is not None and relay.stream:
             self.lane.first_tokens.saw(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
         if relay.stream:
@@ -389,7 +384,7 @@ class Conversation(Speaker):
         place, now_s = self.place, self.seen_s
         assert place is not None
         self.say_who_answers(place)
-        self.deadline_s = now_s + STALL_MAX_S
+        self.deadline_s = now_s + watching.stall_s(self)
         if self.booking is not None:
             self.booking.went_on(now_s)
             self.hub.prompt_done()
@@ -450,27 +445,6 @@ class Conversation(Speaker):
         elif relay is not None:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
-
-    def perhaps_hedge(self, now_s: float) -> None:
-        """The sweep asks: is a second attempt due?"""
-        if self.hedge is None and self.exchange.state is State.TRYING and not self.exchange.resumes:
-            self.hedge = try_hedge(self, now_s)
-
-    def watch(self, now_s: float, furthest: dict[int, int]) -> None:
-        """Once a second: a committed answer that moved since the last look has its stall limit before it again.
-
-        Shape: `furthest` collects, by Endpoint, the most tokens that one stream got since then.
-        """
-        relay = self.relay
-        if relay is not None and self.booking is not None:
-            self.booking.watch(relay.event_count if self.first_s else -1, furthest, now_s)
-        if relay is not None and self.first_s and relay.beats + relay.event_count != self.progress:
-            self.progress = relay.beats + relay.event_count
-            self.deadline_s = now_s + STALL_MAX_S
-            if self.exchange.state is State.COMMITTED:
-                self.heard_s = now_s
-        if self.ask.stream and now_s - (self.heard_s or self.started_s) >= COMMENT_EVERY_S:
-            self.keep_alive(now_s, self.exchange.state is State.TRYING)
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""

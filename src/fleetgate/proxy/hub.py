@@ -17,6 +17,7 @@ from fleetgate.core.health import Breaker, Health
 from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
 from fleetgate.providers.spool import Happened, Spool
+from fleetgate.proxy import watching
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
@@ -271,7 +272,10 @@ class Hub:
         if relay is not None:
             usage = relay.usage
             if relay.stream and relay.event_count > 1:
-                meters.tpot.observe((now_s - first_s) / (relay.event_count - 1))
+                tpot_s = (now_s - first_s) / (relay.event_count - 1)
+                meters.tpot.observe(tpot_s)
+                if outcome is Outcome.OK and place is not None and not conversation.exchange.resumes:
+                    place.pulse.saw_stream(tpot_s)
             if usage is not None:
                 prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
                 output_tokens = usage.completion_tokens or usage.output_tokens or 0
@@ -332,11 +336,11 @@ class Hub:
         furthest: dict[int, int] = {}
         for conversation in list(self.conversations):
             if watch:
-                conversation.watch(now_s, furthest)
+                watching.watch(conversation, now_s, furthest)
             if conversation.deadline_s <= now_s:
                 conversation.overdue(now_s)
             elif conversation.lane.hedges:
-                conversation.perhaps_hedge(now_s)
+                watching.perhaps_hedge(conversation, now_s)
         self.adopt_ejections(now_s)
         self._renew_places(int(now_s * 1000), watch)
         if self.waiters:

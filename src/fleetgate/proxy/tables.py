@@ -12,6 +12,7 @@ from fleetgate.core.health import Breaker, current
 from fleetgate.core.hedging import FirstTokens
 from fleetgate.core.limits import RetryBudget
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
+from fleetgate.core.patience import Pulse
 from fleetgate.core.route import Lane, lanes_of
 from fleetgate.core.strategies import Candidate
 from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
@@ -38,6 +39,7 @@ class Place:
         self.limit = deployment.concurrency_max  # as it is now; 0 for none. Renewed with what was learned
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
+        self.pulse = Pulse()
         self.prefills = False  # whether its engine was seen to go on with what another had begun
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
@@ -158,8 +160,11 @@ class Tables:
         self.peers: dict[tuple[Endpoint, str, bool], Peer] = {}
         self.places: dict[int, Place] = {}
         for deployment in snapshot.deployments:
-            self.places[deployment.slot] = self._place(deployment, maker, peers, snapshot.egress_allow)
-            self.places[deployment.slot].renew_fit(now_s)
+            place = self.places[deployment.slot] = self._place(deployment, maker, peers, snapshot.egress_allow)
+            place.renew_fit(now_s)
+            known = last.places.get(deployment.slot) if last else None
+            if known is not None and known.deployment == deployment:
+                place.pulse, place.prefills = known.pulse, known.prefills
         self.places_of: dict[Peer, list[Place]] = {}
         for place in self.places.values():
             for peer in place.peers:
