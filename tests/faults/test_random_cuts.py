@@ -25,7 +25,8 @@ ANSWER_BYTES = 9000
 CLIENTS = 16
 QUICK = {"watching.patience.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
 # A breaker would soon leave nothing to cut.
-NO_BREAKER = {"worker.sys.modules['fleetgate.core.health'].BROKEN_IN_A_ROW": 1e9}
+_HEALTH = "worker.sys.modules['fleetgate.core.health']"
+NO_BREAKER = {f"{_HEALTH}.BROKEN_IN_A_ROW": 1e9, f"{_HEALTH}.RESULTS_MIN": 1e9}
 
 
 @pytest.fixture(scope="module")
