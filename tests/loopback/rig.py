@@ -69,7 +69,7 @@ class Rig:
         config = self.config(index)
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
-        lines = ["from fleetgate.proxy import conversation, listener, worker"]
+        lines = ["from fleetgate.proxy import conversation, listener, watching, worker"]
         lines += [f"{name} = {value}" for name, value in self.patience.items()]
         process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)
@@ -92,6 +92,10 @@ class Rig:
                 for w in workers
             )
         )
+
+    def wait_a_look(self) -> None:
+        """Until every worker has looked at the board again, which it does once a second."""
+        time.sleep(1.5)
 
     def __enter__(self) -> "Rig":
         for index in range(self.board.workers):

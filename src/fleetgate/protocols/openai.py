@@ -273,6 +273,14 @@ def error_event(code: str, message: str) -> bytes:
     return b"data: %b\n\n" % error_body(502, code, message)
 
 
+def event_of_body(body: bytes) -> bytes:
+    """A whole JSON answer, an error say, as the only event of a stream that has begun."""
+    try:
+        return b"data: %b\n\ndata: [DONE]\n\n" % msgspec.json.encode(msgspec.json.decode(body))
+    except (msgspec.MsgspecError, RecursionError):
+        return error_event("upstream_error", "the upstream answered with something that is not JSON")
+
+
 def models_body(models: dict[str, str]) -> bytes:
     """The answer to `GET /v1/models`. Shape: `models` maps a name to who owns it."""
     data = [{"id": name, "object": "model", "created": 0, "owned_by": owner} for name, owner in sorted(models.items())]

@@ -17,6 +17,7 @@ from fleetgate.core.health import Breaker, Health
 from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
 from fleetgate.providers.spool import Happened, Spool
+from fleetgate.proxy import watching
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
@@ -225,8 +226,17 @@ class Hub:
                 slot = place.peers[0].endpoint.slot
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
                 place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
+            if whole:
+                place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
             if whole or (place.fit, place.foreign) != before:
                 self.learning.renew(place, now_ms)
+
+    def resumed(self, conversation: Conversation) -> None:
+        """An answer that broke off goes on elsewhere."""
+        resumption = conversation.resumption
+        assert resumption is not None
+        labels = {"gateway": conversation.lane.site.gateway.name, "way": str(resumption.way)}
+        self.telemetry.cells[self.telemetry.counter("fleetgate_resumes_total", labels)] += 1
 
     def note_upstream_trouble(self, place: Place, what: str) -> None:
         """Log why a Deployment cannot be reached, once in a while."""
@@ -262,7 +272,10 @@ class Hub:
         if relay is not None:
             usage = relay.usage
             if relay.stream and relay.event_count > 1:
-                meters.tpot.observe((now_s - first_s) / (relay.event_count - 1))
+                tpot_s = (now_s - first_s) / (relay.event_count - 1)
+                meters.tpot.observe(tpot_s)
+                if outcome is Outcome.OK and place is not None and not conversation.exchange.resumes:
+                    place.pulse.saw_stream(tpot_s)
             if usage is not None:
                 prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
                 output_tokens = usage.completion_tokens or usage.output_tokens or 0
@@ -323,9 +336,11 @@ class Hub:
         furthest: dict[int, int] = {}
         for conversation in list(self.conversations):
             if watch:
-                conversation.watch(now_s, furthest)
+                watching.watch(conversation, now_s, furthest)
             if conversation.deadline_s <= now_s:
                 conversation.overdue(now_s)
+            elif conversation.lane.hedges:
+                watching.perhaps_hedge(conversation, now_s)
         self.adopt_ejections(now_s)
         self._renew_places(int(now_s * 1000), watch)
         if self.waiters:

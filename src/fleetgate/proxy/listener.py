@@ -270,6 +270,11 @@ class ClientConnection(asyncio.Protocol):
             self._hub.loop.call_soon(self._next)
 
     @property
+    def unread(self) -> bool:
+        """Whether the client is behind with reading what it was sent."""
+        return self._unread
+
+    @property
     def busy(self) -> bool:
         """Whether a request or an answer is under way, in either direction."""
         coming = self.conversation is not None or self._parts is not None or bool(self._buffer)

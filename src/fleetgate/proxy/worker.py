@@ -21,6 +21,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.prefill import PrefillProbe
 from fleetgate.proxy.prober import Prober
 from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 from fleetgate.proxy.tables import Maker, Tables
@@ -103,6 +104,7 @@ class WorkerProcess:
             servers.append(await self._listen(config.tls_listen_fd, self._tls))
         sweeper = loop.create_task(self._sweep_forever())
         prober = loop.create_task(self._prober.run())
+        prefill = loop.create_task(PrefillProbe(hub, lambda: self._prober.mine).run())
         # What is there now stays: the collector need not walk it again. HOTPATH.md rule 13.
         gc.collect()
         gc.freeze()
@@ -112,6 +114,7 @@ class WorkerProcess:
         await self._drain(servers)
         sweeper.cancel()
         prober.cancel()
+        prefill.cancel()
         hub.log.close()
         if hub.recorder is not None:
             hub.recorder.log.close()

@@ -11,6 +11,7 @@ from fleetgate.core.exchange import Failed, Failure
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
 from fleetgate.protocols.openai import Meaning, Operation, Usage
+from fleetgate.protocols.resume import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.transport.remainder import Remainder
 from fleetgate.proxy.transport.upstream import UpstreamConnection
@@ -97,6 +98,7 @@ class Relay:
     finish_seen = False
     done_seen = False
     usage: Usage | None = None
+    script: Transcript | None = None  # of a stream that could go on elsewhere
     passed = b""  # header lines of the upstream that the client may see
     _buffer = b""
     _chunked: ChunkedBody | None = None
@@ -144,6 +146,17 @@ class Relay:
             self.owner.on_stale(self)
         else:
             self._fail(Failure.BROKEN)
+
+    def not_connected(self, failure: Failure) -> None:
+        """There is no connection to send the request on."""
+        if not self._closed:
+            self._closed = True
+            self.owner.on_failed(self, Failed(failure, sent=False))
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._closed
 
     def cancel(self) -> None:
         """Nobody wants the answer any more: close the connection, which frees the engine's slot."""
@@ -317,6 +330,8 @@ class Relay:
         if self._is_one_plain_event(data):
             self.event_count += 1
             self.owner.write(data)
+            if self.script is not None:
+                self.script.keep(data)
             return
         self.beats += 1
         self._take(self._events.feed(self._payload(data)), [])
@@ -334,6 +349,9 @@ class Relay:
             self._write_events(out)
 
     def _write_events(self, events: list[bytes]) -> None:
+        if self.script is not None:
+            for event in events:
+                self.script.keep(event)
         payload = b"".join(events)
         self.owner.write(payload if self.raw else http1.chunk(payload))
 
