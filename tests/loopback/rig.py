@@ -20,10 +20,12 @@ from fleetgate.core.model import (
     Upstream,
     encode_snapshot,
 )
+from fleetgate.providers.signing import PUBLIC_KEY, SNAPSHOT, public_key_of, sign
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.supervisor import open_listeners, shared_memory
 
 PEPPER = b"p" * 32
+SIGNING_KEY = b"k" * 32
 
 
 class Rig:
@@ -43,7 +45,15 @@ class Rig:
         self.version = 0
         (data_dir / "pepper").write_bytes(PEPPER)
         (data_dir / "seal.key").write_bytes(b"s" * 32)
-        self._options = {"auth": auth, "access_log": str(data_dir / "access.log"), "lb_grace_s": 0.0, **options}
+        (data_dir / PUBLIC_KEY).write_bytes(public_key_of(SIGNING_KEY))
+        # No canary: most tests publish what fails on purpose, and it must reach all workers at once.
+        self._options = {
+            "auth": auth,
+            "access_log": str(data_dir / "access.log"),
+            "lb_grace_s": 0.0,
+            "canary": False,
+            **options,
+        }
 
     def config(self, index: int) -> WorkerConfig:
         """What one worker is told."""
@@ -78,10 +88,14 @@ class Rig:
     def publish(self, **parts: object) -> None:
         """Write the next Snapshot, as the publisher does."""
         self.version += 1
-        snapshot = Snapshot(version=self.version, made_at_s=time.time(), **parts)  # type: ignore[arg-type]
+        fields = {"version": self.version, "made_at_s": time.time(), "emptied": not parts.get("gateways"), **parts}
+        self.put(sign(encode_snapshot(Snapshot(**fields)), SIGNING_KEY))  # type: ignore[arg-type]
+
+    def put(self, data: bytes) -> None:
+        """Put these bytes where the Snapshot is."""
         fresh = self.data_dir / "snapshot.new"
-        fresh.write_bytes(encode_snapshot(snapshot))
-        fresh.rename(self.data_dir / "snapshot")
+        fresh.write_bytes(data)
+        fresh.rename(self.data_dir / SNAPSHOT)
 
     def wait_until_used(self) -> None:
         """Until every worker accepts and uses the last Snapshot."""

@@ -9,7 +9,8 @@ import pytest
 
 from fleetgate.core.board import Worker
 from fleetgate.core.model import Admission, Snapshot, encode_snapshot
-from tests.loopback.rig import gateway, wait_for
+from fleetgate.providers.signing import sign
+from tests.loopback.rig import SIGNING_KEY, gateway, wait_for
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_replies import stream_of
 from tests.loopback.wall_rig import Plane, plane
@@ -145,14 +146,22 @@ def test_who_waits_for_a_model_that_goes_is_told(pair: Plane) -> None:
     pair.wait_idle()
 
 
+def signed(**parts: object) -> bytes:
+    fields = {"version": 10**9, "made_at_s": 1.0, **parts}
+    return sign(encode_snapshot(Snapshot(**fields)), SIGNING_KEY)  # type: ignore[arg-type]
+
+
 BROKEN = {
     "empty": b"",
     "not JSON": b"\x00\x01\x02",
-    "half": encode_snapshot(Snapshot(version=10**9, made_at_s=1.0))[:-10],
-    "another shape": b'{"version":"many"}',
-    "unknown strategy": encode_snapshot(Snapshot(version=10**9, made_at_s=1.0, gateways=(gateway(strategy="dice"),))),
-    "missing deployment": encode_snapshot(Snapshot(version=10**9, made_at_s=1.0, gateways=(gateway("nobody"),))),
-    "older": encode_snapshot(Snapshot(version=0, made_at_s=1.0)),
+    "half": signed(emptied=True)[:-10],
+    "not signed": encode_snapshot(Snapshot(version=10**9, made_at_s=1.0, emptied=True)),
+    "signed with another key": sign(encode_snapshot(Snapshot(version=10**9, made_at_s=1.0, emptied=True)), b"x" * 32),
+    "another shape": sign(b'{"version":"many"}', SIGNING_KEY),
+    "no gateway": signed(),
+    "older": signed(version=1, emptied=True),
+    "unknown strategy": signed(version=10**9 + 1, gateways=(gateway(strategy="dice"),)),
+    "missing deployment": signed(version=10**9 + 2, gateways=(gateway("nobody"),)),
 }
 
 
@@ -167,6 +176,7 @@ def test_the_last_good_snapshot_stays_whatever_happens_to_the_file(pair: Plane, 
     assert pair.ask(request("ok")).status == 200
     (pair.rig.data_dir / "snapshot").unlink()
     assert pair.ask(request("ok")).status == 200
+    pair.rig.version = max(pair.rig.version, 10**9 + 2)
     pair.use({})
     assert pair.ask(request("ok")).status == 200, "the next good one is taken"
 

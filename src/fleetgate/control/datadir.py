@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key_of
+
 SECRET_BYTES = 32
 OWNER_TOKEN = "owner-token"  # noqa: S105 - a file's name
 API_ADDRESS = "api-address"
@@ -24,6 +26,7 @@ class DataDir(msgspec.Struct, frozen=True):
     owner_token: str
     pepper: bytes
     seal_key: bytes
+    signing_key: bytes
 
     @property
     def database(self) -> Path:
@@ -33,7 +36,12 @@ class DataDir(msgspec.Struct, frozen=True):
     @property
     def snapshot(self) -> Path:
         """The Snapshot that workers read."""
-        return self.path / "snapshot"
+        return self.path / SNAPSHOT
+
+    @property
+    def last_good_snapshot(self) -> Path:
+        """The copy that workers keep of the last one that served well."""
+        return self.path / LAST_GOOD
 
 
 def open_data_dir(path: Path) -> DataDir:
@@ -46,12 +54,15 @@ def open_data_dir(path: Path) -> DataDir:
         # An operator's own directory may be open to others; the secrets' own modes hold in any case.
         if path.stat().st_uid == os.getuid():
             path.chmod(_DIRECTORY_MODE)
-        return DataDir(
+        data_dir = DataDir(
             path=path,
             owner_token=_token(path / OWNER_TOKEN),
             pepper=_secret(path / "pepper"),
             seal_key=_secret(path / "seal.key"),
+            signing_key=_secret(path / "signing.key"),
         )
+        _keep(path / PUBLIC_KEY, public_key_of(data_dir.signing_key))
+        return data_dir
     except OSError as error:
         raise Unusable(unusable_sentence(path, error)) from error
 
@@ -92,6 +103,11 @@ def _secret(path: Path) -> bytes:
     if len(data) != SECRET_BYTES:
         raise Unusable(f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; put it back from a backup")
     return data
+
+
+def _keep(path: Path, data: bytes) -> None:
+    if not path.exists() or path.read_bytes() != data:
+        write_whole(path, data)
 
 
 def _token(path: Path) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -12,9 +13,10 @@ from fleetgate.control.building import build, keys_of, managed_of, parts_of, sam
 from fleetgate.control.datadir import DataDir, Unusable, unusable_sentence, write_whole
 from fleetgate.control.store import rows, slots
 from fleetgate.control.store.database import Database
-from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
+from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, decode_snapshot, encode_snapshot
 from fleetgate.providers.base import ManagedDeployment
 from fleetgate.providers.sealing import CannotUnseal, seal, unseal
+from fleetgate.providers.signing import NotGenuine, public_key_of, sign, verify
 
 DEBOUNCE_S = 0.005  # several changes made at once become one Snapshot
 RETRY_S = 1.0
@@ -25,7 +27,11 @@ log = structlog.get_logger()
 
 
 class Publisher:
-    """Keeps the Snapshot file equal to the store. `ready` gives the base URLs of managed Deployments' replicas."""
+    """Keeps the Snapshot file equal to the store. `ready` gives the base URLs of managed Deployments' replicas.
+
+    Shape: `refusal` says why what is stored now is not published, empty when it is; `in_use` gives the newest version
+    that a worker uses.
+    """
 
     def __init__(self, database: Database, data_dir: DataDir, egress_allow: Sequence[str], ready: Ready) -> None:
         self._database = database
@@ -36,7 +42,9 @@ class Publisher:
         self._done = 0
         self._wake = asyncio.Event()
         self._settled = asyncio.Condition()
-        self.current: Snapshot | None = self._last()
+        self.current: Snapshot | None = self._read(data_dir.snapshot)
+        self.refusal = ""
+        self.in_use: Callable[[], int] = lambda: 0
         self.managed: tuple[ManagedDeployment, ...] = ()
         self._credentials: dict[str, str] = {}
 
@@ -97,20 +105,52 @@ class Publisher:
             built = build(parts, self._ready(), partial(slots.assign, connection), partial(self._credential, sealed))
             keys = keys_of(parts, rows.load_keys(connection))
             built = msgspec.structs.replace(built, keys=keys, egress_allow=self._egress_allow)
+            number = rows.load_number(connection, VERSION)
+            built = msgspec.structs.replace(built, emptied=not (built.gateways or parts.gateways))
+            if not self._may(self._against(built, number)):
+                return False
             if self.current is not None and same_but_for_version(built, self.current):
                 return False
             # The number is kept before the file is written: after a crash in between, a version is skipped, never
-            # given twice.
-            version = max(rows.load_number(connection, VERSION), self.version) + 1
+            # given twice. Proxies take no lower one, so it is above all that they may have seen from a lost store.
+            version = max(number, self.version, self._kept_version(), self.in_use()) + 1
             rows.save_number(connection, VERSION, version)
         snapshot = msgspec.structs.replace(built, version=version, made_at_s=time.time())
+        payload = encode_snapshot(snapshot)
+        if not self._may(self._too_large(len(payload))):
+            return False
         try:
-            write_whole(self._data_dir.snapshot, encode_snapshot(snapshot))
+            write_whole(self._data_dir.snapshot, sign(payload, self._data_dir.signing_key))
         except OSError as error:
             raise Unusable(unusable_sentence(self._data_dir.path, error)) from error
         self.current = snapshot
         log.info("published", version=version)
         return True
+
+    def _may(self, refusal: str) -> bool:
+        self.refusal = refusal
+        if refusal:
+            log.error("not_published", reason=refusal)
+        return not refusal
+
+    def _too_large(self, size_bytes: int) -> str:
+        if size_bytes <= SNAPSHOT_BYTES_MAX:
+            return ""
+        return (
+            f"the Snapshot would have {size_bytes} bytes and proxies take {SNAPSHOT_BYTES_MAX} at most; "
+            f"version {self.version} stays in use: delete keys or Deployments that nobody needs"
+        )
+
+    def _against(self, built: Snapshot, number: int) -> str:
+        """Why this must not be published, empty when it may: an empty store that is not the one we published from."""
+        served = self.current or self._read(self._data_dir.last_good_snapshot)
+        if built.gateways or served is None or not served.gateways or number >= served.version:
+            return ""
+        return (
+            f"the store has no Gateway and never published version {served.version}, which the proxies serve: it is "
+            f"another or a new one, so they stay with {served.version}; put {self._data_dir.database} back, or apply "
+            "the fleet's file again"
+        )
 
     def _credential(self, sealed: Mapping[str, str], deployment: str, secret: str) -> str:
         """A Secret sealed again for one Deployment; the same text as before while the value is the same."""
@@ -129,10 +169,14 @@ class Publisher:
             pass  # written under another key: sealed anew below
         return seal(value, self._data_dir.seal_key, deployment)
 
-    def _last(self) -> Snapshot | None:
+    def _kept_version(self) -> int:
+        kept = self._read(self._data_dir.last_good_snapshot)
+        return kept.version if kept else 0
+
+    def _read(self, path: Path) -> Snapshot | None:
         try:
-            return decode_snapshot(self._data_dir.snapshot.read_bytes())
+            return decode_snapshot(verify(path.read_bytes(), public_key_of(self._data_dir.signing_key)))
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, NotGenuine):
             return None  # unreadable or damaged: the store has everything, and the next version replaces it

@@ -37,9 +37,21 @@ class Worker(IntEnum):
     SERIES_COUNT = 7
     NAMES_BYTES = 8
     STARTS = 9
+    SNAPSHOT_TRYING = 13  # the version on trial here; it outlives the worker, so that one that kills workers is known
+    SNAPSHOT_PROVEN = 14  # the version that others may follow to
+    SNAPSHOT_RETURNED = 15  # the version that was given up for the last good one, 0 for none
 
 
 WORKER_CELLS = 16
+
+
+class Plane(IntEnum):
+    """What is known of the control plane, kept by whoever speaks for it on this machine."""
+
+    HEARTBEAT_MS = 0
+
+
+PLANE_CELLS = 4
 
 
 class Signal(IntEnum):
@@ -132,6 +144,7 @@ class Board:
         self.tallies = cells[at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)]  # [slot][worker][Tally]
         self.learned = cells[at : (at := at + DEPLOYMENTS_MAX * LEARNED_CELLS)]  # [slot][Learned]
         self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]
+        self.plane = cells[at : (at := at + PLANE_CELLS)]  # [Plane]
         self.series = cells[at : at + workers * SERIES_MAX]
 
     @staticmethod
@@ -145,7 +158,7 @@ class Board:
             + GATEWAYS_MAX
             + SERIES_MAX
         )
-        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS + DEPLOYMENTS_MAX * LEARNED_CELLS
+        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS + DEPLOYMENTS_MAX * LEARNED_CELLS + PLANE_CELLS
 
     @classmethod
     def bytes_needed(cls, workers: int) -> int:

@@ -9,6 +9,8 @@ import msgspec
 DEPLOYMENTS_MAX = 1024
 ENDPOINTS_MAX = 4096
 GATEWAYS_MAX = 256
+# A full house (4,096 Endpoints, 100,000 keys) is about 30 MB; what is larger is damage, or would stop a worker for long.
+SNAPSHOT_BYTES_MAX = 64 * 1024 * 1024
 DeploymentSlot = Annotated[int, msgspec.Meta(ge=0, lt=DEPLOYMENTS_MAX)]
 EndpointSlot = Annotated[int, msgspec.Meta(ge=0, lt=ENDPOINTS_MAX)]
 GatewaySlot = Annotated[int, msgspec.Meta(ge=0, lt=GATEWAYS_MAX)]
@@ -196,7 +198,10 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a proxy needs to serve, at one version; a later version is always a whole new Snapshot."""
+    """Everything a proxy needs to serve, at one version; a later version is always a whole new Snapshot.
+
+    Shape: `emptied` says that there is no Gateway because nobody wants one; without it an empty Snapshot is a fault.
+    """
 
     version: int
     made_at_s: float
@@ -204,10 +209,16 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     deployments: tuple[Deployment, ...] = ()
     keys: tuple[Key, ...] = ()
     egress_allow: tuple[str, ...] = ()  # CIDRs that Endpoints with `egress_checked` may resolve to
+    emptied: bool = False
 
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Snapshot).decode
+
+
+def same_routing(one: Snapshot, other: Snapshot) -> bool:
+    """Whether two Snapshots differ in nothing but keys, version and time."""
+    return msgspec.structs.replace(one, version=other.version, made_at_s=other.made_at_s, keys=other.keys) == other
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:

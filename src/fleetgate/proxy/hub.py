@@ -307,6 +307,8 @@ class Hub:
         outcome = conversation.exchange.outcome or Outcome.FAILED
         meters = self._meters_of(lane, place)
         cells[meters.outcomes.get(outcome) or meters.outcome(outcome)] += 1
+        if conversation.status == 503:
+            self.telemetry.add("fleetgate_unavailable_total", {"gateway": lane.site.gateway.name})
         prompt_tokens = output_tokens = 0
         if first_s:
             meters.ttft.observe(first_s - started_s)

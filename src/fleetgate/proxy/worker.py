@@ -16,13 +16,14 @@ import uvloop
 from fleetgate.core.board import Board, Worker
 from fleetgate.core.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
-from fleetgate.providers.sealing import CannotUnseal
+from fleetgate.providers.spool import Happened
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.prefill import PrefillProbe
 from fleetgate.proxy.prober import Prober
+from fleetgate.proxy.rollout import Rollout
 from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 from fleetgate.proxy.tables import Maker, Tables
 from fleetgate.proxy.telemetry import LineLog
@@ -71,7 +72,8 @@ class WorkerProcess:
         self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Gatekeeper(pepper))
         self.hub.maker = Maker(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
         self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
-        self._snapshots = SnapshotFile(data_dir / "snapshot")
+        self._snapshots = SnapshotFile(data_dir)
+        self._rollout = Rollout(self._snapshots, self.board, config.index, self, careful=config.canary)
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
@@ -97,7 +99,8 @@ class WorkerProcess:
             loop.add_reader(config.life_fd, self._orphaned)
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
-        self._look_for_snapshot()
+        self._rollout.start(hub.clock())
+        self._say_refusals()
         hub.sweep()
         servers = [await self._listen(config.listen_fd, None)]
         if self._tls is not None:
@@ -131,27 +134,45 @@ class WorkerProcess:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._sweeps += 1
-            if self._sweeps % SNAPSHOT_EVERY == 0:
-                self._look_for_snapshot()
-                if self._tls is not None:
-                    self._tls.reload_if_changed()
+            if self._sweeps % SNAPSHOT_EVERY == 0 or self._rollout.is_urgent:
+                self._rollout.look(self.hub.clock())
+                self._say_refusals()
+            if self._sweeps % SNAPSHOT_EVERY == 0 and self._tls is not None:
+                self._tls.reload_if_changed()
             self.hub.sweep()
 
-    def _look_for_snapshot(self) -> None:
-        snapshot = self._snapshots.changed()
+    # --- Snapshots: what the rollout asks for ---
+
+    def take(self, snapshot: Snapshot) -> bool:
+        """Use a Snapshot from now on; False, and a line in the log, where it cannot be used."""
+        try:
+            tables = Tables(snapshot, self.hub.maker, self.hub.tables, self.hub.clock())
+        except Exception as error:
+            self._say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
+            return False
+        self.hub.use(tables)
+        return True
+
+    def keep(self, data: bytes, version: int) -> None:
+        """Write the last good copy in a thread: it waits for the disk."""
+
+        def write() -> None:
+            try:
+                self._snapshots.keep(data, version)
+            except OSError as error:
+                self._say(f"there is no copy of Snapshot {version}: {error.strerror}; make room in the data directory")
+
+        self.hub.loop.run_in_executor(None, write)
+
+    def tell(self, version: int, sentence: str) -> None:
+        """An Event, and a line in the log."""
+        self.hub.spool.add(Happened("Snapshot", str(version), sentence))
+        self._say(sentence)
+
+    def _say_refusals(self) -> None:
         if self._snapshots.refused != self._refused:
             self._refused = self._snapshots.refused
             self._say(self._refused or "the Snapshot file is good again")
-        if snapshot is not None and snapshot.version > self.hub.tables.version:
-            self._use(snapshot)
-
-    def _use(self, snapshot: Snapshot) -> None:
-        try:
-            tables = Tables(snapshot, self.hub.maker, self.hub.tables, self.hub.clock())
-        except (CannotUnseal, KeyError, ValueError) as error:
-            self._say(f"Snapshot {snapshot.version} is not usable and the last good one stays in use: {error}")
-            return
-        self.hub.use(tables)
 
     def _orphaned(self) -> None:
         """The supervisor is dead: a worker must not outlive it, so there is no grace."""

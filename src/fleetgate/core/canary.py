@@ -1,0 +1,108 @@
+"""Is a new Snapshot to blame? One worker takes it first, and what fails before and after decides.
+
+Only failures that nobody can have wanted count (our 5xx and streams that broke): a model or key that a change takes away
+answers 404 or 401 by design.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import msgspec
+
+LOOK_S = 0.2  # the others wait for so long; DESIGN.md gives a change half a second until every worker has it
+PROBATION_S = 5.0  # connects and first tokens that fail late still count; then the Snapshot is the last good one
+HELP_S = 2.0  # after going back: as bad as before means that the Snapshot was not to blame
+RETRY_FIRST_S = 30.0  # a coincidence must not keep a good change out for ever
+RETRY_MAX_S = 600.0
+BASIS_MIN = 20  # results that went well before; without them there is nothing to go back to
+FAILED_MIN = 10
+RISE = 0.2
+FACTOR = 2.0
+
+
+class Results(NamedTuple):
+    """Requests that ended, and how many of them failed through nobody's wish."""
+
+    ended: int = 0
+    failed: int = 0
+
+    @property
+    def share(self) -> float:
+        """The failed share, 0 where nothing ended."""
+        return self.failed / self.ended if self.ended else 0.0
+
+    def since(self, earlier: "Results") -> "Results":
+        """What came after an earlier count."""
+        return Results(self.ended - earlier.ended, self.failed - earlier.failed)
+
+
+class Stage(StrEnum):
+    """Where a new Snapshot is on its way to being the last good one."""
+
+    LOOK = "look"  # in the canary alone
+    PROBATION = "probation"  # in every worker
+    GOOD = "good"
+    RETURNED = "returned"  # the last good one is in use again; did that help?
+    WAITING = "waiting"  # it did, and the new one is tried again later
+    CLEARED = "cleared"  # it did not: the new one is taken again, and not judged any more
+
+
+MOVES = {
+    Stage.LOOK: (Stage.PROBATION, Stage.RETURNED),
+    Stage.PROBATION: (Stage.GOOD, Stage.RETURNED),
+    Stage.RETURNED: (Stage.WAITING, Stage.CLEARED),
+    Stage.WAITING: (Stage.LOOK,),
+    Stage.GOOD: (),
+    Stage.CLEARED: (),
+}
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """One Snapshot on trial.
+
+    Shape: `before` is what ended in this worker shortly before; `own` and `others` are the counts, of this worker and of
+    all others, when the stage began (of a look and its probation: when the look began); `bad` is what ended under the new
+    one when it was returned from.
+    """
+
+    stage: Stage
+    since_s: float
+    before: Results
+    own: Results
+    others: Results
+    returns: int = 0
+    bad: Results = Results()
+
+
+def is_worse(since: Results, before: Results, others: Results) -> bool:
+    """Whether so much fails that the change must be to blame: more than before, and more than where it is not in use."""
+    if before.ended - before.failed < BASIS_MIN or since.failed < FAILED_MIN:
+        return False
+    return since.share > RISE + FACTOR * max(before.share, others.share)
+
+
+def retry_after_s(returns: int) -> float:
+    """How long a Snapshot that was returned from waits for its next trial."""
+    return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (returns - 1))
+
+
+def judge(trial: Trial, own: Results, others: Results, now_s: float) -> Trial:
+    """The trial after a look at the counts; the same one while nothing is decided."""
+    since, age_s = own.since(trial.own), now_s - trial.since_s
+    match trial.stage:
+        case Stage.LOOK | Stage.PROBATION:
+            # Once all have it there is nobody left to compare with.
+            control = others.since(trial.others) if trial.stage is Stage.LOOK else Results()
+            if is_worse(since, trial.before, control):
+                return Trial(Stage.RETURNED, now_s, trial.before, own, others, trial.returns + 1, since)
+            if trial.stage is Stage.LOOK and age_s >= LOOK_S:
+                return msgspec.structs.replace(trial, stage=Stage.PROBATION)
+            return msgspec.structs.replace(trial, stage=Stage.GOOD) if age_s >= PROBATION_S else trial
+        case Stage.RETURNED if since.failed >= FAILED_MIN and since.share >= trial.bad.share / FACTOR:
+            return msgspec.structs.replace(trial, stage=Stage.CLEARED)
+        case Stage.RETURNED if age_s >= HELP_S:
+            return msgspec.structs.replace(trial, stage=Stage.WAITING)
+        case Stage.WAITING if age_s >= retry_after_s(trial.returns):
+            return msgspec.structs.replace(trial, stage=Stage.LOOK, since_s=now_s, own=own, others=others)
+        case _:
+            return trial

@@ -1,0 +1,56 @@
+"""Signed Snapshots: Ed25519 over the whole file, so that a proxy takes only what its control plane wrote."""
+
+import base64
+import binascii
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+# The names in the data directory, for those who write them and those who read them.
+SNAPSHOT = "snapshot"
+LAST_GOOD = "snapshot.good"
+PUBLIC_KEY = "signing.pub"
+# What is signed begins with this, so that a signature made for another purpose or form is never good for this one.
+FORM = b"fleetgate-snapshot 1 "
+_HEAD_BYTES_MAX = 200
+
+
+class NotGenuine(ValueError):
+    """The bytes are not what the holder of the signing key wrote; the text says in what way."""
+
+
+def public_key_of(signing_key: bytes) -> bytes:
+    """The half that proxies hold.
+
+    Raises: `ValueError` for a key of another length.
+    """
+    return Ed25519PrivateKey.from_private_bytes(signing_key).public_key().public_bytes_raw()
+
+
+def sign(payload: bytes, signing_key: bytes) -> bytes:
+    """A file of one line, form and signature, and then the payload."""
+    signature = Ed25519PrivateKey.from_private_bytes(signing_key).sign(FORM + payload)
+    return FORM + base64.b64encode(signature) + b"\n" + payload
+
+
+def verify(data: bytes, public_key: bytes) -> bytes:
+    """The payload of what `sign` made with the other half of this key.
+
+    Raises: `NotGenuine`. Cost: 0.1 ms, and 1 ms a megabyte.
+    """
+    if not data:
+        raise NotGenuine("it is empty")
+    if not data.startswith(FORM):
+        raise NotGenuine("it is not signed")
+    end = data.find(b"\n", 0, _HEAD_BYTES_MAX)
+    if end < 0:
+        raise NotGenuine("its first line has no end")
+    try:
+        signature = base64.b64decode(data[len(FORM) : end], validate=True)
+        payload = data[end + 1 :]
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, FORM + payload)
+    except binascii.Error:
+        raise NotGenuine("its signature is damaged") from None
+    except InvalidSignature:
+        raise NotGenuine("it was changed after it was signed, or signed with another key") from None
+    return payload
