@@ -19,6 +19,7 @@ from fleetgate.control.config import ControlConfig
 from fleetgate.control.datadir import Unusable, open_data_dir
 from fleetgate.core.board import WORKERS_MAX
 from fleetgate.providers.documents import Unreadable
+from fleetgate.providers.signing import LAST_GOOD
 from fleetgate.proxy.config import ENV as WORKER_ENV
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.supervisor import (
@@ -48,6 +49,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path
     listen: str
     api_listen: str
+    ops_listen: str
     workers: int
     region: str
     tls_listen: str
@@ -68,6 +70,7 @@ class Opened(msgspec.Struct, frozen=True):
     listeners: list[int]
     tls_listeners: list[int]
     api: int
+    ops: int
     wake: list[tuple[int, int]]
     life: int
 
@@ -159,6 +162,7 @@ def run_up(options: UpOptions) -> int:
     listeners = open_listeners(options.listen, "--listen", options.workers)
     tls_listeners = open_listeners(options.tls_listen, "--tls-listen", options.workers) if options.tls else []
     api = open_listener(options.api_listen, "--api-listen")
+    ops = open_listener(options.ops_listen, "--ops-listen") if options.ops_listen else None
     board_fd, board = shared_memory(options.workers)
     life_read, life_write = os.pipe()  # only the supervisor keeps the write end, so its death is an end of file
     wake = [os.pipe() for _ in range(options.workers)]
@@ -170,6 +174,7 @@ def run_up(options: UpOptions) -> int:
         listeners=[listener.fileno() for listener in listeners],
         tls_listeners=[listener.fileno() for listener in tls_listeners],
         api=api.fileno(),
+        ops=ops.fileno() if ops is not None else -1,
         wake=wake,
         life=life_read,
     )
@@ -197,6 +202,7 @@ def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[st
         wake_fd=opened.wake[index][0],
         wake_fds=[pair[1] for pair in opened.wake],
         life_fd=opened.life,
+        ops_listen_fd=opened.ops,
         auth=options.auth,
         cors=options.cors,
         region=options.region,
@@ -206,8 +212,7 @@ def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[st
         grace_s=options.grace_s,
     )
     fds = [config.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds, config.life_fd]
-    if config.tls_listen_fd >= 0:
-        fds.append(config.tls_listen_fd)
+    fds += [fd for fd in (config.tls_listen_fd, config.ops_listen_fd) if fd >= 0]
     argv, env = python_child("fleetgate.proxy.worker", WORKER_ENV, msgspec.json.encode(config))
     return Child(name=f"worker {index}", argv=argv, env=env, fds=fds, worker=index)
 
@@ -231,7 +236,14 @@ def control_child(options: UpOptions, opened: Opened) -> Child:
     )
     argv, env = python_child("fleetgate.control.server", CONTROL_ENV, msgspec.json.encode(config))
     fds = [opened.api, opened.board, opened.life]
-    return Child(name="control", argv=argv, env=env, fds=fds, essential=True, stop_last=True)
+    return Child(
+        name="control", argv=argv, env=env, fds=fds, essential=not serves_without(options.data_dir), stop_last=True
+    )
+
+
+def serves_without(data_dir: Path) -> bool:
+    """Whether the workers have something to serve from although the control process cannot start."""
+    return (data_dir / LAST_GOOD).exists()
 
 
 def announce(options: UpOptions, port: int, api_port: int) -> None:
@@ -273,6 +285,9 @@ def up(
     api_listen: Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")] = (
         "127.0.0.1:7801"
     ),
+    ops_listen: Annotated[
+        str, typer.Option(help="HOST:PORT where workers answer /healthz, /readyz and /metrics, also without the API.")
+    ] = "",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one a core, 8 at most.")] = 0,
     region: Annotated[str, typer.Option(help="The region this proxy stands in; its own is preferred.")] = "",
     tls_listen: Annotated[str, typer.Option(help="HOST:PORT for HTTPS, together with --tls.")] = "",
@@ -301,6 +316,7 @@ def up(
         data_dir=data_dir.expanduser().absolute(),
         listen=listen,
         api_listen=api_listen,
+        ops_listen=ops_listen,
         workers=workers or min(WORKERS_DEFAULT_MAX, len(os.sched_getaffinity(0))),
         region=region,
         tls_listen=tls_listen,

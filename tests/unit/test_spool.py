@@ -1,6 +1,8 @@
 """Events between processes: nothing lost, nothing twice, whatever is in the file."""
 
+import fcntl
 import multiprocessing
+import time
 from pathlib import Path
 
 from fleetgate.providers.spool import BYTES_MAX, SPOOL, Happened, Spool
@@ -27,6 +29,18 @@ def test_what_several_processes_add_is_taken_once(tmp_path: Path) -> None:
             f"{at} of w{n}" for at in range(200)
         ]
     assert Spool(tmp_path).take() == []
+
+
+def test_nobody_waits_for_a_process_that_was_stopped_with_the_lock(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.add(Happened("Gateway", "chat", "one"))
+    with (tmp_path / SPOOL).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began_s = time.monotonic()
+        spool.add(Happened("Gateway", "chat", "two"))
+        assert time.monotonic() - began_s < 2.0, "it would have waited for ever"
+    spool.add(Happened("Gateway", "chat", "three"))
+    assert [happened.message for happened in spool.take()] == ["one", "two", "three"]
 
 
 def test_a_line_that_was_cut_short_costs_only_itself(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from fleetgate.cli import calibrate as calibrating
 from fleetgate.cli.client import API_ENV, DEFAULT_API, TOKEN_ENV, Client, Failed, Rejected, connected, resource_path
+from fleetgate.cli.confirming import sent_once_sure
 from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
 from fleetgate.providers.documents import Unreadable, read_file, resolve_value
 
@@ -37,12 +38,14 @@ DataDir = Annotated[
 ]
 Kind = Annotated[str, typer.Argument(metavar="KIND", help=f"One of: {', '.join(KINDS)}; singular or plural.")]
 Form = Annotated[Output, typer.Option("-o", "--output", help="How to print.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask although many Endpoints go out of use.")]
 
 
 @app.command()
 def apply(
     file: Annotated[list[str], typer.Option("-f", "--file", help="A YAML or JSON file, `-` for standard input.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and tell, but change nothing.")] = False,
+    yes: Yes = False,
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
@@ -59,7 +62,10 @@ def apply(
         documents, sources = _read(file)
         with connected(api, token, data_dir) as client:
             try:
-                answer = client.post("/api/v1/apply", {"documents": documents, "dry_run": dry_run})
+                given = {"documents": documents, "dry_run": dry_run}
+                answer = sent_once_sure(
+                    lambda sure: client.post("/api/v1/apply", {**given, "confirmed": sure}), yes, "-" not in file
+                )
             except Rejected as rejected:
                 raise Failed(
                     [
@@ -149,6 +155,7 @@ def describe(
 def delete(
     kind: Kind,
     name: Annotated[str, typer.Argument(help="Which one.")],
+    yes: Yes = False,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -161,7 +168,8 @@ def delete(
     if plural == "events":
         raise typer.BadParameter("Events cannot be deleted", param_hint="KIND")
     with _told(), connected(api, token, data_dir) as client:
-        deleted = client.delete(resource_path(plural, name))
+        path = resource_path(plural, name)
+        deleted = sent_once_sure(lambda sure: client.delete(path, confirmed=int(sure)), yes)
         sys.stdout.write(f"{deleted['kind']}/{deleted['name']} deleted\n")
 
 

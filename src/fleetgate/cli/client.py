@@ -41,6 +41,10 @@ class Rejected(Failed):
         self.mistakes = mistakes
 
 
+class Unconfirmed(Failed):
+    """The API asks first, because much is taken away."""
+
+
 class Client:
     """One session with the API."""
 
@@ -57,12 +61,12 @@ class Client:
         return self._ask("GET", path, params=params)
 
     def post(self, path: str, body: Any) -> Any:
-        """Create or apply. Raises: `Failed`, `Rejected` where the API lists mistakes."""
+        """Create or apply. Raises: `Failed`, `Rejected` where the API lists mistakes, `Unconfirmed`."""
         return self._ask("POST", path, body=body)
 
-    def delete(self, path: str) -> Any:
-        """Delete. Raises: `Failed`."""
-        return self._ask("DELETE", path)
+    def delete(self, path: str, **params: str | int) -> Any:
+        """Delete. Raises: `Failed`, `Unconfirmed`."""
+        return self._ask("DELETE", path, params=params)
 
     def close(self) -> None:
         """End the session."""
@@ -149,6 +153,8 @@ def _failure(answer: httpx2.Response, base_url: str) -> Failed:
     if answer.status_code == 401:
         return Failed([f"the API at {base_url} does not take this owner token; give the right --data-dir, or --token"])
     match _value(answer, base_url):
+        case {"error": {"message": str(message), "needs_confirmation": True}}:
+            return Unconfirmed([message])
         case {"error": {"message": str(message), "errors": list(errors)}}:
             mistakes = [
                 Mistake(error.get("document", 0), f"{error['path']}: {error['message']}; {error['fix']}".lstrip(": "))

@@ -15,6 +15,7 @@ from fleetgate.control.parsing import Draft, parse_documents
 from fleetgate.control.policies import STORED
 from fleetgate.control.problems import Problem, Refused
 from fleetgate.control.resources import KINDS, READ_ONLY, Deployment, Key, Resource, Secret
+from fleetgate.control.shrinking import Unconfirmed, loss
 from fleetgate.control.store import rows
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.rows import Stored
@@ -112,22 +113,27 @@ class Changes:
             world = rows.load_world(connection)
         return world, *find_problems(documents, world, origin)
 
-    def apply(self, checked: Checked, origin: Origin, dry_run: bool = False) -> list[Applied]:
-        """Write documents, all or none.
+    def apply(self, checked: Checked, origin: Origin, dry_run: bool = False, confirmed: bool = False) -> list[Applied]:
+        """Write documents, all or none. The operator's own file is not asked about: at a start nobody can answer.
 
-        Raises: `Refused` for what changed in the store since the check, `Stale` for another generation.
+        Raises: `Refused` for what changed in the store since the check, `Stale` for another generation, `Unconfirmed`
+        for what takes away so much that it may be a mistake.
         """
         with self._database.write() as connection:
             world = rows.load_world(connection)
             documents = {(stored.kind, stored.name): stored.document for stored in world.values()}
             refuse_if_any(references.check(checked.drafts, documents))
+            if not (confirmed or dry_run or origin.trusted):
+                changed = {(draft.kind, draft.name): draft.raw for draft in checked.drafts}
+                ask_first(loss(documents, {**documents, **changed}))
             writer = _Writer(connection, self._data_dir, origin, dry_run)
             return [writer.write(draft, world, checked.looked_up) for draft in checked.drafts]
 
-    def delete(self, kind: str, name: str, generation: int | None = None) -> Applied | None:
+    def delete(self, kind: str, name: str, generation: int | None = None, confirmed: bool = False) -> Applied | None:
         """Delete a resource; None when there is none.
 
-        Raises: `Refused` naming the resources that still use it, `Stale` for another generation.
+        Raises: `Refused` naming the resources that still use it, `Stale` for another generation, `Unconfirmed` as
+        `apply` does.
         """
         with self._database.write() as connection:
             world = rows.load_world(connection)
@@ -144,6 +150,9 @@ class Changes:
                     [Problem(user, f"uses {kind}/{name}", "change or delete it first") for user in users],
                     conflict=True,
                 )
+            if not confirmed:
+                kept = {identity: document for identity, document in documents.items() if identity != (kind, name)}
+                ask_first(loss(documents, kept))
             rows.remove(connection, kind, name)
             rows.add_event(connection, time.time(), kind, name, f"{kind} {name} was deleted through the API.")
             return Applied(kind, name, "deleted", stored.generation)
@@ -172,6 +181,12 @@ def _operator_problems(draft: Draft, stored: Stored | None) -> Iterable[Problem]
         denied = egress.literal_refusal(url)
         if denied is not None:
             yield draft.problem(field, denied.message, denied.fix)
+
+
+def ask_first(sentence: str) -> None:
+    """Raises: `Unconfirmed` with the sentence, if there is one."""
+    if sentence:
+        raise Unconfirmed(sentence)
 
 
 def refuse_if_any(problems: Sequence[Problem]) -> None:

@@ -14,7 +14,8 @@ from fleetgate.control.store import rows
 from fleetgate.control.store.database import Database
 from fleetgate.core.board import Board, Worker
 
-ADOPTION_S_MAX = 0.5  # DESIGN.md section 3: a change returns when this machine's workers have it, or after this
+KEYS_S_MAX = 0.5  # DESIGN.md section 3: a change of keys returns when this machine's workers have it, or after this
+CHANGE_S_MAX = 2.0  # other changes go to one worker first; on a busy machine that takes longer
 _LOOK_EVERY_S = 0.01
 
 log = structlog.get_logger()
@@ -41,10 +42,10 @@ class Control:
         self.board: Board | None = None
         self.started = Started()
 
-    async def adopted(self) -> None:
-        """Return once every live worker has what is stored now, or after half a second."""
+    async def adopted(self, keys_only: bool = False) -> None:
+        """Return once every live worker has what is stored now or one has given it up, or after a while."""
         try:
-            async with asyncio.timeout(ADOPTION_S_MAX):
+            async with asyncio.timeout(KEYS_S_MAX if keys_only else CHANGE_S_MAX):
                 version = await self.publisher.settle()
                 while not self.has_everywhere(version):  # noqa: ASYNC110 - nothing rings when shared memory changes
                     await asyncio.sleep(_LOOK_EVERY_S)
@@ -52,11 +53,13 @@ class Control:
             log.warning("slow_adoption", version=self.publisher.version)
 
     def has_everywhere(self, version: int) -> bool:
-        """Whether every live worker uses this version or a later one."""
+        """Whether every live worker uses this version or a later one, or it was given up."""
         board = self.board
         if board is None:
             return True
         live = [worker for worker in range(board.workers) if board.get(worker, Worker.PID)]
+        if any(board.get(worker, Worker.SNAPSHOT_RETURNED) == version for worker in live):
+            return True
         return all(board.get(worker, Worker.SNAPSHOT_VERSION) >= version for worker in live)
 
     def record(self, kind: str, name: str, sentence: str) -> None:
@@ -66,6 +69,14 @@ class Control:
                 rows.add_event(connection, time.time(), kind, name, sentence)
         except Unusable as error:
             log.error("event_not_kept", sentence=sentence, reason=str(error))
+
+
+def newest_in_use(board: Board | None) -> int:
+    """The newest version that a worker uses or has given up."""
+    cells = (Worker.SNAPSHOT_VERSION, Worker.SNAPSHOT_RETURNED)
+    return (
+        max((board.get(worker, cell) for worker in range(board.workers) for cell in cells), default=0) if board else 0
+    )
 
 
 def changed_anything(results: list[Applied]) -> bool:

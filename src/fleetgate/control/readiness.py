@@ -1,9 +1,13 @@
 """When Fleetgate says that it is ready, and why not yet."""
 
+from typing import Any
+
 from fleetgate.control.context import Started
 from fleetgate.core.board import Board, Signal, Worker
 from fleetgate.core.model import Snapshot
+from fleetgate.core.standing import standing_of
 
+_KNOWN = (Worker.SNAPSHOT_VERSION, Worker.SNAPSHOT_RETURNED)  # what was given up was taken up, and is told elsewhere
 PROBE_WAIT_S = 2.0  # a dead upstream must not hold readiness back: DESIGN.md section 3
 
 
@@ -15,7 +19,7 @@ def reasons_against(board: Board | None, snapshot: Snapshot | None, started: Sta
     for worker in range(board.workers):
         if board.get(worker, Worker.ACCEPTING) != 1:
             reasons.append(f"worker {worker} does not accept connections")
-        elif board.get(worker, Worker.SNAPSHOT_VERSION) < started.version:
+        elif max(board.get(worker, cell) for cell in _KNOWN) < started.version:
             reasons.append(f"worker {worker} has not taken up Snapshot {started.version}")
     if now_s - started.at_s < PROBE_WAIT_S:
         for deployment in snapshot.deployments:
@@ -23,3 +27,14 @@ def reasons_against(board: Board | None, snapshot: Snapshot | None, started: Sta
             if not probed:
                 reasons.append(f"Deployment {deployment.name} was not probed yet")
     return reasons
+
+
+def shortcomings(board: Board | None, refusal: str, now_s: float, epoch_s: float) -> dict[str, Any]:
+    """What is not as it should be though traffic goes on, and the Snapshot's age."""
+    if board is None:
+        return {"degraded": [refusal] if refusal else []}
+    standing = standing_of(board, now_s, epoch_s)
+    return {
+        "degraded": [*([refusal] if refusal else []), *standing.degraded],
+        "snapshot": {"version": standing.version, "age_s": round(standing.age_s, 1)},
+    }

@@ -22,7 +22,7 @@ import uvloop
 from fleetgate.control.api.app import create_app
 from fleetgate.control.applying import Changes
 from fleetgate.control.config import ENV, ControlConfig
-from fleetgate.control.context import Control, Started
+from fleetgate.control.context import Control, Started, newest_in_use
 from fleetgate.control.datadir import API_ADDRESS, DataDir, Unusable, open_data_dir, unusable_sentence, write_whole
 from fleetgate.control.egress import parse_ranges
 from fleetgate.control.loading import apply_file
@@ -30,7 +30,7 @@ from fleetgate.control.publisher import Publisher
 from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
 from fleetgate.control.store.database import Database
-from fleetgate.control.watching import Watcher, watch
+from fleetgate.control.watching import Watcher, beat, watch
 from fleetgate.core.board import Board
 from fleetgate.providers.base import Settings, discover
 from fleetgate.providers.documents import Unreadable
@@ -77,6 +77,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     publisher = Publisher(database, data_dir, config.egress_allow, lambda: replicas.ready())
     control = Control(config, data_dir, database, changes, publisher)
     control.board = _board(config)
+    publisher.in_use = lambda: newest_in_use(control.board)
     for problem in plugins.load():
         log.warning("plugin_unusable", reason=problem)
         control.record("Plugin", problem.split()[1], problem)
@@ -113,6 +114,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     ]
     if control.board is not None:
         spool = Spool(data_dir.path)
+        jobs.append(beat(control.board))
         jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)

@@ -1,15 +1,17 @@
 """What becomes an Event: Deployments that go up or down, workers that are started again, and what workers tell."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import structlog
 
-from fleetgate.core.board import Board, Signal, Worker
+from fleetgate.core.board import Board, Plane, Signal, Worker
 from fleetgate.core.model import Snapshot
 from fleetgate.providers.spool import Spool
 
 WATCH_EVERY_S = 1.0
+BEAT_EVERY_S = 0.5
 log = structlog.get_logger()
 Record = Callable[[str, str, str], None]
 
@@ -49,6 +51,13 @@ class Watcher:
             if starts > self._starts[worker] and starts > 1:
                 yield "Worker", str(worker), f"Worker {worker} ended and was started again (start {starts})."
             self._starts[worker] = starts
+
+
+async def beat(board: Board) -> None:
+    """Tell the workers that the control plane lives, for as long as it does."""
+    while True:
+        board.plane[Plane.HEARTBEAT_MS] = int(time.monotonic() * 1000)
+        await asyncio.sleep(BEAT_EVERY_S)
 
 
 async def watch(watcher: Watcher, spool: Spool, snapshot: Callable[[], Snapshot | None], record: Record) -> None:

@@ -1,7 +1,7 @@
 """Is a new Snapshot to blame? One worker takes it first, and what fails before and after decides.
 
-Only failures that nobody can have wanted count (our 5xx and streams that broke): a model or key that a change takes away
-answers 404 or 401 by design.
+Only failures that nobody can have wanted count (our 5xx and streams that broke): a model or key that a change takes
+away answers 404 or 401 by design.
 """
 
 from enum import StrEnum
@@ -60,9 +60,9 @@ MOVES = {
 class Trial(msgspec.Struct, frozen=True):
     """One Snapshot on trial.
 
-    Shape: `before` is what ended in this worker shortly before; `own` and `others` are the counts, of this worker and of
-    all others, when the stage began (of a look and its probation: when the look began); `bad` is what ended under the new
-    one when it was returned from.
+    Shape: `before` is what ended in this worker shortly before; `own` and `others` are the counts, of this worker and
+    of all others, when the stage began (for a look and its probation: when the look began); `bad` is what ended under
+    the new one when it was given up.
     """
 
     stage: Stage
@@ -75,7 +75,7 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 def is_worse(since: Results, before: Results, others: Results) -> bool:
-    """Whether so much fails that the change must be to blame: more than before, and more than where it is not in use."""
+    """Whether so much more fails than before, and than elsewhere, that the change is to blame."""
     if before.ended - before.failed < BASIS_MIN or since.failed < FAILED_MIN:
         return False
     return since.share > RISE + FACTOR * max(before.share, others.share)

@@ -9,7 +9,7 @@ import msgspec
 DEPLOYMENTS_MAX = 1024
 ENDPOINTS_MAX = 4096
 GATEWAYS_MAX = 256
-# A full house (4,096 Endpoints, 100,000 keys) is about 30 MB; what is larger is damage, or would stop a worker for long.
+# A full house (4,096 Endpoints, 100,000 keys) is about 30 MB; what is larger is damage, or would hold a worker up.
 SNAPSHOT_BYTES_MAX = 64 * 1024 * 1024
 DeploymentSlot = Annotated[int, msgspec.Meta(ge=0, lt=DEPLOYMENTS_MAX)]
 EndpointSlot = Annotated[int, msgspec.Meta(ge=0, lt=ENDPOINTS_MAX)]

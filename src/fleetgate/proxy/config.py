@@ -29,6 +29,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     region: str = ""
     access_log: str = "-"
     record: str = "off"
+    ops_listen_fd: int = -1
     canary: bool = True  # whether a new Snapshot goes to one worker first
     lb_grace_s: float = 5.0
     grace_s: float = 30.0

@@ -1,4 +1,4 @@
-"""Which Snapshot a worker uses: a new one goes to one worker first, to the others when it does no harm, and back if it does.
+"""Which Snapshot a worker uses: a new one goes to one worker first, then to the others, and back if it does harm.
 
 What one worker found out the others read off the board. Keys never wait: a change of nothing else is taken at once, and
 going back to the last good Snapshot keeps the newest keys, so that a deleted key does not come back to life.
@@ -188,9 +188,9 @@ class Rollout:
         self._go_back(now_s)
         self._owner.tell(
             given_up,
-            f"Snapshot {given_up} was given up after {took_s:.1f} s: with it {bad.failed} of {bad.ended} requests of worker "
-            f"{self._index} failed, before it {before.failed} of {before.ended}; {self._stays()}, and it is tried again in "
-            f"{retry_after_s(trial.returns):.0f} s unless going back does not help.",
+            f"Snapshot {given_up} was given up after {took_s:.1f} s: with it {bad.failed} of {bad.ended} requests of "
+            f"worker {self._index} failed, before it {before.failed} of {before.ended}; {self._stays()}, and the other "
+            f"is tried again in {retry_after_s(trial.returns):.0f} s, sooner if going back does not help.",
         )
 
     def _go_back(self, now_s: float) -> None:

@@ -87,7 +87,7 @@ class SnapshotFile:
         self._copied = version
 
     def give_up(self, version: int) -> None:
-        """Note that this version was returned from; 0 takes the note away. A full disk loses it, which costs a trial."""
+        """Note that this version was returned from; 0 takes the note away. A full disk loses it: one more trial."""
         try:
             if version:
                 self._note.write_text(f"{version}\n")

@@ -21,6 +21,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.ops import HEAD_BYTES_MAX, OpsServer
 from fleetgate.proxy.prefill import PrefillProbe
 from fleetgate.proxy.prober import Prober
 from fleetgate.proxy.rollout import Rollout
@@ -105,6 +106,7 @@ class WorkerProcess:
         servers = [await self._listen(config.listen_fd, None)]
         if self._tls is not None:
             servers.append(await self._listen(config.tls_listen_fd, self._tls))
+        ops = await self._listen_for_operations() if config.ops_listen_fd >= 0 else None
         sweeper = loop.create_task(self._sweep_forever())
         prober = loop.create_task(self._prober.run())
         prefill = loop.create_task(PrefillProbe(hub, lambda: self._prober.mine).run())
@@ -118,6 +120,8 @@ class WorkerProcess:
         sweeper.cancel()
         prober.cancel()
         prefill.cancel()
+        if ops is not None:
+            ops.close()
         hub.log.close()
         if hub.recorder is not None:
             hub.recorder.log.close()
@@ -129,6 +133,11 @@ class WorkerProcess:
         return await self.hub.loop.create_server(
             lambda: ClientConnection(self.hub), sock=listener, backlog=BACKLOG, ssl=tls.context if tls else None
         )
+
+    async def _listen_for_operations(self) -> asyncio.Server:
+        listener = socket.socket(fileno=self.config.ops_listen_fd)
+        server = OpsServer(self.board)
+        return await asyncio.start_server(server.serve, sock=listener, limit=HEAD_BYTES_MAX)
 
     async def _sweep_forever(self) -> None:
         while True:

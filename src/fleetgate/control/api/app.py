@@ -21,6 +21,7 @@ class ApplyRequest(BaseModel):
 
     documents: list[dict[str, Any]]
     dry_run: bool = False
+    confirmed: bool = False  # do it although it takes many Endpoints away
 
 
 def create_app(control: Control, hosts: list[str]) -> FastAPI:

@@ -28,11 +28,11 @@ def routes(control: Control) -> APIRouter:
 
     @router.post("/apply", operation_id="apply", summary="Apply documents, all or none", openapi_extra=body)
     async def apply(request: Request) -> dict[str, Any]:
-        documents, dry_run = _taken_apart(await read_json(request))
+        documents, dry_run, confirmed = _taken_apart(await read_json(request))
         checked = await control.changes.check(documents, API)
-        results = await asyncio.to_thread(control.changes.apply, checked, API, dry_run)
+        results = await asyncio.to_thread(control.changes.apply, checked, API, dry_run, confirmed)
         if changed_anything(results) and not dry_run:
-            await control.adopted()
+            await control.adopted(all(result.kind == "Key" for result in results))
         return {"dry_run": dry_run, "results": [outcome(result) for result in results]}
 
     @router.get("/events", operation_id="list_events", summary="What happened, oldest first")
@@ -50,14 +50,21 @@ def routes(control: Control) -> APIRouter:
     return router
 
 
-def _taken_apart(value: Any) -> tuple[list[Any], bool]:
+def _taken_apart(value: Any) -> tuple[list[Any], bool, bool]:
     match value:
         case {"documents": list() as documents, **rest}:
-            dry_run = rest.pop("dry_run", False)
-            if type(dry_run) is not bool:
-                raise ApiError(422, "dry_run is not true or false; correct it or leave it out")
+            dry_run, confirmed = _flag(rest, "dry_run"), _flag(rest, "confirmed")
             if rest:
-                raise ApiError(422, f"{next(iter(rest))!r:.60} is not a known field; send `documents` and `dry_run`")
-            return documents, dry_run
+                known = "`documents`, `dry_run` and `confirmed`"
+                raise ApiError(422, f"{next(iter(rest))!r:.60} is not a known field; send {known}")
+            return documents, dry_run, confirmed
         case _:
             raise ApiError(422, 'the body has no list of documents; send {"documents": [...], "dry_run": false}')
+
+
+def _flag(fields: dict[Any, Any], name: str) -> bool:
+    match fields.pop(name, False):
+        case bool() as flag:
+            return flag
+        case _:
+            raise ApiError(422, f"{name} is not true or false; correct it or leave it out")

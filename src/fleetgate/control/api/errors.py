@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from fleetgate.control.applying import Stale
 from fleetgate.control.datadir import Unusable
 from fleetgate.control.problems import Problem, Refused, path_of
+from fleetgate.control.shrinking import Unconfirmed
 
 log = structlog.get_logger()
 
@@ -27,11 +28,15 @@ class ErrorItem(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong; `generation` is the stored one where another was given."""
+    """What went wrong; `generation` is the stored one where another was given.
+
+    With `needs_confirmation` nothing is wrong, but much is taken away: the same again with `confirmed` does it.
+    """
 
     message: str
     errors: list[ErrorItem] = []
     generation: int | None = None
+    needs_confirmation: bool | None = None
 
 
 class ErrorAnswer(BaseModel):
@@ -74,6 +79,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Stale)
     async def _stale(_: Request, error: Stale) -> JSONResponse:
         return answer(409, str(error), generation=error.current)
+
+    @app.exception_handler(Unconfirmed)
+    async def _unconfirmed(_: Request, error: Unconfirmed) -> JSONResponse:
+        body = {"message": f"nothing was changed: {error}", "errors": [], "needs_confirmation": True}
+        return JSONResponse({"error": body}, 409)
 
     @app.exception_handler(Unusable)
     async def _unusable(_: Request, error: Unusable) -> JSONResponse:

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from fleetgate.control.context import Control
 from fleetgate.control.metrics import exposition
-from fleetgate.control.readiness import reasons_against
+from fleetgate.control.readiness import reasons_against, shortcomings
 
 _STATIC = Path(__file__).parent.parent / "static"
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -29,8 +29,12 @@ def routes(control: Control) -> APIRouter:
 
     @router.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> JSONResponse:
-        reasons = reasons_against(control.board, control.publisher.current, control.started, time.monotonic())
-        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+        board, publisher, now_s = control.board, control.publisher, time.monotonic()
+        reasons = reasons_against(board, publisher.current, control.started, now_s)
+        return JSONResponse(
+            {"ready": not reasons, "reasons": reasons, **shortcomings(board, publisher.refusal, now_s, time.time())},
+            503 if reasons else 200,
+        )
 
     @router.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:

@@ -1,9 +1,9 @@
 """Clusters, Deployments, Gateways, Keys and Secrets over REST: the same five routes each."""
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from fleetgate.control.api import shown
@@ -17,6 +17,9 @@ from fleetgate.control.store import rows
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 404, 409, 413, 421, 422, 503)
 }
+
+
+Confirmed = Annotated[bool, Query(description="Do it although it takes many Endpoints away.")]
 
 
 def routes(control: Control, kind: str) -> APIRouter:
@@ -53,30 +56,30 @@ def routes(control: Control, kind: str) -> APIRouter:
         responses={201: {"description": "Created"}},
         openapi_extra=body,
     )
-    async def put(name: str, request: Request) -> JSONResponse:
+    async def put(name: str, request: Request, confirmed: Confirmed = False) -> JSONResponse:
         document = await read_document(request, kind, name)
         generation = if_match(request)
         if generation is not None:
             document["generation"] = generation
-        return await write(control, document)
+        return await write(control, document, confirmed)
 
     @router.delete("/{name}", operation_id=f"delete_{kind.lower()}", summary="Delete, unless something uses it")
-    async def delete(name: str, request: Request) -> dict[str, Any]:
-        deleted = await asyncio.to_thread(control.changes.delete, kind, name, if_match(request))
+    async def delete(name: str, request: Request, confirmed: Confirmed = False) -> dict[str, Any]:
+        deleted = await asyncio.to_thread(control.changes.delete, kind, name, if_match(request), confirmed)
         if deleted is None:
             raise _absent(kind, name)
-        await control.adopted()
+        await control.adopted(kind == "Key")
         return outcome(deleted)
 
     return router
 
 
-async def write(control: Control, document: dict[str, Any]) -> JSONResponse:
+async def write(control: Control, document: dict[str, Any], confirmed: bool = False) -> JSONResponse:
     """Write one document and answer with it; a new Key's text is beside it, this once."""
     checked = await control.changes.check([document], API)
-    results = await asyncio.to_thread(control.changes.apply, checked, API)
+    results = await asyncio.to_thread(control.changes.apply, checked, API, False, confirmed)
     if changed_anything(results):
-        await control.adopted()
+        await control.adopted(results[0].kind == "Key")
     result = results[0]
     status = 201 if result.outcome == "created" else 200
     return await asyncio.to_thread(_one, control, result.kind, result.name, status, result.key)

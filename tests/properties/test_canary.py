@@ -1,0 +1,113 @@
+"""When a Snapshot is to blame: rules over every course of counts, and the way of a trial through its stages."""
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fleetgate.core.canary import (
+    BASIS_MIN,
+    FAILED_MIN,
+    HELP_S,
+    LOOK_S,
+    MOVES,
+    PROBATION_S,
+    RETRY_MAX_S,
+    RISE,
+    Results,
+    Stage,
+    Trial,
+    is_worse,
+    judge,
+    retry_after_s,
+)
+
+NONE = Results()
+WELL = Results(100, 0)
+
+
+@st.composite
+def results(draw: st.DrawFn) -> Results:
+    ended = draw(st.integers(0, 2000))
+    return Results(ended, draw(st.integers(0, ended)))
+
+
+def look(before: Results = WELL) -> Trial:
+    return Trial(Stage.LOOK, 0.0, before, NONE, NONE)
+
+
+@given(results(), results(), results())
+def test_nothing_is_given_up_that_does_no_worse_than_what_it_is_compared_with(
+    since: Results, before: Results, others: Results
+) -> None:
+    if is_worse(since, before, others):
+        assert since.failed >= FAILED_MIN
+        assert since.share > max(before.share, others.share) + RISE
+        assert before.ended - before.failed >= BASIS_MIN, "there was nothing to go back to"
+
+
+@given(results(), results(), st.integers(FAILED_MIN, 2000))
+def test_all_failing_after_nothing_failed_is_always_noticed(before: Results, others: Results, failed: int) -> None:
+    before, others = Results(before.ended + BASIS_MIN, 0), Results(others.ended, 0)
+    assert is_worse(Results(failed, failed), before, others)
+
+
+@given(results(), results(), results(), st.integers(0, 500))
+def test_more_failures_never_clear_it(since: Results, before: Results, others: Results, more: int) -> None:
+    if is_worse(since, before, others):
+        assert is_worse(Results(since.ended + more, since.failed + more), before, others)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 40), st.integers(0, 60), st.integers(0, 60), st.integers(0, 60)), max_size=60)
+)
+def test_a_trial_makes_legal_moves_only(course: list[tuple[float, int, int, int]]) -> None:
+    trial, own, others, now_s = look(), NONE, NONE, 0.0
+    for pause_s, good, bad, elsewhere in course:
+        now_s += pause_s
+        own = Results(own.ended + good + bad, own.failed + bad)
+        others = Results(others.ended + elsewhere, others.failed)
+        after = judge(trial, own, others, now_s)
+        assert after.stage is trial.stage or after.stage in MOVES[trial.stage]
+        trial = after
+
+
+@given(results(), st.floats(PROBATION_S, 60))
+def test_without_failures_every_snapshot_becomes_the_good_one(before: Results, age_s: float) -> None:
+    trial = judge(look(before), Results(50, 0), NONE, LOOK_S)
+    assert trial.stage is Stage.PROBATION
+    assert judge(trial, Results(500, 0), NONE, age_s).stage is Stage.GOOD
+
+
+def test_what_fails_everywhere_is_not_blamed_on_the_change() -> None:
+    """A region that dies in the same moment fails in the workers that have the old Snapshot too."""
+    assert judge(look(), Results(50, 45), Results(50, 45), 0.1).stage is Stage.LOOK
+    assert judge(look(), Results(50, 45), Results(50, 0), 0.1).stage is Stage.RETURNED
+
+
+def returned() -> Trial:
+    trial = judge(look(), Results(50, 45), NONE, 1.0)
+    assert trial.stage is Stage.RETURNED and trial.bad == Results(50, 45)
+    return trial
+
+
+def test_going_back_that_helps_is_followed_by_another_trial() -> None:
+    trial = judge(returned(), Results(150, 46), NONE, 1.0 + HELP_S)
+    assert trial.stage is Stage.WAITING
+    waits_s = retry_after_s(trial.returns)
+    assert judge(trial, Results(150, 46), NONE, trial.since_s + waits_s - 0.1).stage is Stage.WAITING
+    again = judge(trial, Results(150, 46), NONE, trial.since_s + waits_s)
+    assert (again.stage, again.own) == (Stage.LOOK, Results(150, 46))
+
+
+def test_going_back_that_does_not_help_clears_the_snapshot() -> None:
+    assert judge(returned(), Results(100, 90), NONE, 1.5).stage is Stage.CLEARED
+
+
+@given(st.integers(1, 40))
+def test_each_return_waits_longer_up_to_a_bound(returns: int) -> None:
+    assert retry_after_s(returns) <= retry_after_s(returns + 1) <= RETRY_MAX_S
+
+
+def test_every_stage_has_its_row() -> None:
+    assert set(MOVES) == set(Stage)
+    assert msgspec.structs.fields(Trial)[0].name == "stage"
