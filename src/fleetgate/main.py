@@ -273,6 +273,14 @@ RecordFile = Annotated[
 ]
 
 
+EgressAllow = Annotated[
+    str, typer.Option(help="CIDRs, comma-separated, that Deployments given through the API may be in.")
+]
+OpsListen = Annotated[
+    str, typer.Option(help="HOST:PORT where workers answer /healthz, /readyz and /metrics, also without the API.")
+]
+
+
 @app.command()
 def up(
     config: Annotated[
@@ -285,9 +293,7 @@ def up(
     api_listen: Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")] = (
         "127.0.0.1:7801"
     ),
-    ops_listen: Annotated[
-        str, typer.Option(help="HOST:PORT where workers answer /healthz, /readyz and /metrics, also without the API.")
-    ] = "",
+    ops_listen: OpsListen = "",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one a core, 8 at most.")] = 0,
     region: Annotated[str, typer.Option(help="The region this proxy stands in; its own is preferred.")] = "",
     tls_listen: Annotated[str, typer.Option(help="HOST:PORT for HTTPS, together with --tls.")] = "",
@@ -296,10 +302,7 @@ def up(
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin of web pages that may call; * for all. Repeatable.")
     ] = None,
-    egress_allow: Annotated[
-        str,
-        typer.Option(help="CIDRs, comma-separated, that Deployments given through the API may be in."),
-    ] = "",
+    egress_allow: EgressAllow = "",
     access_log: Annotated[str, typer.Option(help="A path, `-` for standard output, or `off`.")] = "-",
     record: RecordFile = None,
     lb_grace_s: Annotated[

@@ -32,7 +32,7 @@ def results(draw: st.DrawFn) -> Results:
 
 
 def look(before: Results = WELL) -> Trial:
-    return Trial(Stage.LOOK, 0.0, before, NONE, NONE)
+    return Trial(Stage.LOOK, 0.0, before, before, NONE, NONE)
 
 
 @given(results(), results(), results())

@@ -150,6 +150,18 @@ def test_what_breaks_later_takes_everybody_back(group: Group) -> None:
     assert not group.hands[1].events, "one tells for all"
 
 
+def test_a_canary_without_requests_of_its_own_hears_of_the_others(group: Group) -> None:
+    for hand in group.hands[1:]:
+        assert hand.index
+        group.requests(good=100, of=hand.index)
+    group.publish("bad", ["k1"])
+    group.run(1.0)
+    group.requests(bad=50, of=1)
+    group.run(0.1)
+    assert group.versions == [1, 1, 1]
+    assert "of all workers failed" in group.hands[0].events[0]
+
+
 def test_after_its_probation_a_snapshot_is_not_given_up_any_more(group: Group) -> None:
     group.publish("new", ["k1"])
     group.run(PROBATION_S + 0.5)

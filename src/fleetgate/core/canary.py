@@ -35,6 +35,10 @@ class Results(NamedTuple):
         """What came after an earlier count."""
         return Results(self.ended - earlier.ended, self.failed - earlier.failed)
 
+    def plus(self, other: "Results") -> "Results":
+        """Both together."""
+        return Results(self.ended + other.ended, self.failed + other.failed)
+
 
 class Stage(StrEnum):
     """Where a new Snapshot is on its way to being the last good one."""
@@ -60,14 +64,15 @@ MOVES = {
 class Trial(msgspec.Struct, frozen=True):
     """One Snapshot on trial.
 
-    Shape: `before` is what ended in this worker shortly before; `own` and `others` are the counts, of this worker and
-    of all others, when the stage began (for a look and its probation: when the look began); `bad` is what ended under
-    the new one when it was given up.
+    Shape: `before` is what ended in this worker shortly before, `before_all` in all workers; `own` and `others` are the
+    counts, of this worker and of all others, when the stage began (for a look and its probation: when the look began);
+    `bad` is what ended under the new one when it was given up.
     """
 
     stage: Stage
     since_s: float
     before: Results
+    before_all: Results
     own: Results
     others: Results
     returns: int = 0
@@ -88,17 +93,19 @@ def retry_after_s(returns: int) -> float:
 
 def judge(trial: Trial, own: Results, others: Results, now_s: float) -> Trial:
     """The trial after a look at the counts; the same one while nothing is decided."""
-    since, age_s = own.since(trial.own), now_s - trial.since_s
+    since, elsewhere, age_s = own.since(trial.own), others.since(trial.others), now_s - trial.since_s
+    everywhere = since.plus(elsewhere)
     match trial.stage:
-        case Stage.LOOK | Stage.PROBATION:
-            # Once all have it there is nobody left to compare with.
-            control = others.since(trial.others) if trial.stage is Stage.LOOK else Results()
-            if is_worse(since, trial.before, control):
-                return Trial(Stage.RETURNED, now_s, trial.before, own, others, trial.returns + 1, since)
-            if trial.stage is Stage.LOOK and age_s >= LOOK_S:
-                return msgspec.structs.replace(trial, stage=Stage.PROBATION)
-            return msgspec.structs.replace(trial, stage=Stage.GOOD) if age_s >= PROBATION_S else trial
-        case Stage.RETURNED if since.failed >= FAILED_MIN and since.share >= trial.bad.share / FACTOR:
+        case Stage.LOOK if is_worse(since, trial.before, elsewhere):
+            return _given_up(trial, own, others, now_s, since)
+        case Stage.PROBATION if is_worse(everywhere, trial.before_all, Results()):
+            # All have it, so there is nobody left to compare with.
+            return _given_up(trial, own, others, now_s, everywhere)
+        case Stage.LOOK if age_s >= LOOK_S:
+            return msgspec.structs.replace(trial, stage=Stage.PROBATION)
+        case Stage.PROBATION if age_s >= PROBATION_S:
+            return msgspec.structs.replace(trial, stage=Stage.GOOD)
+        case Stage.RETURNED if _is_as_bad(since, trial.bad) or _is_as_bad(everywhere, trial.bad):
             return msgspec.structs.replace(trial, stage=Stage.CLEARED)
         case Stage.RETURNED if age_s >= HELP_S:
             return msgspec.structs.replace(trial, stage=Stage.WAITING)
@@ -106,3 +113,14 @@ def judge(trial: Trial, own: Results, others: Results, now_s: float) -> Trial:
             return msgspec.structs.replace(trial, stage=Stage.LOOK, since_s=now_s, own=own, others=others)
         case _:
             return trial
+
+
+def _given_up(trial: Trial, own: Results, others: Results, now_s: float, bad: Results) -> Trial:
+    returns = trial.returns + 1
+    return msgspec.structs.replace(
+        trial, stage=Stage.RETURNED, since_s=now_s, own=own, others=others, returns=returns, bad=bad
+    )
+
+
+def _is_as_bad(since: Results, bad: Results) -> bool:
+    return since.failed >= FAILED_MIN and since.share >= bad.share / FACTOR

@@ -4,7 +4,7 @@ What one worker found out the others read off the board. Keys never wait: a chan
 going back to the last good Snapshot keeps the newest keys, so that a deleted key does not come back to life.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -17,6 +17,14 @@ from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 FOLLOW_S_MAX = 0.35  # a canary that hangs holds a change up for no longer
 ALIVE_MS_MAX = 500  # since a worker's last sweep
 BASIS_EVERY_S = 5.0  # so the time before a change that it is compared with is 5 to 10 s
+
+
+class Basis(NamedTuple):
+    """Counts at a moment."""
+
+    at_s: float
+    own: Results
+    others: Results
 
 
 class Owner(Protocol):
@@ -48,7 +56,7 @@ class Rollout:
         self._next_since_s = 0.0
         self._taken_s = 0.0
         self._trial: Trial | None = None
-        self._basis = [(0.0, Results()), (0.0, Results())]
+        self._basis = [Basis(0.0, Results(), Results())] * 2
 
     # --- from start to end ---
 
@@ -78,12 +86,12 @@ class Rollout:
         if returned[self._index] == version or version not in returned:
             self._set(Worker.SNAPSHOT_RETURNED, version)
             none = Results()
-            self._trial = Trial(Stage.WAITING, now_s, none, none, none, returns=1)
+            self._trial = Trial(Stage.WAITING, now_s, none, none, none, none, returns=1)
 
     def look(self, now_s: float) -> None:
         """Ten times a second. Cost: 4 µs when nothing changed."""
-        if now_s - self._basis[1][0] >= BASIS_EVERY_S:
-            self._basis = [self._basis[1], (now_s, self._own())]
+        if now_s - self._basis[1].at_s >= BASIS_EVERY_S:
+            self._basis = [self._basis[1], Basis(now_s, self._own(), self._others())]
         newest = self._file.changed()
         if newest is not None:
             self._arrived(newest, now_s)
@@ -150,14 +158,14 @@ class Rollout:
     def _try(self, newest: Snapshot, now_s: float) -> None:
         """Take it before the others do."""
         self._set(Worker.SNAPSHOT_TRYING, newest.version)
-        before = self._own().since(self._basis[0][1])
+        before, before_all = self._before()
         if not self._take(newest, now_s):
             self._set(Worker.SNAPSHOT_RETURNED, newest.version)
             self._set(Worker.SNAPSHOT_TRYING, 0)
             self._next = None
             self._owner.tell(newest.version, f"Snapshot {newest.version} cannot be used; {self._stays()}.")
             return
-        self._trial = Trial(Stage.LOOK, now_s, before, self._own(), self._others())
+        self._trial = Trial(Stage.LOOK, now_s, before, before_all, self._own(), self._others())
 
     # --- on trial ---
 
@@ -172,24 +180,26 @@ class Rollout:
             case Stage.GOOD:
                 self._settle()
             case Stage.RETURNED:
-                self._return(after, now_s)
+                self._return(after, trial.stage, now_s)
             case Stage.WAITING:
                 pass
             case Stage.LOOK | Stage.CLEARED if self._next is not None:
                 self._again(after, self._next, now_s)
 
-    def _return(self, trial: Trial, now_s: float) -> None:
+    def _return(self, trial: Trial, stage: Stage, now_s: float) -> None:
         given_up, took_s = self._current.version, now_s - self._taken_s
         self._set(Worker.SNAPSHOT_RETURNED, given_up)
         self._set(Worker.SNAPSHOT_PROVEN, self._good.version)
         self._set(Worker.SNAPSHOT_TRYING, 0)
         self._file.give_up(given_up)
-        bad, before = trial.bad, trial.before
+        bad, everywhere = trial.bad, stage is Stage.PROBATION
+        who = "all workers" if everywhere else f"worker {self._index}"
+        before = trial.before_all if everywhere else trial.before
         self._go_back(now_s)
         self._owner.tell(
             given_up,
             f"Snapshot {given_up} was given up after {took_s:.1f} s: with it {bad.failed} of {bad.ended} requests of "
-            f"worker {self._index} failed, before it {before.failed} of {before.ended}; {self._stays()}, and the other "
+            f"{who} failed, before it {before.failed} of {before.ended}; {self._stays()}, and the other "
             f"is tried again in {retry_after_s(trial.returns):.0f} s, sooner if going back does not help.",
         )
 
@@ -203,12 +213,12 @@ class Rollout:
     def _again(self, trial: Trial, newest: Snapshot, now_s: float) -> None:
         """Take what was returned from: on trial once more, or for good because going back did not help."""
         self._set(Worker.SNAPSHOT_RETURNED, 0)
-        before = self._own().since(self._basis[0][1])
+        before, before_all = self._before()
         if not self._take(newest, now_s):
             return
         if trial.stage is Stage.LOOK:
             self._set(Worker.SNAPSHOT_TRYING, newest.version)
-            self._trial = msgspec.structs.replace(trial, before=before)
+            self._trial = msgspec.structs.replace(trial, before=before, before_all=before_all)
             return
         self._owner.tell(
             newest.version, f"Snapshot {newest.version} is in use again: requests failed as often without it."
@@ -266,6 +276,12 @@ class Rollout:
     def _gateways(self) -> list[str]:
         """Those that both have: what fails in a new Gateway would not do better without it."""
         return [gateway.name for gateway in self._good.gateways]
+
+    def _before(self) -> tuple[Results, Results]:
+        """What ended in the last seconds, in this worker and in all."""
+        basis = self._basis[0]
+        own = self._own().since(basis.own)
+        return own, own.plus(self._others().since(basis.others))
 
     def _own(self) -> Results:
         return self._reader.of(self._index, self._gateways())
