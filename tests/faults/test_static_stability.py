@@ -222,7 +222,7 @@ def test_row_52_a_bad_change_stays_in_one_worker_and_is_taken_back(tmp_path: Pat
 
 
 def test_row_52_what_takes_much_away_is_asked_about(tmp_path: Path, quick: str) -> None:
-    port = int(quick.split(":")[2].split("/")[0])
+    port = httpx2.URL(quick).port
     many = [f"http://127.0.0.{number}:{port}/v1" for number in range(1, 16)]
     documents = [deployment("a", quick), deployment("b", ""), gateway("chat", "a", "b")]
     del documents[1]["url"]
