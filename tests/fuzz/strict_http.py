@@ -247,7 +247,7 @@ def _is_denied(method: bytes, path: bytes, host: bytes, gateway: bytes, head: He
     name = host.removesuffix(b".")
     if name != gateway and host != b"" and name != b"localhost" and host != b"localhost" and not _is_address(host):
         return True
-    origin = head.joined(b"origin")
+    origin = b", ".join(head.all_of(b"origin"))
     if head.all_of(b"origin") and origin.partition(b"://")[2] != head.joined(b"host"):
         return True
     models = path == b"/v1/models" or path.startswith(b"/v1/models/")
