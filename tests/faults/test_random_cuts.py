@@ -25,7 +25,8 @@ ANSWER_BYTES = 9000
 CLIENTS = 16
 QUICK = {"watching.patience.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
 # A breaker would soon leave nothing to cut.
-NO_BREAKER = {"worker.sys.modules['fleetgate.core.health'].BROKEN_IN_A_ROW": 1e9}
+_HEALTH = "worker.sys.modules['fleetgate.core.health']"
+NO_BREAKER = {f"{_HEALTH}.BROKEN_IN_A_ROW": 1e9, f"{_HEALTH}.RESULTS_MIN": 1e9}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def judge(port: int, number: int) -> str:
     return f"{kind} told" if events and "error" in events[-1] else f"{kind} cut without a word"
 
 
+@pytest.mark.timeout(120 + CUTS // 4)
 def test_no_cut_is_silent_and_greedy_answers_are_whole(two: Plane) -> None:
     with Chaos(two.walls[0].port) as chaos:
         one, other = two.deployments({"models": {"m": "well"}}, {"models": {"m": "well"}})

@@ -95,12 +95,14 @@ class Failed(msgspec.Struct, frozen=True):
     """The attempt in hand is lost.
 
     `sent` says whether the request had been sent, `resumable` whether an answer half-way out can go on elsewhere.
+    Units: `wait_s` is how long its engine asked to be left alone, 0 where it did not say.
     """
 
     failure: Failure
     sent: bool = True
     retry_after_s: float = 0.0
     resumable: bool = False
+    wait_s: float = 0.0
 
 
 class Finished(msgspec.Struct, frozen=True):

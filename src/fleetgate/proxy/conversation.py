@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fleetgate.proxy.hub import Hub
     from fleetgate.proxy.listener import ClientConnection
 
+COOLS_WAIT_MAX_S = 2.0  # FAULTS.md row 16: in place only for so long
 ROOM = Room()
 CONTENT_OK = Content(200)
 QUEUE_FULL = QueueFull()
@@ -164,6 +165,10 @@ class Conversation(Speaker):
         hub, lane, wanting = self.hub, self.lane, self.wanting
         assert wanting is not None
         gateway = lane.site.gateway
+        cools_s = lane.cools_s(hub.clock())
+        if cools_s > COOLS_WAIT_MAX_S:  # nobody will take it before, so its client hears of it now
+            self._report(Overdue(cools_s))
+            return
         if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
             shed = lane.room.latest(wanting.priority, self.request.key.name)
             if shed is None:
@@ -277,6 +282,8 @@ class Conversation(Speaker):
             self.hub.telemetry.cells[meters.failure(event.failure)] += 1
         if self.place is not None and event.failure is Failure.FULL:
             self.hub.tally(self.place.slot, REFUSED)
+            if event.wait_s > COOLS_WAIT_MAX_S:  # what is shorter, engines say of any full queue
+                self.hub.asked_to_wait(self.place, event.wait_s)
         if self.first_s and event.failure is not Failure.MISMATCH:
             event = self._resumable(event)
         if self.peer is not None:

@@ -12,10 +12,11 @@ import msgspec
 from fleetgate.core.admission import Ticket
 from fleetgate.core.board import TALLY_CELLS, Board, Signal, Worker
 from fleetgate.core.books import Books
-from fleetgate.core.exchange import Outcome
-from fleetgate.core.health import Breaker, Health
+from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Outcome
+from fleetgate.core.health import Breaker, Health, Sign, after, is_region_lost
 from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
+from fleetgate.core.outlook import COOLING
 from fleetgate.providers.spool import Happened, Spool
 from fleetgate.proxy import watching
 from fleetgate.proxy.auth import Gatekeeper
@@ -25,6 +26,7 @@ from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
+from fleetgate.proxy.sentences import region_sentence
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry, TokenMeter
 from fleetgate.proxy.transport.relay import Relay
@@ -76,6 +78,7 @@ class Hub:
         self._date_s = 0
         self._connections: dict[ClientConnection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._opened: dict[str, dict[str, float]] = {}  # by region, then Deployment: when a breaker of it last opened
         self._denied: dict[tuple[int, str], int] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
@@ -205,6 +208,43 @@ class Hub:
         peer.adopted_ms = max(peer.adopted_ms, until_ms)
         if health.breaker is Breaker.CLOSED:
             self.loop.call_soon(self.wake)
+        elif health.breaker is Breaker.OPEN:
+            self._suspect_region(peer)
+
+    def asked_to_wait(self, place: Place, wait_s: float) -> None:
+        """An engine is full and says for how long: nobody is sent there before. FAULTS.md row 16.
+
+        Of several Endpoints one speaks for itself only; for the others their limit does.
+        """
+        if len(place.peers) > 1:
+            return
+        now_s = self.clock()
+        place.cools_until_s = max(place.cools_until_s, now_s + min(wait_s, RETRY_AFTER_MAX_S))
+        self._cool(place, now_s)
+        self.learning.renew(place, int(now_s * 1000))
+
+    def _cool(self, place: Place, now_s: float) -> None:
+        if now_s < place.cools_until_s:
+            place.foreign = COOLING
+        else:
+            place.cools_until_s, place.foreign = 0.0, 0
+
+    def _suspect_region(self, opened: Peer) -> None:
+        """Where several Deployments of a region fall at once the rest of it gets one request at a time."""
+        now_s, tables = self.clock(), self.tables
+        for place in tables.places_of.get(opened, ()):
+            region = place.deployment.region
+            moments_s = self._opened.setdefault(region, {})
+            moments_s[place.deployment.name] = now_s
+            if not is_region_lost(moments_s, now_s):
+                continue
+            others = [one for one in tables.places.values() if one.deployment.region == region]
+            suspects = [peer for one in others for peer in one.peers if peer.health.breaker is Breaker.CLOSED]
+            for peer in suspects:
+                peer.health = after(peer.health, Sign.REGION_LOST, now_s)
+                tables.renew_fit(peer, now_s)
+            if suspects:
+                self.spool.add(Happened("Deployment", place.deployment.name, region_sentence(region, moments_s, now_s)))
 
     def adopt_ejections(self, now_s: float) -> None:
         """Follow the other workers: an Endpoint that one of them has ejected is out for this one too."""
@@ -226,6 +266,8 @@ class Hub:
                 slot = place.peers[0].endpoint.slot
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
                 place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
+            if place.cools_until_s:
+                self._cool(place, now_ms / 1000)
             if whole:
                 place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
             if whole or (place.fit, place.foreign) != before:

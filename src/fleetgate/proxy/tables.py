@@ -40,6 +40,7 @@ class Place:
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
         self.pulse = Pulse()
+        self.cools_until_s = 0.0  # until when its engine has asked to be left alone
         self.prefills = False  # whether its engine was seen to go on with what another had begun
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
@@ -94,6 +95,11 @@ class LaneState:
         self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
+
+    def cools_s(self, now_s: float) -> float:
+        """For how long every Deployment that is up has asked to be left alone; 0 where one has not."""
+        up = [place for candidate in self.candidates if (place := self.tables.places[candidate.slot]).fit > 0.0]
+        return max(0.0, min((place.cools_until_s - now_s for place in up), default=0.0))
 
     @property
     def ways(self) -> frozenset[Way]:
@@ -164,7 +170,7 @@ class Tables:
             place.renew_fit(now_s)
             known = last.places.get(deployment.slot) if last else None
             if known is not None and known.deployment == deployment:
-                place.pulse, place.prefills = known.pulse, known.prefills
+                place.pulse, place.prefills, place.cools_until_s = known.pulse, known.prefills, known.cools_until_s
         self.places_of: dict[Peer, list[Place]] = {}
         for place in self.places.values():
             for peer in place.peers:

@@ -449,9 +449,9 @@ class Relay:
                 connection.drop()
         self.owner.on_ended(self, tail)
 
-    def _fail(self, failure: Failure, retry_after_s: float = 0.0) -> None:
+    def _fail(self, failure: Failure, wait_s: float = 0.0) -> None:
         self.cancel()
-        self.owner.on_failed(self, Failed(failure, sent=True, retry_after_s=retry_after_s))
+        self.owner.on_failed(self, Failed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
 
 
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
@@ -481,7 +481,7 @@ def _retry_after_s(headers: dict[bytes, bytes]) -> float:
     if value.isdigit():
         return int(value) / 1000
     value = headers.get(b"retry-after", b"")
-    return float(value) if value.isdigit() and len(value) < 6 else RETRY_AFTER_DEFAULT_S
+    return float(value) if value.isdigit() and len(value) < 6 else 0.0
 
 
 def _failure_of_event(event: bytes) -> Failure:
