@@ -23,7 +23,7 @@ PATIENCE = {
     "conversation.WHOLE_ANSWER_MAX_S": 2.0,
     "conversation.STALL_MAX_S": 3.0,
     "listener.HEAD_WAIT_MAX_S": 0.5,
-    "listener.BODY_WAIT_MAX_S": 0.5,
+    "listener.BODY_GRACE_S": 0.5,
     "listener.IDLE_MAX_S": 1.0,
     "listener.UNREAD_MAX_S": 4.0,
 }
