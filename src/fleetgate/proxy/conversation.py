@@ -456,7 +456,7 @@ class Conversation(Speaker):
             ahead = max(1, len(self.lane.room))
             self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
-            self.client.transport.abort()  # it is the client that stalls, so nothing is said against the Endpoint
+            self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
         elif relay is not None:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
