@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from fleetgate.core.model import Deployment, Gateway, Snapshot
+from fleetgate.providers.signing import public_key
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.supervisor import shared_memory
@@ -121,6 +122,7 @@ class Cell:
     def __init__(self, data_dir: Path, answer: Callable[[Wire, int], None]) -> None:
         (data_dir / "seal.key").write_bytes(b"s" * 32)
         (data_dir / "pepper").write_bytes(b"p" * 32)
+        (data_dir / "signing.pub").write_bytes(public_key(b"k" * 32))
         board_fd, self.board = shared_memory(1)
         config = WorkerConfig(
             index=0, workers=1, data_dir=str(data_dir), board_fd=board_fd, listen_fd=-1, auth="none", access_log="off"
