@@ -326,6 +326,7 @@ class ClientConnection(asyncio.Protocol):
         left = self._leaving is not None and not self._buffer
         if left or not self.keep_alive or self._hub.draining:
             self.closing = True
+            self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for what is unsent, and nobody may read it
             self.transport.close()
             return
         self.deadline_s = now_s + IDLE_MAX_S
