@@ -98,7 +98,7 @@ class WorkerProcess:
             loop.add_reader(config.wake_fd, self._woken)
         hub.guards.begin(SWEEP_S)
         self._look_for_snapshot()
-        hub.sweep()
+        hub.guards.sweep()
         servers = [await self._listen(config.listen_fd, None)]
         if self._tls is not None:
             servers.append(await self._listen(config.tls_listen_fd, self._tls))
