@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test bench lock clean
+.PHONY: setup demo check test chaos bench lock clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -27,6 +27,15 @@ check: setup
 
 test: setup
 	$(BIN)/pytest $(ARGS)
+
+# Longer runs of what `make test` does briefly: SEEDS schedules, 10,000 cuts in all. A seed that fails is in the message.
+SEEDS ?= 5
+chaos: setup
+	@for seed in $$(seq 1 $(SEEDS)); do \
+	  echo "seed $$seed"; \
+	  FLEETGATE_SEED=$$seed FLEETGATE_CUTS=$$((10000 / $(SEEDS))) $(BIN)/pytest -q -s tests/faults/test_random_cuts.py || exit 1; \
+	  $(BIN)/python -m bench.region_kill --seed $$seed --seconds 60 --kills 6 || exit 1; \
+	done
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)

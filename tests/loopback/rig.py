@@ -20,10 +20,12 @@ from fleetgate.core.model import (
     Upstream,
     encode_snapshot,
 )
+from fleetgate.providers.signing import public_key, sign
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.supervisor import open_listeners, shared_memory
 
 PEPPER = b"p" * 32
+SIGNING_KEY = b"k" * 32
 
 
 class Rig:
@@ -43,6 +45,7 @@ class Rig:
         self.version = 0
         (data_dir / "pepper").write_bytes(PEPPER)
         (data_dir / "seal.key").write_bytes(b"s" * 32)
+        (data_dir / "signing.pub").write_bytes(public_key(SIGNING_KEY))
         self._options = {"auth": auth, "access_log": str(data_dir / "access.log"), "lb_grace_s": 0.0, **options}
 
     def config(self, index: int) -> WorkerConfig:
@@ -69,7 +72,7 @@ class Rig:
         config = self.config(index)
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
-        lines = ["from fleetgate.proxy import conversation, listener, worker"]
+        lines = ["from fleetgate.proxy import conversation, listener, watching, worker"]
         lines += [f"{name} = {value}" for name, value in self.patience.items()]
         process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)
@@ -79,9 +82,7 @@ class Rig:
         """Write the next Snapshot, as the publisher does."""
         self.version += 1
         snapshot = Snapshot(version=self.version, made_at_s=time.time(), **parts)  # type: ignore[arg-type]
-        fresh = self.data_dir / "snapshot.new"
-        fresh.write_bytes(encode_snapshot(snapshot))
-        fresh.rename(self.data_dir / "snapshot")
+        write_snapshot(self.data_dir, sign(encode_snapshot(snapshot), SIGNING_KEY))
 
     def wait_until_used(self) -> None:
         """Until every worker accepts and uses the last Snapshot."""
@@ -92,6 +93,10 @@ class Rig:
                 for w in workers
             )
         )
+
+    def wait_a_look(self) -> None:
+        """Until every worker has looked at the board again, which it does once a second."""
+        time.sleep(1.5)
 
     def __enter__(self) -> "Rig":
         for index in range(self.board.workers):
@@ -112,6 +117,13 @@ class Rig:
         for pair in self._pipes:
             for fd in pair:
                 os.close(fd)
+
+
+def write_snapshot(data_dir: Path, data: bytes) -> None:
+    """Replace the Snapshot file whole."""
+    fresh = data_dir / "snapshot.new"
+    fresh.write_bytes(data)
+    fresh.rename(data_dir / "snapshot")
 
 
 def mapped(board_fd: int, workers: int) -> Board:

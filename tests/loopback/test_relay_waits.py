@@ -19,9 +19,10 @@ from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
 
 MIB = 1024 * 1024
 PATIENCE = {
-    "conversation.FIRST_EVENT_MAX_S": 2.0,
-    "conversation.WHOLE_ANSWER_MAX_S": 2.0,
-    "conversation.STALL_MAX_S": 3.0,
+    "watching.patience.FIRST_UNKNOWN_S": 2.0,
+    "watching.WHOLE_ANSWER_MAX_S": 2.0,
+    "watching.patience.STALL_UNKNOWN_S": 3.0,
+    "watching.patience.STALL_MIN_S": 3.0,
     "listener.HEAD_WAIT_MAX_S": 0.5,
     "listener.BODY_GRACE_S": 0.5,
     "listener.IDLE_MAX_S": 1.0,

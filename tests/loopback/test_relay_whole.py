@@ -104,7 +104,7 @@ def test_when_every_deployment_fails_the_client_gets_one_clear_error(two: Plane,
         assert answer.headers["content-type"] == "application/json"
         assert answer.headers["x-fleetgate-attempts"] == "2" and answer.headers["x-request-id"]
         assert "says no" not in error["message"]
-        assert client.ask(request("ok")).status in (200, 503)  # the client's connection is as good as before
+        assert client.ask(request("ok")).status in (200, 429, 503)  # the client's connection is as good as before
     assert two.seen(0)[0] == name and two.seen(1)[0] == name
     two.wait_idle()
 

@@ -8,9 +8,11 @@ from fleetgate.core.exchange import (
     FINISHED,
     GONE,
     MOVES,
+    RESUMES_MAX,
     Command,
     Commit,
     Content,
+    Continue,
     Event,
     Exchange,
     Failed,
@@ -52,10 +54,15 @@ def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
             case Wait():
                 choices = [QueueFull(), Room(), Overdue(2.0), GONE]
             case Send():
-                lost = Failed(data.draw(failures), data.draw(st.booleans()), data.draw(st.floats(0, 300)))
+                lost = Failed(
+                    data.draw(failures),
+                    data.draw(st.booleans()),
+                    data.draw(st.floats(0, 300)),
+                    data.draw(st.booleans()),
+                )
                 choices = [lost, Content(200), Content(400), GONE]
             case _:
-                choices = [FINISHED, Failed(Failure.BROKEN), GONE]
+                choices = [FINISHED, Failed(Failure.BROKEN), Failed(Failure.BROKEN, resumable=True), GONE]
         event = data.draw(st.sampled_from(choices))
         commands.append(exchange.receive(event, 0.0))
     return commands
@@ -71,6 +78,7 @@ def test_every_life_ends_once_and_within_its_attempts(data: st.DataObject, attem
     assert exchange.sent <= attempts_max
     commits = [command for command in commands if isinstance(command, Commit)]
     assert len(commits) <= 1
+    assert sum(isinstance(command, Continue) for command in commands) <= exchange.resumes <= RESUMES_MAX
     if commits:
         assert not isinstance(commands[-1], Refuse), "an answer that has begun cannot be taken back"
     if isinstance(commands[-1], Interrupt):
@@ -89,6 +97,25 @@ def test_the_verdict_is_one_that_sdks_handle_well(failed: list[Failed], retries:
         assert retries == 0, "an SDK that is already retrying is not asked for more"
     if any(f.failure is Failure.FULL for f in failed):
         assert refusal.status == 429
+
+
+def test_answers_that_break_off_one_after_the_other_do_not_multiply() -> None:
+    """The first resume of each is free, the second comes out of the budget."""
+    budget, attempts, requests = RetryBudget(0.1, 0.0), 0, 1000
+    for number in range(requests):
+        exchange = Exchange(3, budget)
+        command: Command = exchange.start()
+        while not isinstance(command, Interrupt):
+            if isinstance(command, Pick):
+                slot = len(command.tried)
+                command = exchange.receive(Picked(Candidate(name=str(slot), slot=slot)), number / 1000)
+            elif isinstance(command, Send):
+                attempts += 1
+                command = exchange.receive(Content(200), number / 1000)
+            else:
+                command = exchange.receive(Failed(Failure.BROKEN, resumable=True), number / 1000)
+        assert exchange.outcome is Outcome.INTERRUPTED
+    assert attempts <= 2 * requests + 0.1 * requests + 2 * RETRY_FLOOR_PER_S
 
 
 def test_a_total_outage_is_not_multiplied() -> None:

@@ -62,7 +62,11 @@ def _whole(client: openai.OpenAI, number: int, tokens: int, shot: Shot) -> None:
 
 def _stream(client: openai.OpenAI, number: int, tokens: int, shot: Shot) -> None:
     raw = client.chat.completions.with_raw_response.create(
-        model=MODEL, messages=[{"role": "user", "content": _message(number)}], max_tokens=tokens, stream=True
+        model=MODEL,
+        messages=[{"role": "user", "content": _message(number)}],
+        max_tokens=tokens,
+        temperature=0,  # such a stream goes on elsewhere when it breaks off
+        stream=True,
     )
     _place(raw.headers, shot)
     finish_reason = None
@@ -146,6 +150,7 @@ class Story(threading.Thread):
         self.begun = threading.Event()
         self.region = ""
         self.events = 0
+        self.text = ""
         self.finish_reason: str | None = None
         self.error = ""
 
@@ -164,6 +169,7 @@ class Story(threading.Thread):
             model=MODEL,
             messages=[{"role": "user", "content": "Tell a very long story about a lighthouse."}],
             max_tokens=self._tokens,
+            temperature=0,
             stream=True,
             extra_body={"ignore_eos": True},  # the engine must not end it before the tour does
         )
@@ -172,14 +178,15 @@ class Story(threading.Thread):
             for chunk in stream:
                 for choice in chunk.choices:
                     self.events += bool(choice.delta.content)
+                    self.text += choice.delta.content or ""
                     self.finish_reason = choice.finish_reason or self.finish_reason
                 if self.events >= 3:
                     self.begun.set()
 
     @property
-    def ended_silently(self) -> bool:
-        """The worst end: the client believes that it has the whole answer."""
-        return not self.error and self.finish_reason is None
+    def whole(self) -> bool:
+        """Whether it came to its end."""
+        return not self.error and self.finish_reason is not None
 
 
 def quantile_s(values: Sequence[float], share: float) -> float:

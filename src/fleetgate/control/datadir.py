@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from fleetgate.providers.signing import public_key
+
 SECRET_BYTES = 32
 OWNER_TOKEN = "owner-token"  # noqa: S105 - a file's name
 API_ADDRESS = "api-address"
@@ -24,6 +26,7 @@ class DataDir(msgspec.Struct, frozen=True):
     owner_token: str
     pepper: bytes
     seal_key: bytes
+    signing_key: bytes
 
     @property
     def database(self) -> Path:
@@ -51,6 +54,7 @@ def open_data_dir(path: Path) -> DataDir:
             owner_token=_token(path / OWNER_TOKEN),
             pepper=_secret(path / "pepper"),
             seal_key=_secret(path / "seal.key"),
+            signing_key=_signing_key(path),
         )
     except OSError as error:
         raise Unusable(unusable_sentence(path, error)) from error
@@ -92,6 +96,15 @@ def _secret(path: Path) -> bytes:
     if len(data) != SECRET_BYTES:
         raise Unusable(f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; put it back from a backup")
     return data
+
+
+def _signing_key(path: Path) -> bytes:
+    """The key that signs Snapshots; its public half lies beside it, which is all that proxies read."""
+    key = _secret(path / "signing.key")
+    public = path / "signing.pub"
+    if not public.exists() or public.read_bytes() != public_key(key):
+        write_whole(public, public_key(key))
+    return key
 
 
 def _token(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 from urllib.parse import urlsplit
 
 import msgspec
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from fleetgate.core import strategies
@@ -181,12 +181,6 @@ def _secret(value: str) -> str:
     return value
 
 
-def _hedge(value: object) -> object:
-    if off_word(value) != "off":
-        refuse("hedging comes in a later release", "use off today")
-    return "off"
-
-
 Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"pattern": f"^{_LABEL.pattern}$"})]
 Domain = Annotated[str, AfterValidator(_domain)]
 Region = Annotated[str, AfterValidator(_region)]
@@ -199,5 +193,4 @@ BaseUrl = Annotated[str, AfterValidator(_url)]
 Expires = Annotated[str, AfterValidator(_expires)]
 StrategyName = Annotated[str, AfterValidator(_strategy)]
 Protocol = Annotated[str, AfterValidator(_protocol)]
-OffOnly = Annotated[str, BeforeValidator(_hedge)]
 SecretText = Annotated[str, AfterValidator(_secret)]

@@ -15,6 +15,7 @@ from fleetgate.control.store.database import Database
 from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
 from fleetgate.providers.base import ManagedDeployment
 from fleetgate.providers.sealing import CannotUnseal, seal, unseal
+from fleetgate.providers.signing import NotSigned, public_key, sign, verified
 
 DEBOUNCE_S = 0.005  # several changes made at once become one Snapshot
 RETRY_S = 1.0
@@ -105,7 +106,7 @@ class Publisher:
             rows.save_number(connection, VERSION, version)
         snapshot = msgspec.structs.replace(built, version=version, made_at_s=time.time())
         try:
-            write_whole(self._data_dir.snapshot, encode_snapshot(snapshot))
+            write_whole(self._data_dir.snapshot, sign(encode_snapshot(snapshot), self._data_dir.signing_key))
         except OSError as error:
             raise Unusable(unusable_sentence(self._data_dir.path, error)) from error
         self.current = snapshot
@@ -131,8 +132,9 @@ class Publisher:
 
     def _last(self) -> Snapshot | None:
         try:
-            return decode_snapshot(self._data_dir.snapshot.read_bytes())
+            data = self._data_dir.snapshot.read_bytes()
+            return decode_snapshot(verified(data, public_key(self._data_dir.signing_key)))
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, NotSigned):
             return None  # unreadable or damaged: the store has everything, and the next version replaces it

@@ -209,7 +209,7 @@ class Resilience(Part):
     retry_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     connect_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
     resume: Annotated[Literal["auto", "off"], BeforeValidator(fields.off_word)] = "auto"
-    hedge: fields.OffOnly = "off"
+    hedge: Annotated[Literal["off", "critical", "all"], BeforeValidator(fields.off_word)] = "off"
 
 
 class PolicySet(Part):

@@ -56,9 +56,10 @@ class Signal(IntEnum):
     LOAD_SEEN_MS = 5
     RTT_US = 6
     FOREIGN = 7  # requests at the engine that did not come through here
+    PREFILL = 8  # 1 where it was seen to go on with what another had begun, 2 where it does not, 0 not known
 
 
-SIGNAL_CELLS = 8
+SIGNAL_CELLS = 9
 
 
 class Work(IntEnum):

@@ -2,6 +2,7 @@
 
 The shell reports what happened (`receive`) and does what it is told (a Command). Until the commit point, which is the
 first content event sent to the client, any failure moves the request to another Deployment and the client sees nothing.
+After it, an answer that can be resumed goes through the same states again; its client waits inside the stream.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fleetgate.core.strategies import Candidate
 RETRY_AFTER_MAX_S = 60.0  # official SDKs do not wait longer than 120 s, and a client should come back while it cares
 RETRY_AFTER_NONE_UP_S = 5.0
 RETRY_AFTER_FULL_S = 1.0
+RESUMES_MAX = 2  # FAULTS.md section 2
 
 
 class State(IntEnum):
@@ -40,6 +42,7 @@ class Failure(StrEnum):
     TLS = "tls"
     CREDENTIAL = "credential"  # the engine refused our credential, not the client's key
     MODEL_MISSING = "model_missing"
+    MISMATCH = "mismatch"  # another Deployment's answer is another one: nobody's fault
 
 
 class Outcome(StrEnum):
@@ -89,11 +92,17 @@ class Content(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The attempt in hand is lost. `sent` says whether the request had been sent."""
+    """The attempt in hand is lost.
+
+    `sent` says whether the request had been sent, `resumable` whether an answer half-way out can go on elsewhere.
+    Units: `wait_s` is how long its engine asked to be left alone, 0 where it did not say.
+    """
 
     failure: Failure
     sent: bool = True
     retry_after_s: float = 0.0
+    resumable: bool = False
+    wait_s: float = 0.0
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -129,6 +138,10 @@ class Commit(msgspec.Struct, frozen=True):
     """Send what was held back and relay the rest."""
 
 
+class Continue(msgspec.Struct, frozen=True):
+    """The answer goes on from another Deployment."""
+
+
 class Refuse(msgspec.Struct, frozen=True):
     """Answer with an error. `should_retry` is for SDKs that retry by themselves; None leaves it to them."""
 
@@ -150,13 +163,14 @@ class Finish(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
-Command = Pick | Wait | Send | Commit | Refuse | Interrupt | Finish
+Command = Pick | Wait | Send | Commit | Continue | Refuse | Interrupt | Finish
 
 # A member read off its enum costs 70 ns each time, a name of this module 5.
 _PICKING, _WAITING, _TRYING, _COMMITTED, _ENDED = State
 _OK, _CLIENT_ERROR = Outcome.OK, Outcome.CLIENT_ERROR
 
 COMMIT = Commit()
+CONTINUE = Continue()
 WAIT = Wait()
 PICK = Pick()
 FINISHED = Finished()
@@ -180,6 +194,7 @@ class Exchange:
         "failures",
         "moves",
         "outcome",
+        "resumes",
         "sent",
         "state",
         "tried",
@@ -194,12 +209,18 @@ class Exchange:
         self.failures: tuple[Failed, ...] = ()
         self.sent = 0
         self.moves = 0
+        self.resumes = 0  # from the first on, what fails is an answer, and no longer a request
         self.outcome: Outcome | None = None
 
     def start(self) -> Pick:
         """The first command."""
         self._budget.request()
         return PICK
+
+    def hedged(self, candidate: Candidate) -> None:
+        """A second attempt runs beside the one in hand; which of them it is that brings content makes no difference."""
+        self.tried = (*self.tried, candidate.slot)
+        self.sent += 1
 
     def receive(self, event: Event, now_s: float) -> Command:
         """What to do now that this happened.
@@ -242,6 +263,8 @@ class Exchange:
 
     def _commit(self, event: Content, now_s: float) -> Command:
         self.state = _COMMITTED
+        if self.resumes:
+            return CONTINUE
         self.outcome = _OK if event.status < 400 else _CLIENT_ERROR
         return COMMIT
 
@@ -249,6 +272,10 @@ class Exchange:
         self.failures = (*self.failures, event)
         if not event.sent:
             self.sent -= 1
+        if self.resumes and not event.resumable:
+            return self._break_off(event.failure)
+        if event.failure is Failure.POISON:  # a third engine is not risked
+            return self._refuse(verdict(self.failures, self._client_retries))
         if self.sent >= self._attempts_max:
             return self._refuse(verdict(self.failures, self._client_retries))
         # The first move carries load elsewhere and multiplies nothing; from the second on a total outage would.
@@ -258,11 +285,19 @@ class Exchange:
         self.state = _PICKING
         return Pick(self.tried)
 
-    def _interrupt(self, event: Failed, now_s: float) -> Command:
-        self.state = _ENDED
-        self.outcome = Outcome.INTERRUPTED
+    def _lose(self, event: Failed, now_s: float) -> Command:
+        """The answer broke off half-way."""
         self.failures = (*self.failures, event)
-        return Interrupt(event.failure)
+        if not event.resumable or self.resumes >= RESUMES_MAX:
+            return self._break_off(event.failure)
+        # The first resume carries load elsewhere, as a first move does; a second one would multiply an outage.
+        if self.resumes and not self._budget.take(now_s):
+            return self._break_off(event.failure)
+        self.resumes += 1
+        self.moves += 1
+        self.sent = 0
+        self.state = _PICKING
+        return Pick(self.tried)
 
     def _finish(self, event: Finished, now_s: float) -> Command:
         self.state = _ENDED
@@ -273,7 +308,14 @@ class Exchange:
         self.outcome = Outcome.CLIENT_GONE
         return Finish(Outcome.CLIENT_GONE)
 
-    def _refuse(self, refusal: Refuse) -> Refuse:
+    def _break_off(self, failure: Failure) -> Interrupt:
+        self.state = _ENDED
+        self.outcome = Outcome.INTERRUPTED
+        return Interrupt(failure)
+
+    def _refuse(self, refusal: Refuse) -> Refuse | Interrupt:
+        if self.resumes:  # its client has a half answer already, and no status can be sent any more
+            return self._break_off(self.failures[-1].failure)
         self.state = _ENDED
         self.outcome = Outcome.REFUSED if refusal.status in (429, 503) else Outcome.FAILED
         return refusal
@@ -292,7 +334,7 @@ MOVES: dict[tuple[State, type], Callable[..., Command]] = {
     (State.TRYING, Failed): Exchange._move,
     (State.TRYING, Gone): Exchange._leave,
     (State.COMMITTED, Finished): Exchange._finish,
-    (State.COMMITTED, Failed): Exchange._interrupt,
+    (State.COMMITTED, Failed): Exchange._lose,
     (State.COMMITTED, Gone): Exchange._leave,
 }
 

@@ -1,6 +1,7 @@
 """The Snapshot and its parts: the immutable routing state that a proxy works from, replaced whole, never edited."""
 
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -8,6 +9,9 @@ import msgspec
 DEPLOYMENTS_MAX = 1024
 ENDPOINTS_MAX = 4096
 GATEWAYS_MAX = 256
+DeploymentSlot = Annotated[int, msgspec.Meta(ge=0, lt=DEPLOYMENTS_MAX)]
+EndpointSlot = Annotated[int, msgspec.Meta(ge=0, lt=ENDPOINTS_MAX)]
+GatewaySlot = Annotated[int, msgspec.Meta(ge=0, lt=GATEWAYS_MAX)]
 
 
 class Tier(StrEnum):
@@ -24,7 +28,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     `base_path` is the path part of the URL an SDK would be given, without a trailing slash: `/v1`.
     """
 
-    slot: int
+    slot: EndpointSlot
     scheme: str
     host: str
     port: int
@@ -81,7 +85,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     operator typed the limit, which then nothing but a refusal may lower.
     """
 
-    slot: int
+    slot: DeploymentSlot
     name: str
     region: str
     engine: str
@@ -153,7 +157,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 class Gateway(msgspec.Struct, frozen=True, kw_only=True):
     """The user's object: what is reached at `<name>.<domain>` and how its requests are spread."""
 
-    slot: int
+    slot: GatewaySlot
     name: str
     domain: str
     protocol: str
@@ -216,4 +220,9 @@ def decode_snapshot(data: bytes) -> Snapshot:
 
     Raises: `msgspec.ValidationError` or `msgspec.DecodeError` when the bytes are not a whole Snapshot.
     """
-    return _decode(data)
+    try:
+        return _decode(data)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"a text in it is not UTF-8: {error}") from None
+    except RecursionError:
+        raise msgspec.DecodeError("it nests too deep") from None

@@ -18,6 +18,7 @@ SHORT_ANSWER_TOKENS = 18.0
 # Of the time that an empty batch leaves for prompts: a request's own may not count for all of it, or a long one would
 # have room nowhere but in an idle replica, of which there are none under load.
 OWN_HEADROOM_MAX = 0.6
+COOLING = 1_000_000  # requests of others, more than any limit: its engine has asked to be left alone for a while
 
 
 class Seat(NamedTuple):

@@ -8,7 +8,8 @@ import msgspec
 from fleetgate.core.capacity import REFERENCE_OUTPUT_TOKENS, REFERENCE_PROMPT_TOKENS
 from fleetgate.core.forecast import Fit
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.core.strategies import Candidate, Load, Ranking, Strategy, Turn, find, find_lead
+from fleetgate.core.outlook import COOLING
+from fleetgate.core.strategies import Candidate, Load, Ranking, Standing, Strategy, Turn, find, find_lead
 
 
 class NoPlace(StrEnum):
@@ -81,7 +82,7 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
             left_out.append((candidate.name, "not healthy"))
         elif standing.limit and standing.in_flight >= standing.limit:
             full += 1
-            left_out.append((candidate.name, f"full: {standing.in_flight} of {standing.limit} in flight"))
+            left_out.append((candidate.name, full_sentence(standing)))
         else:
             fit.append(candidate)
     if fit:
@@ -97,6 +98,13 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
             return Decision(ranking.order, ranking.turn, tuple(left_out))
     reason = NoPlace.ALL_FULL if full else NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP
     return Rejection(reason, tuple(left_out))
+
+
+def full_sentence(standing: Standing) -> str:
+    """Why a Deployment has no free place."""
+    if standing.in_flight >= COOLING:
+        return "full: its engine asked to be left alone for a while"
+    return f"full: {standing.in_flight} of {standing.limit} in flight"
 
 
 def late_sentence(fit: Fit | None) -> str:

@@ -10,6 +10,7 @@ from fleetgate.proxy.transport.relay import Relay
 
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
+    from fleetgate.proxy.speaking import Speaker
 
 _OK = status_line(200)
 _CLOSE = b"connection: close\r\n"
@@ -48,6 +49,33 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
         framing,
         conversation.request_id,
         conversation.attempts,
+    )
+
+
+def early_head(conversation: "Speaker", place: Place) -> bytes:
+    """The head of a stream whose first event is not here yet; it names the attempt in hand."""
+    client_headers = conversation.request.answer_headers
+    if not conversation.client.keep_alive or conversation.hub.draining:
+        client_headers += _CLOSE
+    framing = b"" if conversation.request.raw else b"transfer-encoding: chunked\r\n"
+    fields = place.answer_headers + client_headers + framing
+    return b"%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
+        _OK,
+        conversation.hub.date_line,
+        b"content-type: text/event-stream; charset=utf-8\r\n",
+        fields,
+        conversation.request_id,
+        conversation.attempts,
+    )
+
+
+def place_comment(place: Place, attempts: int) -> bytes:
+    """Who answers from here on, where the head named somebody else: a comment, which SDKs ignore."""
+    deployment = place.deployment
+    return b": fleetgate deployment=%b region=%b attempts=%d\n\n" % (
+        deployment.name.encode(),
+        deployment.region.encode(),
+        attempts,
     )
 
 

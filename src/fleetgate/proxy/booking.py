@@ -64,6 +64,12 @@ class Booking:
         """The Endpoint that was chosen."""
         return self._hold.endpoint_slot
 
+    @property
+    def predicted_s(self) -> float | None:
+        """The TTFT that was predicted of it, None where no Profile does."""
+        fit = self._placed.fit
+        return fit.ttft_s if fit is not None else None
+
     def moved(self, endpoint_slot: int) -> None:
         """Another Endpoint of the same Deployment takes it: the chosen one has just fallen out."""
         if endpoint_slot != self._hold.endpoint_slot:
@@ -79,6 +85,10 @@ class Booking:
             self._hub.ttft_error.observe(abs(observed_s - fit.ttft_s))
             if self._promised and ttft_s > self._placed.target_s:
                 self._hub.tally(self._hold.slot, _TTFT_LATE)
+
+    def went_on(self, now_s: float) -> None:
+        """An answer that broke off elsewhere goes on here: its prompt is through, and nothing is learned from it."""
+        self._hold = self._hub.books.started(self._hold, now_s)
 
     def watch(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
         """Once a second. Units: `tokens` that its stream has brought by now, -1 before the first.

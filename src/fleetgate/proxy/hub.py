@@ -12,11 +12,13 @@ import msgspec
 from fleetgate.core.admission import Ticket
 from fleetgate.core.board import TALLY_CELLS, Board, Signal, Worker
 from fleetgate.core.books import Books
-from fleetgate.core.exchange import Outcome
-from fleetgate.core.health import Breaker, Health
+from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Outcome
+from fleetgate.core.health import Breaker, Health, Sign, after, is_region_lost
 from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
+from fleetgate.core.outlook import COOLING
 from fleetgate.providers.spool import Happened, Spool
+from fleetgate.proxy import watching
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
@@ -25,6 +27,7 @@ from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
+from fleetgate.proxy.sentences import region_sentence
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry, TokenMeter
 from fleetgate.proxy.transport.relay import Relay
@@ -76,6 +79,7 @@ class Hub:
         self._date_s = 0
         self._connections: dict[ClientConnection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._opened: dict[str, dict[str, float]] = {}  # by region, then Deployment: when a breaker of it last opened
         self._denied: dict[tuple[int, str], int] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
@@ -206,6 +210,43 @@ class Hub:
         peer.adopted_ms = max(peer.adopted_ms, until_ms)
         if health.breaker is Breaker.CLOSED:
             self.loop.call_soon(self.wake)
+        elif health.breaker is Breaker.OPEN:
+            self._suspect_region(peer)
+
+    def asked_to_wait(self, place: Place, wait_s: float) -> None:
+        """An engine is full and says for how long: nobody is sent there before. FAULTS.md row 16.
+
+        Of several Endpoints one speaks for itself only; for the others their limit does.
+        """
+        if len(place.peers) > 1:
+            return
+        now_s = self.clock()
+        place.cools_until_s = max(place.cools_until_s, now_s + min(wait_s, RETRY_AFTER_MAX_S))
+        self._cool(place, now_s)
+        self.learning.renew(place, int(now_s * 1000))
+
+    def _cool(self, place: Place, now_s: float) -> None:
+        if now_s < place.cools_until_s:
+            place.foreign = COOLING
+        else:
+            place.cools_until_s, place.foreign = 0.0, 0
+
+    def _suspect_region(self, opened: Peer) -> None:
+        """Where several Deployments of a region fall at once the rest of it gets one request at a time."""
+        now_s, tables = self.clock(), self.tables
+        for place in tables.places_of.get(opened, ()):
+            region = place.deployment.region
+            moments_s = self._opened.setdefault(region, {})
+            moments_s[place.deployment.name] = now_s
+            if not is_region_lost(moments_s, now_s):
+                continue
+            others = [one for one in tables.places.values() if one.deployment.region == region]
+            suspects = [peer for one in others for peer in one.peers if peer.health.breaker is Breaker.CLOSED]
+            for peer in suspects:
+                peer.health = after(peer.health, Sign.REGION_LOST, now_s)
+                tables.renew_fit(peer, now_s)
+            if suspects:
+                self.spool.add(Happened("Deployment", place.deployment.name, region_sentence(region, moments_s, now_s)))
 
     def adopt_ejections(self, now_s: float) -> None:
         """Follow the other workers: an Endpoint that one of them has ejected is out for this one too."""
@@ -227,8 +268,19 @@ class Hub:
                 slot = place.peers[0].endpoint.slot
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
                 place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
+            if place.cools_until_s:
+                self._cool(place, now_ms / 1000)
+            if whole:
+                place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
             if whole or (place.fit, place.foreign) != before:
                 self.learning.renew(place, now_ms)
+
+    def resumed(self, conversation: Conversation) -> None:
+        """An answer that broke off goes on elsewhere."""
+        resumption = conversation.resumption
+        assert resumption is not None
+        labels = {"gateway": conversation.lane.site.gateway.name, "way": str(resumption.way)}
+        self.telemetry.cells[self.telemetry.counter("fleetgate_resumes_total", labels)] += 1
 
     def note_upstream_trouble(self, place: Place, what: str) -> None:
         """Log why a Deployment cannot be reached, once in a while."""
@@ -264,7 +316,10 @@ class Hub:
         if relay is not None:
             usage = relay.usage
             if relay.stream and relay.event_count > 1:
-                meters.tpot.observe((now_s - first_s) / (relay.event_count - 1))
+                tpot_s = (now_s - first_s) / (relay.event_count - 1)
+                meters.tpot.observe(tpot_s)
+                if outcome is Outcome.OK and place is not None and not conversation.exchange.resumes:
+                    place.pulse.saw_stream(tpot_s)
             if usage is not None:
                 prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
                 output_tokens = usage.completion_tokens or usage.output_tokens or 0
@@ -325,9 +380,11 @@ class Hub:
         furthest: dict[int, int] = {}
         for conversation in list(self.conversations):
             if watch:
-                conversation.watch(now_s, furthest)
+                watching.watch(conversation, now_s, furthest)
             if conversation.deadline_s <= now_s:
                 conversation.overdue(now_s)
+            elif conversation.lane.hedges:
+                watching.perhaps_hedge(conversation, now_s)
         self.adopt_ejections(now_s)
         self._renew_places(int(now_s * 1000), watch)
         if self.waiters:

@@ -16,7 +16,7 @@ from fleetgate.core.estimate import UNKNOWN_BATCH, Estimate, Sighting, Steps
 from fleetgate.core.forecast import Fit
 from fleetgate.core.learn import Change, Counts, Signals
 from fleetgate.core.model import Deployment, Slo, Snapshot
-from fleetgate.core.outlook import Outlook, Seat
+from fleetgate.core.outlook import COOLING, Outlook, Seat
 
 if TYPE_CHECKING:
     from fleetgate.proxy.tables import Place
@@ -96,6 +96,8 @@ class Learning:
             estimate.limits.limit = float(limit)
             estimate.limits.margin = margin_permille / 1000
         outlook = estimate.outlook(Sighting(place.fit, seats, place.foreign, rtt_s))
+        if place.foreign >= COOLING and not outlook.limit:
+            outlook = msgspec.structs.replace(outlook, limit=1)  # without a limit nothing is ever full
         self.outlooks[deployment.slot] = outlook
         place.limit = outlook.limit
 

@@ -344,6 +344,11 @@ class ClientConnection(asyncio.Protocol):
             self._hub.loop.call_soon(self._next)
 
     @property
+    def unread(self) -> bool:
+        """Whether the client is behind with reading what it was sent."""
+        return self._unread
+
+    @property
     def is_new(self) -> bool:
         """Whether its first request is still to come."""
         return self._remembered is None

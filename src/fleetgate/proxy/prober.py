@@ -1,6 +1,6 @@
 """Asks Endpoints how they are: one worker does it for all and writes what it learns on the board.
 
-Readiness and load are read with GET; no generation request is ever sent that no client asked for.
+Readiness and load are read with GET; the one generation request that no client asked for is `prefill.py`'s.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ ANSWER_BYTES_MAX = 1024 * 1024
 UNKNOWN = -1
 
 
-class Get:
-    """One GET on a connection of its own."""
+class OneAnswer:
+    """One answer on a connection of its own."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.answer: asyncio.Future[tuple[ResponseHead, bytes]] = loop.create_future()
@@ -134,7 +134,7 @@ class Prober:
         self._write(hub.board, peer.endpoint.slot, up, rtt_us)
 
     async def _get(self, connection: UpstreamConnection, peer: Peer, path: str) -> tuple[ResponseHead, bytes]:
-        get = Get(self._hub.loop)
+        get = OneAnswer(self._hub.loop)
         host = peer.endpoint.host
         head = f"GET {path} HTTP/1.1\r\nhost: {host}:{peer.endpoint.port}\r\nuser-agent: fleetgate-probe\r\n"
         connection.carry(get, ((head + "accept-encoding: identity\r\nconnection: close\r\n\r\n").encode(),))

@@ -8,17 +8,24 @@ import msgspec
 from fleetgate.core.admission import DrainRate
 from fleetgate.core.affinity import Affinity
 from fleetgate.core.desk import Desk
+from fleetgate.core.health import Breaker, current
+from fleetgate.core.hedging import FirstTokens
 from fleetgate.core.limits import RetryBudget
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
+from fleetgate.core.patience import Pulse
 from fleetgate.core.route import Lane, lanes_of
 from fleetgate.core.strategies import Candidate
 from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
+from fleetgate.protocols.resume import Way
 from fleetgate.providers.sealing import unseal
 from fleetgate.proxy.telemetry import Histogram, Telemetry
 from fleetgate.proxy.transport.relay import Names
 from fleetgate.proxy.transport.upstream import EgressRule, Peer
 from fleetgate.rules.body import BodyReader
 from fleetgate.rules.ruleset import RuleSet
+
+ANY_ENGINE = frozenset({Way.REPLAY})
+EVERY_WAY = frozenset(Way)
 
 
 class Place:
@@ -32,6 +39,9 @@ class Place:
         self.limit = deployment.concurrency_max  # as it is now; 0 for none. Renewed with what was learned
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
+        self.pulse = Pulse()
+        self.cools_until_s = 0.0  # until when its engine has asked to be left alone
+        self.prefills = False  # whether its engine was seen to go on with what another had begun
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
         names = (msgspec.json.encode(deployment.name), msgspec.json.encode(deployment.region))
@@ -76,20 +86,34 @@ class LaneState:
         self.desk = Desk(site.gateway, lane)
         self.room = self.desk.room
         self.candidates = lane.candidates
+        self.hedges = site.gateway.resilience.hedge != "off"
         self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
         self.has_choice = sum(len(tables.places[c.slot].peers) for c in lane.candidates) > 1
+        self.resumes = self.has_choice and site.gateway.resilience.resume == "auto"
+        self.first_tokens = FirstTokens()
         self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
 
+    def cools_s(self, now_s: float) -> float:
+        """For how long every Deployment that is up has asked to be left alone; 0 where one has not."""
+        up = [place for candidate in self.candidates if (place := self.tables.places[candidate.slot]).fit > 0.0]
+        return max(0.0, min((place.cools_until_s - now_s for place in up), default=0.0))
+
+    @property
+    def ways(self) -> frozenset[Way]:
+        """How answers of this Lane can go on elsewhere."""
+        places = self.tables.places
+        return EVERY_WAY if any(places[c.slot].prefills for c in self.candidates) else ANY_ENGINE
+
     def _lead(self, tables: "Tables") -> Candidate | None:
         """Whom requests may be given to without asking the strategy, up to its limit.
 
-        Only where no Profile predicts and no policy has a say: then there is nothing to weigh.
+        Only where no Profile predicts, no policy has a say and nothing is hedged: then there is nothing to weigh.
         """
         lead = self.lane.lead
-        if lead is None or not self.site.rules.is_empty or lead.overflow_at < 1.0:
+        if lead is None or self.hedges or not self.site.rules.is_empty or lead.overflow_at < 1.0:
             return None
         return lead if tables.places[lead.slot].deployment.profile is None else None
 
@@ -142,8 +166,11 @@ class Tables:
         self.peers: dict[tuple[Endpoint, str, bool], Peer] = {}
         self.places: dict[int, Place] = {}
         for deployment in snapshot.deployments:
-            self.places[deployment.slot] = self._place(deployment, maker, peers, snapshot.egress_allow)
-            self.places[deployment.slot].renew_fit(now_s)
+            place = self.places[deployment.slot] = self._place(deployment, maker, peers, snapshot.egress_allow)
+            place.renew_fit(now_s)
+            known = last.places.get(deployment.slot) if last else None
+            if known is not None and known.deployment == deployment:
+                place.pulse, place.prefills, place.cools_until_s = known.pulse, known.prefills, known.cools_until_s
         self.places_of: dict[Peer, list[Place]] = {}
         for place in self.places.values():
             for peer in place.peers:
@@ -155,6 +182,11 @@ class Tables:
             self._add_site(gateway, maker, last, now_s)
         if self.default is None and len(self.sites) == 1:
             self.default = next(iter(self.sites.values()))
+
+    def try_out(self, peer: Peer, now_s: float) -> None:
+        """An Endpoint that was out gets one real request; until it is known how that went, no other."""
+        peer.trial = current(peer.health, now_s) is Breaker.HALF_OPEN
+        self.renew_fit(peer, now_s)
 
     def renew_fit(self, peer: Peer, now_s: float) -> None:
         """A Peer's breaker or trial changed."""
@@ -199,6 +231,7 @@ class Tables:
                 lane.desk.turn = before.lanes[model].desk.turn
                 lane.drain = before.lanes[model].drain
                 lane.affinity = before.lanes[model].affinity
+                lane.first_tokens = before.lanes[model].first_tokens
             for candidate in lane.lane.candidates:
                 lane.meters[candidate.slot] = maker.meters(gateway.name, candidate.name, candidate.region)
         self.sites[gateway.host.encode()] = site

@@ -22,6 +22,7 @@ from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.door import Door
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.prefill import PrefillProbe
 from fleetgate.proxy.prober import Prober
 from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 from fleetgate.proxy.tables import Maker, Tables
@@ -70,7 +71,7 @@ class WorkerProcess:
         self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Gatekeeper(pepper))
         self.hub.maker = Maker(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
         self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
-        self._snapshots = SnapshotFile(data_dir / "snapshot")
+        self._snapshots = SnapshotFile(data_dir / "snapshot", (data_dir / "signing.pub").read_bytes())
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
@@ -98,12 +99,15 @@ class WorkerProcess:
             loop.add_reader(config.wake_fd, self._woken)
         hub.guards.begin(SWEEP_S)
         self._look_for_snapshot()
+        if not hub.tables.version:
+            self._start_from_last_good()
         hub.guards.sweep()
         servers = [await self._listen(config.listen_fd, None)]
         if self._tls is not None:
             servers.append(await self._listen(config.tls_listen_fd, self._tls))
         sweeper = loop.create_task(self._sweep_forever())
         prober = loop.create_task(self._prober.run())
+        prefill = loop.create_task(PrefillProbe(hub, lambda: self._prober.mine).run())
         # What is there now stays: the collector need not walk it again. HOTPATH.md rule 13.
         gc.collect()
         gc.freeze()
@@ -113,6 +117,7 @@ class WorkerProcess:
         await self._drain(servers)
         sweeper.cancel()
         prober.cancel()
+        prefill.cancel()
         hub.log.close()
         if hub.recorder is not None:
             hub.recorder.log.close()
@@ -142,6 +147,13 @@ class WorkerProcess:
         if snapshot is not None and snapshot.version > self.hub.tables.version:
             self._use(snapshot)
 
+    def _start_from_last_good(self) -> None:
+        """There is no good Snapshot: serve with the one that was in use before."""
+        snapshot = self._snapshots.last_good()
+        if snapshot is not None:
+            self._use(snapshot)
+            self._say(f"starting with Snapshot {snapshot.version}, the last good one")
+
     def _use(self, snapshot: Snapshot) -> None:
         try:
             tables = Tables(snapshot, self.hub.maker, self.hub.tables, self.hub.clock())
@@ -149,6 +161,7 @@ class WorkerProcess:
             self._say(f"Snapshot {snapshot.version} is not usable and the last good one stays in use: {error}")
             return
         self.hub.use(tables)
+        self._snapshots.keep()
 
     def _orphaned(self) -> None:
         """The supervisor is dead: a worker must not outlive it, so there is no grace."""

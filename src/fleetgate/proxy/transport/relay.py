@@ -11,6 +11,7 @@ from fleetgate.core.exchange import Failed, Failure
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
 from fleetgate.protocols.openai import Meaning, Operation, Usage
+from fleetgate.protocols.resume import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.transport.remainder import Remainder
 from fleetgate.proxy.transport.upstream import UpstreamConnection
@@ -90,6 +91,7 @@ class Relay:
     status = 0
     stream = False
     paused = False  # the client reads slower than the upstream writes
+    reset = False  # the connection broke under it, after the whole request had been sent
     raw = False  # an HTTP/1.0 client: no chunked framing
     event_count = 0
     beats = 0  # reads that were not one plain event: comments and other signs of life
@@ -97,6 +99,7 @@ class Relay:
     finish_seen = False
     done_seen = False
     usage: Usage | None = None
+    script: Transcript | None = None  # of a stream that could go on elsewhere
     passed = b""  # header lines of the upstream that the client may see
     _buffer = b""
     _chunked: ChunkedBody | None = None
@@ -138,12 +141,25 @@ class Relay:
             except Malformed:
                 self._fail(Failure.BAD_OUTPUT)
         elif head is not None:
+            self.reset = error is not None
             self._fail(Failure.BROKEN if error is not None else Failure.BAD_OUTPUT)
         elif connection is not None and connection.served > 1 and not self._buffer:
             self.cancel()
             self.owner.on_stale(self)
         else:
+            self.reset = True
             self._fail(Failure.BROKEN)
+
+    def not_connected(self, failure: Failure) -> None:
+        """There is no connection to send the request on."""
+        if not self._closed:
+            self._closed = True
+            self.owner.on_failed(self, Failed(failure, sent=False))
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._closed
 
     def cancel(self) -> None:
         """Nobody wants the answer any more: close the connection, which frees the engine's slot."""
@@ -317,6 +333,8 @@ class Relay:
         if self._is_one_plain_event(data):
             self.event_count += 1
             self.owner.write(data)
+            if self.script is not None:
+                self.script.keep(data)
             return
         self.beats += 1
         self._take(self._events.feed(self._payload(data)), [])
@@ -334,6 +352,9 @@ class Relay:
             self._write_events(out)
 
     def _write_events(self, events: list[bytes]) -> None:
+        if self.script is not None:
+            for event in events:
+                self.script.keep(event)
         payload = b"".join(events)
         self.owner.write(payload if self.raw else http1.chunk(payload))
 
@@ -431,9 +452,9 @@ class Relay:
                 connection.drop()
         self.owner.on_ended(self, tail)
 
-    def _fail(self, failure: Failure, retry_after_s: float = 0.0) -> None:
+    def _fail(self, failure: Failure, wait_s: float = 0.0) -> None:
         self.cancel()
-        self.owner.on_failed(self, Failed(failure, sent=True, retry_after_s=retry_after_s))
+        self.owner.on_failed(self, Failed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
 
 
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
@@ -463,7 +484,7 @@ def _retry_after_s(headers: dict[bytes, bytes]) -> float:
     if value.isdigit():
         return int(value) / 1000
     value = headers.get(b"retry-after", b"")
-    return float(value) if value.isdigit() and len(value) < 6 else RETRY_AFTER_DEFAULT_S
+    return float(value) if value.isdigit() and len(value) < 6 else 0.0
 
 
 def _failure_of_event(event: bytes) -> Failure:

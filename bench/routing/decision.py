@@ -1,0 +1,105 @@
+"""`python -m bench.routing.decision`: what one decision costs: route, predict, reserve, start, settle."""
+
+import sys
+import time
+from collections import deque
+from functools import partial
+
+from fleetgate.core import strategies
+from fleetgate.core.board import Board
+from fleetgate.core.books import Books, Hold
+from fleetgate.core.desk import Desk, Placed, Wish
+from fleetgate.core.estimate import Estimate, Sighting
+from fleetgate.core.forecast import Need
+from fleetgate.core.ledger import Ledger
+from fleetgate.core.model import Deployment, Endpoint, Gateway, Profile, Slo, Snapshot, Upstream
+from fleetgate.core.outlook import Outlook, Seat
+from fleetgate.core.route import lanes_of
+
+PROFILE = Profile(
+    name="h100",
+    prefill_tokens_per_s=15_000,
+    base_s=0.028,
+    per_sequence_s=0.00035,
+    batch_max=128,
+    kv_tokens=1_200_000,
+    units=3.2,
+)
+WISH = Wish(Need(1000.0, 200.0))
+ROUNDS, DECISIONS = 20, 1000
+BUSY = 5  # requests that each Deployment has in hand meanwhile
+LOAD = 0.3  # of what they carry comes in
+
+
+class Bed:
+    """A Lane of so many Deployments, each of which has work in hand."""
+
+    def __init__(self, count: int, strategy: str) -> None:
+        board = Board(memoryview(bytearray(Board.bytes_needed(1))), 1)
+        self.books = Books(board, 0, Ledger(board, 0))
+        deployments = tuple(map(_deployment, range(count)))
+        upstreams = tuple(Upstream(deployment=deployment.name, rank=1) for deployment in deployments)
+        gateway = Gateway(
+            slot=0, name="chat", domain="example.com", protocol="openai", strategy=strategy, upstreams=upstreams
+        )
+        snapshot = Snapshot(version=1, made_at_s=0.0, gateways=(gateway,), deployments=deployments)
+        self.desk = Desk(gateway, lanes_of(gateway, snapshot, "us-east")["m"])
+        self.outlooks: dict[int, Outlook] = {
+            one.slot: Estimate(one, Slo()).outlook(Sighting(1.0, (Seat(one.slot),))) for one in deployments
+        }
+        self._step_s = 1.0 / (LOAD * PROFILE.units * count)
+        self._now_s = 1.0
+        self._held: deque[Hold] = deque()
+        for _ in range(BUSY * count):
+            self._held.append(self.books.started(self._place().hold, self._now_s))
+
+    def turn(self) -> None:
+        """A request comes and is placed; the one that was placed before all others ends."""
+        self._held.append(self.books.started(self._place().hold, self._now_s))
+        self.books.settle(self._held.popleft())
+
+    def _place(self) -> Placed:
+        self._now_s += self._step_s
+        placed = self.desk.place(WISH, self.outlooks, self.books, self._now_s)
+        assert isinstance(placed, Placed)
+        return placed
+
+
+def _deployment(slot: int) -> Deployment:
+    endpoint = Endpoint(slot=slot, scheme="http", host="127.0.0.1", port=1, base_path="/v1")
+    return Deployment(
+        slot=slot,
+        name=f"d{slot}",
+        region="us-east",
+        engine="vllm",
+        models={"m": "m"},
+        endpoints=(endpoint,),
+        profile=PROFILE,
+        units=3.2,
+    )
+
+
+def cost_us(bed: Bed) -> float:
+    """The CPU time of a decision with all that its place needs later, the best of a few rounds."""
+    best_us = float("inf")
+    for _ in range(ROUNDS):
+        began_s = time.process_time()
+        for _ in range(DECISIONS):
+            bed.turn()
+        best_us = min(best_us, (time.process_time() - began_s) / DECISIONS * 1e6)
+    return best_us
+
+
+def main() -> int:
+    """Measure and tell."""
+    say = partial(print, file=sys.stdout)
+    say("| strategy | 1 | 3 | 16 Deployments |\n|---|---|---|---|")
+    for strategy in ("overflow", "capacity_round_robin", "least_cost"):
+        strategies.find(strategy)
+        costs = [f"{cost_us(Bed(count, strategy)):.1f} µs" for count in (1, 3, 16)]
+        say(f"| {strategy} | {' | '.join(costs)} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

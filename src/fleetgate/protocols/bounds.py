@@ -1,0 +1,80 @@
+"""How deep and how large a JSON body may be, found out without reading it. FAULTS.md row 37."""
+
+DEPTH_MAX = 64  # engines in Rust refuse at 128, and no request of any SDK comes near this
+CONTAINERS_MAX = 100_000  # objects and arrays: a chat of ten thousand messages with all their parts
+VALUES_MAX = 1_000_000  # a prompt may be given as token ids, a million of them for the longest contexts
+
+_BRACKETS = b"[]{}"
+_AFTER_BACKSLASH = b"\\/bfnrtu"  # kept at first, or the quote behind `\n` would look escaped
+_COMMA = b","
+_PIECE_BYTES = 1024 * 1024
+
+
+def _all_but(kept: bytes) -> bytes:
+    return bytes(byte for byte in range(256) if byte not in kept)
+
+
+_PROSE = _all_but(_BRACKETS + b'"' + _AFTER_BACKSLASH)
+_PROSE_WITHOUT_COMMAS = _all_but(_BRACKETS + b'"' + _AFTER_BACKSLASH + _COMMA)
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+
+
+def has_too_many_values(body: bytes) -> bool:
+    """Whether commas and brackets outside of strings are more than `VALUES_MAX`; the body need not be valid.
+
+    Cost: nothing up to 1 MB, then 1 ms a MB, and no more than it takes to find too many.
+    """
+    if len(body) <= VALUES_MAX or body.count(_COMMA) + body.count(b"[") + body.count(b"{") <= VALUES_MAX:
+        return False
+    left, at, inside = VALUES_MAX, 0, b""
+    while at < len(body):
+        end = at + _PIECE_BYTES
+        while body.startswith(b"\\", end - 1):  # what it escapes belongs to it
+            end += 1
+        marks = inside + _marks(body[at:end], _PROSE_WITHOUT_COMMAS)
+        bare = _outside_strings(marks)
+        left -= bare.count(_COMMA) + bare.count(b"[")
+        if left < 0:
+            return True
+        inside = b'"' if marks.count(b'"') % 2 else b""
+        at = end
+    return False
+
+
+def is_too_deep(body: bytes) -> bool:
+    """Whether valid JSON nests deeper than `DEPTH_MAX` or has more than `CONTAINERS_MAX` objects and arrays.
+
+    Cost: 0.3 µs for a few brackets, which cannot nest deeper; beyond 64 of them 1 µs a KiB.
+    """
+    find, left = body.find, DEPTH_MAX
+    for mark in (b"{", b"["):
+        at = find(mark)
+        while at >= 0:
+            if not left:
+                return _nests_deeper(_outside_strings(_marks(body, _PROSE)))
+            left -= 1
+            at = find(mark, at + 1)
+    return False
+
+
+def _marks(body: bytes, prose: bytes) -> bytes:
+    """Brackets, all of one kind, and the quotes that begin and end strings; none of the bytes of `prose`."""
+    marks = body.translate(None, prose)
+    if marks.find(b"\\") >= 0:
+        marks = marks.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return marks.translate(_ONE_KIND, _AFTER_BACKSLASH)
+
+
+def _outside_strings(marks: bytes) -> bytes:
+    marks = marks.replace(b'""', b"")  # strings that are empty now, or two in a row, which may as well be one
+    return b"".join(marks.split(b'"')[::2]) if marks.find(b'"') >= 0 else marks
+
+
+def _nests_deeper(brackets: bytes) -> bool:
+    if len(brackets) > 2 * CONTAINERS_MAX:
+        return True
+    for _ in range(DEPTH_MAX):  # each round takes off the innermost level everywhere
+        brackets = brackets.replace(b"[]", b"")
+        if not brackets:
+            return False
+    return True

@@ -1,0 +1,97 @@
+"""A second attempt beside a slow first one: whoever brings the first content answers, the other is cancelled."""
+
+from typing import TYPE_CHECKING
+
+from fleetgate.core.desk import Placed
+from fleetgate.core.exchange import Failed
+from fleetgate.core.hedging import has_room_to_spare, may_hedge
+from fleetgate.proxy import sending
+from fleetgate.proxy.booking import Booking
+from fleetgate.proxy.tables import Place
+from fleetgate.proxy.transport.relay import Relay
+from fleetgate.proxy.transport.upstream import Peer
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.conversation import Conversation
+
+
+class Hedge:
+    """One attempt that runs beside a conversation's own until one of the two is first."""
+
+    def __init__(self, conversation: "Conversation", placed: Placed, place: Place, peer: Peer) -> None:
+        hub = conversation.hub
+        self.conversation = conversation
+        self.place = place
+        self.peer = peer
+        self.booking = Booking(hub, placed, conversation.lane.desk.promised, hub.clock())
+        peer.in_flight += 1
+        self.relay = sending.relay_for(conversation, self, place)
+        sending.send(conversation, self.relay, peer, place)
+
+    # --- what its relay reports ---
+
+    def on_first(self, relay: Relay) -> None:
+        """It is first: from here on it is the conversation's attempt."""
+        self.conversation.adopt(self)
+        self.conversation.on_first(relay)
+
+    def on_failed(self, relay: Relay, event: Failed) -> None:
+        """It is lost, of which only the books hear: the other one still runs."""
+        self.conversation.hedge = None
+        self.conversation.blame(self.peer, event.failure)
+        self.settle()
+
+    def on_stale(self, relay: Relay) -> None:
+        """A kept connection was closed: once more on a new one."""
+        self.relay = sending.relay_for(self.conversation, self, self.place)
+        sending.send(self.conversation, self.relay, self.peer, self.place, fresh=True)
+
+    def on_ended(self, relay: Relay, tail: bytes) -> None:
+        """Never: nothing ends before its first content, and with that it changes its owner."""
+        raise AssertionError("an attempt that nobody adopted has ended")
+
+    def write(self, data: bytes) -> None:
+        """Never, for the same reason."""
+        raise AssertionError("an attempt that nobody adopted has written")
+
+    def now_s(self) -> float:
+        """The loop's clock."""
+        return self.conversation.hub.clock()
+
+    # --- its ends ---
+
+    def cancel(self) -> None:
+        """The other one was first, or the client left."""
+        self.relay.cancel()
+        self.settle()
+
+    def settle(self) -> None:
+        """Give its place back."""
+        self.peer.in_flight -= 1
+        self.booking.settle()
+        self.conversation.hub.room_freed(self.place.slot)
+
+
+def try_hedge(conversation: "Conversation", now_s: float) -> Hedge | None:
+    """Send a second attempt if the first is slow, there is room to spare and the budget has something left."""
+    hub, lane, wanting = conversation.hub, conversation.lane, conversation.wanting
+    gateway = lane.site.gateway
+    if wanting is None or not may_hedge(gateway.resilience.hedge, wanting.priority):
+        return None
+    if now_s - conversation.started_s < lane.first_tokens.slow_s(wanting.need.prompt_tokens):
+        return None
+    lane.desk.scene.set(hub.learning.outlooks, hub.books, now_s)
+    if not has_room_to_spare(lane.desk.scene.load.values()) or not lane.site.budget.take(now_s):
+        return None
+    wish = wanting.wish(0.0)  # a new attempt has its whole TTFT before it
+    placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, conversation.exchange.tried)
+    if not isinstance(placed, Placed):
+        return None
+    place = hub.tables.places[placed.candidate.slot]
+    peer = place.peer_at(placed.hold.endpoint_slot)
+    if peer is None or conversation.ask.model not in place.upstream_names:
+        hub.books.settle(placed.hold)
+        return None
+    conversation.exchange.hedged(placed.candidate)
+    conversation.attempts += 1
+    return Hedge(conversation, placed, place, peer)

@@ -1,0 +1,70 @@
+"""An answer that broke off half-way: whether and how it goes on from another Deployment."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fleetgate.protocols.openai import Operation
+from fleetgate.protocols.resume import Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.proxy.transport.continuation import Continuation
+from fleetgate.proxy.transport.relay import Names, Owner, Relay
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.conversation import Conversation
+    from fleetgate.proxy.tables import LaneState, Tables
+
+
+def script_of(conversation: "Conversation") -> Transcript | None:
+    """What to write a stream down in, None where it could not go on anyway: it then costs nothing."""
+    lane, operation = conversation.lane, conversation.request.operation
+    if operation is None or not lane.resumes:
+        return None
+    return Transcript() if ways_of(conversation.body, operation) & lane.ways else None
+
+
+class Resumption:
+    """One answer that goes on elsewhere, perhaps twice. Units: `lost_s` is when it last broke off."""
+
+    __slots__ = ("_asked_model", "_seen", "_transcript", "lost_s", "way")
+
+    def __init__(self, transcript: Transcript, way: Way, relay: Relay, asked_model: str) -> None:
+        self._transcript = transcript
+        self._asked_model = asked_model
+        self._seen = relay.event_count
+        self.way = way
+        self.lost_s = 0.0
+
+    @classmethod
+    def of(cls, conversation: "Conversation", relay: Relay, now_s: float) -> "Resumption | None":
+        """How this answer goes on: compared where that is exact, else asked to be gone on with; None if not at all."""
+        transcript, operation = relay.script, conversation.request.operation
+        if transcript is None or operation is None:
+            return None
+        ways = ways_of(conversation.body, operation)
+        runs = transcript.runs  # reads the last events, which tell whether all of it is known
+        if not transcript.whole or not runs:
+            return None
+        if Way.REPLAY in ways:
+            return cls(transcript, Way.REPLAY, relay, conversation.ask.model)
+        if Way.PREFILL in ways and prefill_body(conversation.body, transcript, "") is not None:
+            return cls(transcript, Way.PREFILL, relay, conversation.ask.model)
+        return None
+
+    def unfit(self, lane: "LaneState", tables: "Tables") -> Iterator[int]:
+        """The Deployments that could not go on with it."""
+        if self.way is Way.PREFILL:
+            for candidate in lane.candidates:
+                if not tables.places[candidate.slot].prefills:
+                    yield candidate.slot
+
+    def body(self, body: bytes, engine: str) -> bytes:
+        """What this engine is asked."""
+        if self.way is Way.REPLAY:
+            return body
+        return prefill_body(body, self._transcript, engine) or body
+
+    def relay(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> Continuation:
+        """Who reads its answer."""
+        seam = Seam(self._transcript, self.way, self._asked_model)
+        relay = Continuation(owner, operation, hide_usage, names, seam, self._transcript)
+        relay.event_count = self._seen
+        return relay

@@ -1,0 +1,63 @@
+"""What is looked at from outside while a conversation waits: silence, a second attempt that is due."""
+
+from typing import TYPE_CHECKING
+
+from fleetgate.core import patience
+from fleetgate.core.exchange import State
+from fleetgate.proxy.booking import Booking
+from fleetgate.proxy.hedging import try_hedge
+from fleetgate.proxy.speaking import COMMENT_EVERY_S
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.conversation import Conversation
+
+WHOLE_ANSWER_MAX_S = 600.0  # the official SDKs' own default
+SILENCE_S = 1.5  # between two looks that are a second apart: more than chance
+
+
+def first_event_s(conversation: "Conversation", booking: Booking | None) -> float:
+    """How long an attempt may take to bring something."""
+    if not conversation.ask.stream:
+        return WHOLE_ANSWER_MAX_S
+    return patience.first_event_s(booking.predicted_s if booking is not None else None)
+
+
+def stall_s(conversation: "Conversation") -> float:
+    """How long the answer may be silent now."""
+    place = conversation.place
+    return place.pulse.stall_s if place is not None else patience.STALL_MAX_S
+
+
+def perhaps_hedge(conversation: "Conversation", now_s: float) -> None:
+    """At each sweep: is a second attempt due?"""
+    exchange = conversation.exchange
+    if conversation.hedge is None and exchange.state is State.TRYING and not exchange.resumes:
+        conversation.hedge = try_hedge(conversation, now_s)
+
+
+def watch(conversation: "Conversation", now_s: float, furthest: dict[int, int]) -> None:
+    """Once a second: a committed answer that moved since the last look has its stall limit before it again.
+
+    Shape: `furthest` collects, by Endpoint, the most tokens that one stream got since then.
+    """
+    relay, state = conversation.relay, conversation.exchange.state
+    if relay is not None:
+        if conversation.booking is not None:
+            conversation.booking.watch(relay.event_count if conversation.first_s else -1, furthest, now_s)
+        progress = relay.beats + relay.event_count
+        if conversation.first_s and progress != conversation.progress:
+            conversation.progress = progress
+            conversation.deadline_s = now_s + stall_s(conversation)
+            if state is State.COMMITTED:
+                _heard(conversation, now_s)
+    if conversation.ask.stream and now_s - (conversation.heard_s or conversation.started_s) >= COMMENT_EVERY_S:
+        conversation.keep_alive(now_s, state is State.TRYING)
+
+
+def _heard(conversation: "Conversation", now_s: float) -> None:
+    """Its client read something; a silence that ended by itself was no stall."""
+    place = conversation.place
+    silent_s = now_s - max(conversation.first_s, conversation.heard_s)
+    if silent_s > SILENCE_S and place is not None and not conversation.client.unread:
+        place.pulse.saw_gap(silent_s)
+    conversation.heard_s = now_s

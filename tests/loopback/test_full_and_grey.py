@@ -1,0 +1,66 @@
+"""Engines that ask to be left alone, that fail now and then, and regions that fall as a whole."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from fleetgate.core.model import Slo
+from fleetgate.providers.spool import Spool
+from tests.loopback.rig import wait_for
+from tests.loopback.wall import Line, Seen
+from tests.loopback.wall_client import request
+from tests.loopback.wall_rig import Plane, plane
+
+BODY = b'{"error":{"message":"slow down"}}'
+
+
+async def asks_for_a_minute(line: Line, seen: Seen) -> None:
+    """429 with Retry-After."""
+    line.end()
+    head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\nretry-after: 60\r\n"
+    line.write(head + b"content-length: %d\r\n\r\n" % len(BODY) + BODY)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Plane]:
+    with plane(walls=3) as made:
+        for wall in made.walls:
+            wall.replies["asks-for-a-minute"] = asks_for_a_minute
+        yield made
+
+
+def use(made: Plane, *engines: str, **options: object) -> None:
+    made.use(*({"models": {"m": name}, "region": "r"} for name in engines), **options)
+
+
+def test_an_engine_that_asks_to_be_left_alone_is(three: Plane) -> None:
+    use(three, "asks-for-a-minute", "ok")
+    for _ in range(8):
+        assert three.ask(request("m")).status == 200
+    assert len(three.walls[0].seen) == 1, "it was asked once, and not again before its time"
+
+
+@pytest.mark.parametrize("options", [{}, {"slo": Slo()}], ids=["without slo", "with slo"])
+def test_when_all_ask_for_it_the_client_hears_for_how_long(three: Plane, options: dict[str, object]) -> None:
+    use(three, "asks-for-a-minute", "asks-for-a-minute", **options)
+    answers = [three.ask(request("m")) for _ in range(4)]
+    assert [answer.status for answer in answers] == [429] * 4
+    assert all(50 <= int(answer.headers["retry-after"]) <= 60 for answer in answers)
+    assert [len(wall.seen) for wall in three.walls[:2]] == [1, 1]
+    three.wait_idle()
+
+
+def test_deployments_that_fall_together_take_their_region_with_them(three: Plane) -> None:
+    use(three, "500", "500", "ok", strategy="capacity_round_robin")
+    spool = Spool(three.rig.data_dir)
+    spool.take()
+    told: list[str] = []
+
+    def is_told() -> bool:
+        assert three.ask(request("m")).status == 200
+        told.extend(happened.message for happened in spool.take())
+        return any("region r is taken for lost: one, two fell within 2 s" in sentence for sentence in told)
+
+    wait_for(is_told)
+    assert three.ask(request("m")).status == 200, "one good answer, and the last of them is in again"
+    three.wait_idle()

@@ -1,0 +1,229 @@
+"""Joining two answers: whatever was cut where, the client reads one answer, or nothing beyond what can be proved."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fleetgate.protocols import sse
+from fleetgate.protocols.http1 import chunk
+from fleetgate.protocols.openai import OPERATIONS, Usage
+from fleetgate.protocols.resume import (
+    KEPT_CHARS_MAX,
+    Mismatch,
+    Seam,
+    Transcript,
+    Way,
+    prefill_body,
+    ways_of,
+)
+
+CHAT, COMPLETIONS = OPERATIONS[b"/v1/chat/completions"], OPERATIONS[b"/v1/completions"]
+Run = tuple[str, str]
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+channels = st.sampled_from(["content", "reasoning_content", "refusal", "0.arguments", "1.arguments"])
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> list[Run]:
+    """What an answer says: runs of text, tool calls beginning with their name."""
+    runs: list[Run] = []
+    named: set[str] = set()
+    for channel in draw(st.lists(channels, min_size=1, max_size=6)):
+        call, _, kind = channel.partition(".")
+        if kind and call not in named:
+            named.add(call)
+            runs.append((f"{call}.name", draw(texts)))
+        runs.append((channel, draw(texts)))
+    return runs
+
+
+def delta_of(channel: str, text: str, call_id: str) -> dict[str, Any]:
+    """One piece as engines write it."""
+    call, _, kind = channel.partition(".")
+    if kind == "name":
+        function = {"name": text, "arguments": ""}
+        return {"tool_calls": [{"index": int(call), "id": call_id, "type": "function", "function": function}]}
+    if kind:
+        return {"tool_calls": [{"index": int(call), "function": {"arguments": text}}]}
+    return {channel: text}
+
+
+def event_of(delta: dict[str, Any], answer_id: str, finish: str | None = None) -> bytes:
+    """One event."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    event = {"id": answer_id, "object": "chat.completion.chunk", "created": len(answer_id), "model": answer_id}
+    return b"data: " + json.dumps({**event, "choices": [choice]}).encode() + b"\n\n"
+
+
+@st.composite
+def streams(draw: st.DrawFn, runs: list[Run], answer_id: str) -> list[bytes]:
+    """An answer as one engine cuts it, up to its end."""
+    events = [event_of({"role": "assistant", "content": ""}, answer_id)]
+    for channel, text in runs:
+        if channel.endswith(".name"):
+            events.append(event_of(delta_of(channel, text, f"call-{answer_id}"), answer_id))
+            continue
+        while text:
+            size = draw(st.integers(1, len(text)))
+            events.append(event_of(delta_of(channel, text[:size], ""), answer_id))
+            text = text[size:]
+    return [*events, event_of({}, answer_id, "stop")]
+
+
+def said(events: list[bytes]) -> list[Run]:
+    """What a client reads in events, adjacent pieces joined."""
+    runs: list[Run] = []
+    for event in events:
+        for choice in json.loads(event[6:])["choices"]:
+            delta = choice["delta"]
+            pieces = [(name, delta[name]) for name in ("reasoning_content", "content", "refusal") if delta.get(name)]
+            for call in delta.get("tool_calls", ()):
+                for kind in ("name", "arguments"):
+                    if call["function"].get(kind):
+                        pieces.append((f"{call['index']}.{kind}", call["function"][kind]))
+            for channel, text in pieces:
+                if runs and runs[-1][0] == channel:
+                    runs[-1] = (channel, runs[-1][1] + text)
+                else:
+                    runs.append((channel, text))
+    return runs
+
+
+def written_down(events: list[bytes]) -> Transcript:
+    """What a relay keeps of events: some pass as they came, in one chunk each."""
+    transcript = Transcript()
+    for number, event in enumerate(events):
+        transcript.keep(chunk(event) if number % 2 else event)
+    return transcript
+
+
+def joined(seam: Seam, events: list[bytes]) -> list[bytes]:
+    """What the client gets of a new answer."""
+    left = [seam.take(sse.data_of(event) or b"") for event in events]
+    return [event for event in left if event is not None]
+
+
+@given(st.data(), answers())
+def test_the_client_reads_one_answer_wherever_it_was_cut(data: st.DataObject, runs: list[Run]) -> None:
+    first, second = data.draw(streams(runs, "first")), data.draw(streams(runs, "second"))
+    cut = data.draw(st.integers(2, len(first) - 1))
+    before = first[:cut]
+    transcript = written_down(before)
+    assert transcript.runs == said(before) and transcript.whole
+    seam = Seam(transcript, Way.REPLAY, "asked")
+    after = joined(seam, second)
+    assert said(before + after) == said(first)
+    assert json.loads(after[-1][6:])["choices"][0]["finish_reason"] == "stop"
+    for event in map(json.loads, (one[6:] for one in after)):
+        assert (event["id"], event["created"], event["model"]) == ("first", 5, "asked")
+    ids = [call["id"] for one in before + after for call in calls_of(one) if "id" in call]
+    assert len(ids) == len({call["index"] for one in first for call in calls_of(one)}), "each call has one id"
+
+
+def calls_of(event: bytes) -> list[dict[str, Any]]:
+    """The tool calls of an event."""
+    calls: list[dict[str, Any]] = json.loads(event[6:])["choices"][0]["delta"].get("tool_calls", [])
+    return calls
+
+
+@given(st.data(), answers(), answers())
+def test_nothing_of_another_answer_is_passed_on(data: st.DataObject, runs: list[Run], others: list[Run]) -> None:
+    first, second = data.draw(streams(runs, "first")), data.draw(streams(others, "second"))
+    before = first[: data.draw(st.integers(2, len(first) - 1))]
+    read, other = said(before), said(second)
+    *same, (channel, text) = read
+    assume(other[: len(same)] != same or len(other) <= len(same) or other[len(same)][0] != channel)
+    assume(not (len(other) > len(same) and other[: len(same)] == same and other[len(same)][1].startswith(text)))
+    seam, passed = Seam(written_down(before), Way.REPLAY, "asked"), []
+    with pytest.raises(Mismatch):
+        for event in second:
+            passed.append(seam.take(sse.data_of(event) or b""))
+    assert not any(passed)
+
+
+@given(st.data(), answers())
+def test_a_second_break_is_joined_as_the_first(data: st.DataObject, runs: list[Run]) -> None:
+    first, second, third = (data.draw(streams(runs, name)) for name in ("first", "second", "third"))
+    client = first[: data.draw(st.integers(2, len(first) - 1))]
+    transcript = written_down(client)
+    seam = Seam(transcript, Way.REPLAY, "asked")
+    for event in joined(seam, second[: data.draw(st.integers(0, len(second) - 1))]):
+        transcript.keep(event)
+        client.append(event)
+    client += joined(Seam(transcript, Way.REPLAY, "asked"), third)
+    assert said(client) == said(first)
+    assert json.loads(client[-1][6:])["choices"][0]["finish_reason"] == "stop"
+
+
+def test_what_cannot_be_compared_is_not_resumed() -> None:
+    for odd in (
+        {"choices": [{"index": 1, "delta": {"content": "x"}}]},
+        {"choices": [{"index": 0, "delta": {"content": "x"}, "logprobs": {"content": []}}]},
+        {"choices": [{"index": 0, "delta": {"audio": {"data": "x"}}}]},
+        {"choices": [{"index": 0, "delta": {"content": [{"type": "text"}]}}]},
+    ):
+        assert not _whole([event_of({"content": "a"}, "a"), b"data: " + json.dumps(odd).encode() + b"\n\n"])
+    assert _whole([event_of({"content": "a"}, "a"), b": comment\n\n", b"data: [DONE]\n\n"])
+    assert not _whole([event_of({"content": "a" * (KEPT_CHARS_MAX + 1)}, "a")])
+
+
+def _whole(events: list[bytes]) -> bool:
+    transcript = written_down(events)
+    return bool(transcript.runs) and transcript.whole
+
+
+@pytest.mark.parametrize(
+    ("wish", "ways"),
+    [
+        ({"temperature": 0}, {Way.REPLAY, Way.PREFILL}),
+        ({"temperature": 0.0, "tools": [{}]}, {Way.REPLAY}),
+        ({"temperature": 0, "response_format": {"type": "json_object"}}, {Way.REPLAY}),
+        ({"top_k": 1}, {Way.REPLAY, Way.PREFILL}),
+        ({}, {Way.PREFILL}),
+        ({"temperature": 0.7, "n": 1, "logprobs": False}, {Way.PREFILL}),
+        ({"temperature": 0.7, "tools": [{}]}, set()),
+        ({"temperature": 0, "n": 2}, set()),
+        ({"temperature": 0, "logprobs": True}, set()),
+        ({"temperature": 0, "modalities": ["text", "audio"]}, set()),
+        ({"temperature": "hot"}, set()),
+    ],
+)
+def test_what_a_request_allows(wish: dict[str, Any], ways: set[Way]) -> None:
+    body = json.dumps({"model": "m", "messages": [], "stream": True, **wish}).encode()
+    assert ways_of(body, CHAT) == ways
+    assert ways_of(body, OPERATIONS[b"/v1/responses"]) == frozenset()
+
+
+def test_a_completion_goes_on_from_a_prompt_that_is_text() -> None:
+    assert Way.PREFILL in ways_of(b'{"prompt":"a"}', COMPLETIONS)
+    assert Way.PREFILL not in ways_of(b'{"prompt":[1,2]}', COMPLETIONS)
+    assert Way.PREFILL not in ways_of(b'{"prompt":"a","echo":true}', COMPLETIONS)
+
+
+@given(st.lists(texts, min_size=1, max_size=8), st.integers(1, 20))
+def test_an_engine_that_goes_on_is_asked_for_the_rest(parts: list[str], more: int) -> None:
+    events = [event_of({"content": part}, "first") for part in parts]
+    transcript = written_down(events)
+    asked: dict[str, Any] = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "q"}],
+        "max_tokens": len(parts) + more,
+    }
+    body = prefill_body(json.dumps(asked).encode(), transcript, "vllm")
+    assert body is not None
+    sent = json.loads(body)
+    assert sent["messages"] == [*asked["messages"], {"role": "assistant", "content": "".join(parts)}]
+    assert sent["max_tokens"] == more and sent["continue_final_message"] and not sent["add_generation_prompt"]
+    assert "continue_final_message" not in json.loads(
+        prefill_body(json.dumps(asked).encode(), transcript, "llamacpp") or b""
+    )
+    assert prefill_body(json.dumps({**asked, "max_tokens": len(parts)}).encode(), transcript, "vllm") is None
+    seam = Seam(transcript, Way.PREFILL, "asked")
+    assert said(
+        joined(seam, [event_of({"role": "assistant", "content": ""}, "b"), event_of({"content": "x"}, "b")])
+    ) == [("content", "x")]
+    usage = seam.counted(Usage(prompt_tokens=9 + len(parts), completion_tokens=3))
+    assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3 + len(parts))
