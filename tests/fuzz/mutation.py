@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 CHANGES_MAX = 4
-SEAMS = frozenset(b"\r\n:;,{}[]\" ")  # next to these is where formats break
+SEAMS = frozenset(b'\r\n:;,{}[]" ')  # next to these is where formats break
 SPAN_MAX = 12  # bytes that one change cuts out or doubles; now and then far more
 
 

@@ -2,7 +2,6 @@
 
 import random
 
-
 from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.openai import OPERATIONS, InvalidBody, Meaning, read_ask, understand
 from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way, prefill_body, ways_of
@@ -15,7 +14,9 @@ CALL = (
     b'data: {"id":"w","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c","type":"function","function":'
     b'{"name":"f","arguments":"{\\"a\\""}}]},"finish_reason":null}]}\n\n'
 )
-MORE = b'data: {"id":"w","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":":1}"}}]}}]}\n\n'
+MORE = (
+    b'data: {"id":"w","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":":1}"}}]}}]}\n\n'
+)
 TEXT = b'data: {"id":"w","choices":[{"index":0,"text":"abc","finish_reason":null}],"usage":null}\n\n'
 EXAMPLES = [b"".join(PIECES), b"".join(PIECES[:4]), PIECES[0] + CALL + MORE + PIECES[-3], TEXT * 3 + PIECES[-3]]
 ASKS = [
@@ -26,8 +27,8 @@ ASKS = [
 ASK_TOKENS = [
     b'"messages":{},', b'"messages":null,', b'"prompt":[1],', b'"prompt":null,', b'"n":2,', b'"n":1.0,', b'"n":"1",',
     b'"max_tokens":"5",', b'"max_tokens":1e3,', b'"max_tokens":null,', b'"max_tokens":[],', b'"temperature":"0",',
-    b'"temperature":1e400,', b'"tools":[{}],', b'"echo":true,', b'"modalities":"text",', b'"logprobs":true,', b'"best_of":-1,',
-    b"null", b"{}", b"[]", b'"', b"0", b"-", b"9" * 400, b"1e400", b",", b":", b"\\ud800", b"\xff",
+    b'"temperature":1e400,', b'"tools":[{}],', b'"echo":true,', b'"modalities":"text",', b'"logprobs":true,',
+    b'"best_of":-1,', b"null", b"{}", b"[]", b'"', b"0", b"-", b"9" * 400, b"1e400", b",", b":", b"\\ud800", b"\xff",
 ]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class Resumes:
 
     def check(self, data: bytes, rng: random.Random) -> None:
         """Nothing but the announced refusals, and what is passed on is JSON that goes on from what was said."""
-        ask, said, more = (data.split(b"\x00", 2) + [b"", b""])[:3]
+        ask, said, more = [*data.split(b"\x00", 2), b"", b""][:3]
         try:
             read_ask(ask)
         except InvalidBody:

@@ -39,7 +39,13 @@ def streamed(events: list[bytes], each: bool = True) -> bytes:
 def whole(body: bytes, first: bytes = b"HTTP/1.1 200 OK", extra: bytes = b"") -> bytes:
     """An answer that is not streamed."""
     length = b"content-length: %d\r\n\r\n" % len(body)
-    return first + b"\r\ndate: Mon, 01 Jan 2024 00:00:00 GMT\r\ncontent-type: application/json\r\n" + extra + length + body
+    return (
+        first + b"\r\ndate: Mon, 01 Jan 2024 00:00:00 GMT\r\ncontent-type: application/json\r\n" + extra + length + body
+    )
+
+
+HALF = event(MODEL, {"content": "x"}).replace(b"x", b"\xf0\x9f")  # of a code point
+IN_CHUNKS = b"transfer-encoding: chunked\r\n\r\n" + chunk(WHOLE) + b"0\r\n\r\n"
 
 
 STREAMS = [
@@ -53,18 +59,18 @@ STREAMS = [
     streamed(PIECES[:5]),
     streamed([*PIECES[:3], ERROR, *PIECES[3:]]),
     streamed([*PIECES[:3], b"data: {not json}\n\n", *PIECES[3:]]),
-    streamed([*PIECES[:3], b"data: \xff\xfe\n\n", event(MODEL, {"content": "x"}).replace(b"x", b"\xf0\x9f"), *PIECES[3:]]),
+    streamed([*PIECES[:3], b"data: \xff\xfe\n\n", HALF, *PIECES[3:]]),
     LENGTHLESS + b"".join(PIECES),
     b"HTTP/1.1 100 Continue\r\n\r\n" + streamed(PIECES),
     streamed(PIECES).replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"transfer-encoding: chunked", b"x: y"),
     streamed(PIECES).replace(b"0\r\n\r\n", b"0\r\nx-trailer: y\r\n\r\n"),
     whole(WHOLE),
     whole(b'{"error":{"message":"no"}}', b"HTTP/1.1 400 Bad Request"),
-]  # fmt: skip
+]
 BODIES = [
     whole(WHOLE),
     whole(WHOLE, extra=b"set-cookie: a=b\r\nserver: x\r\nx-ratelimit-limit: 5\r\nopenai-model: q\r\n"),
-    whole(WHOLE).replace(b"content-length: %d" % len(WHOLE), b"transfer-encoding: chunked").replace(WHOLE, chunk(WHOLE) + b"0\r\n\r\n"),
+    whole(WHOLE).partition(b"content-length")[0] + IN_CHUNKS,
     whole(WHOLE).replace(b"content-length", b"x-length"),
     whole(b'{"error":{"message":"no"}}', b"HTTP/1.1 400 Bad Request"),
     whole(b"{}", b"HTTP/1.1 429 Too Many Requests", b"retry-after: 7\r\n"),
@@ -72,22 +78,24 @@ BODIES = [
     whole(b"", b"HTTP/1.1 101 Switching Protocols", b"connection: upgrade\r\nupgrade: h2c\r\n"),
     b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 3 + whole(WHOLE),
     whole(WHOLE) + whole(answer("smuggled")),
-]  # fmt: skip
+]
 TOKENS = [
-    b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\r\n", b"\n\r", b"data: ", b"data:", b"data", b": c\n", b"event: error\n",
-    b"event: x\n", b"id: 1\n", b"retry: 1\n", b"data: [DONE]\n\n", b"data: [DONE]\r\r", b"[DONE]", b"data: {}\n\n", b"data: []\n\n",
-    b"data: null\n\n", b"data: 1\n\n", b"data: {\n\n", b"data: \n\n", b"\xef\xbb\xbf", b"\xff", b"\x80", b"\xc3", b"\xf0\x9f\x98",
-    b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\x00", b"{", b"}", b"[", b"]", b",", b'"', b"\\", b"\\u", b"\\ud800", b":", b"null",
-    b'"finish_reason":null', b'"finish_reason":"stop"', b'"finish_reason":"error"', b'"error":{"message":"x"},', b'"choices":[],',
-    b'"choices":[1],', b'"choices":{},', b'"usage":{},', b'"usage":{"prompt_tokens":1e99},', b'"index":1,', b'"index":-1,',
-    b'"model":"q",', b'"content":1,', b'"tool_calls":[{"index":0,"function":{"arguments":"{"}}],', b'"id":7,', b'"type":"x",',
-    b'"text":5,', b"[" * 1500, b'{"a":' * 1200, b"9" * 5000, b"1e999", b"NaN", ERROR, COMMENT, DONE, PIECES[3], finish(MODEL),
-    b"0\r\n\r\n", b"0\r\n", b"5\r\n", b"fffffff\r\n", b"-1\r\n", b"+5\r\n", b"0x5\r\n", b";a=b\r\n", b"HTTP/1.1 200 OK\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 x\r\n\r\n", b"101", b"204", b"304", b"302", b"429", b"500", b"503", b"404",
-    b"content-length: 5\r\n", b"content-length: +5\r\n", b"transfer-encoding: chunked\r\n", b"transfer-encoding: gzip\r\n",
-    b"connection: close\r\n", b"connection: upgrade\r\nupgrade: h2c\r\n", b"content-encoding: gzip\r\n", b"set-cookie: a=b\r\n",
-    b"content-type: text/html\r\n", b"content-type: text/event-stream\r\n", b"x: \r\n y\r\n", b"location: http://x/\r\n", b"HTTP/2 200",
-    b"retry-after: 99999999999\r\n", b"retry-after-ms: -1\r\n",
+    b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"\n\r\n", b"\r\n\r\n", b"\n\r", b"data: ", b"data:", b"data", b": c\n",
+    b"event: error\n", b"event: x\n", b"id: 1\n", b"retry: 1\n", b"data: [DONE]\n\n", b"data: [DONE]\r\r", b"[DONE]",
+    b"data: {}\n\n", b"data: []\n\n", b"data: null\n\n", b"data: 1\n\n", b"data: {\n\n", b"data: \n\n",
+    b"\xef\xbb\xbf", b"\xff", b"\x80", b"\xc3", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xe2\x80\xa8", b"\x00", b"{",
+    b"}", b"[", b"]", b",", b'"', b"\\", b"\\u", b"\\ud800", b":", b"null", b'"finish_reason":null',
+    b'"finish_reason":"stop"', b'"finish_reason":"error"', b'"error":{"message":"x"},', b'"choices":[],',
+    b'"choices":[1],', b'"choices":{},', b'"usage":{},', b'"usage":{"prompt_tokens":1e99},', b'"index":1,',
+    b'"index":-1,', b'"model":"q",', b'"content":1,', b'"tool_calls":[{"index":0,"function":{"arguments":"{"}}],',
+    b'"id":7,', b'"type":"x",', b'"text":5,', b"[" * 1500, b'{"a":' * 1200, b"9" * 5000, b"1e999", b"NaN", ERROR,
+    COMMENT, DONE, PIECES[3], finish(MODEL), b"0\r\n\r\n", b"0\r\n", b"5\r\n", b"fffffff\r\n", b"-1\r\n", b"+5\r\n",
+    b"0x5\r\n", b";a=b\r\n", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 x\r\n\r\n",
+    b"101", b"204", b"304", b"302", b"429", b"500", b"503", b"404", b"content-length: 5\r\n",
+    b"content-length: +5\r\n", b"transfer-encoding: chunked\r\n", b"transfer-encoding: gzip\r\n",
+    b"connection: close\r\n", b"connection: upgrade\r\nupgrade: h2c\r\n", b"content-encoding: gzip\r\n",
+    b"set-cookie: a=b\r\n", b"content-type: text/html\r\n", b"content-type: text/event-stream\r\n", b"x: \r\n y\r\n",
+    b"location: http://x/\r\n", b"HTTP/2 200", b"retry-after: 99999999999\r\n", b"retry-after-ms: -1\r\n",
 ]  # fmt: skip
 # What clients may be told of. FAULTS.md row 27.
 TOLD = frozenset(
@@ -164,7 +172,9 @@ class Streams:
 
     def check(self, data: bytes, rng: random.Random) -> None:
         """Feed an answer and judge what the client reads."""
-        self._wish = wish = Wish(rng.random() < 0.8, rng.random() < 0.3, rng.random() < 0.1, rng.choice(("openai", "vllm")))
+        self._wish = wish = Wish(
+            rng.random() < 0.8, rng.random() < 0.3, rng.random() < 0.1, rng.choice(("openai", "vllm"))
+        )
         self._prepare(wish)
         client = self._cell.connect()
         client.feed(wish.request)
@@ -309,5 +319,3 @@ def _finishes(part: bytes) -> bool:
         return any(choice.get("finish_reason") for choice in choices)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-

@@ -365,7 +365,8 @@ class Relay:
         return (
             line > 0
             and data.find(b"\n\n") == len(data) - 4
-            and data.find(b"\r", line + 2) == len(data) - 2  # a CR is a line end too: two would be an event of their own
+            and data.find(b"\r", line + 2)
+            == len(data) - 2  # a CR is a line end too: two would be an event of their own
             and data.endswith(b"}\n\n\r\n")
             and data.startswith(_PLAIN_BEGINS, line + 2)
             and (data.isascii() or _is_text(data))
@@ -394,7 +395,7 @@ class Relay:
                 self.done_seen = True
                 out.append(event)
                 return  # what follows is nobody's
-            elif meaning is Meaning.FINISH:
+            if meaning is Meaning.FINISH:
                 self.finish_seen = True
                 self.event_count += 1
             elif meaning is Meaning.CONTENT:
