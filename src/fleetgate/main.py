@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from fleetgate import __version__
+from fleetgate.cli import flags
 from fleetgate.cli.app import app
 from fleetgate.cli.client import DEFAULT_DATA_DIR
 from fleetgate.cli.demo import run_demo
@@ -61,6 +62,10 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     record: Path | None
     lb_grace_s: float
     grace_s: float
+    connections_max: int
+    ip_connections_max: int
+    key_connections_max: int
+    body_budget_mib: int
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -210,6 +215,10 @@ def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[st
         record=str(options.record.absolute()) if options.record is not None else "off",
         lb_grace_s=options.lb_grace_s if options.lb_grace_s >= 0 else 0.0 if loopback else LB_GRACE_S,
         grace_s=options.grace_s,
+        connections_max=options.connections_max,
+        ip_connections_max=options.ip_connections_max,
+        key_connections_max=options.key_connections_max,
+        body_budget_bytes=options.body_budget_mib << 20,
     )
     fds = [config.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds, config.life_fd]
     fds += [fd for fd in (config.tls_listen_fd, config.ops_listen_fd) if fd >= 0]
@@ -273,14 +282,6 @@ RecordFile = Annotated[
 ]
 
 
-EgressAllow = Annotated[
-    str, typer.Option(help="CIDRs, comma-separated, that Deployments given through the API may be in.")
-]
-OpsListen = Annotated[
-    str, typer.Option(help="HOST:PORT where workers answer /healthz, /readyz and /metrics, also without the API.")
-]
-
-
 @app.command()
 def up(
     config: Annotated[
@@ -293,22 +294,22 @@ def up(
     api_listen: Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")] = (
         "127.0.0.1:7801"
     ),
-    ops_listen: OpsListen = "",
+    ops_listen: flags.OpsListen = "",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one a core, 8 at most.")] = 0,
     region: Annotated[str, typer.Option(help="The region this proxy stands in; its own is preferred.")] = "",
     tls_listen: Annotated[str, typer.Option(help="HOST:PORT for HTTPS, together with --tls.")] = "",
     tls: Annotated[str, typer.Option(help="`dev` for a development CA, or CERT.pem,KEY.pem (reloaded).")] = "",
     auth: Annotated[str, typer.Option(help="`keys`, or `none` to let anybody in (loopback only).")] = "keys",
-    cors: Annotated[
-        list[str] | None, typer.Option(help="Origin of web pages that may call; * for all. Repeatable.")
-    ] = None,
-    egress_allow: EgressAllow = "",
+    cors: flags.Cors = None,
+    egress_allow: flags.EgressAllow = "",
     access_log: Annotated[str, typer.Option(help="A path, `-` for standard output, or `off`.")] = "-",
     record: RecordFile = None,
-    lb_grace_s: Annotated[
-        float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
-    ] = -1.0,
-    grace_s: Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.")] = 30.0,
+    lb_grace_s: flags.LbGrace = -1.0,
+    grace_s: flags.Grace = 30.0,
+    connections_max: flags.Connections = 0,
+    ip_connections_max: flags.IpConnections = -1,
+    key_connections_max: flags.KeyConnections = -1,
+    body_budget_mib: flags.BodyBudget = 0,
 ) -> None:
     """Run everything on this machine: control plane, console and proxies.
 
@@ -331,6 +332,10 @@ def up(
         record=record,
         lb_grace_s=lb_grace_s,
         grace_s=grace_s,
+        connections_max=connections_max,
+        ip_connections_max=ip_connections_max,
+        key_connections_max=key_connections_max,
+        body_budget_mib=body_budget_mib,
     )
     try:
         code = run_up(options)

@@ -14,7 +14,7 @@ EXAMPLES = [
     b'{"mod\\u0065l":"m","stream":null,"stream_options":{"include_usage":false,"x":[1,{}]}}',
     b'{"stream_options":{"include_usage":true},"stream":true,"model":"m","temperature":0.5e-3}',
     b'{"model":"m","stream_options":null,"n":-0.0,"big":123456789012345678901234567890,"huge":1e400}',
-    b" \r\n\t{ \"tools\" : [ {\"type\":\"x\",\"function\":{\"parameters\":{\"model\":{}}}} ] , \"model\"\n:\"m\" }\n",
+    b' \r\n\t{ "tools" : [ {"type":"x","function":{"parameters":{"model":{}}}} ] , "model"\n:"m" }\n',
     '{"model":"ünï😀","input":["é","\\ud83d\\ude00","\u2028"],"dimensions":3}'.encode(),
     b'{"prompt":[[1,2,3],[4,5]],"model":"m","stream":false,"logit_bias":{"50256":-100}}',
     b'{"model":"m","x":' + b"[" * 63 + b"]" * 63 + b"}",

@@ -28,8 +28,10 @@ SEAL_KEY = b"s" * 32
 TOKENS = [
     b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"null", b"true", b"-1", b"0", b"1e400", b"-1e-400", b"NaN",
     b"9" * 20, b"1.5", b'""', b'"slot":-1,', b'"slot":999999,', b'"port":0,', b'"port":70000,', b'"deployments":[]',
-    b'"endpoints":[],', b'"models":{},', b'"version":0,', b'"x":' + b"[" * 2000, b"\xff", b"\x00", b"\\ud800", b"\\u0000",
-    b'"host":"\\n",', b'"credential":"x",', b'"strategy":"none",', b'"when":"((",', b'"hmac":"",', b'"egress_allow":["x"],',
+    b'"endpoints":[],', b'"models":{},', b'"version":0,', b'"x":' + b"[" * 2000, b"\xff", b"\x00", b"\\ud800",
+    b"\\u0000",
+    b'"host":"\\n",', b'"credential":"x",', b'"strategy":"none",', b'"when":"((",', b'"hmac":"",',
+    b'"egress_allow":["x"],',
     b'"overflow_at":-1,', b'"retry_budget":1e300,', b'"rank":-5,', b'"units":0,', b'"units":-1e9,', b'"batch_max":0,',
 ]  # fmt: skip
 
@@ -40,7 +42,7 @@ def examples() -> list[bytes]:
     two = deployment(
         "two", 8002, 1, models={"m": "meta/llama", "é": "x"}, price=Price(usd_per_hour=2.5), egress_checked=True,
         credential=seal("token", SEAL_KEY, "two"),
-        profile=Profile(name="p", prefill_tokens_per_s=15000.0, base_s=0.028, per_sequence_s=0.00035, kv_tokens=1200000),
+        profile=Profile(name="p", prefill_tokens_per_s=15000.0, base_s=0.028, per_sequence_s=0.0004, kv_tokens=120000),
     )  # fmt: skip
     rule = Policy(name="r", when='key.labels.a == "b"', require='deployment.labels.a == "b"', prefer=("one",))
     site = gateway("one", "two", slo=Slo(), policies=(rule,), default=True)
@@ -88,5 +90,3 @@ class Snapshots:
             Tables(snapshot, self._maker, None, 1.0)
         except (CannotUnseal, KeyError, ValueError):
             return  # what the worker refuses with a line, keeping the last good one
-
-

@@ -66,7 +66,7 @@ def attack(
 
 def _always_slow(target: Target, data: bytes, rng: random.Random, state: tuple[object, ...]) -> bool:
     for _ in range(TRIES):
-        rng.setstate(state)  # type: ignore[arg-type]
+        rng.setstate(state)
         began_s = time.thread_time()
         target.check(data, rng)
         if time.thread_time() - began_s < SLOW_S:

@@ -16,7 +16,7 @@ import msgspec
 from fleetgate.control.config import ENV, ControlConfig
 from fleetgate.core.board import Board, Worker
 from fleetgate.core.model import Snapshot, decode_snapshot
-from fleetgate.providers.signing import PUBLIC_KEY, SNAPSHOT, verify
+from fleetgate.providers.signing import verified
 from fleetgate.proxy.supervisor import open_listener, shared_memory
 
 DEPLOYMENT = {
@@ -83,9 +83,8 @@ class ControlRig:
 
     def snapshot(self) -> Snapshot:
         """What is published."""
-        return decode_snapshot(
-            verify((self.data_dir / SNAPSHOT).read_bytes(), (self.data_dir / PUBLIC_KEY).read_bytes())
-        )
+        data = (self.data_dir / "snapshot").read_bytes()
+        return decode_snapshot(verified(data, (self.data_dir / "signing.pub").read_bytes()))
 
     def act_as_worker(self, worker: int, version: int) -> None:
         """Write the cells that a worker of this version writes."""

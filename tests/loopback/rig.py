@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +20,7 @@ from fleetgate.core.model import (
     Upstream,
     encode_snapshot,
 )
-from fleetgate.providers.signing import PUBLIC_KEY, SNAPSHOT, public_key_of, sign
+from fleetgate.providers.signing import PUBLIC_KEY, public_key, sign
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.supervisor import open_listeners, shared_memory
 
@@ -33,7 +33,9 @@ class Rig:
 
     def __init__(self, data_dir: Path, workers: int = 1, auth: str = "none", **options: object) -> None:
         self.data_dir = data_dir
-        self.patience: dict[str, float] = {}  # `module.NAME` under fleetgate.proxy: shorter waits for tests of waits
+        self.patience: Mapping[
+            str, float | str
+        ] = {}  # `module.NAME` under fleetgate.proxy: shorter waits for tests of waits
         self.board_fd, self.board = shared_memory(workers)
         self._listeners = open_listeners("127.0.0.1:0", "--listen", workers)
         self.port: int = self._listeners[0].getsockname()[1]
@@ -45,7 +47,7 @@ class Rig:
         self.version = 0
         (data_dir / "pepper").write_bytes(PEPPER)
         (data_dir / "seal.key").write_bytes(b"s" * 32)
-        (data_dir / PUBLIC_KEY).write_bytes(public_key_of(SIGNING_KEY))
+        (data_dir / PUBLIC_KEY).write_bytes(public_key(SIGNING_KEY))
         # No canary: most tests publish what fails on purpose, and it must reach all workers at once.
         self._options = {
             "auth": auth,
@@ -89,13 +91,7 @@ class Rig:
         """Write the next Snapshot, as the publisher does."""
         self.version += 1
         fields = {"version": self.version, "made_at_s": time.time(), "emptied": not parts.get("gateways"), **parts}
-        self.put(sign(encode_snapshot(Snapshot(**fields)), SIGNING_KEY))  # type: ignore[arg-type]
-
-    def put(self, data: bytes) -> None:
-        """Put these bytes where the Snapshot is."""
-        fresh = self.data_dir / "snapshot.new"
-        fresh.write_bytes(data)
-        fresh.rename(self.data_dir / SNAPSHOT)
+        write_snapshot(self.data_dir, sign(encode_snapshot(Snapshot(**fields)), SIGNING_KEY))  # type: ignore[arg-type]
 
     def wait_until_used(self) -> None:
         """Until every worker accepts and uses the last Snapshot."""
@@ -130,6 +126,13 @@ class Rig:
         for pair in self._pipes:
             for fd in pair:
                 os.close(fd)
+
+
+def write_snapshot(data_dir: Path, data: bytes) -> None:
+    """Replace the Snapshot file whole."""
+    fresh = data_dir / "snapshot.new"
+    fresh.write_bytes(data)
+    fresh.rename(data_dir / "snapshot")
 
 
 def mapped(board_fd: int, workers: int) -> Board:

@@ -3,14 +3,13 @@
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from fleetgate.core.board import Worker
 from fleetgate.core.model import Admission, Snapshot, encode_snapshot
 from fleetgate.providers.signing import sign
-from tests.loopback.rig import SIGNING_KEY, gateway, wait_for
+from tests.loopback.rig import SIGNING_KEY, gateway, wait_for, write_snapshot
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_replies import stream_of
 from tests.loopback.wall_rig import Plane, plane
@@ -169,7 +168,7 @@ BROKEN = {
 def test_the_last_good_snapshot_stays_whatever_happens_to_the_file(pair: Plane, name: str) -> None:
     pair.use({})
     versions = [pair.rig.board.get(w, Worker.SNAPSHOT_VERSION) for w in range(2)]
-    replace(pair.rig.data_dir, BROKEN[name])
+    write_snapshot(pair.rig.data_dir, BROKEN[name])
     beats = [pair.rig.board.get(w, Worker.HEARTBEAT_MS) for w in range(2)]
     wait_for(lambda: all(pair.rig.board.get(w, Worker.HEARTBEAT_MS) > beat + 250 for w, beat in enumerate(beats)))
     assert [pair.rig.board.get(w, Worker.SNAPSHOT_VERSION) for w in range(2)] == versions
@@ -181,10 +180,24 @@ def test_the_last_good_snapshot_stays_whatever_happens_to_the_file(pair: Plane, 
     assert pair.ask(request("ok")).status == 200, "the next good one is taken"
 
 
-def replace(data_dir: Path, data: bytes) -> None:
-    fresh = data_dir / "snapshot.broken"
-    fresh.write_bytes(data)
-    fresh.rename(data_dir / "snapshot")
+@pytest.mark.parametrize("what", ["gone", "damaged"])
+def test_a_worker_starts_from_the_last_good_snapshot(what: str) -> None:
+    with plane() as made:
+        assert made.ask(request("ok")).status == 200
+        file, copy = made.rig.data_dir / "snapshot", made.rig.data_dir / "snapshot.good"
+        wait_for(lambda: copy.exists() and copy.read_bytes() == file.read_bytes())
+        if what == "gone":
+            (made.rig.data_dir / "snapshot").unlink()
+        else:
+            write_snapshot(made.rig.data_dir, b"damaged")
+        made.rig.processes[0].kill()
+        made.rig.processes[0].wait()
+        made.rig.board.sweep(0)
+        made.rig.start(0)
+        made.rig.wait_until_used()
+        assert made.ask(request("ok")).status == 200
+        made.use()
+        assert made.ask(request("ok")).status == 200, "the next good one is taken"
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 import yaml
@@ -70,7 +70,7 @@ class Up:
         """Write the config file."""
         self.config.write_text(yaml.safe_dump_all(documents))
 
-    def __enter__(self) -> "Up":
+    def __enter__(self) -> Self:
         words = ["up", "--config", str(self.config), "--data-dir", str(self.data_dir), "--workers", "2"]
         words += ["--listen", f"127.0.0.1:{self.port}", "--api-listen", f"127.0.0.1:{self.api_port}", *self._flags]
         if "--tls" in self._flags:

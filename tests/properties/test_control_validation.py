@@ -19,7 +19,7 @@ from fleetgate.control.store import rows
 from fleetgate.control.store.database import Database
 from fleetgate.core.model import decode_snapshot
 from fleetgate.core.route import lanes_of
-from fleetgate.providers.signing import public_key_of, verify
+from fleetgate.providers.signing import public_key, verified
 
 GOOD: list[dict[str, Any]] = [
     {
@@ -202,7 +202,7 @@ def test_a_fleet_is_applied_whole_or_not_at_all(tmp_path: Path, database: Databa
     data_dir = open_data_dir(tmp_path)
     publisher = Publisher(database, data_dir, (), dict)
     publisher.publish()
-    snapshot = decode_snapshot(verify(data_dir.snapshot.read_bytes(), public_key_of(data_dir.signing_key)))
+    snapshot = decode_snapshot(verified(data_dir.snapshot.read_bytes(), public_key(data_dir.signing_key)))
     for gateway in snapshot.gateways:
         lanes_of(gateway, snapshot, "us-east")
     assert not publisher.publish(), "nothing changed, but it was published again"

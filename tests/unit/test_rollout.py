@@ -7,7 +7,7 @@ import pytest
 from fleetgate.core.board import Worker
 from fleetgate.core.canary import HELP_S, LOOK_S, PROBATION_S, RETRY_FIRST_S
 from fleetgate.core.model import Key, Snapshot, encode_snapshot
-from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key_of, sign
+from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key, sign
 from fleetgate.proxy.rollout import FOLLOW_S_MAX, Rollout
 from fleetgate.proxy.snapshots import SnapshotFile
 from fleetgate.proxy.telemetry import Telemetry
@@ -60,7 +60,7 @@ class Group:
         self.board = board_of(workers)
         self.now_s = 1000.0
         self.version = 0
-        (folder / PUBLIC_KEY).write_bytes(public_key_of(KEY))
+        (folder / PUBLIC_KEY).write_bytes(public_key(KEY))
         self.publish("old", ["k1"])
         self.hands = [Hand(self, index) for index in range(workers)]
         for hand in self.hands:

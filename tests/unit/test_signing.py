@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, encode_snapshot
-from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotGenuine, public_key_of, sign, verify
+from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, public_key, sign, verified
 from fleetgate.proxy.snapshots import SnapshotFile
 from tests.loopback.rig import deployment, gateway
 
@@ -29,7 +29,7 @@ def signed(version: int, key: bytes = KEY, **parts: object) -> bytes:
 
 @pytest.fixture
 def file(tmp_path: Path) -> SnapshotFile:
-    (tmp_path / PUBLIC_KEY).write_bytes(public_key_of(KEY))
+    (tmp_path / PUBLIC_KEY).write_bytes(public_key(KEY))
     return SnapshotFile(tmp_path)
 
 
@@ -41,7 +41,7 @@ def put(tmp_path: Path, data: bytes) -> None:
 
 @given(st.binary(max_size=300))
 def test_what_was_signed_is_read_back(payload: bytes) -> None:
-    assert verify(sign(payload, KEY), public_key_of(KEY)) == payload
+    assert verified(sign(payload, KEY), public_key(KEY)) == payload
 
 
 @given(st.binary(min_size=1, max_size=60), st.data())
@@ -49,8 +49,8 @@ def test_one_changed_byte_is_noticed_wherever_it_is(payload: bytes, data: st.Dat
     whole = bytearray(sign(payload, KEY))
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] ^= data.draw(st.integers(1, 255))
-    with pytest.raises(NotGenuine):
-        verify(bytes(whole), public_key_of(KEY))
+    with pytest.raises(NotSigned):
+        verified(bytes(whole), public_key(KEY))
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
@@ -95,7 +95,7 @@ def test_an_empty_snapshot_that_is_meant_is_taken(tmp_path: Path, file: Snapshot
 def test_the_key_it_is_checked_with_is_read_once(tmp_path: Path, file: SnapshotFile) -> None:
     put(tmp_path, signed(5))
     assert file.changed() is not None
-    (tmp_path / PUBLIC_KEY).write_bytes(public_key_of(OTHER_KEY))
+    (tmp_path / PUBLIC_KEY).write_bytes(public_key(OTHER_KEY))
     put(tmp_path, signed(6, OTHER_KEY))
     assert file.changed() is None
     put(tmp_path, signed(7))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key_of
+from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key
 
 SECRET_BYTES = 32
 OWNER_TOKEN = "owner-token"  # noqa: S105 - a file's name
@@ -54,15 +54,13 @@ def open_data_dir(path: Path) -> DataDir:
         # An operator's own directory may be open to others; the secrets' own modes hold in any case.
         if path.stat().st_uid == os.getuid():
             path.chmod(_DIRECTORY_MODE)
-        data_dir = DataDir(
+        return DataDir(
             path=path,
             owner_token=_token(path / OWNER_TOKEN),
             pepper=_secret(path / "pepper"),
             seal_key=_secret(path / "seal.key"),
-            signing_key=_secret(path / "signing.key"),
+            signing_key=_signing_key(path),
         )
-        _keep(path / PUBLIC_KEY, public_key_of(data_dir.signing_key))
-        return data_dir
     except OSError as error:
         raise Unusable(unusable_sentence(path, error)) from error
 
@@ -105,9 +103,13 @@ def _secret(path: Path) -> bytes:
     return data
 
 
-def _keep(path: Path, data: bytes) -> None:
-    if not path.exists() or path.read_bytes() != data:
-        write_whole(path, data)
+def _signing_key(path: Path) -> bytes:
+    """The key that signs Snapshots; its public half lies beside it, which is all that proxies read."""
+    key = _secret(path / "signing.key")
+    public = path / PUBLIC_KEY
+    if not public.exists() or public.read_bytes() != public_key(key):
+        write_whole(public, public_key(key))
+    return key
 
 
 def _token(path: Path) -> str:

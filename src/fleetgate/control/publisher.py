@@ -16,7 +16,7 @@ from fleetgate.control.store.database import Database
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, decode_snapshot, encode_snapshot
 from fleetgate.providers.base import ManagedDeployment
 from fleetgate.providers.sealing import CannotUnseal, seal, unseal
-from fleetgate.providers.signing import NotGenuine, public_key_of, sign, verify
+from fleetgate.providers.signing import NotSigned, public_key, sign, verified
 
 DEBOUNCE_S = 0.005  # several changes made at once become one Snapshot
 RETRY_S = 1.0
@@ -175,8 +175,8 @@ class Publisher:
 
     def _read(self, path: Path) -> Snapshot | None:
         try:
-            return decode_snapshot(verify(path.read_bytes(), public_key_of(self._data_dir.signing_key)))
+            return decode_snapshot(verified(path.read_bytes(), public_key(self._data_dir.signing_key)))
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, NotGenuine):
+        except (OSError, msgspec.MsgspecError, NotSigned):
             return None  # unreadable or damaged: the store has everything, and the next version replaces it

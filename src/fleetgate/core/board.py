@@ -37,12 +37,15 @@ class Worker(IntEnum):
     SERIES_COUNT = 7
     NAMES_BYTES = 8
     STARTS = 9
-    SNAPSHOT_TRYING = 13  # the version on trial here; it outlives the worker, so that one that kills workers is known
-    SNAPSHOT_PROVEN = 14  # the version that others may follow to
-    SNAPSHOT_RETURNED = 15  # the version that was given up for the last good one, 0 for none
+    LAG_MS = 13  # the last time its loop stood still: for how long, and when
+    LAG_AT_MS = 14
+    SHORT = 15  # bits: memory, connections, bodies
+    SNAPSHOT_TRYING = 16  # the version on trial here; it outlives the worker, so that one that kills workers is known
+    SNAPSHOT_PROVEN = 17  # the version that others may follow to
+    SNAPSHOT_RETURNED = 18  # the version that was given up for the last good one, 0 for none
 
 
-WORKER_CELLS = 16
+WORKER_CELLS = 24
 
 
 class Plane(IntEnum):
@@ -137,7 +140,8 @@ class Board:
         at = 0
         self.worker_cells = cells[at : (at := at + workers * WORKER_CELLS)]
         self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
-        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]
+        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]: `health.told_ms`
+        self.cools_until_ms = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
         self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
         self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][Work]
@@ -149,7 +153,7 @@ class Board:
 
     @staticmethod
     def _cell_count(workers: int) -> int:
-        deployment_cells = 2 + TALLY_CELLS
+        deployment_cells = 3 + TALLY_CELLS
         endpoint_cells = 1 + WORK_CELLS
         per_worker = (
             WORKER_CELLS
@@ -208,9 +212,14 @@ class Board:
         return Taught(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:
-        """The latest moment until which any worker keeps an Endpoint out, ms; 0 if none does."""
+        """What the worker told that keeps an Endpoint out for longest, in `health.told_ms`; 0 if none does."""
         at = endpoint_slot * self.workers
         return max(self.ejected_until_ms[at : at + self.workers])
+
+    def cools_until(self, slot: int) -> int:
+        """Until when the engine of a Deployment has asked any worker to be left alone, ms; 0 if it has not."""
+        at = slot * self.workers
+        return max(self.cools_until_ms[at : at + self.workers])
 
     def sweep(self, worker: int) -> int:
         """Give back what a dead worker held, and say how many requests that were. Its counters stay."""
@@ -218,7 +227,7 @@ class Board:
         for slot in range(DEPLOYMENTS_MAX):
             at = slot * self.workers + worker
             swept += self.in_flight[at]
-            self.in_flight[at] = self.milliunits[at] = 0
+            self.in_flight[at] = self.milliunits[at] = self.cools_until_ms[at] = 0
         for slot in range(GATEWAYS_MAX):
             self.waiting[slot * self.workers + worker] = 0
         for slot in range(ENDPOINTS_MAX):

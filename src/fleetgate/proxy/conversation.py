@@ -1,5 +1,6 @@
 """One request in a worker: the shell around its Exchange. It does what the core says and reports what happened."""
 
+from asyncio import Task
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -57,16 +58,6 @@ QUEUE_FULL = QueueFull()
 
 ENDED, REFUSED = int(Tally.ENDED), int(Tally.REFUSED)
 
-# What a failed attempt says about an Endpoint's health. What is missing here says nothing.
-SIGNS = {
-    Failure.BROKEN: Sign.BROKE,
-    Failure.BAD_OUTPUT: Sign.BROKE,
-    Failure.UNREACHABLE: Sign.BROKE,
-    Failure.TIMEOUT: Sign.BROKE,
-    Failure.TLS: Sign.BROKE,
-    Failure.CREDENTIAL: Sign.BROKE,
-}
-
 
 class Conversation(Speaker):
     """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
@@ -82,6 +73,8 @@ class Conversation(Speaker):
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
+    sent_s = 0.0  # when the attempt in hand was sent
+    deaths: tuple[Task[bool], ...] = ()  # Endpoints that fell with it: whether each is really down
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     deadline_s = float("inf")
     progress = 0
@@ -103,7 +96,7 @@ class Conversation(Speaker):
         self.hub.conversations[self] = None
         self._pick(self.exchange.start())
 
-    def _report(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Tell the core what happened and do what it says."""
         now_s = self.seen_s = self.hub.clock()
         command = self.exchange.receive(event, now_s)
@@ -121,7 +114,7 @@ class Conversation(Speaker):
             place = hub.tables.places[lead.slot]
             if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
                 self.place = self.last_place = place
-                self._report(Picked(lead))
+                self.report(Picked(lead))
                 return
         self._pick_by_route(command, lane)
 
@@ -130,9 +123,11 @@ class Conversation(Speaker):
         wanting = self.wanting = self.wanting or Wanting(self)
         first = lane.room.first() if self.ticket is None and not command.tried else None
         if first is not None and first.priority <= wanting.priority:
-            self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
+            self.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
             return
         tried = self._exhausted(command.tried) if command.tried else ()
+        if lane.missing:
+            tried = [*tried, *lane.lacking(now_s)]
         if self.resumption is not None:
             tried = [*tried, *self.resumption.unfit(lane, hub.tables)]
         wish = wanting.wish(now_s - self.wants_since_s)
@@ -140,14 +135,14 @@ class Conversation(Speaker):
         if hub.recorder is not None:
             hub.recorder.decided(self, wish, tried, placed)
         if isinstance(placed, Rejection):
-            self._report(NotPicked(placed.reason))
+            self.report(NotPicked(placed.reason))
             return
         self.place = self.last_place = hub.tables.places[placed.candidate.slot]
         self.booking = Booking(hub, placed, lane.desk.promised, now_s)
         lane.affinity.sent(wanting.chain, placed.hold.endpoint_slot)
         if self.ticket is not None:
             self._stop_waiting(served=True)
-        self._report(Picked(placed.candidate))
+        self.report(Picked(placed.candidate))
 
     @property
     def wants_since_s(self) -> float:
@@ -167,12 +162,12 @@ class Conversation(Speaker):
         gateway = lane.site.gateway
         cools_s = lane.cools_s(hub.clock())
         if cools_s > COOLS_WAIT_MAX_S:  # nobody will take it before, so its client hears of it now
-            self._report(Overdue(cools_s))
+            self.report(Overdue(cools_s))
             return
         if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
             shed = lane.room.latest(wanting.priority, self.request.key.name)
             if shed is None:
-                self._report(QUEUE_FULL)
+                self.report(QUEUE_FULL)
                 return
             hub.waiters[shed].shed()
         need = wanting.need
@@ -182,7 +177,7 @@ class Conversation(Speaker):
         promised = gateway.slo is not None or self.request.timeout_s  # to the client, or by it to somebody
         expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if promised else 0.0
         if expected_s > self.deadline_s:  # it would only wait in vain
-            self._report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
+            self.report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
             return
         self.ticket = Ticket(self.deadline_s, self.request.key.name, need.units, wanting.priority)
         lane.room.join(self.ticket, ahead=self.exchange.moves > 0)
@@ -192,7 +187,7 @@ class Conversation(Speaker):
     def shed(self) -> None:
         """The queue is full, and a request of a higher priority wants its place there."""
         self._stop_waiting()
-        self._report(QUEUE_FULL)
+        self.report(QUEUE_FULL)
 
     def _stop_waiting(self, served: bool = False) -> None:
         ticket, self.ticket = self.ticket, None
@@ -203,13 +198,13 @@ class Conversation(Speaker):
 
     def look_again(self) -> bool:
         """There may be room now; True when it found a place (or ended)."""
-        self._report(ROOM)
+        self.report(ROOM)
         return self.ticket is None
 
     def change_lane(self) -> None:
         """A new Snapshot replaced the Lane this request waits in: look for room in the new one, or wait there."""
         self._stop_waiting()
-        self._report(ROOM)
+        self.report(ROOM)
 
     # --- sending ---
 
@@ -226,6 +221,7 @@ class Conversation(Speaker):
         if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
             self.hub.tables.try_out(peer, now_s)
         self.progress = 0
+        self.sent_s = now_s
         self.deadline_s = now_s + watching.first_event_s(self, self.booking)
         self.relay = relay = sending.relay_for(self, self, place)
         sending.send(self, relay, peer, place)
@@ -248,7 +244,7 @@ class Conversation(Speaker):
         """The first content is here."""
         if self.hedge is not None:
             self._end_hedge()
-        self._report(CONTENT_OK if relay.status == 200 else Content(relay.status))
+        self.report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
     def on_failed(self, relay: Relay, event: Failed) -> None:
         """The attempt is lost."""
@@ -264,12 +260,12 @@ class Conversation(Speaker):
         """The answer ended as it should."""
         self.tail += tail
         if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
-            self._see(Sign.WENT_WELL)
+            self.hub.ward.saw(self.peer, Sign.WENT_WELL)
         if self.booking is not None:
             self.hub.learn(self, self.booking, relay)
         elif self.place is not None:
             self.hub.tally(self.place.slot, ENDED)
-        self._report(FINISHED)
+        self.report(FINISHED)
 
     def now_s(self) -> float:
         """The loop's clock."""
@@ -283,7 +279,7 @@ class Conversation(Speaker):
         if self.place is not None and event.failure is Failure.FULL:
             self.hub.tally(self.place.slot, REFUSED)
             if event.wait_s > COOLS_WAIT_MAX_S:  # what is shorter, engines say of any full queue
-                self.hub.asked_to_wait(self.place, event.wait_s)
+                self.hub.ward.asked_to_wait(self.place, event.wait_s)
         if self.first_s and event.failure is not Failure.MISMATCH:
             event = self._resumable(event)
         if self.peer is not None:
@@ -292,15 +288,18 @@ class Conversation(Speaker):
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
             self.adopt(self.hedge)
-        else:
-            self._report(event)
+        elif not self.hub.ward.holds(self, event):
+            self.report(event)
+
+    def judged(self, event: Failed) -> None:
+        """What was held back until more was known of it."""
+        if self.exchange.state is State.TRYING:
+            self.report(event)
 
     def blame(self, peer: Peer, failure: Failure) -> None:
         """An attempt at this Endpoint is lost."""
         self.failed_peers = (*self.failed_peers, peer)
-        sign = SIGNS.get(failure)
-        if sign is not None and peer.saw(sign, self.hub.clock()):
-            self.hub.health_changed(peer)
+        self.hub.ward.blame(self, peer, failure)
 
     def adopt(self, hedge: Hedge) -> None:
         """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
@@ -328,11 +327,6 @@ class Conversation(Speaker):
             return event
         self.resumption.lost_s = self.hub.clock()
         return msgspec.structs.replace(event, resumable=True)
-
-    def _see(self, sign: Sign) -> None:
-        assert self.peer is not None
-        if self.peer.saw(sign, self.hub.clock()):
-            self.hub.health_changed(self.peer)
 
     def _settle(self, now_s: float) -> None:
         peer, self.peer = self.peer, None
@@ -438,7 +432,7 @@ class Conversation(Speaker):
         self._stop_waiting()
         if self.relay is not None:
             self.relay.cancel()
-        self._report(GONE)
+        self.report(GONE)
 
     def overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""
@@ -446,9 +440,9 @@ class Conversation(Speaker):
         if self.exchange.state is State.WAITING:
             self._stop_waiting()
             ahead = max(1, len(self.lane.room))
-            self._report(Overdue(self.lane.drain.wait_s(ahead)))
+            self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
-            self.client.transport.abort()  # it is the client that stalls, so nothing is said against the Endpoint
+            self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
         elif relay is not None:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))

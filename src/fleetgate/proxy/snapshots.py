@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, decode_snapshot
-from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotGenuine, verify
+from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, verified
 
 EMPTY = Snapshot(version=0, made_at_s=0.0)
 GIVEN_UP = "snapshot.given-up"  # a note beside them: the version that was returned from, for those who start later
@@ -126,8 +126,8 @@ class SnapshotFile:
             except OSError as error:
                 raise Unfit(f"{self._public_key_path}, which it is checked with, cannot be read: {error}") from None
         try:
-            snapshot = decode_snapshot(verify(data, self._public_key))
-        except (NotGenuine, msgspec.MsgspecError) as error:
+            snapshot = decode_snapshot(verified(data, self._public_key))
+        except (NotSigned, msgspec.MsgspecError) as error:
             raise Unfit(str(error)) from None
         except ValueError:
             raise Unfit(f"{self._public_key_path}, which it is checked with, is damaged") from None

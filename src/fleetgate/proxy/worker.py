@@ -17,8 +17,10 @@ from fleetgate.core.board import Board, Worker
 from fleetgate.core.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
 from fleetgate.providers.spool import Happened
+from fleetgate.proxy import tcp
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, WorkerConfig
+from fleetgate.proxy.door import Door
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.ops import HEAD_BYTES_MAX, OpsServer
@@ -33,7 +35,6 @@ from fleetgate.rules import plugins
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
-BACKLOG = 4096
 
 
 class LockFile:
@@ -100,9 +101,10 @@ class WorkerProcess:
             loop.add_reader(config.life_fd, self._orphaned)
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
+        hub.guards.begin(SWEEP_S)
         self._rollout.start(hub.clock())
         self._say_refusals()
-        hub.sweep()
+        hub.guards.sweep()
         servers = [await self._listen(config.listen_fd, None)]
         if self._tls is not None:
             servers.append(await self._listen(config.tls_listen_fd, self._tls))
@@ -128,11 +130,10 @@ class WorkerProcess:
             if hub.recorder.log.dropped:
                 self._say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
-    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> asyncio.Server:
-        listener = socket.socket(fileno=fd)
-        return await self.hub.loop.create_server(
-            lambda: ClientConnection(self.hub), sock=listener, backlog=BACKLOG, ssl=tls.context if tls else None
-        )
+    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Door:
+        tcp.bound_unsent(fd)
+        door = Door(fd, tls.context if tls else None, lambda: ClientConnection(self.hub))
+        return await self.hub.guards.watch(door).open()
 
     async def _listen_for_operations(self) -> asyncio.Server:
         listener = socket.socket(fileno=self.config.ops_listen_fd)
@@ -148,7 +149,7 @@ class WorkerProcess:
                 self._say_refusals()
             if self._sweeps % SNAPSHOT_EVERY == 0 and self._tls is not None:
                 self._tls.reload_if_changed()
-            self.hub.sweep()
+            self.hub.guards.sweep()
 
     # --- Snapshots: what the rollout asks for ---
 
@@ -192,7 +193,7 @@ class WorkerProcess:
         os.read(self.config.wake_fd, 4096)
         self.hub.wake()
 
-    async def _drain(self, servers: list[asyncio.Server]) -> None:
+    async def _drain(self, servers: list[Door]) -> None:
         """Readiness falls first; nothing is refused while load balancers look away, nothing is cut inside the grace."""
         hub = self.hub
         self.board.set(self.config.index, Worker.ACCEPTING, 0)
