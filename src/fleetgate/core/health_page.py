@@ -87,8 +87,8 @@ def _rules() -> list[str]:
     told = (
         f"""**Back-off.** Out for {EJECTION_FIRST_S:g} s, then twice as long each time, up to {EJECTION_MAX_S:g} s; a
         refused credential begins with {DENIED_FIRST_S:g} s. Each pause varies by {JITTER:.0%} either way, so that
-        proxies do not come back together. Who has been in for {STEADY_S:g} s without going out begins anew. Who went out
-        {FLAPS} times before that flaps: its probes no longer shorten its pause.""",
+        proxies do not come back together. Who has been in for {STEADY_S:g} s without going out begins anew. Who went
+        out {FLAPS} times before that flaps: its probes no longer shorten its pause.""",
         f"""**Counting.** {BROKEN_IN_A_ROW} broken requests in a row take an Endpoint out, or {BROKEN_IN_A_ROW} broken
         probes; a request that goes well resets both counts, a probe that goes well only that of the probes.""",
         f"""**Slow start.** Back in, it begins with {SLOW_START_MIN:.0%} of its weight and has all of it after
