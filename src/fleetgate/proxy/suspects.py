@@ -5,7 +5,7 @@ import ssl
 from typing import TYPE_CHECKING
 
 from fleetgate.core.exchange import Failed, Failure
-from fleetgate.core.poison import Loss, is_poison, is_suspicious
+from fleetgate.core.poison import TOGETHER_S, Loss, is_poison, is_suspicious
 from fleetgate.proxy import sentences
 from fleetgate.proxy.transport.upstream import Peer, Refused
 
@@ -34,7 +34,7 @@ class Suspects:
             reset = event.sent and relay is not None and relay.status < BAD_REQUEST
         else:  # closed under it at once, so that it looked like a connection kept too long; then refused
             reset = conversation.stale_at is peer
-        if peer in conversation.deaths or not is_suspicious(self._loss(conversation, peer, reset)):
+        if not reset or peer in conversation.deaths or not is_suspicious(self._loss(conversation, peer)):
             return False
         hub = self._hub
         conversation.deaths = {**conversation.deaths, peer: hub.loop.create_task(self._is_dead(peer))}
@@ -44,13 +44,15 @@ class Suspects:
         hub.spawn(self._judge(conversation, event))
         return True
 
-    def _loss(self, conversation: "Conversation", peer: Peer, reset: bool) -> Loss:
+    def _loss(self, conversation: "Conversation", peer: Peer) -> Loss:
+        """Cost: a look at every request in flight, for the first loss at an Endpoint and not for those with it."""
         now_s, hub = self._hub.clock(), self._hub
-        others = [one for one in hub.conversations if one.peer is peer and one is not conversation]
-        waiting = sum(not one.first_s for one in others)
         since_s, peer.lost_s = now_s - peer.lost_s, now_s
+        alone = since_s > TOGETHER_S
+        others = [one for one in hub.conversations if one.peer is peer and one is not conversation] if alone else []
+        waiting = sum(not one.first_s for one in others)
         answered = any(place.ended for place in hub.tables.places_of.get(peer, ()))
-        return Loss(reset, waiting, answered or len(others) > waiting, since_s)
+        return Loss(True, waiting, answered or len(others) > waiting, since_s)
 
     async def _is_dead(self, peer: Peer) -> bool:
         """Whether nobody listens there any more."""
