@@ -25,8 +25,8 @@ ANSWER_BYTES = 9000
 CLIENTS = 16
 QUICK = {"watching.patience.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
 # A breaker would soon leave nothing to cut.
-_HEALTH = "worker.sys.modules['fleetgate.core.health']"
-NO_BREAKER = {f"{_HEALTH}.BROKEN_IN_A_ROW": 1e9, f"{_HEALTH}.RESULTS_MIN": 1e9}
+_MOVES = "worker.sys.modules['fleetgate.core.health'].MOVES"
+NO_BREAKER: dict[str, float | str] = {_MOVES: f"{{move: to._replace(after=10**9) for move, to in {_MOVES}.items()}}"}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,14 @@ def test_no_cut_is_silent_and_greedy_answers_are_whole(two: Plane) -> None:
         found: Counter[str] = Counter()
         with ThreadPoolExecutor(CLIENTS) as pool:
             asked = 0
-            while len(chaos.done) < CUTS - CLIENTS and asked < 20 * CUTS:
+            while chaos.cuts and asked < 20 * CUTS:
                 found.update(pool.map(lambda number: judge(two.port, number), range(asked, asked + 100)))
                 asked += 100
     print(f"seed {SEED}: {len(chaos.done)} cuts in {asked} streams: {dict(found)}")
     assert set(found) <= {"greedy whole", "sampled whole", "sampled told"}, f"seed {SEED}: {dict(found)}"
     assert found["sampled told"], "some were cut where nobody could go on"
-    assert len(chaos.done) >= CUTS - CLIENTS, f"seed {SEED}: only {len(chaos.done)} cuts"
+    # A few wait on connections that were kept and not used again.
+    assert len(chaos.done) >= 0.9 * CUTS, f"seed {SEED}: only {len(chaos.done)} cuts"
     two.wait_idle()
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 CHANGES_MAX = 4
+SEAMS = frozenset(b'\r\n:;,{}[]" ')  # next to these is where formats break
 SPAN_MAX = 12  # bytes that one change cuts out or doubles; now and then far more
 
 
@@ -27,6 +28,9 @@ class Mutator:
     def _change(self, data: bytearray) -> None:
         rng = self.rng
         at = rng.randint(0, len(data))
+        if rng.random() < 0.5:
+            while at < len(data) and not (at and data[at - 1] in SEAMS):
+                at += 1
         span = rng.randint(1, SPAN_MAX) if rng.random() < 0.9 else rng.randint(1, len(data) + 1)
         kind = rng.randrange(9)
         if kind == 0 and at < len(data):

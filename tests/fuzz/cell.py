@@ -1,0 +1,170 @@
+"""A worker's data plane with wires of memory in place of sockets: every byte in, every byte out, nothing in between.
+
+Hub, listener, gate, conversation and relay are the real ones. The clock stands still unless a test moves it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fleetgate.core.model import Deployment, Gateway, Snapshot
+from fleetgate.providers.signing import public_key
+from fleetgate.proxy.config import WorkerConfig
+from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.supervisor import shared_memory
+from fleetgate.proxy.tables import Tables
+from fleetgate.proxy.transport.upstream import Peer, UpstreamConnection
+from fleetgate.proxy.worker import WorkerProcess
+
+CALLS_MAX = 100_000  # of one input; more is a loop without end
+SPARE_CONNECTIONS = 4
+
+
+class Ready:
+    """The part of an event loop that callbacks use."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+
+    def call_soon(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Queue a callback."""
+        self._calls.append((call, arguments))
+
+    def create_task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Tasks are made for connects only, and connections are at hand."""
+        work.close()
+        raise AssertionError("a connect, though there are kept connections")
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        for _ in range(CALLS_MAX):
+            if not self._calls:
+                return
+            call, arguments = self._calls.popleft()
+            call(*arguments)
+        raise AssertionError("callbacks without end")
+
+
+class Wire(asyncio.Transport):
+    """One end of a connection: what is written is kept, and `heard` is called after each write."""
+
+    def __init__(self, ready: Ready, protocol: asyncio.Protocol, heard: Callable[["Wire"], None] | None = None) -> None:
+        super().__init__()
+        self._ready = ready
+        self._heard = heard
+        self.protocol = protocol
+        self.written = bytearray()
+        self.reading = True
+        self.closing = False
+        self.aborted = False
+        self.finished = False  # nothing more is written; reading goes on
+        protocol.connection_made(self)
+
+    def feed(self, data: bytes) -> None:
+        """The other side sent something."""
+        if not self.closing:
+            self.protocol.data_received(data)
+
+    def end(self, error: Exception | None = None) -> None:
+        """The other side is gone."""
+        if not self.closing:
+            self.closing = True
+            self.protocol.connection_lost(error)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        assert not self.finished, "written after the end"
+        if not self.closing:
+            self.written += data
+            if self._heard is not None:
+                self._heard(self)
+
+    def close(self) -> None:
+        if not self.closing:
+            self.closing = True
+            self._ready.call_soon(self.protocol.connection_lost, None)
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.close()
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.finished = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing ever waits."""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 50_000) if name == "peername" else default
+
+
+class Cell:
+    """A worker. Shape: `answer` is called for what an upstream wire has been sent, with the Deployment's slot."""
+
+    def __init__(self, data_dir: Path, answer: Callable[[Wire, int], None]) -> None:
+        (data_dir / "seal.key").write_bytes(b"s" * 32)
+        (data_dir / "pepper").write_bytes(b"p" * 32)
+        (data_dir / "signing.pub").write_bytes(public_key(b"k" * 32))
+        board_fd, self.board = shared_memory(1)
+        config = WorkerConfig(
+            index=0, workers=1, data_dir=str(data_dir), board_fd=board_fd, listen_fd=-1, auth="none", access_log="off"
+        )
+        self.ready = Ready()
+        self.hub = WorkerProcess(config).hub
+        self.hub.loop = self.ready  # type: ignore[assignment]
+        self.now_s = 1000.0
+        self.hub.clock = lambda: self.now_s
+        self._answer = answer
+        self._version = 0
+
+    def use(self, deployments: tuple[Deployment, ...], site: Gateway) -> None:
+        """Take a new Snapshot, later than the last one by as long as any breaker stays open."""
+        self._version += 1
+        self.now_s += 1000.0
+        snapshot = Snapshot(version=self._version, made_at_s=0.0, gateways=(site,), deployments=deployments)
+        self.hub.use(Tables(snapshot, self.hub.maker, self.hub.tables, self.now_s))
+
+    def peers(self) -> list[Peer]:
+        """The Endpoints in use."""
+        return list(self.hub.tables.peers.values())
+
+    def stock(self) -> None:
+        """Give every Endpoint new kept connections and nothing else."""
+        for peer in self.peers():
+            peer.close_idle(float("inf"))
+            for _ in range(SPARE_CONNECTIONS):
+                connection = UpstreamConnection(peer)
+                Wire(self.ready, connection, lambda wire, slot=peer.endpoint.slot: self._answer(wire, slot))  # type: ignore[misc]
+                peer.keep(connection, self.now_s)
+
+    def connect(self) -> Wire:
+        """A client's connection."""
+        return Wire(self.ready, ClientConnection(self.hub))
+
+    def in_flight(self) -> int:
+        """What the ledger holds."""
+        return sum(self.board.in_flight_total(place.slot) for place in self.hub.tables.places.values())
+
+
+def with_slot(deployment: Deployment, slot: int) -> Deployment:
+    """The same Deployment, of which nothing is known yet."""
+    endpoints = tuple(msgspec.structs.replace(one, slot=slot) for one in deployment.endpoints)
+    return msgspec.structs.replace(deployment, slot=slot, endpoints=endpoints)
