@@ -178,9 +178,10 @@ class Ward:
         """Every 50 ms: what other workers took out, and whether anybody is left; once a second who is slow."""
         tables = self._hub.tables
         self._adopt(tables, now_s)
-        for lane in tables.lanes:
-            if lane.places and all(place.fit <= 0.0 for place in lane.places):
-                self._panic(lane, now_s)
+        if any(place.fit <= 0.0 for place in tables.places.values()):
+            for lane in tables.lanes:
+                if lane.places and all(place.fit <= 0.0 for place in lane.places):
+                    self._panic(lane, now_s)
         if watch:
             for peer in tables.peers.values():
                 if any([slowness.look(peer.in_flight) for slowness in peer.slowness.values()]):
