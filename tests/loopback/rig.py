@@ -81,7 +81,7 @@ class Rig:
         config = self.config(index)
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
-        lines = ["from fleetgate.proxy import conversation, listener, watching, worker"]
+        lines = ["from fleetgate.proxy import conversation, listener, ward, watching, worker"]
         lines += [f"{name} = {value}" for name, value in self.patience.items()]
         process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)

@@ -9,6 +9,7 @@ from fleetgate.providers.spool import Spool
 from tests.loopback.rig import deployment, wait_for
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import request
+from tests.loopback.wall_replies import REPLIES
 from tests.loopback.wall_rig import Plane, plane
 
 BODY = b'{"error":{"message":"slow down"}}'
@@ -51,10 +52,12 @@ def test_when_all_ask_for_it_the_client_hears_for_how_long(three: Plane, options
 
 
 def test_deployments_that_fall_together_take_their_region_with_them(three: Plane) -> None:
-    """The third of the region is suspected, and in again after one good answer; another region takes the load."""
-    made = three.deployments(*({"models": {"m": name}, "region": "r"} for name in ("500", "500", "ok")))
-    elsewhere = deployment("elsewhere", three.walls[2].port, made[-1].slot + 1000, models={"m": "ok"}, region="s")
-    three.publish([*made, elsewhere], strategy="capacity_round_robin")
+    """The third of the region gets one request at a time, until one went well; another region takes the rest."""
+    third = three.walls[2]
+    third.replies["third"] = REPLIES["ok"]
+    made = three.deployments(*({"models": {"m": name}, "region": "r"} for name in ("500", "500", "third")))
+    elsewhere = deployment("elsewhere", third.port, made[-1].slot + 1000, models={"m": "ok"}, region="s")
+    three.publish([*made, elsewhere])
     spool = Spool(three.rig.data_dir)
     spool.take()
     told: list[str] = []
@@ -67,6 +70,19 @@ def test_deployments_that_fall_together_take_their_region_with_them(three: Plane
     wait_for(is_told)
     lost = next(sentence for sentence in told if "region r is taken for lost" in sentence)
     assert "one at http" in lost and "two at http" in lost and "three" not in lost
+    third.replies["third"] = REPLIES["held"]
+    third.hold()
+    third.forget()
+    clients = [three.client() for _ in range(6)]
+    for client in clients:
+        client.send(request("m"))
+    wait_for(lambda: len(third.seen) >= 6)
+    assert [seen.model for seen in third.seen].count("third") == 1
+    third.release()
+    for client in clients:
+        assert client.read().status == 200
+        client.socket.close()
+    third.replies["third"] = REPLIES["ok"]
     wait_for(lambda: three.ask(request("m")).headers["x-fleetgate-deployment"] == "three")
     three.wait_idle()
 

@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.patience import (
+    FIRST_ALIVE_S,
+    FIRST_FACTOR,
     FIRST_MAX_S,
     FIRST_MIN_S,
     FIRST_UNKNOWN_S,
@@ -13,6 +15,7 @@ from fleetgate.core.patience import (
     STALL_MIN_S,
     STALL_TOKENS,
     STALL_UNKNOWN_S,
+    Firsts,
     Pulse,
     first_event_s,
 )
@@ -51,3 +54,39 @@ def test_a_silence_that_it_came_back_from_is_no_stall(silent_s: float) -> None:
     for _ in range(1000):
         pulse.saw_stream(0.02)
     assert pulse.stall_s == STALL_MIN_S, "what was long ago is forgotten"
+
+
+sizes = st.integers(100, 10_000_000)
+
+
+@given(st.lists(st.tuples(sizes, st.floats(0.01, 20.0)), min_size=SEEN_MIN, max_size=80), sizes)
+def test_what_was_seen_of_first_tokens_bounds_what_is_expected(seen: list[tuple[int, float]], size: int) -> None:
+    """Never less than the slowest lately of its own size; larger requests have longer, smaller ones no less."""
+    firsts = Firsts()
+    for body_bytes, ttft_s in seen[: SEEN_MIN - 1]:
+        firsts.saw(body_bytes, ttft_s, 0.0)
+    assert firsts.expected_s(size) is None, "too few tell nothing"
+    for body_bytes, ttft_s in seen[SEEN_MIN - 1 :]:
+        firsts.saw(body_bytes, ttft_s, 0.0)
+    expected_s = firsts.expected_s(size)
+    assert expected_s is not None and expected_s >= 0.8 * min(ttft_s for _, ttft_s in seen[-20:])
+    alike = [ttft_s for body_bytes, ttft_s in seen[-20:] if body_bytes.bit_length() == size.bit_length()]
+    if alike:
+        assert expected_s >= 0.8 * max(alike)
+    elif all(body_bytes.bit_length() < size.bit_length() for body_bytes, _ in seen):
+        nearest = max(body_bytes.bit_length() for body_bytes, _ in seen)
+        same_s = firsts.expected_s(1 << (nearest - 1))
+        assert same_s is not None and expected_s >= 2.0 ** (size.bit_length() - nearest) * same_s
+
+
+@given(st.floats(1.0, 100.0))
+def test_who_waits_while_others_are_served_makes_all_more_patient(waited_s: float) -> None:
+    """A queue inside an engine is not its death; nobody served for a while may be."""
+    firsts = Firsts()
+    for _ in range(SEEN_MIN):
+        firsts.saw(1000, 0.1, 0.0)
+    firsts.saw_waiting(1000, waited_s, FIRST_ALIVE_S + 0.1)
+    assert firsts.expected_s(1000) == 0.1
+    firsts.saw_waiting(1000, waited_s, FIRST_ALIVE_S)
+    assert firsts.expected_s(1000) == max(0.1, waited_s)
+    assert first_event_s(firsts.expected_s(1000)) >= min(FIRST_MAX_S, FIRST_FACTOR * waited_s)

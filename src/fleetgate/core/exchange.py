@@ -10,7 +10,7 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
-from fleetgate.core.limits import RetryBudget
+from fleetgate.core.limits import KeyBudget, RetryBudget
 from fleetgate.core.route import NoPlace
 from fleetgate.core.strategies import Candidate
 
@@ -200,7 +200,7 @@ class Exchange:
         "tried",
     )
 
-    def __init__(self, attempts_max: int, budget: RetryBudget, client_retries: int = 0) -> None:
+    def __init__(self, attempts_max: int, budget: RetryBudget | KeyBudget, client_retries: int = 0) -> None:
         self._attempts_max = attempts_max
         self._budget = budget
         self._client_retries = client_retries  # x-stainless-retry-count: the SDK is already retrying
@@ -214,7 +214,10 @@ class Exchange:
 
     def start(self) -> Pick:
         """The first command."""
-        self._budget.request()
+        if self._client_retries:
+            self._budget.request_again()
+        else:
+            self._budget.request()
         return PICK
 
     def hedged(self, candidate: Candidate) -> None:
@@ -245,6 +248,8 @@ class Exchange:
         if event.reason is NoPlace.ALL_FULL:
             self.state = _WAITING
             return WAIT
+        if event.reason is NoPlace.DENIED:
+            return self._refuse(Refuse(502, "upstream_auth_error", should_retry=False))
         if self.failures:
             return self._refuse(verdict(self.failures, self._client_retries))
         return self._refuse(
@@ -276,8 +281,9 @@ class Exchange:
             return self._break_off(event.failure)
         if event.failure is Failure.POISON or self.sent >= self._attempts_max:
             return self._refuse(verdict(self.failures, self._client_retries))
-        # The first move carries load elsewhere and multiplies nothing; from the second on a total outage would.
-        if self.moves and not self._budget.take(now_s):
+        # The first move carries load elsewhere and multiplies nothing; from the second on a total outage would,
+        # and so would those of a client that retries by itself.
+        if (self.moves or self._client_retries) and not self._budget.take(now_s):
             return self._refuse(verdict(self.failures, self._client_retries))
         self.moves += 1
         self.state = _PICKING

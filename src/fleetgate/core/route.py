@@ -18,6 +18,7 @@ class NoPlace(StrEnum):
     NONE_UP = "none_up"
     ALL_FULL = "all_full"
     ALL_TRIED = "all_tried"
+    DENIED = "denied"  # all refuse our credential; only who knows why they are out can tell
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -1,8 +1,10 @@
 """The bytes of heads and errors that clients get: one place, so that no answer lacks what DESIGN.md promises."""
 
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from fleetgate.core.exchange import Refuse
+from fleetgate.core.limits import spread_s
 from fleetgate.protocols import openai
 from fleetgate.protocols.http1 import status_line
 from fleetgate.proxy.tables import Place
@@ -83,10 +85,10 @@ def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     """An error of ours after the core has decided."""
     extra = b"x-fleetgate-attempts: %d\r\n" % conversation.attempts
     if refuse.retry_after_s:
-        extra += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (
-            max(1, round(refuse.retry_after_s)),
-            max(1, round(refuse.retry_after_s * 1000)),
-        )
+        wait_s = refuse.retry_after_s
+        if refuse.status == 503:
+            wait_s = spread_s(wait_s, crc32(conversation.request_id) / 2**32)
+        extra += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (max(1, round(wait_s)), max(1, round(wait_s * 1000)))
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
     body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])

@@ -1,7 +1,7 @@
 """One request in a worker: the shell around its Exchange. It does what the core says and reports what happened."""
 
 from asyncio import Task
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -66,6 +66,7 @@ class Conversation(Speaker):
     last_place: Place | None = None  # where the last attempt went, for the books
     peer: Peer | None = None
     failed_peers: tuple[Peer, ...] = ()
+    stale_at: Peer | None = None  # where a kept connection was closed under it
     relay: Relay | None = None
     ticket: Ticket | None = None
     wanting: Wanting | None = None
@@ -74,7 +75,7 @@ class Conversation(Speaker):
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     sent_s = 0.0  # when the attempt in hand was sent
-    deaths: tuple[Task[bool], ...] = ()  # Endpoints that fell with it: whether each is really down
+    deaths: Mapping[Peer, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     deadline_s = float("inf")
     progress = 0
@@ -86,7 +87,7 @@ class Conversation(Speaker):
         self.lane = lane
         self.ask = ask
         site = lane.site
-        self.exchange = Exchange(site.gateway.resilience.attempts_max, site.budget, request.client_retries)
+        self.exchange = Exchange(site.gateway.resilience.attempts_max, request.budget, request.client_retries)
 
     def start(self, body: bytes, request_id: bytes) -> None:
         """Begin."""
@@ -135,7 +136,7 @@ class Conversation(Speaker):
         if hub.recorder is not None:
             hub.recorder.decided(self, wish, tried, placed)
         if isinstance(placed, Rejection):
-            self.report(NotPicked(placed.reason))
+            self.report(NotPicked(lane.why(placed.reason)))
             return
         self.place = self.last_place = hub.tables.places[placed.candidate.slot]
         self.booking = Booking(hub, placed, lane.desk.promised, now_s)
@@ -253,6 +254,7 @@ class Conversation(Speaker):
     def on_stale(self, relay: Relay) -> None:
         """The kept connection was closed before the request got there: send it again on a new one."""
         assert self.peer is not None and self.place is not None
+        self.stale_at = self.peer
         self.relay = sending.relay_for(self, self, self.place)
         sending.send(self, self.relay, self.peer, self.place, fresh=True)
 
@@ -288,7 +290,7 @@ class Conversation(Speaker):
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
             self.adopt(self.hedge)
-        elif not self.hub.ward.holds(self, event):
+        elif not self.hub.suspects.holds(self, event):
             self.report(event)
 
     def judged(self, event: Failed) -> None:

@@ -38,6 +38,7 @@ class Admitted:
 
     __slots__ = (
         "answer_headers",
+        "budget",
         "client_retries",
         "head",
         "key",
@@ -69,6 +70,7 @@ class Admitted:
         )
         self.session = headers.get(b"x-session-id", b"")[:SESSION_BYTES_MAX]
         self.answer_headers = b""
+        self.budget = site.budget_of(key.name)
         retries = headers.get(b"x-stainless-retry-count", b"")
         self.client_retries = int(retries) if retries.isdigit() and len(retries) < 4 else 0
         self.timeout_s = _timeout_s(headers.get(b"x-fleetgate-timeout-ms", b""))

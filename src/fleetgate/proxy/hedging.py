@@ -81,7 +81,7 @@ def try_hedge(conversation: "Conversation", now_s: float) -> Hedge | None:
     if now_s - conversation.started_s < lane.first_tokens.slow_s(wanting.need.prompt_tokens):
         return None
     lane.desk.scene.set(hub.learning.outlooks, hub.books, now_s)
-    if not has_room_to_spare(lane.desk.scene.load.values()) or not lane.site.budget.take(now_s):
+    if not has_room_to_spare(lane.desk.scene.load.values()) or not conversation.request.budget.take(now_s):
         return None
     wish = wanting.wish(0.0)  # a new attempt has its whole TTFT before it
     placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, conversation.exchange.tried)

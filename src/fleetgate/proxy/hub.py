@@ -25,6 +25,7 @@ from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
+from fleetgate.proxy.suspects import Suspects
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry, TokenMeter
 from fleetgate.proxy.transport.relay import Relay
@@ -61,6 +62,7 @@ class Hub:
         self.lengths = Lengths()
         self.notices = Notices()
         self.ward = Ward(self)
+        self.suspects = Suspects(self)
         self.spool = Spool(Path(config.data_dir))
         self.recorder = Recorder(config) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all

@@ -10,10 +10,10 @@ from fleetgate.core.affinity import Affinity
 from fleetgate.core.desk import Desk
 from fleetgate.core.health import Breaker, current
 from fleetgate.core.hedging import FirstTokens
-from fleetgate.core.limits import RetryBudget
+from fleetgate.core.limits import KeyBudget, RetryBudget
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
 from fleetgate.core.patience import Pulse
-from fleetgate.core.route import Lane, lanes_of
+from fleetgate.core.route import Lane, NoPlace, lanes_of
 from fleetgate.core.strategies import Candidate
 from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
 from fleetgate.protocols.resume import Way
@@ -26,6 +26,7 @@ from fleetgate.rules.ruleset import RuleSet
 
 ANY_ENGINE = frozenset({Way.REPLAY})
 EVERY_WAY = frozenset(Way)
+KEYS_MAX = 8192  # budgets of keys, the revoked among them; past it all begin anew
 CARRIED_MIN = 8  # requests that an engine of which nothing is known surely takes
 
 
@@ -71,6 +72,11 @@ class Place:
         peers = self.peers
         self.fit = sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
 
+    @property
+    def is_denied(self) -> bool:
+        """Whether its engine refuses our credential."""
+        return all(peer.health.breaker is Breaker.DENIED for peer in self.peers)
+
     def share(self, now_s: float) -> float:
         """The share of its limit that it may have: on its way back less than all, where others can take the rest."""
         if self.fit >= 1.0 or not self.lanes or not all(any(p.fit >= 1.0 for p in lane) for lane in self.lanes):
@@ -110,7 +116,6 @@ class LaneState:
         self.candidates = lane.candidates
         self.places = [tables.places[candidate.slot] for candidate in lane.candidates]
         self.missing: dict[int, float] = {}  # who turned out not to have the model, and until when that is believed
-        self.panicked_s = float("-inf")
         self.hedges = site.gateway.resilience.hedge != "off"
         self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
@@ -132,6 +137,11 @@ class LaneState:
         if not self.missing:
             self.lead = self._lead(self.tables)
         return list(self.missing) if len(self.missing) < len(self.candidates) else []
+
+    def why(self, reason: NoPlace) -> NoPlace:
+        """Why nobody can take a request, told by somebody who knows what those who are out did."""
+        denied = reason is NoPlace.NONE_UP and all(place.is_denied for place in self.places)
+        return NoPlace.DENIED if denied and self.places else reason
 
     def cools_s(self, now_s: float) -> float:
         """For how long every Deployment that is up has asked to be left alone; 0 where one has not."""
@@ -182,13 +192,27 @@ class Meters:
 class Site:
     """A Gateway as requests meet it."""
 
-    def __init__(self, gateway: Gateway, lanes: dict[str, Lane], budget: RetryBudget, tables: "Tables") -> None:
+    def __init__(self, gateway: Gateway, lanes: dict[str, Lane], before: "Site | None", tables: "Tables") -> None:
         self.gateway = gateway
-        self.budget = budget
+        ratio = gateway.resilience.retry_budget
+        same = before is not None and before.gateway.resilience.retry_budget == ratio
+        self.budget: RetryBudget = before.budget if before is not None and same else RetryBudget(ratio, tables.made_s)
+        self._key_budgets: dict[str, KeyBudget] = before._key_budgets if before is not None and same else {}
+        self._made_s = tables.made_s
         self.rules = RuleSet.compile(gateway, tables.snapshot.deployments)
         self.body_reader = BodyReader(self.rules.needs_body)
         self.lanes = {model: LaneState(model, lane, self, tables) for model, lane in lanes.items()}
         self.models_body = models_body(dict.fromkeys(lanes, "fleetgate"))
+
+    def budget_of(self, key: str) -> KeyBudget:
+        """The further attempts that requests of one key may make."""
+        known = self._key_budgets.get(key)
+        if known is None:
+            if len(self._key_budgets) >= KEYS_MAX:
+                self._key_budgets.clear()
+            own = RetryBudget(self.gateway.resilience.retry_budget, self._made_s)
+            known = self._key_budgets[key] = KeyBudget(self.budget, own)
+        return known
 
 
 class Tables:
@@ -197,6 +221,7 @@ class Tables:
     def __init__(self, snapshot: Snapshot, maker: "Maker", last: "Tables | None", now_s: float) -> None:
         self.snapshot = snapshot
         self.version = snapshot.version
+        self.made_s = now_s
         self.keys: dict[str, Key] = {key.id: key for key in snapshot.keys}
         self.key_memo: dict[bytes, Key | None] = {}
         peers = last.peers if last else {}
@@ -217,7 +242,7 @@ class Tables:
         self.lanes: list[LaneState] = []
         self.default: Site | None = None
         for gateway in snapshot.gateways:
-            self._add_site(gateway, maker, last, now_s)
+            self._add_site(gateway, maker, last)
         if self.default is None and len(self.sites) == 1:
             self.default = next(iter(self.sites.values()))
 
@@ -264,12 +289,9 @@ class Tables:
             }
         return Place(deployment, chosen, heads)
 
-    def _add_site(self, gateway: Gateway, maker: "Maker", last: "Tables | None", now_s: float) -> None:
+    def _add_site(self, gateway: Gateway, maker: "Maker", last: "Tables | None") -> None:
         before = last.sites.get(gateway.host.encode()) if last else None
-        ratio = gateway.resilience.retry_budget
-        same = before is not None and before.gateway.resilience.retry_budget == ratio
-        budget = before.budget if before is not None and same else RetryBudget(ratio, now_s)
-        site = Site(gateway, lanes_of(gateway, self.snapshot, maker.region), budget, self)
+        site = Site(gateway, lanes_of(gateway, self.snapshot, maker.region), before, self)
         for model, lane in site.lanes.items():
             if before is not None and model in before.lanes:
                 lane.desk.turn = before.lanes[model].desk.turn

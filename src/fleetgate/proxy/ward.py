@@ -1,21 +1,18 @@
 """The health of every Endpoint in one worker: what attempts, probes, looks and other workers tell, put together."""
 
-import asyncio
 import random
-import ssl
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from fleetgate.core import outliers
 from fleetgate.core.board import TALLY_CELLS, Tally
-from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Failed, Failure, State
+from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Failure, State
 from fleetgate.core.health import OUT, Breaker, Sign, adopted, after, told_ms, until_ms
-from fleetgate.core.outliers import is_region_lost
 from fleetgate.core.outlook import COOLING
-from fleetgate.core.poison import Loss, is_poison, is_suspicious
 from fleetgate.providers.spool import Happened
 from fleetgate.proxy import sentences
 from fleetgate.proxy.tables import LaneState, Place, Tables
-from fleetgate.proxy.transport.upstream import Peer, Refused
+from fleetgate.proxy.transport.upstream import Peer
 
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
@@ -26,9 +23,7 @@ PANIC_EVERY_S = 1.0  # with everybody out, one request so often tries the least 
 TELL_EVERY_S = 30.0  # an Event of one kind of one Deployment
 PROVEN_S = 10.0  # an engine that answered so lately does accept our credential: a 403 may be about the prompt
 REFUSALS_MAX = 3  # such 403s in a row, and it does not
-DYING_S = 0.05  # a process that ends closes its connections before it ceases to listen
-DEAD_TIMEOUT_S = 0.5
-BAD_REQUEST = 400
+LOOK_MIN_S = 0.2  # of a stream that began since the last look; less tells nothing of its pace
 SILENT_S = 2.0  # a request that waits at an Endpoint which its probes cannot reach has been lost with it
 
 # What a failed attempt says about an Endpoint's health. What is missing here says nothing, or something else.
@@ -80,7 +75,7 @@ class Ward:
         if health.breaker in OUT:
             for place in tables.places_of.get(peer, ()):
                 place.carried = max(place.carried, board.in_flight_total(place.slot))
-                self._tell(place, str(health.breaker), sentences.out_sentence(peer.endpoint, health, sign, hub.clock()))
+                self.tell(place, str(health.breaker), sentences.out_sentence(peer.endpoint, health, sign, hub.clock()))
         tables.renew_fit(peer, hub.clock())
         if health.breaker in (Breaker.CLOSED, Breaker.HALF_OPEN):
             hub.loop.call_soon(hub.wake)
@@ -109,56 +104,7 @@ class Ward:
     def _lacks(self, lane: LaneState, place: Place) -> None:
         """This Deployment does not have this model, whatever its entry says; others of its models it may. Row 20."""
         lane.lacks(place.slot, self._hub.clock() + LACKS_S)
-        self._tell(place, "model_missing", sentences.lacks_sentence(place.deployment, lane.model))
-
-    # --- poison ---
-
-    def holds(self, conversation: "Conversation", event: Failed) -> bool:
-        """Whether a loss is held back until it is known if the engine died of this request, as one before did."""
-        if event.failure is not Failure.BROKEN or not event.sent or conversation.first_s:
-            return False
-        peer, relay = conversation.failed_peers[-1], conversation.relay
-        reset = relay is not None and relay.status < BAD_REQUEST
-        if not is_suspicious(self._loss(conversation, peer, reset)):
-            return False
-        hub = self._hub
-        conversation.deaths = (*conversation.deaths, hub.loop.create_task(self._is_dead(peer)))
-        if not is_poison(len(conversation.deaths)):
-            return False
-        conversation.deadline_s = float("inf")
-        hub.spawn(self._judge(conversation, event))
-        return True
-
-    def _loss(self, conversation: "Conversation", peer: Peer, reset: bool) -> Loss:
-        now_s, hub = self._hub.clock(), self._hub
-        others = [one for one in hub.conversations if one.peer is peer and one is not conversation]
-        waiting = sum(not one.first_s for one in others)
-        since_s, peer.lost_s = now_s - peer.lost_s, now_s
-        answered = any(place.ended for place in hub.tables.places_of.get(peer, ()))
-        return Loss(reset, waiting, answered or len(others) > waiting, since_s)
-
-    async def _is_dead(self, peer: Peer) -> bool:
-        """Whether nobody listens there any more."""
-        await asyncio.sleep(DYING_S)
-        try:
-            connection = await peer.connect(self._hub.loop, DEAD_TIMEOUT_S)
-        except ssl.SSLError:
-            return False
-        except (OSError, TimeoutError, Refused):
-            return True
-        connection.drop()
-        return False
-
-    async def _judge(self, conversation: "Conversation", event: Failed) -> None:
-        died = sum(await asyncio.gather(*conversation.deaths))
-        if is_poison(died):
-            event = Failed(Failure.POISON)
-            origins = [peer.endpoint.origin for peer in conversation.failed_peers]
-            place = conversation.last_place
-            if place is not None:
-                sentence = sentences.poison_sentence(conversation.request_id.decode(), origins)
-                self._tell(place, "poison", sentence)
-        conversation.judged(event)
+        self.tell(place, "model_missing", sentences.lacks_sentence(place.deployment, lane.model))
 
     # --- full ---
 
@@ -194,13 +140,13 @@ class Ward:
             moments_s[f"{place.deployment.name} at {out.endpoint.origin}"] = now_s
             there = [one for one in tables.places.values() if one.deployment.region == region]
             members = sum(len(one.peers) for one in there)
-            if not is_region_lost(moments_s, members, now_s) or not self._has_other_region(there):
+            if not outliers.is_region_lost(moments_s, members, now_s) or not self._has_other_region(there):
                 continue
             suspects = [peer for one in there for peer in one.peers if peer.health.breaker is Breaker.CLOSED]
             for peer in suspects:
                 peer.health = after(peer.health, Sign.REGION_LOST, now_s)
                 tables.renew_fit(peer, now_s)
-            self._tell(place, "region_lost", sentences.region_sentence(region, moments_s, now_s))
+            self.tell(place, "region_lost", sentences.region_sentence(region, moments_s, now_s))
 
     def _has_other_region(self, there: list[Place]) -> bool:
         """Whether every Lane of these Places has somebody fit elsewhere."""
@@ -223,6 +169,8 @@ class Ward:
             ttft_s = conversation.first_s - conversation.sent_s
             place.pulse.firsts.saw(size, ttft_s, now_s)
             peer.slowness_of(size.bit_length()).saw(ttft_s)
+            if now_s - conversation.first_s > LOOK_MIN_S:
+                peer.slowness_of(0).saw((now_s - conversation.first_s) / max(1, progress))
         else:
             peer.slowness_of(0).saw(1.0 / max(1, progress - conversation.progress))
 
@@ -230,9 +178,10 @@ class Ward:
         """Every 50 ms: what other workers took out, and whether anybody is left; once a second who is slow."""
         tables = self._hub.tables
         self._adopt(tables, now_s)
-        for lane in tables.lanes:
-            if lane.places and all(place.fit <= 0.0 for place in lane.places):
-                self._panic(lane, now_s)
+        if any(place.fit <= 0.0 for place in tables.places.values()):
+            for lane in tables.lanes:
+                if lane.places and all(place.fit <= 0.0 for place in lane.places):
+                    self._panic(lane, now_s)
         if watch:
             for peer in tables.peers.values():
                 if any([slowness.look(peer.in_flight) for slowness in peer.slowness.values()]):
@@ -272,14 +221,15 @@ class Ward:
 
     def _panic(self, lane: LaneState, now_s: float) -> None:
         """Everybody is out: the rest fails at once, and now and then one request tries the least bad. Row 19."""
-        if now_s - lane.panicked_s < PANIC_EVERY_S:
+        peers = [peer for place in lane.places for peer in place.peers]
+        if any(now_s - peer.panicked_s < PANIC_EVERY_S for peer in peers):
             return
-        peer = least_bad(peer for place in lane.places for peer in place.peers)
+        peer = least_bad(peers)
         if peer is None:
             return
-        lane.panicked_s = now_s
+        peer.panicked_s = now_s
         gateway = lane.site.gateway.name
-        self._tell(lane.places[0], f"panic {gateway} {lane.model}", sentences.panic_sentence(gateway, lane.model))
+        self.tell(lane.places[0], f"panic {gateway} {lane.model}", sentences.panic_sentence(gateway, lane.model))
         self.saw(peer, Sign.EVERYBODY_OUT)
 
     # --- Snapshots and Events ---
@@ -294,7 +244,7 @@ class Ward:
                 for peer in place.peers:
                     self.saw(peer, Sign.NEW_CREDENTIAL)
 
-    def _tell(self, place: Place, kind: str, sentence: str) -> None:
+    def tell(self, place: Place, kind: str, sentence: str) -> None:
         """An Event, once in a while for each kind."""
         now_s, which = self._hub.clock(), (place.slot, kind)
         if now_s - self._told_s.get(which, float("-inf")) >= TELL_EVERY_S:

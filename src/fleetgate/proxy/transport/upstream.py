@@ -93,6 +93,7 @@ class Peer:
         self.probe_seen_ms = 0
         self.adopted = 0  # the last that another worker told of it, or this one the others
         self.lost_s = float("-inf")  # when a request that waited for its first content was last lost here
+        self.panicked_s = float("-inf")  # when it was last tried because everybody was out
         self.slowness: dict[int, Slowness] = {}  # 0: of its tokens; else of first tokens, by the request's size in bits
         self.memo = ResponseMemo()
         self._finishing: set[UpstreamConnection] = set()
