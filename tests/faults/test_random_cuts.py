@@ -61,13 +61,14 @@ def test_no_cut_is_silent_and_greedy_answers_are_whole(two: Plane) -> None:
         found: Counter[str] = Counter()
         with ThreadPoolExecutor(CLIENTS) as pool:
             asked = 0
-            while len(chaos.done) < CUTS - CLIENTS and asked < 20 * CUTS:
+            while chaos.cuts and asked < 20 * CUTS:
                 found.update(pool.map(lambda number: judge(two.port, number), range(asked, asked + 100)))
                 asked += 100
     print(f"seed {SEED}: {len(chaos.done)} cuts in {asked} streams: {dict(found)}")
     assert set(found) <= {"greedy whole", "sampled whole", "sampled told"}, f"seed {SEED}: {dict(found)}"
     assert found["sampled told"], "some were cut where nobody could go on"
-    assert len(chaos.done) >= CUTS - CLIENTS, f"seed {SEED}: only {len(chaos.done)} cuts"
+    # A few wait on connections that were kept and not used again.
+    assert len(chaos.done) >= 0.9 * CUTS, f"seed {SEED}: only {len(chaos.done)} cuts"
     two.wait_idle()
 
 

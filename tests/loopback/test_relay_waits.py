@@ -24,7 +24,7 @@ PATIENCE = {
     "watching.patience.STALL_UNKNOWN_S": 3.0,
     "watching.patience.STALL_MIN_S": 3.0,
     "listener.HEAD_WAIT_MAX_S": 0.5,
-    "listener.BODY_WAIT_MAX_S": 0.5,
+    "listener.BODY_GRACE_S": 0.5,
     "listener.IDLE_MAX_S": 1.0,
     "listener.UNREAD_MAX_S": 4.0,
 }

@@ -105,12 +105,12 @@ class Fleet(msgspec.Struct, kw_only=True):
         return replica
 
     def regions_up(self) -> set[str]:
-        """Regions that have an Endpoint which answers its probe. Raises: `Failed` when the API is gone."""
+        """Regions that have an Endpoint of which all is known that probes tell. Raises: `Failed` when the API is gone."""
         state = self.api.get("/api/v1/state")
         return {
             deployment["region"]
             for deployment in state["deployments"]
-            if any(endpoint["up"] and endpoint["probed"] for endpoint in deployment["endpoints"])
+            if any(one["up"] and one["probed"] and one["prefill"] != "not known" for one in deployment["endpoints"])
         }
 
     def sentences(self, region: str) -> list[str]:

@@ -160,6 +160,11 @@ def _endpoint_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
     running = GaugeMetricFamily("fleetgate_engine_running", "Requests the engine says it runs.", labels=at)
     waiting = GaugeMetricFamily("fleetgate_engine_waiting", "Requests the engine says wait in it.", labels=at)
     kv = GaugeMetricFamily("fleetgate_engine_kv_ratio", "Share of the engine's KV cache in use.", labels=at)
+    prefill = GaugeMetricFamily(
+        "fleetgate_endpoint_prefill",
+        "Whether an engine was seen to go on with what another had begun: 1 yes, 2 no, 0 not known.",
+        labels=at,
+    )
     work = GaugeMetricFamily(
         "fleetgate_work_tokens", "Token work that was sent to an Endpoint and has not ended.", labels=[*at, "kind"]
     )
@@ -167,10 +172,11 @@ def _endpoint_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
         for endpoint in deployment.endpoints:
             which = [deployment.name, f"{endpoint.origin}{endpoint.base_path}"]
             up.add_metric(which, int(endpoint_up(board, endpoint.slot)))
+            prefill.add_metric(which, board.signal(endpoint.slot, Signal.PREFILL))
             if board.signal(endpoint.slot, Signal.LOAD_SEEN_MS):
                 running.add_metric(which, board.signal(endpoint.slot, Signal.RUNNING))
                 waiting.add_metric(which, board.signal(endpoint.slot, Signal.WAITING))
                 kv.add_metric(which, board.signal(endpoint.slot, Signal.KV_PERMILLE) / 1000)
             work.add_metric([*which, "pending"], board.work_total(endpoint.slot, Work.PENDING_TOKENS))
             work.add_metric([*which, "kv"], board.work_total(endpoint.slot, Work.KV_TOKENS))
-    return [up, running, waiting, kv, work]
+    return [up, prefill, running, waiting, kv, work]

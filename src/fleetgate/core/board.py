@@ -37,6 +37,9 @@ class Worker(IntEnum):
     SERIES_COUNT = 7
     NAMES_BYTES = 8
     STARTS = 9
+    LAG_MS = 13  # the last time its loop stood still: for how long, and when
+    LAG_AT_MS = 14
+    SHORT = 15  # bits: memory, connections, bodies
 
 
 WORKER_CELLS = 16

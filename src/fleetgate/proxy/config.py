@@ -11,6 +11,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Shape: `*_fd` are inherited descriptors, -1 where there is none; `wake_fds` are the write ends of every worker's
     wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is
     `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none.
+    `connections_max` of one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max` of
+    one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
+    `body_budget_bytes` of all workers, 0 for a quarter of the memory.
     """
 
     index: int
@@ -31,3 +34,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     record: str = "off"
     lb_grace_s: float = 5.0
     grace_s: float = 30.0
+    connections_max: int = 0
+    ip_connections_max: int = -1
+    key_connections_max: int = -1
+    body_budget_bytes: int = 0

@@ -36,7 +36,7 @@ from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
-from fleetgate.proxy import answers, sending, watching
+from fleetgate.proxy import answers, autopsy, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.hedging import Hedge
 from fleetgate.proxy.resuming import Resumption, script_of
@@ -80,6 +80,7 @@ class Conversation(Speaker):
     wanting: Wanting | None = None
     judgement = ALLOWED  # what policies say of it
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
+    suspicions = deaths = 0  # engines that broke with this request newest in them; those of them that are gone
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
@@ -103,7 +104,7 @@ class Conversation(Speaker):
         self.hub.conversations[self] = None
         self._pick(self.exchange.start())
 
-    def _report(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Tell the core what happened and do what it says."""
         now_s = self.seen_s = self.hub.clock()
         command = self.exchange.receive(event, now_s)
@@ -121,7 +122,7 @@ class Conversation(Speaker):
             place = hub.tables.places[lead.slot]
             if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
                 self.place = self.last_place = place
-                self._report(Picked(lead))
+                self.report(Picked(lead))
                 return
         self._pick_by_route(command, lane)
 
@@ -130,7 +131,7 @@ class Conversation(Speaker):
         wanting = self.wanting = self.wanting or Wanting(self)
         first = lane.room.first() if self.ticket is None and not command.tried else None
         if first is not None and first.priority <= wanting.priority:
-            self._report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
+            self.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
             return
         tried = self._exhausted(command.tried) if command.tried else ()
         if self.resumption is not None:
@@ -140,14 +141,14 @@ class Conversation(Speaker):
         if hub.recorder is not None:
             hub.recorder.decided(self, wish, tried, placed)
         if isinstance(placed, Rejection):
-            self._report(NotPicked(placed.reason))
+            self.report(NotPicked(placed.reason))
             return
         self.place = self.last_place = hub.tables.places[placed.candidate.slot]
         self.booking = Booking(hub, placed, lane.desk.promised, now_s)
         lane.affinity.sent(wanting.chain, placed.hold.endpoint_slot)
         if self.ticket is not None:
             self._stop_waiting(served=True)
-        self._report(Picked(placed.candidate))
+        self.report(Picked(placed.candidate))
 
     @property
     def wants_since_s(self) -> float:
@@ -167,12 +168,12 @@ class Conversation(Speaker):
         gateway = lane.site.gateway
         cools_s = lane.cools_s(hub.clock())
         if cools_s > COOLS_WAIT_MAX_S:  # nobody will take it before, so its client hears of it now
-            self._report(Overdue(cools_s))
+            self.report(Overdue(cools_s))
             return
         if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
             shed = lane.room.latest(wanting.priority, self.request.key.name)
             if shed is None:
-                self._report(QUEUE_FULL)
+                self.report(QUEUE_FULL)
                 return
             hub.waiters[shed].shed()
         need = wanting.need
@@ -182,7 +183,7 @@ class Conversation(Speaker):
         promised = gateway.slo is not None or self.request.timeout_s  # to the client, or by it to somebody
         expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if promised else 0.0
         if expected_s > self.deadline_s:  # it would only wait in vain
-            self._report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
+            self.report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
             return
         self.ticket = Ticket(self.deadline_s, self.request.key.name, need.units, wanting.priority)
         lane.room.join(self.ticket, ahead=self.exchange.moves > 0)
@@ -192,7 +193,7 @@ class Conversation(Speaker):
     def shed(self) -> None:
         """The queue is full, and a request of a higher priority wants its place there."""
         self._stop_waiting()
-        self._report(QUEUE_FULL)
+        self.report(QUEUE_FULL)
 
     def _stop_waiting(self, served: bool = False) -> None:
         ticket, self.ticket = self.ticket, None
@@ -203,13 +204,13 @@ class Conversation(Speaker):
 
     def look_again(self) -> bool:
         """There may be room now; True when it found a place (or ended)."""
-        self._report(ROOM)
+        self.report(ROOM)
         return self.ticket is None
 
     def change_lane(self) -> None:
         """A new Snapshot replaced the Lane this request waits in: look for room in the new one, or wait there."""
         self._stop_waiting()
-        self._report(ROOM)
+        self.report(ROOM)
 
     # --- sending ---
 
@@ -223,6 +224,7 @@ class Conversation(Speaker):
             return
         self.peer = peer
         peer.in_flight += 1
+        peer.newest = self
         if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
             self.hub.tables.try_out(peer, now_s)
         self.progress = 0
@@ -248,7 +250,7 @@ class Conversation(Speaker):
         """The first content is here."""
         if self.hedge is not None:
             self._end_hedge()
-        self._report(CONTENT_OK if relay.status == 200 else Content(relay.status))
+        self.report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
     def on_failed(self, relay: Relay, event: Failed) -> None:
         """The attempt is lost."""
@@ -269,7 +271,7 @@ class Conversation(Speaker):
             self.hub.learn(self, self.booking, relay)
         elif self.place is not None:
             self.hub.tally(self.place.slot, ENDED)
-        self._report(FINISHED)
+        self.report(FINISHED)
 
     def now_s(self) -> float:
         """The loop's clock."""
@@ -286,14 +288,18 @@ class Conversation(Speaker):
                 self.hub.asked_to_wait(self.place, event.wait_s)
         if self.first_s and event.failure is not Failure.MISMATCH:
             event = self._resumable(event)
-        if self.peer is not None:
-            self.blame(self.peer, event.failure)
+        peer, relay = self.peer, self.relay
+        suspicious = peer is not None and relay is not None and relay.reset and peer.newest is self
+        if peer is not None:
+            self.blame(peer, event.failure)
         self._settle(self.hub.clock())
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
             self.adopt(self.hedge)
+        elif peer is not None and suspicious:
+            autopsy.examine(self, peer, event)
         else:
-            self._report(event)
+            self.report(event)
 
     def blame(self, peer: Peer, failure: Failure) -> None:
         """An attempt at this Endpoint is lost."""
@@ -338,6 +344,8 @@ class Conversation(Speaker):
         peer, self.peer = self.peer, None
         if peer is not None:
             peer.in_flight -= 1
+            if peer.newest is self:
+                peer.newest = None
             if peer.trial:
                 peer.trial = False
                 self.hub.tables.renew_fit(peer, now_s)
@@ -438,7 +446,7 @@ class Conversation(Speaker):
         self._stop_waiting()
         if self.relay is not None:
             self.relay.cancel()
-        self._report(GONE)
+        self.report(GONE)
 
     def overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""
@@ -446,9 +454,9 @@ class Conversation(Speaker):
         if self.exchange.state is State.WAITING:
             self._stop_waiting()
             ahead = max(1, len(self.lane.room))
-            self._report(Overdue(self.lane.drain.wait_s(ahead)))
+            self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
-            self.client.transport.abort()  # it is the client that stalls, so nothing is said against the Endpoint
+            self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
         elif relay is not None:
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))

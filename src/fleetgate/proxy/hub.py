@@ -23,6 +23,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
+from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
@@ -82,6 +83,7 @@ class Hub:
         self._denied: dict[tuple[int, str], int] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
+        self.guards = Guards(self)
         self._others = [worker for worker in range(config.workers) if worker != config.index]
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())

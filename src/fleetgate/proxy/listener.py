@@ -8,21 +8,26 @@ from fleetgate.core.policy import ALLOWED
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
 from fleetgate.protocols.openai import InvalidBody
-from fleetgate.proxy import answers
+from fleetgate.proxy import answers, tcp
 from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.gate import Admitted, Denied, admit
+from fleetgate.proxy.leaving import Leaving
 from fleetgate.proxy.policing import judge
 
 if TYPE_CHECKING:
     from fleetgate.proxy.hub import Hub
 
 HEAD_WAIT_MAX_S = 10.0  # FAULTS.md row 4
-BODY_WAIT_MAX_S = 60.0
+BODY_GRACE_S = 5.0  # a body may be late by this much at first, by the other later; FAULTS.md row 4
+BODY_SLACK_MAX_S = 15.0  # a mobile client's gap of some seconds is no attack
+BODY_BYTES_PER_S_MIN = 1024
 IDLE_MAX_S = 75.0  # longer than what load balancers in front usually keep
 LINGER_S = 1.0
 PIPELINED_BYTES_MAX = 64 * 1024
 WRITE_BUFFER_BYTES_MAX = 256 * 1024  # FAULTS.md row 5
 UNREAD_MAX_S = 60.0  # without the client taking a byte; FAULTS.md row 5
+TOO_MANY_OF_KEY = "this API key has as many connections open as it may (--key-connections-max); use them again"
+MISTAKE = "the gateway made a mistake; its log tells more under this x-request-id"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -33,19 +38,25 @@ class ClientConnection(asyncio.Protocol):
         "_admitted",
         "_buffer",
         "_chunks",
+        "_held_bytes",
         "_hub",
+        "_leaving",
         "_memo",
         "_missing",
         "_parts",
         "_paused",
+        "_rated_bytes",
         "_received",
         "_remembered",
+        "_slack_s",
         "_unread",
         "_unsent_bytes",
+        "address",
         "closing",
         "conversation",
         "deadline_s",
         "keep_alive",
+        "key",
         "transport",
     )
 
@@ -63,6 +74,12 @@ class ClientConnection(asyncio.Protocol):
         self._paused = False  # reading, while a request is served
         self._unread = False  # the client is behind with reading what it was sent
         self._unsent_bytes = 0  # at the last look
+        self._leaving: Leaving | None = None  # since its FIN
+        self._rated_bytes = 0  # of the body, at the last look at its pace
+        self._slack_s = 0.0  # how long the body may go on coming too slowly
+        self._held_bytes = 0  # of the budget for bodies
+        self.key = ""  # whose connection it is counted as
+        self.address = ""  # where it is counted as coming from
         self.conversation: Conversation | None = None
         self.keep_alive = True
         self.closing = False
@@ -75,18 +92,33 @@ class ClientConnection(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
         self.deadline_s = self._hub.clock() + HEAD_WAIT_MAX_S
         self._hub.connected(self)
+        refusal = self._hub.guards.greet(self)
+        if refusal is not None:
+            self._deny_and_close(refusal)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._hub.disconnected(self)
+        self._hub.guards.left(self)
+        self._release_body()
         self.closing = True
         conversation, self.conversation = self.conversation, None
         if conversation is not None:
             conversation.client_gone()
 
     def eof_received(self) -> bool:
-        # A client that closes sends the same FIN as one that only stops writing. The first is common, and its GPU
-        # must be freed at once; the second is not, so a FIN counts as leaving.
-        return False
+        """A FIN: where an answer is due, the client may still want it; `Leaving` finds out. FAULTS.md rows 41, 42."""
+        # Over TLS nothing can be sent after it that would tell the two apart.
+        if not self.is_due or self.transport.get_extra_info("sslcontext") is not None:
+            return False
+        if self._leaving is None:
+            self._leaving = Leaving(self, self._hub.loop)
+        return True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a whole request still waits for its answer."""
+        waits = self._parts is None and http1.HEAD_END in self._buffer
+        return not self.closing and (self.conversation is not None or waits)
 
     def pause_writing(self) -> None:
         self._unread = True
@@ -101,6 +133,12 @@ class ClientConnection(asyncio.Protocol):
             self._go_on()
 
     def data_received(self, data: bytes) -> None:
+        try:
+            self._take(data)
+        except Exception as error:  # FAULTS.md row 75: told with its place, answered, and only this client's matter
+            self._hub.guards.mishap(error, self)
+
+    def _take(self, data: bytes) -> None:
         if self.closing:
             self._received += len(data)
             if self._received > PIPELINED_BYTES_MAX:
@@ -132,9 +170,11 @@ class ClientConnection(asyncio.Protocol):
             self._deny_and_close(Denied(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
             return
         if end < 0:
-            if data and not self._buffer:
-                self.deadline_s = self._hub.clock() + HEAD_WAIT_MAX_S
+            if data and not self._buffer:  # the first head's time runs since the connection was made
+                self.deadline_s = min(self.deadline_s, self._hub.clock() + HEAD_WAIT_MAX_S)
             self._buffer = data
+            if self._leaving is not None:
+                self.transport.close()  # the rest of it will not come
             return
         self._buffer = b""
         self._read_new_head(data[: end + 4], data[end + 4 :])
@@ -156,6 +196,9 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self._deny_and_close(denied)
             return
+        if not self._hub.guards.carries(self, admitted.key.name):
+            self._deny_and_close(Denied(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
+            return
         if parsed.keep_alive and not parsed.expects_continue and not admitted.key.expires_s and self._memo.keep(head):
             self._remembered = admitted
         if parsed.chunked:
@@ -166,9 +209,18 @@ class ClientConnection(asyncio.Protocol):
         if length > http1.BODY_BYTES_MAX:
             self._deny_and_close(Denied(413, "invalid_request", _too_large()))
             return
+        guards = self._hub.guards
+        if guards.shed_share and guards.sheds():
+            self._deny_and_close(guards.refusal())
+            return
         if self._chunks is None and length <= len(rest):
             self._buffer = rest[length:]
             self._serve(admitted, rest[:length])
+            return
+        if self._leaving is not None:
+            self.transport.close()  # the rest of it will not come
+            return
+        if not self._hold_body(length):
             return
         self._pending(admitted, length)
         if admitted.head.expects_continue and not rest:
@@ -181,7 +233,22 @@ class ClientConnection(asyncio.Protocol):
         self._parts = []
         self._received = 0
         self._missing = length
-        self.deadline_s = self._hub.clock() + BODY_WAIT_MAX_S
+        self._slack_s = BODY_GRACE_S
+        self._rated_bytes = 0
+        self.deadline_s = self._hub.clock() + 1.0
+
+    def _hold_body(self, more_bytes: int) -> bool:
+        """Take bytes from the budget for bodies, or refuse the request."""
+        if self._hub.guards.hold_body(more_bytes):
+            self._held_bytes += more_bytes
+            return True
+        self._deny_and_close(self._hub.guards.refusal())
+        return False
+
+    def _release_body(self) -> None:
+        if self._held_bytes:
+            self._hub.guards.release_body(self._held_bytes)
+            self._held_bytes = 0
 
     def _more_body(self, data: bytes) -> None:
         parts, admitted = self._parts, self._admitted
@@ -194,6 +261,8 @@ class ClientConnection(asyncio.Protocol):
                 self._deny_and_close(Denied(error.status, error.code, error.message))
                 return
             whole, rest = chunks.done, chunks.rest
+            if not self._hold_body(len(data)):
+                return
         else:
             rest = data[self._missing :]
             data = data[: self._missing]
@@ -250,9 +319,12 @@ class ClientConnection(asyncio.Protocol):
     def ended(self, now_s: float) -> None:
         """The answer is written: wait for the next request, or close."""
         self.conversation = None
+        if self._held_bytes:
+            self._release_body()
         if self.closing:
             return
-        if not self.keep_alive or self._hub.draining:
+        left = self._leaving is not None and not self._buffer
+        if left or not self.keep_alive or self._hub.draining:
             self.closing = True
             self.transport.close()
             return
@@ -273,6 +345,11 @@ class ClientConnection(asyncio.Protocol):
     def unread(self) -> bool:
         """Whether the client is behind with reading what it was sent."""
         return self._unread
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its first request is still to come."""
+        return self._remembered is None
 
     @property
     def busy(self) -> bool:
@@ -312,6 +389,9 @@ class ClientConnection(asyncio.Protocol):
         self._hub.record_denied(denied.status, denied.code)
         body = openai.error_body(denied.status, denied.code, denied.message, denied.param)
         self._write_plain(denied.status, body, denied.extra, False)
+        self._linger()
+
+    def _linger(self) -> None:
         # What still comes is read and dropped for a moment: closing on unread bytes would reset the connection and
         # could take the answer with it. FAULTS.md row 31.
         self.closing = True
@@ -327,9 +407,29 @@ class ClientConnection(asyncio.Protocol):
         data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
         self.transport.write(data[: -len(body)] if no_body else data)
 
+    def fail(self, request_id: bytes) -> None:
+        """A mistake of ours ended the request: say so if nothing was said yet, and never let it look whole."""
+        conversation, self.conversation = self.conversation, None
+        self._parts = self._chunks = None
+        if self.closing or self.transport.is_closing():
+            return
+        hub = self._hub
+        hub.record_denied(500, "internal_error")
+        if conversation is None or not conversation.written:
+            body = openai.error_body(500, "internal_error", MISTAKE)
+            self.transport.write(answers.plain(500, body, hub.date_line, request_id, b"connection: close\r\n"))
+        elif conversation.request.raw:
+            self.transport.abort()  # to HTTP/1.0 a regular close would be a good end
+            return
+        elif conversation.ask.stream:
+            self.transport.write(http1.chunk(openai.error_event("internal_error", MISTAKE)))
+        self._linger()
+
     def overdue(self, now_s: float) -> None:
         """The sweep found `deadline_s` passed."""
         if self.conversation is not None:
+            return
+        if self._parts is not None and not self.closing and self._is_body_fast_enough(now_s):
             return
         waits_for_request = self._parts is not None or bool(self._buffer)
         unsent_bytes = self.transport.get_write_buffer_size()
@@ -343,6 +443,25 @@ class ClientConnection(asyncio.Protocol):
             self.transport.close()
         else:
             self._deny_and_close(Denied(408, "invalid_request", "the request did not arrive in time"))
+
+    def _is_body_fast_enough(self, now_s: float) -> bool:
+        passed_s = now_s - self.deadline_s + 1.0
+        came_bytes, self._rated_bytes = self._received - self._rated_bytes, self._received
+        self._slack_s = min(self._slack_s + came_bytes / BODY_BYTES_PER_S_MIN - passed_s, BODY_SLACK_MAX_S)
+        self.deadline_s = now_s + 1.0
+        return self._slack_s >= 0
+
+    def still_reads(self, now_s: float) -> float:
+        """A stream's client took nothing for long, as far as the worker sees: leave it, or say until when it may go on.
+
+        Behind what the worker holds, the kernel holds some too, and it may have been taken from that.
+        """
+        link = tcp.look(self.transport)
+        acked_bytes = link.acked_bytes if link is not None else 0
+        if acked_bytes in (0, self._unsent_bytes):
+            self.transport.abort()
+        self._unsent_bytes = acked_bytes
+        return now_s + UNREAD_MAX_S
 
 
 def _too_large() -> str:

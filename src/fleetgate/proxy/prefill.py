@@ -55,10 +55,18 @@ class PrefillProbe:
             # What comes up again may be another engine.
             self._asked.discard(identity)
             board.set_signal(slot, Signal.PREFILL, UNKNOWN)
-        elif place.deployment.engine in ENGINES and identity not in self._asked:
+        elif place.deployment.engine in ENGINES and identity not in self._asked and self._take_place(place):
             self._asked.add(identity)
-            goes_on = await self._goes_on(place, peer)
+            try:
+                goes_on = await self._goes_on(place, peer)
+            finally:
+                self._hub.ledger.settle(place.slot)
+                self._hub.room_freed(place.slot)
             board.set_signal(slot, Signal.PREFILL, YES if goes_on else NO)
+
+    def _take_place(self, place: Place) -> bool:
+        """Its requests count against the limit as a client's do; while there is no room they wait for a quieter time."""
+        return not place.foreign and self._hub.ledger.reserve(place.slot, place.limit)
 
     async def _goes_on(self, place: Place, peer: Peer) -> bool:
         """Whether an answer and one that goes on from its middle are the same."""

@@ -6,7 +6,6 @@ import gc
 import mmap
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from fleetgate.core.board import Board, Worker
 from fleetgate.core.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
 from fleetgate.providers.sealing import CannotUnseal
+from fleetgate.proxy import tcp
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, WorkerConfig
+from fleetgate.proxy.door import Door
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.prefill import PrefillProbe
@@ -31,7 +32,6 @@ from fleetgate.rules import plugins
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
-BACKLOG = 4096
 
 
 class LockFile:
@@ -97,6 +97,7 @@ class WorkerProcess:
             loop.add_reader(config.life_fd, self._orphaned)
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
+        hub.guards.begin(SWEEP_S)
         self._look_for_snapshot()
         if not hub.tables.version:
             self._start_from_last_good()
@@ -123,11 +124,10 @@ class WorkerProcess:
             if hub.recorder.log.dropped:
                 self._say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
-    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> asyncio.Server:
-        listener = socket.socket(fileno=fd)
-        return await self.hub.loop.create_server(
-            lambda: ClientConnection(self.hub), sock=listener, backlog=BACKLOG, ssl=tls.context if tls else None
-        )
+    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Door:
+        tcp.bound_unsent(fd)
+        door = Door(fd, tls.context if tls else None, lambda: ClientConnection(self.hub))
+        return await self.hub.guards.watch(door).open()
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -137,7 +137,7 @@ class WorkerProcess:
                 self._look_for_snapshot()
                 if self._tls is not None:
                     self._tls.reload_if_changed()
-            self.hub.sweep()
+            self.hub.guards.sweep()
 
     def _look_for_snapshot(self) -> None:
         snapshot = self._snapshots.changed()
@@ -172,7 +172,7 @@ class WorkerProcess:
         os.read(self.config.wake_fd, 4096)
         self.hub.wake()
 
-    async def _drain(self, servers: list[asyncio.Server]) -> None:
+    async def _drain(self, servers: list[Door]) -> None:
         """Readiness falls first; nothing is refused while load balancers look away, nothing is cut inside the grace."""
         hub = self.hub
         self.board.set(self.config.index, Worker.ACCEPTING, 0)

@@ -18,6 +18,10 @@ REQUESTS = "fleetgate_requests_total"
 TTFT = "fleetgate_ttft_seconds"
 
 
+# Whether an engine goes on with what another had begun.
+PREFILL = ("not known", "yes", "no")
+
+
 def routes(control: Control) -> APIRouter:
     """`/api/v1/state`."""
     router = APIRouter(prefix="/api/v1")
@@ -96,6 +100,7 @@ def _deployment(deployment: Deployment, board: Board | None, series: Series) -> 
             "url": f"{endpoint.origin}{endpoint.base_path}",
             "up": endpoint_up(board, endpoint.slot),
             "probed": bool(board and board.signal(endpoint.slot, Signal.SEEN_MS)),
+            "prefill": PREFILL[board.signal(endpoint.slot, Signal.PREFILL)] if board else PREFILL[0],
             "running": board.signal(endpoint.slot, Signal.RUNNING) if board else 0,
             "waiting": board.signal(endpoint.slot, Signal.WAITING) if board else 0,
             "kv_ratio": board.signal(endpoint.slot, Signal.KV_PERMILLE) / 1000 if board else 0.0,

@@ -87,6 +87,7 @@ class Peer:
         self.endpoint = endpoint
         self.health: Health = HEALTHY
         self.in_flight = 0
+        self.newest: object = None  # the request that was sent to it last
         self.trial = False  # half open and its one real request is under way
         self.connects = 0
         self.probe_seen_ms = 0
@@ -185,6 +186,15 @@ class Peer:
             except (OSError, TimeoutError) as error:
                 failure = error
         raise failure
+
+    async def is_dead(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> bool:
+        """Whether nobody listens there any more."""
+        try:
+            connection = await self.connect(loop, timeout_s)
+        except (OSError, TimeoutError, ssl.SSLError, Refused):
+            return True
+        connection.drop()
+        return False
 
     async def _resolve(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> list[str]:
         now_s = loop.time()

@@ -1,0 +1,61 @@
+"""A listening socket that can stop accepting for a while: who comes then waits in the kernel's queue."""
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import Callable
+
+HANDSHAKE_MAX_S = 10.0  # FAULTS.md row 4: it is part of the time a client has for its first head
+SHUTDOWN_MAX_S = 2.0  # for the answer to our close_notify, which many never send
+BACKLOG = 4096
+
+
+class Door:
+    """Accepts on an inherited descriptor. Shape: the descriptor stays open, so nobody in the queue is reset."""
+
+    def __init__(self, fd: int, tls: ssl.SSLContext | None, make: Callable[[], asyncio.Protocol]) -> None:
+        self._fd = fd
+        self._tls = tls
+        self._make = make
+        self._server: asyncio.Server | None = None
+        self._wanted = True
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> "Door":
+        """Begin to accept."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            self._make,
+            sock=socket.socket(fileno=os.dup(self._fd)),
+            backlog=BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=HANDSHAKE_MAX_S if self._tls else None,
+            ssl_shutdown_timeout=SHUTDOWN_MAX_S if self._tls else None,
+        )
+        return self
+
+    def pause(self) -> None:
+        """Accept nobody until `resume`."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            # Not inside the callback that accepts: the loop still holds the handle there.
+            asyncio.get_running_loop().call_soon(server.close)
+
+    def resume(self) -> None:
+        """Accept again."""
+        if self._wanted and self._server is None and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._reopen())
+
+    async def _reopen(self) -> None:
+        await self.open()
+        if not self._wanted:
+            self.pause()
+
+    def close(self) -> None:
+        """Accept nobody any more."""
+        self._wanted = False
+        self.pause()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
