@@ -59,6 +59,10 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     record: Path | None
     lb_grace_s: float
     grace_s: float
+    connections_max: int
+    ip_connections_max: int
+    key_connections_max: int
+    body_budget_mib: int
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -204,6 +208,10 @@ def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[st
         record=str(options.record.absolute()) if options.record is not None else "off",
         lb_grace_s=options.lb_grace_s if options.lb_grace_s >= 0 else 0.0 if loopback else LB_GRACE_S,
         grace_s=options.grace_s,
+        connections_max=options.connections_max,
+        ip_connections_max=options.ip_connections_max,
+        key_connections_max=options.key_connections_max,
+        body_budget_bytes=options.body_budget_mib << 20,
     )
     fds = [config.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds, config.life_fd]
     if config.tls_listen_fd >= 0:
@@ -291,6 +299,18 @@ def up(
         float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
     ] = -1.0,
     grace_s: Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.")] = 30.0,
+    connections_max: Annotated[
+        int, typer.Option(help="Client connections of a worker; 0: half of its descriptors.", min=0)
+    ] = 0,
+    ip_connections_max: Annotated[
+        int, typer.Option(help="Of one address in a worker; 0: no limit, -1: 512 of a public address.", min=-1)
+    ] = -1,
+    key_connections_max: Annotated[
+        int, typer.Option(help="Of one key in a worker; 0: no limit, -1: half of all.", min=-1)
+    ] = -1,
+    body_budget_mib: Annotated[
+        int, typer.Option(help="For request bodies on their way, of all workers; 0: a quarter of the memory.", min=0)
+    ] = 0,
 ) -> None:
     """Run everything on this machine: control plane, console and proxies.
 
@@ -312,6 +332,10 @@ def up(
         record=record,
         lb_grace_s=lb_grace_s,
         grace_s=grace_s,
+        connections_max=connections_max,
+        ip_connections_max=ip_connections_max,
+        key_connections_max=key_connections_max,
+        body_budget_mib=body_budget_mib,
     )
     try:
         code = run_up(options)

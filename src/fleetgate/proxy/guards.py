@@ -216,11 +216,11 @@ class Guards:
         for each in clients:
             request_id = ids.setdefault(each, hub.next_id())
             self._line("internal_error", f"{type(error).__name__} at {where}", request_id.decode())
-            each.fail(request_id)
+            each.fail(request_id, _put_away)
         if not clients:
             self._line("internal_error", f"{type(error).__name__} at {where}", "")
         for conversation in touched:
-            _put_away(conversation)
+            _put_away(conversation)  # those whose client has already gone on
 
     def _uncaught(self, context: dict[str, Any]) -> None:
         """The loop's handler: of callbacks of upstream connections, of tasks, of what was called soon."""

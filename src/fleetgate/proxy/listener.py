@@ -1,6 +1,7 @@
 """The client's side of a connection: strict framing in, one request at a time, answers in order."""
 
 import asyncio
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -326,6 +327,7 @@ class ClientConnection(asyncio.Protocol):
         left = self._leaving is not None and not self._buffer
         if left or not self.keep_alive or self._hub.draining:
             self.closing = True
+            self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for what is unsent, and nobody may read it
             self.transport.close()
             return
         self.deadline_s = now_s + IDLE_MAX_S
@@ -407,11 +409,14 @@ class ClientConnection(asyncio.Protocol):
         data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
         self.transport.write(data[: -len(body)] if no_body else data)
 
-    def fail(self, request_id: bytes) -> None:
+    def fail(self, request_id: bytes, put_away: Callable[[Conversation], None]) -> None:
         """A mistake of ours ended the request: say so if nothing was said yet, and never let it look whole."""
-        conversation, self.conversation = self.conversation, None
-        self._parts = self._chunks = None
-        if self.closing or self.transport.is_closing():
+        was_closing, self.closing = self.closing, True  # what is put away must not begin the next request
+        conversation = self.conversation
+        if conversation is not None:
+            put_away(conversation)  # first, so that its place is free when the client hears of it
+        self.conversation = self._parts = self._chunks = None
+        if was_closing or self.transport.is_closing():
             return
         hub = self._hub
         hub.record_denied(500, "internal_error")

@@ -101,7 +101,7 @@ class WorkerProcess:
         self._look_for_snapshot()
         if not hub.tables.version:
             self._start_from_last_good()
-        hub.sweep()
+        hub.guards.sweep()
         servers = [await self._listen(config.listen_fd, None)]
         if self._tls is not None:
             servers.append(await self._listen(config.tls_listen_fd, self._tls))

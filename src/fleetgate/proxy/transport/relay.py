@@ -91,7 +91,6 @@ class Relay:
     status = 0
     stream = False
     paused = False  # the client reads slower than the upstream writes
-    reset = False  # the connection broke under it, after the whole request had been sent
     raw = False  # an HTTP/1.0 client: no chunked framing
     event_count = 0
     beats = 0  # reads that were not one plain event: comments and other signs of life
@@ -141,13 +140,11 @@ class Relay:
             except Malformed:
                 self._fail(Failure.BAD_OUTPUT)
         elif head is not None:
-            self.reset = error is not None
             self._fail(Failure.BROKEN if error is not None else Failure.BAD_OUTPUT)
         elif connection is not None and connection.served > 1 and not self._buffer:
             self.cancel()
             self.owner.on_stale(self)
         else:
-            self.reset = True
             self._fail(Failure.BROKEN)
 
     def not_connected(self, failure: Failure) -> None:

@@ -1,0 +1,125 @@
+"""Mistakes of our own and a loop that stands still: FAULTS.md rows 74 and 75, with the mistake put in from outside."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from fleetgate.core.board import Worker
+from fleetgate.providers.spool import Spool
+from tests.loopback.rig import wait_for
+from tests.loopback.wall_client import Client, request
+from tests.loopback.wall_rig import Plane, plane
+
+SECRET = "sk-a-secret-in-a-prompt"
+
+
+def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
+    """Make a function of `fleetgate.proxy` do something else first when a condition on its arguments holds."""
+    wrapped = f"(lambda real: lambda self, *a: ({how}) if ({when}) else real(self, *a))({name})"
+    return {name: wrapped}  # type: ignore[dict-item]
+
+
+# Where it breaks, and whether something of the answer is out by then.
+PLACES = {
+    "reading the body": (breaks("listener.openai.read_ask", "b'boom' in self"), False),
+    "picking": (breaks("conversation.Conversation._pick", "b'boom' in self.body"), False),
+    "sending": (breaks("conversation.Conversation._request_bytes", "b'boom' in self.body"), False),
+    "the first content": (breaks("conversation.ACTIONS[conversation.Commit]", "b'boom' in self.body"), False),
+    "an event": (
+        breaks("conversation.Conversation.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
+    ),
+    "the end": (breaks("conversation.Conversation.on_ended", "b'boom' in self.body and self.ask.stream"), True),
+    "the watch": (breaks("conversation.Conversation.watch", "b'boom' in self.body"), False),
+}  # fmt: skip
+
+
+@contextmanager
+def broken(name: str) -> Iterator[Plane]:
+    with plane(patience=PLACES[name][0]) as made:
+        yield made
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("name", PLACES)
+def test_row_75_a_mistake_is_a_500_for_that_request_alone(
+    name: str, stream: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The answer names the line of the log that tells where; other requests, and the places they hold, go on."""
+    begun = PLACES[name][1]
+    if begun and not stream:
+        pytest.skip("an answer that is not streamed is written in one piece")
+    with broken(name) as made:
+        made.use({"concurrency_max": 2})
+        made.wall.hold()
+        with made.client() as neighbour:
+            neighbour.send(request("held", stream=True))
+            neighbour.read_until(b"tok")
+            for _ in range(3):
+                model = "silent" if name == "the watch" else "ok"
+                answer = made.ask(request(model, stream, note=f"boom {SECRET}", wall={"pace_s": 0.02}))
+                if begun:
+                    assert answer.status == 200 and not answer.whole
+                    assert b"internal_error" in answer.body and b"[DONE]" not in answer.body
+                else:
+                    assert (answer.status, answer.code) == (500, "internal_error")
+                    assert answer.headers["connection"] == "close"
+                assert b"Traceback" not in answer.body and b"ZeroDivision" not in answer.body
+                lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+                told = [line for line in lines if line["event"] == "internal_error"]
+                assert told and "ZeroDivisionError" in told[0]["message"] and SECRET not in str(lines)
+                assert told[0]["id"] == answer.headers["x-request-id"]
+            assert made.in_flight() == 1, "their places were given back"
+            made.wall.release()
+            neighbour.read_until(b"[DONE]")
+        made.wait_idle()
+        assert made.ask(request("ok", stream)).status == 200
+        assert made.rig.processes[0].poll() is None
+        assert made.rig.board.series_totals()["fleetgate_internal_errors_total"] >= 3
+
+
+def test_row_75_a_sweep_that_breaks_keeps_sweeping(capfd: pytest.CaptureFixture[str]) -> None:
+    with plane(patience=breaks("worker.Hub.adopt_ejections", "True")) as made:
+        before = made.rig.board.get(0, Worker.HEARTBEAT_MS)
+        wait_for(lambda: made.rig.board.get(0, Worker.HEARTBEAT_MS) > before + 300)
+        assert made.ask(request("ok")).status == 200
+    assert '"event":"internal_error"' in capfd.readouterr().err
+
+
+def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.CaptureFixture[str]) -> None:
+    """One second of sleep in a request: a metric, the board for readiness, an Event, a line that names the place."""
+    sleeps = breaks("listener.openai.read_ask", "b'boom' in self and __import__('time').sleep(1.0)", "0")
+    with plane(patience=sleeps) as made:
+        made.use({})
+        done = threading.Event()
+
+        def ask() -> None:
+            made.ask(request("ok", note="boom"))
+            done.set()
+
+        before_ms = time.monotonic() * 1000
+        threading.Thread(target=ask, daemon=True).start()
+        assert done.wait(20)
+        wait_for(lambda: made.rig.board.get(0, Worker.LAG_AT_MS) > before_ms)
+        assert 700 <= made.rig.board.get(0, Worker.LAG_MS) < 5000
+        totals = made.rig.board.series_totals()
+        assert totals["fleetgate_loop_lags_total"] >= 1
+        assert totals["fleetgate_loop_lag_milliseconds_total"] >= 700
+        happened = [each for each in Spool(made.rig.data_dir).take() if each.kind == "Proxy"]
+        assert happened and "stood still" in happened[-1].message
+        assert made.ask(request("ok")).status == 200
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    told = [line for line in lines if line["event"] == "lag"]
+    assert told and "proxy/listener.py" in told[-1]["message"] and "_serve" in told[-1]["message"], told
+
+
+def test_row_74_a_quiet_loop_is_not_accused(capfd: pytest.CaptureFixture[str]) -> None:
+    with plane() as made, Client(made.port) as client:
+        for _ in range(200):
+            assert client.ask(request("ok")).status == 200
+            time.sleep(0.005)
+        lags = made.rig.board.series_totals().get("fleetgate_loop_lags_total", 0)
+    assert lags <= 2, "only what a busy machine itself does"
