@@ -29,11 +29,13 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__()
         self._heard = heard
 
-    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:
+    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:  # type: ignore[override]
         """The name is the address."""
         return [(0, 0, 0, "", (host, port))]
 
-    async def create_connection(self, factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+    async def create_connection(  # type: ignore[override]
+        self, factory: Any, host: Any = None, port: Any = None, **options: Any
+    ) -> Any:
         """A wire to the Endpoint at this port."""
         protocol = factory()
         return Wire(self, protocol, lambda wire: self._heard(wire, port)), protocol
