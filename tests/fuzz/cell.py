@@ -29,7 +29,7 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__()
         self._heard = heard
 
-    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:  # type: ignore[override]
+    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:
         """The name is the address."""
         return [(0, 0, 0, "", (host, port))]
 
