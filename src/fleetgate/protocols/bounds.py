@@ -7,6 +7,7 @@ VALUES_MAX = 1_000_000  # a prompt may be given as token ids, a million of them 
 _BRACKETS = b"[]{}"
 _AFTER_BACKSLASH = b"\\/bfnrtu"  # kept at first, or the quote behind `\n` would look escaped
 _COMMA = b","
+LOOKS_MAX = 300  # at brackets one by one, before all are looked at together
 _PIECE_BYTES = 1024 * 1024
 
 
@@ -44,15 +45,19 @@ def has_too_many_values(body: bytes) -> bool:
 def is_too_deep(body: bytes) -> bool:
     """Whether valid JSON nests deeper than `DEPTH_MAX` or has more than `CONTAINERS_MAX` objects and arrays.
 
-    Cost: 0.3 µs for a few brackets, which cannot nest deeper; beyond 64 of them 1 µs a KiB.
+    Cost: 0.3 µs for a few brackets, which cannot nest deeper, 0.15 µs a message; 1 µs a KiB where that does not tell.
     """
     find, left = body.find, DEPTH_MAX
-    for mark in (b"{", b"["):
+    looks = 0
+    for mark in (b"[", b"{"):
         at = find(mark)
         while at >= 0:
-            if not left:
+            # One that follows a sibling goes no deeper; inside of a string, neither it nor its like tells anything.
+            if body[at - 2 : at] != b"}," and body[at - 3 : at] != b"}, ":
+                left -= 1
+            looks += 1
+            if left < 0 or looks > LOOKS_MAX:
                 return _nests_deeper(_outside_strings(_marks(body, _PROSE)))
-            left -= 1
             at = find(mark, at + 1)
     return False
 
