@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from fleetgate import __version__
+from fleetgate.cli import flags
 from fleetgate.cli.app import app
 from fleetgate.cli.client import DEFAULT_DATA_DIR
 from fleetgate.cli.demo import run_demo
@@ -289,28 +290,15 @@ def up(
     cors: Annotated[
         list[str] | None, typer.Option(help="Origin of web pages that may call; * for all. Repeatable.")
     ] = None,
-    egress_allow: Annotated[
-        str,
-        typer.Option(help="CIDRs, comma-separated, that Deployments given through the API may be in."),
-    ] = "",
+    egress_allow: flags.EgressAllow = "",
     access_log: Annotated[str, typer.Option(help="A path, `-` for standard output, or `off`.")] = "-",
     record: RecordFile = None,
-    lb_grace_s: Annotated[
-        float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
-    ] = -1.0,
-    grace_s: Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.")] = 30.0,
-    connections_max: Annotated[
-        int, typer.Option(help="Client connections of a worker; 0: half of its descriptors.", min=0)
-    ] = 0,
-    ip_connections_max: Annotated[
-        int, typer.Option(help="Of one address in a worker; 0: no limit, -1: 512 of a public address.", min=-1)
-    ] = -1,
-    key_connections_max: Annotated[
-        int, typer.Option(help="Of one key in a worker; 0: no limit, -1: half of all.", min=-1)
-    ] = -1,
-    body_budget_mib: Annotated[
-        int, typer.Option(help="For request bodies on their way, of all workers; 0: a quarter of the memory.", min=0)
-    ] = 0,
+    lb_grace_s: flags.LbGrace = -1.0,
+    grace_s: flags.Grace = 30.0,
+    connections_max: flags.Connections = 0,
+    ip_connections_max: flags.IpConnections = -1,
+    key_connections_max: flags.KeyConnections = -1,
+    body_budget_mib: flags.BodyBudget = 0,
 ) -> None:
     """Run everything on this machine: control plane, console and proxies.
 
