@@ -166,7 +166,8 @@ def test_a_lead_is_whom_the_strategy_would_take_first(name: str, situation: tupl
     """What spares most requests the comparison must never change its outcome."""
     made, load, turn = situation
     lead = strategies.find_lead(name)(made)
-    if lead is not None and has_room(load[lead.slot]) and not spills(lead, load[lead.slot]):
+    welcome = lead is not None and has_room(load[lead.slot]) and not load[lead.slot].unwelcome
+    if lead is not None and welcome and not spills(lead, load[lead.slot]):
         decision = decide(name, made, load, turn)
         assert isinstance(decision, Decision) and decision.order[0] is lead
 
