@@ -316,5 +316,5 @@ def _finishes(part: bytes) -> bool:
     try:
         choices: Any = json.loads(part)["choices"]
         return any(choice.get("finish_reason") for choice in choices)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
