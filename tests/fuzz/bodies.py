@@ -18,6 +18,12 @@ EXAMPLES = [
     '{"model":"ünï😀","input":["é","\\ud83d\\ude00","\u2028"],"dimensions":3}'.encode(),
     b'{"prompt":[[1,2,3],[4,5]],"model":"m","stream":false,"logit_bias":{"50256":-100}}',
     b'{"model":"m","x":' + b"[" * 63 + b"]" * 63 + b"}",
+    b'{"model":"m","messages":['
+    + b",".join([b'{"content":"},{"}'] * 80)
+    + b'],"x":'
+    + b'{"a":' * 62
+    + b"0"
+    + b"}" * 63,
     b'{"model":"m","messages":[' + b",".join([b'{"role":"user","content":[{"type":"text","text":"{["}]}'] * 30) + b"]}",
 ]
 TOKENS = [
@@ -26,8 +32,9 @@ TOKENS = [
     b'"stream_options":{},', b'"stream_options":{"include_usage":1},', b'"include_usage":true,', b"null", b"true",
     b"NaN", b"Infinity", b"-Infinity", b"nul", b"1e400", b"-", b"01", b"1.", b".5", b"1e", b"+1", b"0x10", b"9" * 400,
     b"\x00", b"\x1f", b"\n", b"\x7f", b"\x80", b"\xff", b"\xc3", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
-    b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\x0b", b"\x0c", b"\xc2\xa0", b"//", b"/**/", b"'", b" ", b"\t",
-    b"[" * 60, b"]" * 60, b'{"a":' * 63, b"}" * 63, b'{"a":[' * 32, b"]}" * 32, b'"["', b'"]"', b'"}\\"{"',
+    b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\x0b", b"\x0c", b"\xc2\xa0", b"//", b"/**/", b"'", b" ", b"\t", b"[" * 60,
+    b"]" * 60, b'{"a":' * 63, b"}" * 63, b'{"a":[' * 32, b"]}" * 32, b'"["', b'"]"', b'"}\\"{"', b'"},{"', b"},{",
+    b"}, {", b"{},{},{}",
 ]  # fmt: skip
 NAMES = ("m", "meta/llama-3", 'quo"te\\', "ünï😀")
 

@@ -4,8 +4,7 @@ Hub, listener, gate, conversation and relay are the real ones. The clock stands 
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,46 @@ from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.supervisor import shared_memory
 from fleetgate.proxy.tables import Tables
-from fleetgate.proxy.transport.upstream import Peer, UpstreamConnection
+from fleetgate.proxy.transport.upstream import Peer
 from fleetgate.proxy.worker import WorkerProcess
 
 CALLS_MAX = 100_000  # of one input; more is a loop without end
-SPARE_CONNECTIONS = 4
 
 
-class Ready:
-    """The part of an event loop that callbacks use."""
+class Loop(asyncio.SelectorEventLoop):
+    """A real loop that dials in memory: every connection is made at once, and `heard` gets what is sent on it."""
 
-    def __init__(self) -> None:
-        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+    def __init__(self, heard: Callable[["Wire", int], None]) -> None:
+        super().__init__()
+        self._heard = heard
 
-    def call_soon(self, call: Callable[..., object], *arguments: Any) -> None:
-        """Queue a callback."""
-        self._calls.append((call, arguments))
+    async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:
+        """The name is the address."""
+        return [(0, 0, 0, "", (host, port))]
 
-    def create_task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Tasks are made for connects only, and connections are at hand."""
-        work.close()
-        raise AssertionError("a connect, though there are kept connections")
+    async def create_connection(  # type: ignore[override]
+        self, factory: Any, host: Any = None, port: Any = None, **options: Any
+    ) -> Any:
+        """A wire to the Endpoint at this port."""
+        protocol = factory()
+        return Wire(self, protocol, lambda wire: self._heard(wire, port)), protocol
 
     def run(self) -> None:
-        """Until nothing is left to do."""
+        """Until no callback is left to do; timers are not waited for."""
         for _ in range(CALLS_MAX):
-            if not self._calls:
+            if not self._ready:  # type: ignore[attr-defined]
                 return
-            call, arguments = self._calls.popleft()
-            call(*arguments)
+            self.call_soon(self.stop)
+            self.run_forever()
         raise AssertionError("callbacks without end")
 
 
 class Wire(asyncio.Transport):
     """One end of a connection: what is written is kept, and `heard` is called after each write."""
 
-    def __init__(self, ready: Ready, protocol: asyncio.Protocol, heard: Callable[["Wire"], None] | None = None) -> None:
+    def __init__(self, loop: Loop, protocol: asyncio.Protocol, heard: Callable[["Wire"], None] | None = None) -> None:
         super().__init__()
-        self._ready = ready
+        self._loop = loop
         self._heard = heard
         self.protocol = protocol
         self.written = bytearray()
@@ -85,7 +86,7 @@ class Wire(asyncio.Transport):
     def close(self) -> None:
         if not self.closing:
             self.closing = True
-            self._ready.call_soon(self.protocol.connection_lost, None)
+            self._loop.call_soon(self.protocol.connection_lost, None)
 
     def abort(self) -> None:
         self.aborted = True
@@ -117,7 +118,7 @@ class Wire(asyncio.Transport):
 
 
 class Cell:
-    """A worker. Shape: `answer` is called for what an upstream wire has been sent, with the Deployment's slot."""
+    """A worker. Shape: `answer` is called for what an upstream wire has been sent, with its Endpoint's port."""
 
     def __init__(self, data_dir: Path, answer: Callable[[Wire, int], None]) -> None:
         (data_dir / "seal.key").write_bytes(b"s" * 32)
@@ -127,12 +128,11 @@ class Cell:
         config = WorkerConfig(
             index=0, workers=1, data_dir=str(data_dir), board_fd=board_fd, listen_fd=-1, auth="none", access_log="off"
         )
-        self.ready = Ready()
+        self.loop = Loop(answer)
         self.hub = WorkerProcess(config).hub
-        self.hub.loop = self.ready  # type: ignore[assignment]
+        self.hub.loop = self.loop
         self.now_s = 1000.0
         self.hub.clock = lambda: self.now_s
-        self._answer = answer
         self._version = 0
 
     def use(self, deployments: tuple[Deployment, ...], site: Gateway) -> None:
@@ -146,18 +146,13 @@ class Cell:
         """The Endpoints in use."""
         return list(self.hub.tables.peers.values())
 
-    def stock(self) -> None:
-        """Give every Endpoint new kept connections and nothing else."""
-        for peer in self.peers():
-            peer.close_idle(float("inf"))
-            for _ in range(SPARE_CONNECTIONS):
-                connection = UpstreamConnection(peer)
-                Wire(self.ready, connection, lambda wire, slot=peer.endpoint.slot: self._answer(wire, slot))  # type: ignore[misc]
-                peer.keep(connection, self.now_s)
+    def kept(self) -> list[asyncio.BaseTransport]:
+        """The wires of connections that wait for another request."""
+        return [connection.transport for peer in self.peers() for connection in peer._idle]
 
     def connect(self) -> Wire:
         """A client's connection."""
-        return Wire(self.ready, ClientConnection(self.hub))
+        return Wire(self.loop, ClientConnection(self.hub))
 
     def in_flight(self) -> int:
         """What the ledger holds."""

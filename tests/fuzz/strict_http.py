@@ -75,6 +75,8 @@ def read_head(data: bytes) -> Head:
         name, colon, value = line.partition(b":")
         if not colon or not name or not TOKEN.issuperset(name) or not TEXT.issuperset(value):
             raise Bad("a malformed field")
+        if name.lower() == b"transfer-encoding" and value.endswith(b"\t"):
+            raise Bad("a tab behind the coding, which llhttp does not take")
         fields.append((name.lower(), value.strip(b" \t")))
     if len(fields) > FIELDS_MAX:
         raise Bad("too many fields")

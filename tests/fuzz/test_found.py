@@ -1,5 +1,7 @@
 """What fuzzing found, each with the input that found it, made small."""
 
+from collections.abc import Iterator
+
 import msgspec
 import pytest
 
@@ -8,6 +10,25 @@ from fleetgate.protocols import bounds
 from fleetgate.protocols.openai import InvalidBody, Meaning, read_ask, top_level, understand
 from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way, prefill_body
 from tests.loopback.rig import deployment, gateway
+from tests.loopback.wall_rig import Plane, plane
+
+
+@pytest.fixture(scope="module")
+def edge() -> Iterator[Plane]:
+    with plane() as made:
+        yield made
+
+
+@pytest.mark.parametrize(("first", "status"), [(b"OPTIONS *", b"204"), (b"HEAD /nowhere", b"404")])
+def test_answers_without_a_body_have_none_when_the_connection_ends_too(
+    edge: Plane, first: bytes, status: bytes
+) -> None:
+    with edge.client() as client:
+        client.send(first + b" HTTP/1.1\r\nHost: chat.test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        head = client.read_until(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 " + status) and b"connection: close" in head
+        assert client.closed(), "and nothing behind the head"
+
 
 SNAPSHOT = encode_snapshot(
     Snapshot(version=1, made_at_s=0.0, gateways=(gateway("one"),), deployments=(deployment("one", 1, 0),))

@@ -7,6 +7,7 @@ VALUES_MAX = 1_000_000  # a prompt may be given as token ids, a million of them 
 _BRACKETS = b"[]{}"
 _AFTER_BACKSLASH = b"\\/bfnrtu"  # kept at first, or the quote behind `\n` would look escaped
 _COMMA = b","
+LOOKS_MAX = 300  # at brackets one by one, before all are looked at together
 _PIECE_BYTES = 1024 * 1024
 
 
@@ -44,17 +45,36 @@ def has_too_many_values(body: bytes) -> bool:
 def is_too_deep(body: bytes) -> bool:
     """Whether valid JSON nests deeper than `DEPTH_MAX` or has more than `CONTAINERS_MAX` objects and arrays.
 
-    Cost: 0.3 µs for a few brackets, which cannot nest deeper; beyond 64 of them 1 µs a KiB.
+    Cost: 0.1 µs and 0.07 µs a bracket, up to 64 of them, which cannot nest deeper; then 0.2 µs a bracket, and 1 µs a
+    KiB where that does not tell.
     """
     find, left = body.find, DEPTH_MAX
-    for mark in (b"{", b"["):
+    for mark in (b"[", b"{"):
         at = find(mark)
         while at >= 0:
             if not left:
-                return _nests_deeper(_outside_strings(_marks(body, _PROSE)))
+                return not _are_siblings(body) and _nests_deeper(_outside_strings(_marks(body, _PROSE)))
             left -= 1
             at = find(mark, at + 1)
     return False
+
+
+def _are_siblings(body: bytes) -> bool:
+    """Whether all brackets but `DEPTH_MAX` follow a sibling: then none nests deeper.
+
+    One inside of a string that looks as if it did adds nothing, and takes nothing away.
+    """
+    left, looks = DEPTH_MAX, LOOKS_MAX
+    for mark in (b"[", b"{"):
+        at = body.find(mark)
+        while at >= 0:
+            looks -= 1
+            if body[at - 2 : at] != b"}," and body[at - 3 : at] != b"}, ":
+                left -= 1
+            if left < 0 or not looks:
+                return False
+            at = body.find(mark, at + 1)
+    return True
 
 
 def _marks(body: bytes, prose: bytes) -> bytes:

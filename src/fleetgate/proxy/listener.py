@@ -195,7 +195,7 @@ class ClientConnection(asyncio.Protocol):
                 self._buffer = rest[max(parsed.content_length, 0) :]
                 self._deny(denied, no_body=parsed.method == b"HEAD")
             else:
-                self._deny_and_close(denied)
+                self._deny_and_close(denied, no_body=parsed.method == b"HEAD")
             return
         if not self._hub.guards.carries(self, admitted.key.name):
             self._deny_and_close(Denied(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
@@ -373,6 +373,17 @@ class ClientConnection(asyncio.Protocol):
     # --- errors ---
 
     def _deny(self, denied: Denied, no_body: bool = False) -> None:
+        self._write_denied(denied, no_body)
+        self.ended(self._hub.clock())
+
+    def _deny_and_close(self, denied: Denied, no_body: bool = False) -> None:
+        """Answer, then close: after a framing error or with a body unread, the next byte cannot be trusted."""
+        self.keep_alive = False
+        self._parts = self._chunks = None
+        self._write_denied(denied, no_body)
+        self._linger()
+
+    def _write_denied(self, denied: Denied, no_body: bool) -> None:
         hub = self._hub
         hub.record_denied(denied.status, denied.code)
         if denied.status == 204:
@@ -382,16 +393,6 @@ class ClientConnection(asyncio.Protocol):
         else:
             body = openai.error_body(denied.status, denied.code, denied.message, denied.param)
             self._write_plain(denied.status, body, denied.extra, no_body)
-        self.ended(hub.clock())
-
-    def _deny_and_close(self, denied: Denied) -> None:
-        """Answer, then close: after a framing error or with a body unread, the next byte cannot be trusted."""
-        self.keep_alive = False
-        self._parts = self._chunks = None
-        self._hub.record_denied(denied.status, denied.code)
-        body = openai.error_body(denied.status, denied.code, denied.message, denied.param)
-        self._write_plain(denied.status, body, denied.extra, False)
-        self._linger()
 
     def _linger(self) -> None:
         # What still comes is read and dropped for a moment: closing on unread bytes would reset the connection and
