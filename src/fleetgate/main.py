@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 from fleetgate import __version__
+from fleetgate.cli import flags
 from fleetgate.cli.app import app
 from fleetgate.cli.client import DEFAULT_DATA_DIR
 from fleetgate.cli.demo import run_demo
@@ -260,57 +261,27 @@ def announce(options: UpOptions, port: int, api_port: int) -> None:
     sys.stderr.flush()
 
 
-RecordFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Append every routing decision to FILE, for `fleetgate replay`: with three Deployments about 0.8 KB and "
-        "9 µs a request. Names of keys, models and Deployments and token counts; no prompts, answers or secrets."
-    ),
-]
-
-
 @app.command()
 def up(
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file to apply at start; a file alone runs a Gateway.")
-    ] = None,
-    data_dir: Annotated[
-        Path, typer.Option(help="Where state is kept: database, secrets, Snapshot.")
-    ] = DEFAULT_DATA_DIR,
+    config: flags.ConfigFile = None,
+    data_dir: flags.DataDir = DEFAULT_DATA_DIR,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = "127.0.0.1:7800",
-    api_listen: Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")] = (
-        "127.0.0.1:7801"
-    ),
+    api_listen: flags.ApiListen = "127.0.0.1:7801",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one a core, 8 at most.")] = 0,
     region: Annotated[str, typer.Option(help="The region this proxy stands in; its own is preferred.")] = "",
     tls_listen: Annotated[str, typer.Option(help="HOST:PORT for HTTPS, together with --tls.")] = "",
     tls: Annotated[str, typer.Option(help="`dev` for a development CA, or CERT.pem,KEY.pem (reloaded).")] = "",
     auth: Annotated[str, typer.Option(help="`keys`, or `none` to let anybody in (loopback only).")] = "keys",
-    cors: Annotated[
-        list[str] | None, typer.Option(help="Origin of web pages that may call; * for all. Repeatable.")
-    ] = None,
-    egress_allow: Annotated[
-        str,
-        typer.Option(help="CIDRs, comma-separated, that Deployments given through the API may be in."),
-    ] = "",
+    cors: flags.Cors = None,
+    egress_allow: flags.EgressAllow = "",
     access_log: Annotated[str, typer.Option(help="A path, `-` for standard output, or `off`.")] = "-",
-    record: RecordFile = None,
-    lb_grace_s: Annotated[
-        float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
-    ] = -1.0,
+    record: flags.RecordFile = None,
+    lb_grace_s: flags.LbGrace = -1.0,
     grace_s: Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.")] = 30.0,
-    connections_max: Annotated[
-        int, typer.Option(help="Client connections of a worker; 0: half of its descriptors.", min=0)
-    ] = 0,
-    ip_connections_max: Annotated[
-        int, typer.Option(help="Of one address in a worker; 0: no limit, -1: 512 of a public address.", min=-1)
-    ] = -1,
-    key_connections_max: Annotated[
-        int, typer.Option(help="Of one key in a worker; 0: no limit, -1: half of all.", min=-1)
-    ] = -1,
-    body_budget_mib: Annotated[
-        int, typer.Option(help="For request bodies on their way, of all workers; 0: a quarter of the memory.", min=0)
-    ] = 0,
+    connections_max: flags.ConnectionsMax = 0,
+    ip_connections_max: flags.IpConnectionsMax = -1,
+    key_connections_max: flags.KeyConnectionsMax = -1,
+    body_budget_mib: flags.BodyBudgetMib = 0,
 ) -> None:
     """Run everything on this machine: control plane, console and proxies.
 

@@ -19,7 +19,7 @@ SECRET = "sk-a-secret-in-a-prompt"
 
 def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
     """Make a function of `fleetgate.proxy` do something else first when a condition on its arguments holds."""
-    wrapped = f"(lambda real: lambda self, *a: ({how}) if ({when}) else real(self, *a))({name})"
+    wrapped = f"(lambda real: lambda self, *a, **k: ({how}) if ({when}) else real(self, *a, **k))({name})"
     return {name: wrapped}  # type: ignore[dict-item]
 
 
@@ -27,13 +27,13 @@ def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
 PLACES = {
     "reading the body": (breaks("listener.openai.read_ask", "b'boom' in self"), False),
     "picking": (breaks("conversation.Conversation._pick", "b'boom' in self.body"), False),
-    "sending": (breaks("conversation.Conversation._request_bytes", "b'boom' in self.body"), False),
+    "sending": (breaks("conversation.sending.request_bytes", "b'boom' in self.body"), False),
     "the first content": (breaks("conversation.ACTIONS[conversation.Commit]", "b'boom' in self.body"), False),
     "an event": (
         breaks("conversation.Conversation.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
     ),
     "the end": (breaks("conversation.Conversation.on_ended", "b'boom' in self.body and self.ask.stream"), True),
-    "the watch": (breaks("conversation.Conversation.watch", "b'boom' in self.body"), False),
+    "the watch": (breaks("conversation.watching.watch", "b'boom' in self.body"), False),
 }  # fmt: skip
 
 
@@ -79,6 +79,19 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
         assert made.ask(request("ok", stream)).status == 200
         assert made.rig.processes[0].poll() is None
         assert made.rig.board.series_totals()["fleetgate_internal_errors_total"] >= 3
+
+
+def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows there whose request it is, but its connection ends, and that is a lost attempt like any other."""
+    name = "conversation.Relay._read_head"
+    with plane(patience=breaks(name, "b'boom' in self.owner.body")) as made:
+        made.use({})
+        for stream in (True, False):
+            answer = made.ask(request("ok", stream, note="boom"))
+            assert (answer.status, answer.code) == (502, "upstream_error")
+        made.wait_idle()
+        assert made.rig.board.series_totals()["fleetgate_internal_errors_total"] >= 2
+    assert "relay.py" in capfd.readouterr().err
 
 
 def test_row_75_a_sweep_that_breaks_keeps_sweeping(capfd: pytest.CaptureFixture[str]) -> None:

@@ -255,13 +255,14 @@ class Guards:
 
 
 def _touched(error: BaseException) -> set[Conversation]:
-    """The requests that a mistake happened to: those whose methods are on its stack."""
-    found = set()
+    """The requests that a mistake happened to: those that functions on its stack were given."""
+    found: set[Conversation] = set()
     at = error.__traceback__
     while at is not None:
-        owner = at.tb_frame.f_locals.get("self")
-        if isinstance(owner, Conversation):
-            found.add(owner)
+        code, held = at.tb_frame.f_code, at.tb_frame.f_locals
+        # Arguments only: a loop's variable may be somebody whose turn is over.
+        given = (held.get(name) for name in code.co_varnames[: code.co_argcount])
+        found.update(each for each in given if isinstance(each, Conversation))
         at = at.tb_next
     return found
 
