@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test chaos bench lock clean
+.PHONY: setup demo check test chaos fuzz bench lock clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -36,6 +36,12 @@ chaos: setup
 	  FLEETGATE_SEED=$$seed FLEETGATE_CUTS=$$((10000 / $(SEEDS))) $(BIN)/pytest -q -s tests/faults/test_random_cuts.py || exit 1; \
 	  $(BIN)/python -m bench.region_kill --seed $$seed --seconds 60 --kills 6 || exit 1; \
 	done
+
+# Parsers under fire: INPUTS for each target, or only for TARGETS="edge streams bodies snapshots resumes".
+INPUTS ?= 100000
+SEED ?= 1
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(TARGETS) --inputs $(INPUTS) --seed $(SEED)
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)

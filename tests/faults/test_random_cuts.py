@@ -25,8 +25,8 @@ ANSWER_BYTES = 9000
 CLIENTS = 16
 QUICK = {"watching.patience.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
 # A breaker would soon leave nothing to cut.
-_HEALTH = "worker.sys.modules['fleetgate.core.health']"
-NO_BREAKER = {f"{_HEALTH}.BROKEN_IN_A_ROW": 1e9, f"{_HEALTH}.RESULTS_MIN": 1e9}
+_MOVES = "worker.sys.modules['fleetgate.core.health'].MOVES"
+NO_BREAKER: dict[str, float | str] = {_MOVES: f"{{move: to._replace(after=10**9) for move, to in {_MOVES}.items()}}"}
 
 
 @pytest.fixture(scope="module")

@@ -52,15 +52,14 @@ EXAMPLES = [
     post(b"Origin: http://chat.test\r\n") + post(b"Origin: http://evil.test\r\n") + post(),
 ]
 TOKENS = [
-    b"\r\n", b"\r", b"\n", b"\n\r\n", b"\r\n\r\n", b"\r\r\n", b" ", b"\t", b"\x00", b"\x0b", b"\x0c", b"\x7f", b"\x85",
-    b"\xa0", b"\xff", b":", b";", b",", b"0", b"00", b"-1", b"+1", b"0x1b", b"1b", b"27", b"28", b"1e1", b"9" * 16,
-    b"ffffffff", b"100000000", b"0\r\n\r\n", b"0\r\n", b"1b\r\n", b"1b;a=b\r\n", b"1b ;a\r\n", b"1b;\r\n",
-    b";a=\"\r\n\"",
-    b"Content-Length: 27\r\n", b"Content-Length: 0\r\n", b"Content-Length: +27\r\n", b"Content-Length: 27, 27\r\n",
-    b"content-length:\t27\r\n", b"Content-Length : 27\r\n", b"Content-Length: 027 \r\n", b"Content\x00-Length: 1\r\n",
-    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n", b"transfer-encoding:chunked\r\n",
-    b"Transfer-Encoding: xchunked\r\n", b"Transfer-Encoding: chunked, identity\r\n",
-    b"Transfer-Encoding:\x0bchunked\r\n",
+    b"\r\n", b"\r", b"\n", b"\n\r\n", b"\r\n\r\n", b"\r\r\n", b" ", b"\t", b"\x00", b"\x0b", b"\x0c", b"\x7f",
+    b"\x85", b"\xa0", b"\xff", b":", b";", b",", b"0", b"00", b"-1", b"+1", b"0x1b", b"1b", b"27", b"28", b"1e1",
+    b"9" * 16, b"ffffffff", b"100000000", b"0\r\n\r\n", b"0\r\n", b"1b\r\n", b"1b;a=b\r\n", b"1b ;a\r\n", b"1b;\r\n",
+    b";a=\"\r\n\"", b"Content-Length: 27\r\n", b"Content-Length: 0\r\n", b"Content-Length: +27\r\n",
+    b"Content-Length: 27, 27\r\n", b"content-length:\t27\r\n", b"Content-Length : 27\r\n",
+    b"Content-Length: 027 \r\n", b"Content\x00-Length: 1\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"Transfer-Encoding: identity\r\n", b"transfer-encoding:chunked\r\n", b"Transfer-Encoding: xchunked\r\n",
+    b"Transfer-Encoding: chunked, identity\r\n", b"Transfer-Encoding:\x0bchunked\r\n",
     b"Transfer-Encoding : chunked\r\n", b"Transfer-Encoding:\r\n chunked\r\n", b" Transfer-Encoding: chunked\r\n",
     b"Transfer_Encoding: chunked\r\n", b"Transfer-Encoding: \"chunked\"\r\n", b"Trailer: Content-Length\r\n",
     b"Host: chat.test\r\n", b"Host: evil.test\r\n", b"Host:\r\n", b"Host: chat.test:80:80\r\n", b"Host: [::1]\r\n",
@@ -68,9 +67,8 @@ TOKENS = [
     b"Connection: content-length\r\n", b"Proxy-Connection: keep-alive\r\n", b"Keep-Alive: 1\r\n", b"TE: trailers\r\n",
     b"Expect: 100-continue\r\n", b"Expect: 200\r\n", b"Upgrade: websocket\r\n", b"X: y\r\n" * 63, b"X: y\r\n",
     b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", b"HTTP/1.1", b"HTTP/1.10", b"GET", b"POST ",
-    b"PRI * HTTP/2.0\r\n",
-    b"http://chat.test", b"//", b"/../", b"%2e%2e", b"/v1/models", b"?", b"#",
-    b"*", CHAT, HOST, BODY, post(), chunked(BODY),
+    b"PRI * HTTP/2.0\r\n", b"http://chat.test", b"//", b"/../", b"%2e%2e", b"/v1/models", b"?", b"#", b"*", CHAT,
+    HOST, BODY, post(), chunked(BODY),
 ]  # fmt: skip
 ATTACKS = [attack for attack in BAD.values() if len(attack) < 2000]
 MODELS = {"m": "m", "ok": "ok"}

@@ -316,12 +316,25 @@ def read_response(data: bytes, at: int, ended: bool, bodiless: bool = False) -> 
     return made
 
 
+def payload_until_bad(data: bytes) -> bytes:
+    """The payload of a response, of one with damaged chunks up to the damage."""
+    response = read_response(data, 0, True, bodiless=True)
+    if response is None:
+        return b""
+    if response.chunked:
+        return _payload_so_far(data, response.after)
+    return data[response.after :] if response.length < 0 else data[response.after :][: response.length]
+
+
 def _payload_so_far(data: bytes, at: int) -> bytes:
     payload = b""
     while (end := data.find(b"\r\n", at)) >= 0:
-        size = int(data[at:end].partition(b";")[0].strip() or b"0", 16)
+        size_text = data[at:end].partition(b";")[0].rstrip(b" \t")
+        size = int(size_text, 16) if 1 <= len(size_text) <= 8 and HEX.issuperset(size_text) else 0
         if not size:
             break
         payload += data[end + 2 : end + 2 + size]
         at = end + 4 + size
+        if data[at - 2 : at] != b"\r\n":
+            break
     return payload

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -33,7 +33,9 @@ class Rig:
 
     def __init__(self, data_dir: Path, workers: int = 1, auth: str = "none", **options: object) -> None:
         self.data_dir = data_dir
-        self.patience: dict[str, float] = {}  # `module.NAME` under fleetgate.proxy: shorter waits for tests of waits
+        self.patience: Mapping[
+            str, float | str
+        ] = {}  # `module.NAME` under fleetgate.proxy: shorter waits for tests of waits
         self.board_fd, self.board = shared_memory(workers)
         self._listeners = open_listeners("127.0.0.1:0", "--listen", workers)
         self.port: int = self._listeners[0].getsockname()[1]

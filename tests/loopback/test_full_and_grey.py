@@ -6,7 +6,7 @@ import pytest
 
 from fleetgate.core.model import Slo
 from fleetgate.providers.spool import Spool
-from tests.loopback.rig import wait_for
+from tests.loopback.rig import deployment, wait_for
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import Plane, plane
@@ -51,7 +51,10 @@ def test_when_all_ask_for_it_the_client_hears_for_how_long(three: Plane, options
 
 
 def test_deployments_that_fall_together_take_their_region_with_them(three: Plane) -> None:
-    use(three, "500", "500", "ok", strategy="capacity_round_robin")
+    """The third of the region is suspected, and in again after one good answer; another region takes the load."""
+    made = three.deployments(*({"models": {"m": name}, "region": "r"} for name in ("500", "500", "ok")))
+    elsewhere = deployment("elsewhere", three.walls[2].port, made[-1].slot + 1000, models={"m": "ok"}, region="s")
+    three.publish([*made, elsewhere], strategy="capacity_round_robin")
     spool = Spool(three.rig.data_dir)
     spool.take()
     told: list[str] = []
@@ -59,8 +62,26 @@ def test_deployments_that_fall_together_take_their_region_with_them(three: Plane
     def is_told() -> bool:
         assert three.ask(request("m")).status == 200
         told.extend(happened.message for happened in spool.take())
-        return any("region r is taken for lost: one, two fell within 2 s" in sentence for sentence in told)
+        return any("region r is taken for lost" in sentence for sentence in told)
 
     wait_for(is_told)
-    assert three.ask(request("m")).status == 200, "one good answer, and the last of them is in again"
+    lost = next(sentence for sentence in told if "region r is taken for lost" in sentence)
+    assert "one at http" in lost and "two at http" in lost and "three" not in lost
+    wait_for(lambda: three.ask(request("m")).headers["x-fleetgate-deployment"] == "three")
     three.wait_idle()
+
+
+def test_deployments_that_fall_together_do_not_take_the_only_region_with_them(three: Plane) -> None:
+    """There is nobody to take the load of the third, so it is not held back for the sake of its neighbours."""
+    use(three, "500", "500", "ok", strategy="capacity_round_robin")
+    spool = Spool(three.rig.data_dir)
+    spool.take()
+    told: list[str] = []
+
+    def are_out() -> bool:
+        assert three.ask(request("m")).status == 200
+        told.extend(happened.message for happened in spool.take())
+        return sum("is out for" in sentence for sentence in told) == 2
+
+    wait_for(are_out)
+    assert not any("taken for lost" in sentence for sentence in told)

@@ -12,9 +12,11 @@ from tests.loopback.rig import deployment
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import Plane, plane
 
+FINE = b'{"id":"w","object":"chat.completion","created":1,"model":"m","choices":[]}'
+
 
 class Mortal:
-    """An engine that dies of the first request it gets: nobody listens there afterwards, and its connections break."""
+    """An engine that dies of a poisonous request: nobody listens there afterwards, and its connections break."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -30,7 +32,12 @@ class Mortal:
                 return
             with connection, contextlib.suppress(OSError):
                 data = connection.recv(65536)
-                if data.startswith(b"POST"):
+                if not data.startswith(b"POST"):
+                    continue
+                if b"poison" not in data:
+                    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                    connection.sendall(head + b"content-length: %d\r\n\r\n" % len(FINE) + FINE)
+                else:
                     self.asked += 1
                     self.end()
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -56,11 +63,16 @@ def test_two_engines_die_of_it_and_the_third_is_not_risked(bed: Plane, stream: b
     made = [deployment(name, one.port, first + n) for n, (name, one) in enumerate(zip(names, mortals, strict=True))]
     bed.slots = [one.slot for one in made]
     bed.publish(made)
-    answer = bed.ask(request("m", stream=stream))
+    bed.publish(made, strategy="capacity_round_robin")
+    for _ in range(6):  # each shows that it serves others
+        assert bed.ask(request("m")).status == 200
+    bed.rig.wait_a_look()
+    answer = bed.ask(request("m", stream=stream, user="poison"))
     assert answer.status == 502 and answer.code == "poison_request"
     assert answer.headers["x-should-retry"] == "false"
-    assert [mortal.asked for mortal in mortals] == [1, 1, 0]
-    mortals[2].end()
+    assert sorted(mortal.asked for mortal in mortals) == [0, 1, 1]
+    for mortal in mortals:
+        mortal.end()
     bed.wait_idle()
 
 

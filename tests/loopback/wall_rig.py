@@ -84,7 +84,7 @@ class Plane:
 
 @contextmanager
 def plane(
-    workers: int = 1, walls: int = 1, patience: dict[str, float] | None = None, **options: object
+    workers: int = 1, walls: int = 1, patience: Mapping[str, float | str] | None = None, **options: object
 ) -> Iterator[Plane]:
     """Start them, and end them."""
     with ExitStack() as stack:

@@ -61,3 +61,10 @@ def test_status_lines() -> None:
     assert status_line(404) == b"HTTP/1.1 404 Not Found\r\n"
     assert status_line(529) == b"HTTP/1.1 529 Status\r\n"
     assert chunk(b"x" * 31) == b"1f\r\n" + b"x" * 31 + b"\r\n"
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+@pytest.mark.parametrize("framing", [b"", b"content-length: 5\r\n", b"transfer-encoding: chunked\r\n"])
+def test_answers_without_a_body_have_none_whatever_they_say(status: bytes, framing: bytes) -> None:
+    head = parse_response_head(b"HTTP/1.1 " + status + b"\r\n" + framing + b"\r\n")
+    assert (head.content_length, head.chunked) == (0, False)

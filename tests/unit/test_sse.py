@@ -46,7 +46,7 @@ def test_an_event_may_be_as_long_as_the_limit_and_no_longer() -> None:
         (b"data: {}\r\n\r\n", b"{}"),
         (b"event: x\ndata: {}\nid: 1\n\n", b"{}"),
         (b"data: a\ndata: b\n\n", b"a\nb"),
-        (b"data\n\n", None),
+        (b"data\n\n", b""),
         (b": comment\n\n", None),
         (b"event: ping\n\n", None),
         (b"\n\n", None),

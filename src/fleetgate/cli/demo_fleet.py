@@ -105,7 +105,7 @@ class Fleet(msgspec.Struct, kw_only=True):
         return replica
 
     def regions_up(self) -> set[str]:
-        """Regions that have an Endpoint of which all is known that probes tell. Raises: `Failed` when the API is gone."""
+        """Regions with an Endpoint of which all is known that probes tell. Raises: `Failed` when the API is gone."""
         state = self.api.get("/api/v1/state")
         return {
             deployment["region"]

@@ -128,7 +128,8 @@ class Board:
         at = 0
         self.worker_cells = cells[at : (at := at + workers * WORKER_CELLS)]
         self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
-        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]
+        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]: `health.told_ms`
+        self.cools_until_ms = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
         self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
         self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][Work]
@@ -139,7 +140,7 @@ class Board:
 
     @staticmethod
     def _cell_count(workers: int) -> int:
-        deployment_cells = 2 + TALLY_CELLS
+        deployment_cells = 3 + TALLY_CELLS
         endpoint_cells = 1 + WORK_CELLS
         per_worker = (
             WORKER_CELLS
@@ -198,9 +199,14 @@ class Board:
         return Taught(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:
-        """The latest moment until which any worker keeps an Endpoint out, ms; 0 if none does."""
+        """What the worker told that keeps an Endpoint out for longest, in `health.told_ms`; 0 if none does."""
         at = endpoint_slot * self.workers
         return max(self.ejected_until_ms[at : at + self.workers])
+
+    def cools_until(self, slot: int) -> int:
+        """Until when the engine of a Deployment has asked any worker to be left alone, ms; 0 if it has not."""
+        at = slot * self.workers
+        return max(self.cools_until_ms[at : at + self.workers])
 
     def sweep(self, worker: int) -> int:
         """Give back what a dead worker held, and say how many requests that were. Its counters stay."""
@@ -208,7 +214,7 @@ class Board:
         for slot in range(DEPLOYMENTS_MAX):
             at = slot * self.workers + worker
             swept += self.in_flight[at]
-            self.in_flight[at] = self.milliunits[at] = 0
+            self.in_flight[at] = self.milliunits[at] = self.cools_until_ms[at] = 0
         for slot in range(GATEWAYS_MAX):
             self.waiting[slot * self.workers + worker] = 0
         for slot in range(ENDPOINTS_MAX):

@@ -13,10 +13,10 @@ KNEE_SHARE = 0.9  # of the concurrency at the knee: past it a few more requests 
 # nothing is refused for slowness alone, and it still has to be compared with others.
 LONELY_STEPS = 1.5
 
-# A Deployment back from ejection starts at a tenth of its weight and has all of it after this long, so that a cold
-# cache does not meet a full load.
-SLOW_START_S = 60.0
-SLOW_START_MIN = 0.1
+# An Endpoint back from ejection starts at a hundredth of its weight and has all of it after this long, so that a cold
+# cache does not meet a full load. FAULTS.md row 60
+SLOW_START_S = 30.0
+SLOW_START_MIN = 0.01
 
 
 def step_s(profile: Profile, batch: float) -> float:
@@ -113,7 +113,7 @@ def ttft_target_s(slo: Slo, prompt_tokens: float, fastest_idle_s: float = 0.0) -
 
 
 def slow_start(since_recovery_s: float) -> float:
-    """The share of its weight that a Deployment may have so long after it came back, 0.1 to 1."""
+    """The share of its weight that a Deployment may have so long after it came back, 0.01 to 1."""
     return min(1.0, max(SLOW_START_MIN, since_recovery_s / SLOW_START_S))
 
 

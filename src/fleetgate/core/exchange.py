@@ -274,9 +274,7 @@ class Exchange:
             self.sent -= 1
         if self.resumes and not event.resumable:
             return self._break_off(event.failure)
-        if event.failure is Failure.POISON:  # a third engine is not risked
-            return self._refuse(verdict(self.failures, self._client_retries))
-        if self.sent >= self._attempts_max:
+        if event.failure is Failure.POISON or self.sent >= self._attempts_max:
             return self._refuse(verdict(self.failures, self._client_retries))
         # The first move carries load elsewhere and multiplies nothing; from the second on a total outage would.
         if self.moves and not self._budget.take(now_s):

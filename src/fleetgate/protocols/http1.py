@@ -146,6 +146,8 @@ def parse_response_head(head: bytes) -> ResponseHead:
     length, chunked = _framing(fields.items, match[1])
     connection = headers.get(b"connection", b"").lower()
     status = int(match[2])
+    if status in (204, 304):  # without a body, whatever it says: a client would take one for the next answer
+        length, chunked = 0, False
     return ResponseHead(
         status=status,
         headers=headers,

@@ -369,7 +369,7 @@ def understand(event: bytes) -> tuple[Meaning, Usage | None]:
     data = sse.data_of(event)
     if data is None:
         return Meaning.COMMENT, None
-    if data.strip() == b"[DONE]":
+    if data.rstrip(b" \t") == b"[DONE]":  # clients compare the begin, so with a space before it, it is none
         return Meaning.DONE, None
     try:
         if not data.isascii():

@@ -169,7 +169,9 @@ class Transcript:
         if not self.whole:
             return
         for event in pending:
-            bare = event if event.endswith(b"\n\n") else event[event.find(b"\r\n") + 2 : -2]
+            # A chunk's line end behind the blank line tells it from an event whose lines end in CR LF.
+            framed = event.endswith(b"\n\n\r\n")
+            bare = event[event.find(b"\r\n") + 2 : -2] if framed else event
             data = sse.data_of(bare)
             if data is not None and data.strip() != b"[DONE]":
                 self._read(data)
@@ -181,7 +183,7 @@ class Transcript:
     def _read(self, data: bytes) -> None:
         try:
             event = _decode_event(data)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             self.whole = False
             return
         if self.id is None:
@@ -256,8 +258,9 @@ class Seam:
         Raises: `Mismatch`, and `Malformed` for what is no event.
         """
         try:
+            _decode_event(data)  # only for its types, which the lines below rely on
             event = msgspec.json.decode(data)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
         news = bool(event.get("usage"))
         for choice in event.get("choices") or ():
@@ -276,6 +279,8 @@ class Seam:
 
     def _trim(self, choice: dict[str, Any]) -> bool:
         """Leave of a choice what is new; False where nothing is."""
+        if choice.get("index"):
+            raise Mismatch  # another choice than the one that broke off
         news = False
         if choice.get("text"):
             choice["text"] = self._unread("text", choice["text"])
@@ -336,8 +341,8 @@ class Seam:
             event["model"] = self._model
         usage = event.get("usage")
         if usage and self._prefilled_tokens:
-            usage["prompt_tokens"] = max(0, usage.get("prompt_tokens", 0) - self._prefilled_tokens)
-            usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._prefilled_tokens
+            usage["prompt_tokens"] = max(0, (usage.get("prompt_tokens") or 0) - self._prefilled_tokens)
+            usage["completion_tokens"] = (usage.get("completion_tokens") or 0) + self._prefilled_tokens
 
 
 # --- asking an engine to go on ----------------------------------------------------------------------------------------
@@ -353,15 +358,22 @@ def prefill_body(body: bytes, transcript: Transcript, engine: str) -> bytes | No
     runs = transcript.runs
     if not transcript.whole or len(runs) != 1 or runs[0][0] not in ("content", "text"):
         return None
-    text, asked = runs[0][1], msgspec.json.decode(body)
+    try:
+        text, asked = runs[0][1], msgspec.json.decode(body)
+    except msgspec.MsgspecError:  # a number that is none, say
+        return None
     for name in _LENGTHS:
         if asked.get(name) is not None:
-            asked[name] -= transcript.tokens
-            if asked[name] <= 0:
+            if type(asked[name]) is not int or asked[name] <= transcript.tokens:
                 return None
+            asked[name] -= transcript.tokens
     if runs[0][0] == "text":
+        if not isinstance(asked.get("prompt"), str):
+            return None
         asked["prompt"] += text
         return msgspec.json.encode(asked)
+    if not isinstance(asked.get("messages"), list):
+        return None
     asked["messages"] = [*asked["messages"], {"role": "assistant", "content": text}]
     return msgspec.json.encode({**asked, **prefix_fields(engine)})
 

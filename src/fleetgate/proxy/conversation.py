@@ -1,5 +1,6 @@
 """One request in a worker: the shell around its Exchange. It does what the core says and reports what happened."""
 
+from asyncio import Task
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
-from fleetgate.proxy import answers, autopsy, sending, watching
+from fleetgate.proxy import answers, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.hedging import Hedge
 from fleetgate.proxy.resuming import Resumption, script_of
@@ -57,16 +58,6 @@ QUEUE_FULL = QueueFull()
 
 ENDED, REFUSED = int(Tally.ENDED), int(Tally.REFUSED)
 
-# What a failed attempt says about an Endpoint's health. What is missing here says nothing.
-SIGNS = {
-    Failure.BROKEN: Sign.BROKE,
-    Failure.BAD_OUTPUT: Sign.BROKE,
-    Failure.UNREACHABLE: Sign.BROKE,
-    Failure.TIMEOUT: Sign.BROKE,
-    Failure.TLS: Sign.BROKE,
-    Failure.CREDENTIAL: Sign.BROKE,
-}
-
 
 class Conversation(Speaker):
     """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
@@ -80,9 +71,10 @@ class Conversation(Speaker):
     wanting: Wanting | None = None
     judgement = ALLOWED  # what policies say of it
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
-    suspicions = deaths = 0  # engines that broke with this request newest in them; those of them that are gone
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
+    sent_s = 0.0  # when the attempt in hand was sent
+    deaths: tuple[Task[bool], ...] = ()  # Endpoints that fell with it: whether each is really down
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     deadline_s = float("inf")
     progress = 0
@@ -134,6 +126,8 @@ class Conversation(Speaker):
             self.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
             return
         tried = self._exhausted(command.tried) if command.tried else ()
+        if lane.missing:
+            tried = [*tried, *lane.lacking(now_s)]
         if self.resumption is not None:
             tried = [*tried, *self.resumption.unfit(lane, hub.tables)]
         wish = wanting.wish(now_s - self.wants_since_s)
@@ -224,10 +218,10 @@ class Conversation(Speaker):
             return
         self.peer = peer
         peer.in_flight += 1
-        peer.newest = self
         if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
             self.hub.tables.try_out(peer, now_s)
         self.progress = 0
+        self.sent_s = now_s
         self.deadline_s = now_s + watching.first_event_s(self, self.booking)
         self.relay = relay = sending.relay_for(self, self, place)
         sending.send(self, relay, peer, place)
@@ -266,7 +260,7 @@ class Conversation(Speaker):
         """The answer ended as it should."""
         self.tail += tail
         if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
-            self._see(Sign.WENT_WELL)
+            self.hub.ward.saw(self.peer, Sign.WENT_WELL)
         if self.booking is not None:
             self.hub.learn(self, self.booking, relay)
         elif self.place is not None:
@@ -285,28 +279,27 @@ class Conversation(Speaker):
         if self.place is not None and event.failure is Failure.FULL:
             self.hub.tally(self.place.slot, REFUSED)
             if event.wait_s > COOLS_WAIT_MAX_S:  # what is shorter, engines say of any full queue
-                self.hub.asked_to_wait(self.place, event.wait_s)
+                self.hub.ward.asked_to_wait(self.place, event.wait_s)
         if self.first_s and event.failure is not Failure.MISMATCH:
             event = self._resumable(event)
-        peer, relay = self.peer, self.relay
-        suspicious = peer is not None and relay is not None and relay.reset and peer.newest is self
-        if peer is not None:
-            self.blame(peer, event.failure)
+        if self.peer is not None:
+            self.blame(self.peer, event.failure)
         self._settle(self.hub.clock())
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
             self.adopt(self.hedge)
-        elif peer is not None and suspicious:
-            autopsy.examine(self, peer, event)
-        else:
+        elif not self.hub.ward.holds(self, event):
+            self.report(event)
+
+    def judged(self, event: Failed) -> None:
+        """What was held back until more was known of it."""
+        if self.exchange.state is State.TRYING:
             self.report(event)
 
     def blame(self, peer: Peer, failure: Failure) -> None:
         """An attempt at this Endpoint is lost."""
         self.failed_peers = (*self.failed_peers, peer)
-        sign = SIGNS.get(failure)
-        if sign is not None and peer.saw(sign, self.hub.clock()):
-            self.hub.health_changed(peer)
+        self.hub.ward.blame(self, peer, failure)
 
     def adopt(self, hedge: Hedge) -> None:
         """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
@@ -335,17 +328,10 @@ class Conversation(Speaker):
         self.resumption.lost_s = self.hub.clock()
         return msgspec.structs.replace(event, resumable=True)
 
-    def _see(self, sign: Sign) -> None:
-        assert self.peer is not None
-        if self.peer.saw(sign, self.hub.clock()):
-            self.hub.health_changed(self.peer)
-
     def _settle(self, now_s: float) -> None:
         peer, self.peer = self.peer, None
         if peer is not None:
             peer.in_flight -= 1
-            if peer.newest is self:
-                peer.newest = None
             if peer.trial:
                 peer.trial = False
                 self.hub.tables.renew_fit(peer, now_s)

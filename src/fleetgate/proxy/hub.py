@@ -12,11 +12,9 @@ import msgspec
 from fleetgate.core.admission import Ticket
 from fleetgate.core.board import TALLY_CELLS, Board, Signal, Worker
 from fleetgate.core.books import Books
-from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Outcome
-from fleetgate.core.health import Breaker, Health, Sign, after, is_region_lost
+from fleetgate.core.exchange import Outcome
 from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
-from fleetgate.core.outlook import COOLING
 from fleetgate.providers.spool import Happened, Spool
 from fleetgate.proxy import watching
 from fleetgate.proxy.auth import Gatekeeper
@@ -27,11 +25,11 @@ from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
-from fleetgate.proxy.sentences import region_sentence
 from fleetgate.proxy.tables import LaneState, Maker, Meters, Place, Tables
 from fleetgate.proxy.telemetry import LineLog, Telemetry, TokenMeter
 from fleetgate.proxy.transport.relay import Relay
-from fleetgate.proxy.transport.upstream import IDLE_MAX_S, Peer
+from fleetgate.proxy.transport.upstream import IDLE_MAX_S
+from fleetgate.proxy.ward import Ward
 from fleetgate.rules.notices import Notices
 
 SWEEP_S = 0.05  # HOTPATH.md rule 10
@@ -62,6 +60,7 @@ class Hub:
         self.learning = Learning(board, self.books)
         self.lengths = Lengths()
         self.notices = Notices()
+        self.ward = Ward(self)
         self.spool = Spool(Path(config.data_dir))
         self.recorder = Recorder(config) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
@@ -79,7 +78,6 @@ class Hub:
         self._date_s = 0
         self._connections: dict[ClientConnection, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._opened: dict[str, dict[str, float]] = {}  # by region, then Deployment: when a breaker of it last opened
         self._denied: dict[tuple[int, str], int] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
@@ -187,75 +185,19 @@ class Hub:
         for peer in self.tables.peers.values():
             if peer not in kept:
                 peer.retire()
-        self.tables = tables
+        before, self.tables = self.tables, tables
         if self.recorder is not None:
             self.recorder.watch(tables)
         self.learning.use(tables.snapshot)
         tables.fit_changed = lambda place: self.learning.renew(place, int(self.clock() * 1000))
         self._renew_places(int(self.clock() * 1000), whole=True)
+        self.ward.use(before, tables)
         self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
         self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
         for conversation in waiting:
             conversation.change_lane()
 
-    # --- health ---
-
-    def health_changed(self, peer: Peer) -> None:
-        """Write an Endpoint's breaker where the other workers see it."""
-        self.tables.renew_fit(peer, self.clock())
-        health = peer.health
-        until_ms = int(health.open_until_s * 1000) if health.breaker is Breaker.OPEN else 0
-        board = self.board
-        board.ejected_until_ms[peer.endpoint.slot * board.workers + self.config.index] = until_ms
-        peer.adopted_ms = max(peer.adopted_ms, until_ms)
-        if health.breaker is Breaker.CLOSED:
-            self.loop.call_soon(self.wake)
-        elif health.breaker is Breaker.OPEN:
-            self._suspect_region(peer)
-
-    def asked_to_wait(self, place: Place, wait_s: float) -> None:
-        """An engine is full and says for how long: nobody is sent there before. FAULTS.md row 16.
-
-        Of several Endpoints one speaks for itself only; for the others their limit does.
-        """
-        if len(place.peers) > 1:
-            return
-        now_s = self.clock()
-        place.cools_until_s = max(place.cools_until_s, now_s + min(wait_s, RETRY_AFTER_MAX_S))
-        self._cool(place, now_s)
-        self.learning.renew(place, int(now_s * 1000))
-
-    def _cool(self, place: Place, now_s: float) -> None:
-        if now_s < place.cools_until_s:
-            place.foreign = COOLING
-        else:
-            place.cools_until_s, place.foreign = 0.0, 0
-
-    def _suspect_region(self, opened: Peer) -> None:
-        """Where several Deployments of a region fall at once the rest of it gets one request at a time."""
-        now_s, tables = self.clock(), self.tables
-        for place in tables.places_of.get(opened, ()):
-            region = place.deployment.region
-            moments_s = self._opened.setdefault(region, {})
-            moments_s[place.deployment.name] = now_s
-            if not is_region_lost(moments_s, now_s):
-                continue
-            others = [one for one in tables.places.values() if one.deployment.region == region]
-            suspects = [peer for one in others for peer in one.peers if peer.health.breaker is Breaker.CLOSED]
-            for peer in suspects:
-                peer.health = after(peer.health, Sign.REGION_LOST, now_s)
-                tables.renew_fit(peer, now_s)
-            if suspects:
-                self.spool.add(Happened("Deployment", place.deployment.name, region_sentence(region, moments_s, now_s)))
-
-    def adopt_ejections(self, now_s: float) -> None:
-        """Follow the other workers: an Endpoint that one of them has ejected is out for this one too."""
-        for peer in self.tables.peers.values():
-            until_ms = self.board.ejected_until(peer.endpoint.slot)
-            if until_ms > peer.adopted_ms and until_ms > now_s * 1000 and peer.health.breaker is Breaker.CLOSED:
-                peer.adopted_ms = until_ms
-                peer.health = Health(Breaker.OPEN, ejections=1, open_until_s=until_ms / 1000)
-                self.tables.renew_fit(peer, now_s)
+    # --- what requests read ---
 
     def _renew_places(self, now_ms: int, whole: bool = False) -> None:
         """What requests read of Deployments: where health or load changed, and of all once a second."""
@@ -269,7 +211,7 @@ class Hub:
                 fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
                 place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
             if place.cools_until_s:
-                self._cool(place, now_ms / 1000)
+                self.ward.cool(place, now_ms / 1000)
             if whole:
                 place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
             if whole or (place.fit, place.foreign) != before:
@@ -385,7 +327,7 @@ class Hub:
                 conversation.overdue(now_s)
             elif conversation.lane.hedges:
                 watching.perhaps_hedge(conversation, now_s)
-        self.adopt_ejections(now_s)
+        self.ward.sweep(now_s, watch)
         self._renew_places(int(now_s * 1000), watch)
         if self.waiters:
             self.wake()  # a breaker's back-off may be over; no event tells

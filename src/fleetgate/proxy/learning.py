@@ -5,6 +5,7 @@ what all have counted; the others read them off the board.
 """
 
 from collections.abc import Iterable, Mapping
+from math import ceil
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -98,6 +99,9 @@ class Learning:
         outlook = estimate.outlook(Sighting(place.fit, seats, place.foreign, rtt_s))
         if place.foreign >= COOLING and not outlook.limit:
             outlook = msgspec.structs.replace(outlook, limit=1)  # without a limit nothing is ever full
+        share = place.share(now_ms / 1000)
+        if share < 1.0:
+            outlook = msgspec.structs.replace(outlook, limit=max(1, ceil(share * (outlook.limit or place.carried))))
         self.outlooks[deployment.slot] = outlook
         place.limit = outlook.limit
 

@@ -65,7 +65,7 @@ class PrefillProbe:
             board.set_signal(slot, Signal.PREFILL, YES if goes_on else NO)
 
     def _take_place(self, place: Place) -> bool:
-        """Its requests count against the limit as a client's do; while there is no room they wait for a quieter time."""
+        """Its requests count against the limit as a client's do; where there is no room they wait for quieter times."""
         return not place.foreign and self._hub.ledger.reserve(place.slot, place.limit)
 
     async def _goes_on(self, place: Place, peer: Peer) -> bool:

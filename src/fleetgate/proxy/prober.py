@@ -108,8 +108,7 @@ class Prober:
             if seen_ms > peer.probe_seen_ms:
                 peer.probe_seen_ms = seen_ms
                 up = hub.board.signal(peer.endpoint.slot, Signal.UP)
-                if peer.saw(Sign.PROBE_WELL if up else Sign.PROBE_BROKE, hub.clock()):
-                    hub.health_changed(peer)
+                hub.ward.saw(peer, Sign.PROBE_WELL if up else Sign.PROBE_BROKE)
 
     async def _probe(self, deployment: Deployment, peer: Peer) -> None:
         hub = self._hub

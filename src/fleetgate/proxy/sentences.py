@@ -2,13 +2,52 @@
 
 from collections.abc import Mapping
 
-from fleetgate.core.health import REGION_S
+from fleetgate.core.health import Breaker, Health, Sign
+from fleetgate.core.model import Deployment, Endpoint
+from fleetgate.core.outliers import REGION_S
+
+_BECAUSE = {
+    Sign.BROKE: "its answers break",
+    Sign.UNREACHABLE: "it cannot be connected to",
+    Sign.PROBE_BROKE: "it does not answer its probes",
+    Sign.SLOW: "it is several times slower than usual, and others can take its work",
+}
 
 
-def region_sentence(region: str, opened_s: Mapping[str, float], now_s: float) -> str:
-    """Why a whole region is taken for lost."""
-    names = sorted(name for name, moment_s in opened_s.items() if now_s - moment_s <= REGION_S)
+def out_sentence(endpoint: Endpoint, health: Health, sign: Sign, now_s: float) -> str:
+    """Why an Endpoint gets no requests."""
+    for_s = health.open_until_s - now_s
+    if health.breaker is Breaker.DENIED:
+        return (
+            f"{endpoint.origin} refuses the Deployment's credential and gets no requests for {for_s:.0f} s; "
+            "renew the Secret that `credential` names"
+        )
+    return f"{endpoint.origin} is out for {for_s:.1f} s: {_BECAUSE.get(sign, 'its answers break')}"
+
+
+def lacks_sentence(deployment: Deployment, model: str) -> str:
+    """Why a Deployment is not asked for one of its models."""
+    upstream = deployment.models.get(model, model)
     return (
-        f"region {region} is taken for lost: {', '.join(names)} fell within {REGION_S:g} s; "
-        "its other Deployments get one request at a time until one goes well"
+        f"{deployment.name} answers 404 for model {model} (asked for as {upstream}) and is not asked for it "
+        "while others serve it; correct its `models`"
+    )
+
+
+def panic_sentence(gateway: str, model: str) -> str:
+    """Why requests fail at once."""
+    return f"every Deployment for model {model} of Gateway {gateway} is out; the least bad is tried once a second"
+
+
+def poison_sentence(request_id: str, origins: list[str]) -> str:
+    """Why a request was given up."""
+    return f"request {request_id} ended the engines at {' and '.join(origins)} and is not tried again"
+
+
+def region_sentence(region: str, out_s: Mapping[str, float], now_s: float) -> str:
+    """Why a whole region is taken for lost."""
+    names = sorted(name for name, moment_s in out_s.items() if now_s - moment_s <= REGION_S)
+    return (
+        f"region {region} is taken for lost: {', '.join(names)} went out within {REGION_S:g} s; "
+        "its other Endpoints get one request at a time until one goes well"
     )

@@ -26,6 +26,7 @@ from fleetgate.rules.ruleset import RuleSet
 
 ANY_ENGINE = frozenset({Way.REPLAY})
 EVERY_WAY = frozenset(Way)
+CARRIED_MIN = 8  # requests that an engine of which nothing is known surely takes
 
 
 class Place:
@@ -41,6 +42,13 @@ class Place:
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
         self.pulse = Pulse()
         self.cools_until_s = 0.0  # until when its engine has asked to be left alone
+        self.cools_told_ms = 0  # the last such moment that was heard of, here or from another worker
+        self.carried = (
+            CARRIED_MIN  # requests it had in flight when an Endpoint of it went out: a limit for the way back
+        )
+        self.refusals = 0  # of its credential, in a row
+        self.ended, self.proven_s = 0, float("-inf")  # answers that went well, and when one last did
+        self.lanes: list[list[Place]] = []  # for each Lane that lists it, the others there
         self.prefills = False  # whether its engine was seen to go on with what another had begun
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
@@ -51,10 +59,24 @@ class Place:
             deployment.region.encode(),
         )
 
+    def remember(self, before: "Place") -> None:
+        """The same Deployment in an older Snapshot: what is known of it."""
+        self.pulse, self.prefills = before.pulse, before.prefills
+        self.cools_until_s, self.cools_told_ms = before.cools_until_s, before.cools_told_ms
+        self.carried, self.refusals = before.carried, before.refusals
+        self.ended, self.proven_s = before.ended, before.proven_s
+
     def renew_fit(self, now_s: float) -> None:
         """Work out the fit share of its Endpoints, 0 to 1."""
         peers = self.peers
         self.fit = sum(peer.fitness(now_s) for peer in peers) / len(peers) if peers else 0.0
+
+    def share(self, now_s: float) -> float:
+        """The share of its limit that it may have: on its way back less than all, where others can take the rest."""
+        if self.fit >= 1.0 or not self.lanes or not all(any(p.fit >= 1.0 for p in lane) for lane in self.lanes):
+            return 1.0
+        fitness = [share for peer in self.peers if (share := peer.fitness(now_s)) > 0.0]
+        return sum(fitness) / len(fitness) if fitness else 1.0
 
     def fit_peers(self, now_s: float) -> list[Peer]:
         """Its Endpoints that may be tried now."""
@@ -86,6 +108,9 @@ class LaneState:
         self.desk = Desk(site.gateway, lane)
         self.room = self.desk.room
         self.candidates = lane.candidates
+        self.places = [tables.places[candidate.slot] for candidate in lane.candidates]
+        self.missing: dict[int, float] = {}  # who turned out not to have the model, and until when that is believed
+        self.panicked_s = float("-inf")
         self.hedges = site.gateway.resilience.hedge != "off"
         self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
@@ -95,6 +120,18 @@ class LaneState:
         self.affinity = Affinity()
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
+
+    def lacks(self, slot: int, until_s: float) -> None:
+        """A Deployment says that it does not have this model."""
+        self.missing[slot] = until_s
+        self.lead = None  # it is asked no more without a look at who is left
+
+    def lacking(self, now_s: float) -> list[int]:
+        """Who is not asked for this model; nobody, where that would leave nobody."""
+        self.missing = {slot: until_s for slot, until_s in self.missing.items() if until_s > now_s}
+        if not self.missing:
+            self.lead = self._lead(self.tables)
+        return list(self.missing) if len(self.missing) < len(self.candidates) else []
 
     def cools_s(self, now_s: float) -> float:
         """For how long every Deployment that is up has asked to be left alone; 0 where one has not."""
@@ -170,18 +207,25 @@ class Tables:
             place.renew_fit(now_s)
             known = last.places.get(deployment.slot) if last else None
             if known is not None and known.deployment == deployment:
-                place.pulse, place.prefills, place.cools_until_s = known.pulse, known.prefills, known.cools_until_s
+                place.remember(known)
         self.places_of: dict[Peer, list[Place]] = {}
         for place in self.places.values():
             for peer in place.peers:
                 self.places_of.setdefault(peer, []).append(place)
         self.fit_changed: Callable[[Place], None] = lambda place: None
         self.sites: dict[bytes, Site] = {}
+        self.lanes: list[LaneState] = []
         self.default: Site | None = None
         for gateway in snapshot.gateways:
             self._add_site(gateway, maker, last, now_s)
         if self.default is None and len(self.sites) == 1:
             self.default = next(iter(self.sites.values()))
+
+    def _add_lanes(self, site: Site) -> None:
+        for lane in site.lanes.values():
+            self.lanes.append(lane)
+            for place in lane.places:
+                place.lanes.append([other for other in lane.places if other is not place])
 
     def try_out(self, peer: Peer, now_s: float) -> None:
         """An Endpoint that was out gets one real request; until it is known how that went, no other."""
@@ -235,6 +279,7 @@ class Tables:
             for candidate in lane.lane.candidates:
                 lane.meters[candidate.slot] = maker.meters(gateway.name, candidate.name, candidate.region)
         self.sites[gateway.host.encode()] = site
+        self._add_lanes(site)
         if gateway.default:
             self.default = site
 

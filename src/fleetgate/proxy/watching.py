@@ -19,7 +19,11 @@ def first_event_s(conversation: "Conversation", booking: Booking | None) -> floa
     """How long an attempt may take to bring something."""
     if not conversation.ask.stream:
         return WHOLE_ANSWER_MAX_S
-    return patience.first_event_s(booking.predicted_s if booking is not None else None)
+    predicted_s = booking.predicted_s if booking is not None else None
+    if conversation.place is not None:  # what was seen stands beside what is predicted: whichever is more patient
+        seen_s = conversation.place.pulse.firsts.expected_s(len(conversation.body))
+        predicted_s = max(predicted_s or 0.0, seen_s) if seen_s is not None else predicted_s
+    return patience.first_event_s(predicted_s)
 
 
 def stall_s(conversation: "Conversation") -> float:
@@ -45,6 +49,8 @@ def watch(conversation: "Conversation", now_s: float, furthest: dict[int, int]) 
         if conversation.booking is not None:
             conversation.booking.watch(relay.event_count if conversation.first_s else -1, furthest, now_s)
         progress = relay.beats + relay.event_count
+        if relay.stream or conversation.ask.stream:
+            conversation.hub.ward.look(conversation, progress, now_s)
         if conversation.first_s and progress != conversation.progress:
             conversation.progress = progress
             conversation.deadline_s = now_s + stall_s(conversation)

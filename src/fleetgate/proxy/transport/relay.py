@@ -91,7 +91,6 @@ class Relay:
     status = 0
     stream = False
     paused = False  # the client reads slower than the upstream writes
-    reset = False  # the connection broke under it, after the whole request had been sent
     raw = False  # an HTTP/1.0 client: no chunked framing
     event_count = 0
     beats = 0  # reads that were not one plain event: comments and other signs of life
@@ -141,13 +140,11 @@ class Relay:
             except Malformed:
                 self._fail(Failure.BAD_OUTPUT)
         elif head is not None:
-            self.reset = error is not None
             self._fail(Failure.BROKEN if error is not None else Failure.BAD_OUTPUT)
         elif connection is not None and connection.served > 1 and not self._buffer:
             self.cancel()
             self.owner.on_stale(self)
         else:
-            self.reset = True
             self._fail(Failure.BROKEN)
 
     def not_connected(self, failure: Failure) -> None:
@@ -368,6 +365,8 @@ class Relay:
         return (
             line > 0
             and data.find(b"\n\n") == len(data) - 4
+            and data.find(b"\r", line + 2)
+            == len(data) - 2  # a CR is a line end too: two would be an event of their own
             and data.endswith(b"}\n\n\r\n")
             and data.startswith(_PLAIN_BEGINS, line + 2)
             and (data.isascii() or _is_text(data))
@@ -394,7 +393,9 @@ class Relay:
                 if not self.finish_seen:
                     raise Malformed(502, "[DONE] without any finish_reason")
                 self.done_seen = True
-            elif meaning is Meaning.FINISH:
+                out.append(event)
+                return  # what follows is nobody's
+            if meaning is Meaning.FINISH:
                 self.finish_seen = True
                 self.event_count += 1
             elif meaning is Meaning.CONTENT:
@@ -404,7 +405,7 @@ class Relay:
             out.append(self._named(event))
 
     def _end_of_stream(self, last: list[bytes]) -> None:
-        if self._state == self._peek or not self.finish_seen or self._events.partial:
+        if self._state == self._peek or not self.finish_seen or (self._events.partial and not self.done_seen):
             if last:
                 self._write_events(last)
             self._fail(Failure.BAD_OUTPUT)

@@ -8,6 +8,7 @@ from typing import Protocol
 from fleetgate.core.capacity import SLOW_START_MIN, slow_start
 from fleetgate.core.health import HEALTHY, Breaker, Health, Sign, after, current
 from fleetgate.core.model import Endpoint
+from fleetgate.core.outliers import Slowness
 from fleetgate.protocols.http1 import ResponseMemo
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
@@ -87,11 +88,12 @@ class Peer:
         self.endpoint = endpoint
         self.health: Health = HEALTHY
         self.in_flight = 0
-        self.newest: object = None  # the request that was sent to it last
         self.trial = False  # half open and its one real request is under way
         self.connects = 0
         self.probe_seen_ms = 0
-        self.adopted_ms = 0
+        self.adopted = 0  # the last that another worker told of it, or this one the others
+        self.lost_s = float("-inf")  # when a request that waited for its first content was last lost here
+        self.slowness: dict[int, Slowness] = {}  # 0: of its tokens; else of first tokens, by the request's size in bits
         self.memo = ResponseMemo()
         self._finishing: set[UpstreamConnection] = set()
         self._retired = False
@@ -110,14 +112,18 @@ class Peer:
                 return slow_start(now_s - self.health.recovered_at_s)
             case Breaker.HALF_OPEN:
                 return 0.0 if self.trial else SLOW_START_MIN
-            case Breaker.OPEN:
+            case _:
                 return 0.0
 
-    def saw(self, sign: Sign, now_s: float) -> bool:
+    def saw(self, sign: Sign, now_s: float, entropy: float) -> bool:
         """Feed the breaker; True when its state changed."""
         before = self.health
-        self.health = after(before, sign, now_s)
+        self.health = after(before, sign, now_s, entropy)
         return self.health.breaker is not before.breaker
+
+    def slowness_of(self, size: int) -> Slowness:
+        """Whether it is slower than usual: its tokens (0), or its first tokens for requests of so many bits."""
+        return self.slowness.get(size) or self.slowness.setdefault(size, Slowness())
 
     # --- connections ---
 
@@ -186,15 +192,6 @@ class Peer:
             except (OSError, TimeoutError) as error:
                 failure = error
         raise failure
-
-    async def is_dead(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> bool:
-        """Whether nobody listens there any more."""
-        try:
-            connection = await self.connect(loop, timeout_s)
-        except (OSError, TimeoutError, ssl.SSLError, Refused):
-            return True
-        connection.drop()
-        return False
 
     async def _resolve(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> list[str]:
         now_s = loop.time()

@@ -1,0 +1,98 @@
+"""The reference page of health, drawn from the table that decides it."""
+
+from textwrap import wrap
+
+from fleetgate.core.capacity import SLOW_START_MIN, SLOW_START_S
+from fleetgate.core.health import (
+    BROKEN_IN_A_ROW,
+    DENIED_FIRST_S,
+    EJECTION_FIRST_S,
+    EJECTION_MAX_S,
+    FLAPS,
+    JITTER,
+    MOVES,
+    STEADY_S,
+    Breaker,
+    Move,
+    Sign,
+)
+from fleetgate.core.outliers import BROKEN_SHARE, REGION_SHARE, RESULTS_MIN, RESULTS_S, SLOW_FACTOR
+
+STATES = {
+    Breaker.CLOSED: "gets requests; after a return by slow start",
+    Breaker.OPEN: "can be reached, but its answers break: gets none",
+    Breaker.DOWN: "cannot be reached: gets none",
+    Breaker.DENIED: "refuses the Deployment's credential: gets none; every Endpoint of the Deployment with it",
+    Breaker.HALF_OPEN: "gets one real request at a time",
+}
+
+SIGNS = {
+    Sign.WENT_WELL: "a request went well; of a stream, at its end",
+    Sign.BROKE: "a request broke: reset, 5xx, too long silent, malformed or truncated answer",
+    Sign.MOSTLY_BROKE: f"of at least {RESULTS_MIN} requests in {RESULTS_S:g} s more than {BROKEN_SHARE:.0%} broke",
+    Sign.UNREACHABLE: "no connection: refused, no answer in time, no address, a certificate that does not verify",
+    Sign.DENIED: "401 or 403 from its engine",
+    Sign.SLOW: f"first tokens or tokens take {SLOW_FACTOR:g} times as long as usual, while others could take its work",
+    Sign.PROBE_WELL: "its probe was answered",
+    Sign.PROBE_BROKE: "its probe was not answered, or with 5xx",
+    Sign.REGION_LOST: f"others of its region, and at least {REGION_SHARE:.0%} of it, went out within two seconds",
+    Sign.EVERYBODY_OUT: "nobody who could take a request is in, and this one is the least bad; once a second",
+    Sign.BACK_OFF_OVER: "its time out is over",
+    Sign.NEW_CREDENTIAL: "a Snapshot brought another credential",
+}
+
+
+def page() -> str:
+    """The whole page, as Markdown."""
+    return "\n".join([*_head(), *_states(), *_moves(), *_diagram(), *_rules()])
+
+
+def _head() -> list[str]:
+    return [
+        "# Health",
+        "",
+        "One circuit breaker for each Endpoint, in each worker, fed by real requests and by probes alike. This page is",
+        "drawn from the table in `core/health.py`; what is not listed changes nothing. Being full is no ill health.",
+        "",
+    ]
+
+
+def _states() -> list[str]:
+    return ["| state | |", "|---|---|", *(f"| {state} | {told} |" for state, told in STATES.items()), ""]
+
+
+def _moves() -> list[str]:
+    rows = [
+        f"| {state} | {SIGNS[sign]} | {_needed(move)} | {move.to} |"
+        for (state, sign), move in sorted(MOVES.items(), key=lambda row: list(Breaker).index(row[0][0]))
+    ]
+    return ["| from | sign | in a row | to |", "|---|---|---|---|", *rows, ""]
+
+
+def _needed(move: Move) -> str:
+    if not move.believed:
+        return "1, unless it flaps"
+    return str(move.after) if move.after else "1 for each ejection, up to 3"
+
+
+def _diagram() -> list[str]:
+    arrows: dict[tuple[Breaker, Breaker], list[str]] = {}
+    for (state, sign), move in MOVES.items():
+        arrows.setdefault((state, move.to), []).append(sign.replace("_", " "))
+    lines = [f"    {state} --> {to}: {', '.join(signs)}" for (state, to), signs in arrows.items()]
+    return ["```mermaid", "stateDiagram-v2", "    [*] --> closed", *lines, "```", ""]
+
+
+def _rules() -> list[str]:
+    told = (
+        f"""**Back-off.** Out for {EJECTION_FIRST_S:g} s, then twice as long each time, up to {EJECTION_MAX_S:g} s; a
+        refused credential begins with {DENIED_FIRST_S:g} s. Each pause varies by {JITTER:.0%} either way, so that
+        proxies do not come back together. Who has been in for {STEADY_S:g} s without going out begins anew. Who went
+        out {FLAPS} times before that flaps: its probes no longer shorten its pause.""",
+        f"""**Counting.** {BROKEN_IN_A_ROW} broken requests in a row take an Endpoint out, or {BROKEN_IN_A_ROW} broken
+        probes; a request that goes well resets both counts, a probe that goes well only that of the probes.""",
+        f"""**Slow start.** Back in, it begins with {SLOW_START_MIN:.0%} of its weight and has all of it after
+        {SLOW_START_S:g} s. Where another Deployment is wholly fit, its limit grows with it, so that strategies that go
+        by rank keep to it too.""",
+    )
+    return [line for text in told for line in (*wrap(" ".join(text.split()), 120), "")]

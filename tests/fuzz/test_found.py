@@ -1,0 +1,104 @@
+"""What fuzzing found, each with the input that found it, made small."""
+
+import msgspec
+import pytest
+
+from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
+from fleetgate.protocols import bounds
+from fleetgate.protocols.openai import InvalidBody, Meaning, read_ask, top_level, understand
+from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way, prefill_body
+from tests.loopback.rig import deployment, gateway
+
+SNAPSHOT = encode_snapshot(
+    Snapshot(version=1, made_at_s=0.0, gateways=(gateway("one"),), deployments=(deployment("one", 1, 0),))
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"chat"', b'"ch\xbbat"'),
+        (b'"version":1', b'"version":1,"x":' + b"[" * 5000),
+        (b'"slot":0', b'"slot":-1'),
+        (b'"slot":0', b'"slot":4096'),
+    ],
+)
+def test_a_damaged_snapshot_is_refused_by_the_announced_errors(old: bytes, new: bytes) -> None:
+    assert old in SNAPSHOT
+    with pytest.raises(msgspec.MsgspecError):
+        decode_snapshot(SNAPSHOT.replace(old, new, 1))
+
+
+def nested(levels: int) -> bytes:
+    """A body of so many levels."""
+    return b'{"model":"m","x":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+
+
+def test_bodies_nest_64_deep_and_no_deeper() -> None:
+    assert read_ask(nested(bounds.DEPTH_MAX)).model == "m"
+    with pytest.raises(InvalidBody, match="64 levels"):
+        read_ask(nested(bounds.DEPTH_MAX + 1))
+
+
+@pytest.mark.parametrize(
+    "text", [b'"]]]]"', b'"\\"["', b'"\\\\"', b'"\\\\\\"["', b'"a\\n"', b'""', b'"","["', b'"{[\\u005b\\/"']
+)
+def test_brackets_inside_of_strings_are_no_depth(text: bytes) -> None:
+    inner = b"[" * 62 + text + b"]" * 62
+    flat = b",".join([b'[{"a":' + text.partition(b",")[0] + b"}]"] * 40)
+    assert read_ask(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
+    with pytest.raises(InvalidBody):
+        read_ask(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
+
+
+def test_a_key_given_twice_keeps_its_places() -> None:
+    body = b'{ "a" : [1,{}] , "a":2,"\\u0061" :"x" }'
+    assert [(name, body[start:end]) for name, start, end in top_level(body)] == [
+        ("a", b"[1,{}]"), ("a", b"2"), ("a", b'"x"'),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event", "meaning"),
+    [
+        (b"data\n\n", Meaning.MALFORMED),
+        (b"data\ndata: [DONE]\n\n", Meaning.MALFORMED),
+        (b"data:  [DONE]\n\n", Meaning.MALFORMED),
+        (b"data: [DONE]\x0b\n\n", Meaning.MALFORMED),
+        (b"data: [DONE] \n\n", Meaning.DONE),
+        (b"data:[DONE]\r\n\r\n", Meaning.DONE),
+    ],
+)
+def test_what_clients_would_not_take_for_the_end_is_none(event: bytes, meaning: Meaning) -> None:
+    assert understand(event)[0] is meaning
+
+
+def event(text: str, index: int = 0, end: bytes = b"\n\n") -> bytes:
+    """A piece of a completion."""
+    choice = {"index": index, "text": text, "finish_reason": None}
+    return b"data: " + msgspec.json.encode({"id": "w", "choices": [choice]}) + end
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\r"])
+def test_a_transcript_reads_events_with_any_line_ends(end: bytes) -> None:
+    script = Transcript()
+    script.keep(event("abc", end=end))
+    one = event("def")
+    script.keep(b"%x\r\n%b\r\n" % (len(one), one))
+    assert script.runs == [("text", "abcdef")]
+
+
+def test_another_choice_is_no_continuation() -> None:
+    script = Transcript()
+    script.keep(event("abc"))
+    with pytest.raises(Mismatch):
+        Seam(script, Way.REPLAY, "m").take(event("abc", index=1)[6:-2])
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b'{"prompt":5}', b'{"prompt":"x","max_tokens":"9"}', b'{"prompt":"x","seed":1e999}']
+)
+def test_a_request_that_cannot_be_gone_on_with_is_left_alone(body: bytes) -> None:
+    script = Transcript()
+    script.keep(event("abc"))
+    assert prefill_body(body, script, "vllm") is None

@@ -1,0 +1,21 @@
+"""docs/reference/health.md is what the table of moves draws; run this module to draw it anew."""
+
+from pathlib import Path
+
+from fleetgate.core.health import MOVES, Breaker, Sign
+from fleetgate.core.health_page import SIGNS, STATES, page
+
+FILE = Path(__file__).parents[2] / "docs" / "reference" / "health.md"
+
+
+def test_the_page_is_current() -> None:
+    assert FILE.read_text() == page(), "draw it anew: python -m tests.unit.test_health_page"
+
+
+def test_every_state_and_sign_is_told() -> None:
+    assert set(STATES) == set(Breaker) and set(SIGNS) == set(Sign)
+    assert page().count("\n| ") >= len(MOVES) + len(STATES)
+
+
+if __name__ == "__main__":
+    FILE.write_text(page())
