@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from fleetgate.control.strain import degraded
 from fleetgate.core.board import Worker
 from fleetgate.providers.spool import Spool
 from tests.loopback.rig import wait_for
@@ -117,6 +118,8 @@ def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.Ca
         threading.Thread(target=ask, daemon=True).start()
         assert done.wait(20)
         wait_for(lambda: made.rig.board.get(0, Worker.LAG_AT_MS) > before_ms)
+        told_of = degraded(made.rig.board, time.monotonic())
+        assert any("stood still" in sentence for sentence in told_of), told_of
         assert 700 <= made.rig.board.get(0, Worker.LAG_MS) < 5000
         totals = made.rig.board.series_totals()
         assert totals["fleetgate_loop_lags_total"] >= 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fleetgate.core.board import Worker
+from fleetgate.core.shortage import Shortage
 from fleetgate.protocols import http1
 from fleetgate.providers.spool import Happened
 from fleetgate.proxy.conversation import Conversation
@@ -39,14 +40,6 @@ _OVERLOADED = "the gateway runs short of memory or connections; try again shortl
 _TOO_MANY_OF_ADDRESS = "this address has as many connections open as it may (--ip-connections-max); use them again"
 _RETRY = b"retry-after: 1\r\nretry-after-ms: 1000\r\nx-should-retry: true\r\n"
 _DESCRIPTORS = Path("/proc/self/fd")
-
-
-class Short:
-    """Bits of the board's `SHORT` cell: what a worker runs short of."""
-
-    MEMORY = 1
-    CONNECTIONS = 2
-    BODIES = 4
 
 
 class Guards:
@@ -191,8 +184,8 @@ class Guards:
                 door.resume()
         by_memory = self._memory.shed_share()
         self.shed_share = max(by_memory, min(1.0, max(0.0, (used - SURPLUS) / (FULL - SURPLUS))))
-        short = Short.MEMORY * (by_memory > 0) + Short.CONNECTIONS * (full >= TIGHT)
-        short += Short.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
+        short = Shortage.MEMORY * (by_memory > 0) + Shortage.CONNECTIONS * (full >= TIGHT)
+        short += Shortage.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
         hub.board.set(hub.config.index, Worker.SHORT, short)
         if by_memory > 0:
             self._say("memory", f"memory runs short: {by_memory:.0%} of new requests get 503, running answers go on")

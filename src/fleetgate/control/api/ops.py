@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from fleetgate.control.context import Control
 from fleetgate.control.metrics import exposition
 from fleetgate.control.readiness import reasons_against
+from fleetgate.control.strain import degraded
 
 _STATIC = Path(__file__).parent.parent / "static"
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -30,7 +31,8 @@ def routes(control: Control) -> APIRouter:
     @router.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> JSONResponse:
         reasons = reasons_against(control.board, control.publisher.current, control.started, time.monotonic())
-        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+        detail = {"reasons": reasons, "degraded": degraded(control.board, time.monotonic())}
+        return JSONResponse({"ready": not reasons, **detail}, 503 if reasons else 200)
 
     @router.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
