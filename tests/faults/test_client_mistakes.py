@@ -95,8 +95,11 @@ def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pyte
     assert "relay.py" in capfd.readouterr().err
 
 
-def test_row_75_a_sweep_that_breaks_keeps_sweeping(capfd: pytest.CaptureFixture[str]) -> None:
-    with plane(patience=breaks("worker.Hub.adopt_ejections", "True")) as made:
+@pytest.mark.parametrize("name", ["worker.Hub._learn_from_the_last_second", "worker.WorkerProcess._look_for_snapshot"])
+def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with plane(patience=breaks(name, "__import__('pathlib').Path(self.config.data_dir, 'boom').exists()")) as made:
+        (made.rig.data_dir / "boom").touch()
+        wait_for(lambda: bool(made.rig.board.series_totals().get("fleetgate_internal_errors_total")))
         before = made.rig.board.get(0, Worker.HEARTBEAT_MS)
         wait_for(lambda: made.rig.board.get(0, Worker.HEARTBEAT_MS) > before + 300)
         assert made.ask(request("ok")).status == 200

@@ -6,6 +6,7 @@ A request reads one number here, `shed_share`. All else happens with connections
 import ipaddress
 import resource
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,13 +161,17 @@ class Guards:
         """The hub's sweep, which no mistake with one request may end, and a look at what may run short."""
         if self._watchdog is not None:
             self._watchdog.beat()
-        try:
-            self._hub.sweep()
-        except Exception as error:  # FAULTS.md row 75
-            self.mishap(error)
+        self.tend(self._hub.sweep)
         self._sweeps += 1
         if self._sweeps % LOOK_EVERY == 0:
             self._look()
+
+    def tend(self, work: Callable[[], None]) -> None:
+        """Do what is done again and again, and must not end with a mistake. FAULTS.md row 75."""
+        try:
+            work()
+        except Exception as error:
+            self.mishap(error)
 
     def _look(self) -> None:
         hub = self._hub

@@ -134,9 +134,9 @@ class WorkerProcess:
             await asyncio.sleep(SWEEP_S)
             self._sweeps += 1
             if self._sweeps % SNAPSHOT_EVERY == 0:
-                self._look_for_snapshot()
+                self.hub.guards.tend(self._look_for_snapshot)
                 if self._tls is not None:
-                    self._tls.reload_if_changed()
+                    self.hub.guards.tend(self._tls.reload_if_changed)
             self.hub.guards.sweep()
 
     def _look_for_snapshot(self) -> None:
