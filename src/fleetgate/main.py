@@ -273,27 +273,12 @@ def announce(options: UpOptions, port: int, api_port: int) -> None:
     sys.stderr.flush()
 
 
-RecordFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Append every routing decision to FILE, for `fleetgate replay`: with three Deployments about 0.8 KB and "
-        "9 µs a request. Names of keys, models and Deployments and token counts; no prompts, answers or secrets."
-    ),
-]
-
-
 @app.command()
 def up(
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file to apply at start; a file alone runs a Gateway.")
-    ] = None,
-    data_dir: Annotated[
-        Path, typer.Option(help="Where state is kept: database, secrets, Snapshot.")
-    ] = DEFAULT_DATA_DIR,
+    config: flags.ConfigFile = None,
+    data_dir: flags.DataDir = DEFAULT_DATA_DIR,
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients.")] = "127.0.0.1:7800",
-    api_listen: Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")] = (
-        "127.0.0.1:7801"
-    ),
+    api_listen: flags.ApiListen = "127.0.0.1:7801",
     ops_listen: flags.OpsListen = "",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one a core, 8 at most.")] = 0,
     region: Annotated[str, typer.Option(help="The region this proxy stands in; its own is preferred.")] = "",
@@ -303,13 +288,13 @@ def up(
     cors: flags.Cors = None,
     egress_allow: flags.EgressAllow = "",
     access_log: Annotated[str, typer.Option(help="A path, `-` for standard output, or `off`.")] = "-",
-    record: RecordFile = None,
+    record: flags.RecordFile = None,
     lb_grace_s: flags.LbGrace = -1.0,
     grace_s: flags.Grace = 30.0,
-    connections_max: flags.Connections = 0,
-    ip_connections_max: flags.IpConnections = -1,
-    key_connections_max: flags.KeyConnections = -1,
-    body_budget_mib: flags.BodyBudget = 0,
+    connections_max: flags.ConnectionsMax = 0,
+    ip_connections_max: flags.IpConnectionsMax = -1,
+    key_connections_max: flags.KeyConnectionsMax = -1,
+    body_budget_mib: flags.BodyBudgetMib = 0,
 ) -> None:
     """Run everything on this machine: control plane, console and proxies.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleetgate.core.board import Worker
-from fleetgate.proxy.guards import Short
+from fleetgate.core.shortage import Shortage
 from fleetgate.proxy.memory import Memory
 from tests.loopback.rig import wait_for
 from tests.loopback.test_edge_keys import GOOD, KEYS, SCOPED, publish
@@ -225,7 +225,7 @@ def test_row_69_without_descriptors_streams_live_nothing_spins_and_it_passes(con
     with limited(descriptor_limit(256), connections_max=connections_max) as made, streams(made, 20):
         assert made.ask(request("m")).status == 200
         opened = flood(made.port, 600)
-        wait_for(lambda: bool(made.rig.board.get(0, Worker.SHORT) & Short.CONNECTIONS))
+        wait_for(lambda: bool(made.rig.board.get(0, Worker.SHORT) & Shortage.CONNECTIONS))
         assert descriptors(made) < 256
         before_s = cpu_s(made)
         time.sleep(2.0)
@@ -273,7 +273,7 @@ def test_row_70_short_of_memory_new_requests_get_503_and_streams_live(group: Pat
     with limited(line, body_budget_bytes=600 * MIB) as made, streams(made, 5):
         assert made.rig.processes[0].pid == int((group / "cgroup.procs").read_text().split()[0])
         bodies: list[Client] = []
-        while not made.rig.board.get(0, Worker.SHORT) & Short.MEMORY:
+        while not made.rig.board.get(0, Worker.SHORT) & Shortage.MEMORY:
             assert len(bodies) < 40, "nothing was shed before it ran out"
             client = made.client()
             client.send(f"POST {PATH} HTTP/1.1\r\nHost: chat.test\r\nContent-Length: {8 * MIB}\r\n\r\n".encode())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from fleetgate.core.board import Worker
+from fleetgate.core.standing import strains
 from fleetgate.providers.spool import Spool
 from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import Client, request
@@ -19,7 +20,7 @@ SECRET = "sk-a-secret-in-a-prompt"
 
 def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
     """Make a function of `fleetgate.proxy` do something else first when a condition on its arguments holds."""
-    wrapped = f"(lambda real: lambda self, *a: ({how}) if ({when}) else real(self, *a))({name})"
+    wrapped = f"(lambda real: lambda self, *a, **k: ({how}) if ({when}) else real(self, *a, **k))({name})"
     return {name: wrapped}  # type: ignore[dict-item]
 
 
@@ -33,7 +34,7 @@ PLACES = {
         breaks("conversation.Conversation.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
     ),
     "the end": (breaks("conversation.Conversation.on_ended", "b'boom' in self.body and self.ask.stream"), True),
-    "the watch": (breaks("watching.watch", "b'boom' in self.body"), False),
+    "the watch": (breaks("conversation.watching.watch", "b'boom' in self.body"), False),
 }  # fmt: skip
 
 
@@ -81,8 +82,24 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
         assert made.rig.board.series_totals()["fleetgate_internal_errors_total"] >= 3
 
 
-def test_row_75_a_sweep_that_breaks_keeps_sweeping(capfd: pytest.CaptureFixture[str]) -> None:
-    with plane(patience=breaks("worker.Hub._learn_from_the_last_second", "True")) as made:
+def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows there whose request it is, but its connection ends, and that is a lost attempt like any other."""
+    name = "conversation.Relay._read_head"
+    with plane(patience=breaks(name, "b'boom' in self.owner.body")) as made:
+        made.use({})
+        for stream in (True, False):
+            answer = made.ask(request("ok", stream, note="boom"))
+            assert (answer.status, answer.code) == (502, "upstream_error")
+        made.wait_idle()
+        assert made.rig.board.series_totals()["fleetgate_internal_errors_total"] >= 2
+    assert "relay.py" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["worker.Hub._learn_from_the_last_second", "worker.WorkerProcess._look_for_snapshot"])
+def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with plane(patience=breaks(name, "__import__('pathlib').Path(self.config.data_dir, 'boom').exists()")) as made:
+        (made.rig.data_dir / "boom").touch()
+        wait_for(lambda: bool(made.rig.board.series_totals().get("fleetgate_internal_errors_total")))
         before = made.rig.board.get(0, Worker.HEARTBEAT_MS)
         wait_for(lambda: made.rig.board.get(0, Worker.HEARTBEAT_MS) > before + 2500)
         assert made.ask(request("ok")).status == 200
@@ -104,6 +121,8 @@ def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.Ca
         threading.Thread(target=ask, daemon=True).start()
         assert done.wait(20)
         wait_for(lambda: made.rig.board.get(0, Worker.LAG_AT_MS) > before_ms)
+        told_of = strains(made.rig.board, 0, time.monotonic())
+        assert any("stood still" in sentence for sentence in told_of), told_of
         assert 700 <= made.rig.board.get(0, Worker.LAG_MS) < 5000
         totals = made.rig.board.series_totals()
         assert totals["fleetgate_loop_lags_total"] >= 1

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from fleetgate.control.api.state import endpoint_up
 from fleetgate.control.context import Control
 from fleetgate.control.series import Labels, Series, read_series
+from fleetgate.control.strain import gauges
 from fleetgate.core.board import Board, Signal, Work, Worker
 from fleetgate.core.model import Snapshot
 
@@ -26,6 +27,9 @@ _HELP = {
     "fleetgate_estimated_tokens": "Tokens as estimated before the answer, of requests whose engine then told them.",
     "fleetgate_token_error": "Tokens by which those estimates were off, either way.",
     "fleetgate_unavailable": "Requests answered 503, which are a part of those refused.",
+    "fleetgate_internal_errors": "Mistakes of a worker's own; its log tells where.",
+    "fleetgate_loop_lags": "How often a worker's loop stood still for more than 250 ms.",
+    "fleetgate_loop_lag_milliseconds": "For how long in all.",
     "fleetgate_series_overflow": "Observations whose series found no room and were not kept apart.",
 }
 # The same histograms under the names of OpenTelemetry's conventions for generative AI, as Prometheus writes them.
@@ -61,6 +65,7 @@ class _BoardCollector(Collector):
             yield from _counters(series)
             yield from _histograms(series)
             yield from _workers(board)
+            yield from gauges(board)
         if snapshot is not None:
             age = GaugeMetricFamily("fleetgate_snapshot_age_seconds", "Seconds since the Snapshot was made.")
             age.add_metric([], max(0.0, time.time() - snapshot.made_at_s))

@@ -3,8 +3,16 @@
 import msgspec
 
 from fleetgate.core.board import Board, Plane, Worker
+from fleetgate.core.shortage import Shortage
 
 SILENT_S_MAX = 5.0  # the control plane tells that it lives twice a second; a busy machine may keep it from that
+LAG_SHOWN_S = 10.0  # a scrape or a look every few seconds must not miss it
+STILL_S = 1.0  # twenty sweeps
+_SHORT_OF = {
+    Shortage.MEMORY: "memory: part of the new requests get 503",
+    Shortage.CONNECTIONS: "connections or descriptors: idle ones close, new ones may get 503",
+    Shortage.BODIES: "room for request bodies: large ones may get 503",
+}
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -18,7 +26,7 @@ class Standing(msgspec.Struct, frozen=True):
 
 def standing_of(board: Board, now_s: float, epoch_s: float) -> Standing:
     """The view of the machine: `now_s` is its monotonic clock, `epoch_s` the calendar's."""
-    live = [worker for worker in range(board.workers) if board.get(worker, Worker.PID)]
+    live = running(board)
     versions = {worker: board.get(worker, Worker.SNAPSHOT_VERSION) for worker in live}
     newest = max(live, key=lambda worker: versions[worker], default=0)
     version = versions.get(newest, 0)
@@ -31,7 +39,26 @@ def standing_of(board: Board, now_s: float, epoch_s: float) -> Standing:
         if (given_up := board.get(worker, Worker.SNAPSHOT_RETURNED)) > versions[worker]
     ]
     degraded += [f"worker {worker} is not running" for worker in range(board.workers) if worker not in live]
+    for worker in live:
+        degraded += strains(board, worker, now_s)
     if version and not 0 <= silent_s <= SILENT_S_MAX:
         heard = f"was not heard for {silent_s:.0f} s" if heard_ms else "was not heard since the start"
         degraded.append(f"the control plane {heard}; traffic goes on with Snapshot {version}, {age_s:.0f} s old")
     return Standing(version, age_s, silent_s, tuple(degraded))
+
+
+def strains(board: Board, worker: int, now_s: float) -> list[str]:
+    """What a worker suffers from while it still serves, in sentences; none of it takes readiness away."""
+    sentences = []
+    still_s = now_s - board.get(worker, Worker.HEARTBEAT_MS) / 1000
+    if still_s > STILL_S:
+        sentences.append(f"worker {worker} has not moved for {still_s:.1f} s")
+    if now_s - board.get(worker, Worker.LAG_AT_MS) / 1000 < LAG_SHOWN_S:
+        sentences.append(f"worker {worker} stood still for {board.get(worker, Worker.LAG_MS)} ms")
+    short = Shortage(board.get(worker, Worker.SHORT))
+    return sentences + [f"worker {worker} is short of {what}" for each, what in _SHORT_OF.items() if each in short]
+
+
+def running(board: Board) -> list[int]:
+    """The workers that there are now."""
+    return [worker for worker in range(board.workers) if board.get(worker, Worker.PID)]

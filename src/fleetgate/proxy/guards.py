@@ -6,6 +6,7 @@ A request reads one number here, `shed_share`. All else happens with connections
 import ipaddress
 import resource
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fleetgate.core.board import Worker
+from fleetgate.core.shortage import Shortage
 from fleetgate.protocols import http1
 from fleetgate.providers.spool import Happened
 from fleetgate.proxy.conversation import Conversation
@@ -39,14 +41,6 @@ _OVERLOADED = "the gateway runs short of memory or connections; try again shortl
 _TOO_MANY_OF_ADDRESS = "this address has as many connections open as it may (--ip-connections-max); use them again"
 _RETRY = b"retry-after: 1\r\nretry-after-ms: 1000\r\nx-should-retry: true\r\n"
 _DESCRIPTORS = Path("/proc/self/fd")
-
-
-class Short:
-    """Bits of the board's `SHORT` cell: what a worker runs short of."""
-
-    MEMORY = 1
-    CONNECTIONS = 2
-    BODIES = 4
 
 
 class Guards:
@@ -167,13 +161,17 @@ class Guards:
         """The hub's sweep, which no mistake with one request may end, and a look at what may run short."""
         if self._watchdog is not None:
             self._watchdog.beat()
-        try:
-            self._hub.sweep()
-        except Exception as error:  # FAULTS.md row 75
-            self.mishap(error)
+        self.tend(self._hub.sweep)
         self._sweeps += 1
         if self._sweeps % LOOK_EVERY == 0:
             self._look()
+
+    def tend(self, work: Callable[[], None]) -> None:
+        """Do what is done again and again, and must not end with a mistake. FAULTS.md row 75."""
+        try:
+            work()
+        except Exception as error:
+            self.mishap(error)
 
     def _look(self) -> None:
         hub = self._hub
@@ -191,8 +189,8 @@ class Guards:
                 door.resume()
         by_memory = self._memory.shed_share()
         self.shed_share = max(by_memory, min(1.0, max(0.0, (used - SURPLUS) / (FULL - SURPLUS))))
-        short = Short.MEMORY * (by_memory > 0) + Short.CONNECTIONS * (full >= TIGHT)
-        short += Short.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
+        short = Shortage.MEMORY * (by_memory > 0) + Shortage.CONNECTIONS * (full >= TIGHT)
+        short += Shortage.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
         hub.board.set(hub.config.index, Worker.SHORT, short)
         if by_memory > 0:
             self._say("memory", f"memory runs short: {by_memory:.0%} of new requests get 503, running answers go on")
@@ -255,13 +253,14 @@ class Guards:
 
 
 def _touched(error: BaseException) -> set[Conversation]:
-    """The requests that a mistake happened to: those whose methods are on its stack."""
-    found = set()
+    """The requests that a mistake happened to: those that functions on its stack were given."""
+    found: set[Conversation] = set()
     at = error.__traceback__
     while at is not None:
-        owner = at.tb_frame.f_locals.get("self")
-        if isinstance(owner, Conversation):
-            found.add(owner)
+        code, held = at.tb_frame.f_code, at.tb_frame.f_locals
+        # Arguments only: a loop's variable may be somebody whose turn is over.
+        given = (held.get(name) for name in code.co_varnames[: code.co_argcount])
+        found.update(each for each in given if isinstance(each, Conversation))
         at = at.tb_next
     return found
 

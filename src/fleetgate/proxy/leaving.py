@@ -8,7 +8,6 @@ time, which are the same for every answer; inside a stream a comment.
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from fleetgate.protocols import http1
 from fleetgate.proxy import tcp
 
 if TYPE_CHECKING:
@@ -123,6 +122,6 @@ class Leaving:
             self._probe_s = min(2 * self._probe_s, PROBE_MAX_S)  # there are nine such bytes, and ten minutes to wait
         elif conversation.written == self._written or self._written < 0:
             relay = conversation.relay
-            if relay is not None and relay.stream:
-                self._transport.write(COMMENT if relay.raw else http1.chunk(COMMENT))
+            if conversation.early_attempts or conversation.resumption or (relay is not None and relay.stream):
+                self._transport.write(conversation.framed(COMMENT))
         self._written = conversation.written

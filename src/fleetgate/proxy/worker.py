@@ -145,11 +145,14 @@ class WorkerProcess:
             await asyncio.sleep(SWEEP_S)
             self._sweeps += 1
             if self._sweeps % SNAPSHOT_EVERY == 0 or self._rollout.is_urgent:
-                self._rollout.look(self.hub.clock())
-                self._say_refusals()
+                self.hub.guards.tend(self._look_for_snapshot)
             if self._sweeps % SNAPSHOT_EVERY == 0 and self._tls is not None:
-                self._tls.reload_if_changed()
+                self.hub.guards.tend(self._tls.reload_if_changed)
             self.hub.guards.sweep()
+
+    def _look_for_snapshot(self) -> None:
+        self._rollout.look(self.hub.clock())
+        self._say_refusals()
 
     # --- Snapshots: what the rollout asks for ---
 
