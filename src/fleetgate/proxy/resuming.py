@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fleetgate.protocols.openai import Operation
 from fleetgate.protocols.resume import Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.protocols.resume_responses import ResponseSeam, ResponseTranscript, response_ways_of
 from fleetgate.protocols.resume_tokens import COMPLETIONS, TokenSeam, tokens_body
 from fleetgate.proxy.transport.continuation import Continuation
 from fleetgate.proxy.transport.relay import Names, Owner, Relay
@@ -19,10 +20,16 @@ def script_of(conversation: "Conversation") -> Transcript | None:
     lane, operation = conversation.lane, conversation.request.operation
     if operation is None or not lane.resumes:
         return None
-    ways = ways_of(conversation.body, operation) & lane.ways
+    ways = _ways(conversation.body, operation) & lane.ways
+    if operation.name == "responses":
+        return ResponseTranscript() if ways else None
     place = conversation.place
     mark = _mark(place, conversation.ask.model) if Way.TOKENS in ways and place is not None else 0
     return Transcript(mark) if mark or ways - {Way.TOKENS} else None
+
+
+def _ways(body: bytes, operation: Operation) -> frozenset[Way]:
+    return response_ways_of(body) if operation.name == "responses" else ways_of(body, operation)
 
 
 def _mark(place: "Place", model: str) -> int:
@@ -49,7 +56,7 @@ class Resumption:
         transcript, operation = relay.script, conversation.request.operation
         if transcript is None or operation is None:
             return None
-        ways = ways_of(conversation.body, operation)
+        ways = _ways(conversation.body, operation)
         runs = transcript.runs  # reads the last events, which tell whether all of it is known
         if not transcript.whole or not runs:
             return None
@@ -106,7 +113,9 @@ class Resumption:
     def relay(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> Continuation:
         """Who reads its answer."""
         seam: Seam
-        if self.way is Way.TOKENS:
+        if isinstance(self._transcript, ResponseTranscript):
+            seam = ResponseSeam(self._transcript, self._asked_model)
+        elif self.way is Way.TOKENS:
             seam = TokenSeam(self._transcript, self._asked_model, operation)
         else:
             seam = Seam(self._transcript, self.way, self._asked_model)
