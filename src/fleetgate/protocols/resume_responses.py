@@ -113,6 +113,7 @@ class ResponseTranscript(Transcript):
                 self.id, self.created_at = event.response.id, event.response.created_at
             return
         item = event.item
+        # An end is none of them: behind it there is nothing to go on with.
         if event.type not in _DELTAS | _MARKS or (item is not None and item.type not in _ITEMS):
             self.whole = False
             return
