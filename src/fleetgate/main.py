@@ -17,17 +17,16 @@ from fleetgate.cli.demo import run_demo
 from fleetgate.control.config import ENV as CONTROL_ENV
 from fleetgate.control.config import ControlConfig
 from fleetgate.control.datadir import Unusable, open_data_dir
-from fleetgate.core.board import WORKERS_MAX
+from fleetgate.core.board import WORKERS_MAX, layout
 from fleetgate.providers.documents import Unreadable
+from fleetgate.proxy.child import Child, python_child
 from fleetgate.proxy.config import ENV as WORKER_ENV
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.supervisor import (
     CannotStart,
-    Child,
     Supervisor,
     open_listener,
     open_listeners,
-    python_child,
     say_json,
     shared_memory,
     split_address,
@@ -36,6 +35,7 @@ from fleetgate.rules import plugins
 from fleetgate.simulator.command import SETTINGS as ENGINE_SETTINGS
 from fleetgate.simulator.command import engine
 
+GENERATIONS = 2  # of workers: those that serve, and those that they replace
 LB_GRACE_S = 5.0  # how long load balancers in front may go on sending after readiness fell
 WORKERS_DEFAULT_MAX = 8  # beyond that one machine's network is the limit, not its cores
 PRIVATE_RANGES = ["127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]
@@ -159,9 +159,10 @@ def run_up(options: UpOptions) -> int:
     listeners = open_listeners(options.listen, "--listen", options.workers)
     tls_listeners = open_listeners(options.tls_listen, "--tls-listen", options.workers) if options.tls else []
     api = open_listener(options.api_listen, "--api-listen")
-    board_fd, board = shared_memory(options.workers)
+    columns = GENERATIONS * options.workers
+    board_fd, board = shared_memory(columns)
     life_read, life_write = os.pipe()  # only the supervisor keeps the write end, so its death is an end of file
-    wake = [os.pipe() for _ in range(options.workers)]
+    wake = [os.pipe() for _ in range(columns)]
     for pair in wake:
         os.set_blocking(pair[0], False)
         os.set_blocking(pair[1], False)
@@ -173,28 +174,36 @@ def run_up(options: UpOptions) -> int:
         wake=wake,
         life=life_read,
     )
-    children = [worker_child(index, options, opened, files) for index in range(options.workers)]
-    children.append(control_child(options, opened))
+
+    def workers_of(generation: int) -> list[Child]:
+        first = generation * options.workers
+        return [worker_child(first + index, options, opened, files) for index in range(options.workers)]
+
+    children = [*workers_of(0), control_child(options, opened)]
     announce(options, listeners[0].getsockname()[1], api.getsockname()[1])
     try:
-        return Supervisor(children, board, options.grace_s + max(options.lb_grace_s, LB_GRACE_S), say_json).run()
+        grace_s = options.grace_s + max(options.lb_grace_s, LB_GRACE_S)
+        return Supervisor(children, board, grace_s, say_json, workers_of, [*listeners, *tls_listeners]).run()
     finally:
         os.close(life_write)
 
 
-def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[str, str]) -> Child:
-    """One worker, to be started by the supervisor."""
+def worker_child(column: int, options: UpOptions, opened: Opened, files: tuple[str, str]) -> Child:
+    """One worker with its column on the board, to be started by the supervisor."""
     loopback = is_loopback(options.listen, "--listen")
+    index = column % options.workers  # both generations accept from the same sockets
     config = WorkerConfig(
-        index=index,
-        workers=options.workers,
+        index=column,
+        workers=GENERATIONS * options.workers,
+        serving=options.workers,
+        layout=layout(),
         data_dir=str(options.data_dir),
         board_fd=opened.board,
         listen_fd=opened.listeners[index],
         tls_listen_fd=opened.tls_listeners[index] if opened.tls_listeners else -1,
         tls_cert=files[0],
         tls_key=files[1],
-        wake_fd=opened.wake[index][0],
+        wake_fd=opened.wake[column][0],
         wake_fds=[pair[1] for pair in opened.wake],
         life_fd=opened.life,
         auth=options.auth,
@@ -209,7 +218,7 @@ def worker_child(index: int, options: UpOptions, opened: Opened, files: tuple[st
     if config.tls_listen_fd >= 0:
         fds.append(config.tls_listen_fd)
     argv, env = python_child("fleetgate.proxy.worker", WORKER_ENV, msgspec.json.encode(config))
-    return Child(name=f"worker {index}", argv=argv, env=env, fds=fds, worker=index)
+    return Child(name=f"worker {index}", argv=argv, env=env, fds=fds, worker=column)
 
 
 def control_child(options: UpOptions, opened: Opened) -> Child:
@@ -223,7 +232,8 @@ def control_child(options: UpOptions, opened: Opened) -> Child:
         listen=options.listen,
         tls_listen=options.tls_listen,
         board_fd=opened.board,
-        workers=options.workers,
+        workers=GENERATIONS * options.workers,
+        serving=options.workers,
         auth=options.auth,
         egress_allow=options.egress_allow or default_ranges,
         region=options.region,

@@ -31,7 +31,9 @@ MESSAGES = {
 def relayed_head(conversation: "Conversation", relay: Relay, place: Place, length: int) -> bytes:
     """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
     client_headers = conversation.request.answer_headers
-    if not conversation.client.keep_alive or conversation.hub.draining:
+    if conversation.hub.draining:
+        conversation.client.keep_alive = False
+    if not conversation.client.keep_alive:
         client_headers += _CLOSE
     if length >= 0:
         framing = b"content-length: %d\r\n" % length
@@ -63,7 +65,9 @@ def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
     body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
     extra += conversation.request.answer_headers
-    if not conversation.client.keep_alive or conversation.hub.draining:
+    if conversation.hub.draining:
+        conversation.client.keep_alive = False
+    if not conversation.client.keep_alive:
         extra += _CLOSE
     return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
 

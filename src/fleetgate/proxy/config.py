@@ -1,8 +1,11 @@
 """What a worker is told when it is started."""
 
+import signal
+
 import msgspec
 
 ENV = "FLEETGATE_WORKER"
+RETIRE = signal.SIGUSR2  # another worker has taken over: finish and end
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -10,11 +13,15 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Shape: `*_fd` are inherited descriptors, -1 where there is none; `wake_fds` are the write ends of every worker's
     wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is
-    `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none.
+    `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none. `workers`
+    counts the board's columns and `serving` those of one generation (0: all); `layout` is the mark of how the board is
+    laid out, empty where that cannot differ.
     """
 
     index: int
     workers: int
+    serving: int = 0
+    layout: str = ""
     data_dir: str
     board_fd: int
     listen_fd: int

@@ -252,7 +252,7 @@ class ClientConnection(asyncio.Protocol):
         self.conversation = None
         if self.closing:
             return
-        if not self.keep_alive or self._hub.draining:
+        if not self.keep_alive:  # while draining, whoever was told so; others may have sent their next request already
             self.closing = True
             self.transport.close()
             return
@@ -317,7 +317,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _write_plain(self, status: int, body: bytes, extra: bytes, no_body: bool) -> None:
         hub = self._hub
-        if not self.keep_alive or hub.draining:
+        if hub.draining:
+            self.keep_alive = False
+        if not self.keep_alive:
             extra += b"connection: close\r\n"
         data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
         self.transport.write(data[: -len(body)] if no_body else data)

@@ -6,21 +6,21 @@ import gc
 import mmap
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import msgspec
 import uvloop
 
-from fleetgate.core.board import Board, Worker
+from fleetgate.core.board import Board, Worker, layout
 from fleetgate.core.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
 from fleetgate.providers.sealing import CannotUnseal
 from fleetgate.proxy.auth import Gatekeeper
-from fleetgate.proxy.config import ENV, WorkerConfig
+from fleetgate.proxy.config import ENV, RETIRE, WorkerConfig
+from fleetgate.proxy.drain import AT_ONCE, RETIRED, Acceptor, Leave, drain, stopping
 from fleetgate.proxy.hub import SWEEP_S, Hub
-from fleetgate.proxy.listener import ClientConnection
+from fleetgate.proxy.overlap import Overlap
 from fleetgate.proxy.prober import Prober
 from fleetgate.proxy.snapshots import EMPTY, SnapshotFile
 from fleetgate.proxy.tables import Maker, Tables
@@ -30,7 +30,7 @@ from fleetgate.rules import plugins
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
-BACKLOG = 4096
+EXIT_OTHER_LAYOUT = 3
 
 
 class LockFile:
@@ -65,16 +65,19 @@ class WorkerProcess:
         self.board = Board(memoryview(memory), config.workers)
         locks = LockFile(data_dir / "ledger.lock")
         ledger = Ledger(self.board, config.index, locks.lock, locks.unlock)
+        self.overlap = Overlap(self.board, config.index, config.serving or config.workers, ledger)
         pepper = (data_dir / "pepper").read_bytes() if config.auth == "keys" else None
         self.config = config
         self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Gatekeeper(pepper))
         self.hub.maker = Maker(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
         self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
         self._snapshots = SnapshotFile(data_dir / "snapshot")
+        self.overlap.on_change = self._counts_with
+        self._locks = locks
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
-        self._lb_grace_s, self._grace_s = config.lb_grace_s, config.grace_s
+        self._leave = self._stop = stopping(config.lb_grace_s, config.grace_s)
         self._refused = ""
         self._sweeps = 0
         self._stopped: asyncio.Event
@@ -91,17 +94,23 @@ class WorkerProcess:
         loop = hub.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopped.set)
+            loop.add_signal_handler(number, self._go, self._stop)
+        loop.add_signal_handler(RETIRE, self._go, RETIRED)
         if config.life_fd >= 0:
             loop.add_reader(config.life_fd, self._orphaned)
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
         self._look_for_snapshot()
         hub.sweep()
-        servers = [await self._listen(config.listen_fd, None)]
-        if self._tls is not None:
-            servers.append(await self._listen(config.tls_listen_fd, self._tls))
         sweeper = loop.create_task(self._sweep_forever())
+        await self._until_it_may_serve()
+        if self._stopped.is_set():
+            return
+        acceptors = [Acceptor(hub, config.listen_fd, None)]
+        if self._tls is not None:
+            acceptors.append(Acceptor(hub, config.tls_listen_fd, self._tls.context))
+        for acceptor in acceptors:
+            await acceptor.open()
         prober = loop.create_task(self._prober.run())
         # What is there now stays: the collector need not walk it again. HOTPATH.md rule 13.
         gc.collect()
@@ -109,25 +118,37 @@ class WorkerProcess:
         self.board.set(config.index, Worker.PID, os.getpid())
         self.board.set(config.index, Worker.ACCEPTING, 1)
         await self._stopped.wait()
-        await self._drain(servers)
-        sweeper.cancel()
         prober.cancel()
+        self._prober.mine = False
+        self._locks.unlock(PROBER_LOCK)
+        await drain(hub, acceptors, lambda: self._leave)
+        sweeper.cancel()
         hub.log.close()
         if hub.recorder is not None:
             hub.recorder.log.close()
             if hub.recorder.log.dropped:
                 self._say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
-    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> asyncio.Server:
-        listener = socket.socket(fileno=fd)
-        return await self.hub.loop.create_server(
-            lambda: ClientConnection(self.hub), sock=listener, backlog=BACKLOG, ssl=tls.context if tls else None
-        )
+    async def _until_it_may_serve(self) -> None:
+        """Wait for the other generation to count with this one, and for a Snapshot no older than theirs."""
+        overlap = self.overlap
+        while not (overlap.may_serve() and self.hub.tables.version >= overlap.versions()):
+            if self._stopped.is_set():
+                return
+            await asyncio.sleep(SWEEP_S)
+
+    def _counts_with(self, columns: range) -> None:
+        self.hub.others = [column for column in columns if column != self.config.index]
+
+    def _go(self, leave: Leave) -> None:
+        self._leave = leave
+        self._stopped.set()
 
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._sweeps += 1
+            self.overlap.look()
             if self._sweeps % SNAPSHOT_EVERY == 0:
                 self._look_for_snapshot()
                 if self._tls is not None:
@@ -152,30 +173,11 @@ class WorkerProcess:
 
     def _orphaned(self) -> None:
         """The supervisor is dead: a worker must not outlive it, so there is no grace."""
-        self._lb_grace_s = self._grace_s = 0.0
-        self._stopped.set()
+        self._go(AT_ONCE)
 
     def _woken(self) -> None:
         os.read(self.config.wake_fd, 4096)
         self.hub.wake()
-
-    async def _drain(self, servers: list[asyncio.Server]) -> None:
-        """Readiness falls first; nothing is refused while load balancers look away, nothing is cut inside the grace."""
-        hub = self.hub
-        self.board.set(self.config.index, Worker.ACCEPTING, 0)
-        await asyncio.sleep(self._lb_grace_s)
-        hub.draining = True
-        for server in servers:
-            server.close()
-        for client in hub.connections:
-            client.close_if_idle()
-        for _ in range(int(self._grace_s / SWEEP_S)):
-            if not any(client.busy for client in hub.connections):
-                break
-            await asyncio.sleep(SWEEP_S)
-        for client in hub.connections:
-            client.transport.close()
-        await asyncio.sleep(SWEEP_S)
 
     def _say(self, message: str) -> None:
         line = {"event": "worker", "worker": self.config.index, "message": message}
@@ -185,6 +187,9 @@ class WorkerProcess:
 def main() -> None:
     """Run a worker from the environment variable that the supervisor set."""
     config = msgspec.json.decode(os.environ[ENV], type=WorkerConfig)
+    if config.layout not in ("", layout()):
+        sys.stderr.write("this version lays shared memory out in another way; restart `fleetgate up` to change to it\n")
+        sys.exit(EXIT_OTHER_LAYOUT)
     plugins.load()  # the control process tells of those that cannot be used
     uvloop.run(WorkerProcess(config).run())
 

@@ -29,7 +29,8 @@ def routes(control: Control) -> APIRouter:
 
     @router.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> JSONResponse:
-        reasons = reasons_against(control.board, control.publisher.current, control.started, time.monotonic())
+        snapshot, serving = control.publisher.current, control.config.serving or control.config.workers
+        reasons = reasons_against(control.board, serving, snapshot, control.started, time.monotonic())
         return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
     @router.api_route("/metrics", methods=["GET", "HEAD"])
