@@ -4,6 +4,7 @@ import ipaddress
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,11 @@ from fleetgate.control.config import ControlConfig
 from fleetgate.control.datadir import Unusable, open_data_dir
 from fleetgate.core.board import WORKERS_MAX, layout
 from fleetgate.providers.documents import Unreadable
+from fleetgate.providers.spool import Happened, Spool
 from fleetgate.proxy.child import Child, python_child
 from fleetgate.proxy.config import ENV as WORKER_ENV
 from fleetgate.proxy.config import WorkerConfig
+from fleetgate.proxy.succession import Renewal
 from fleetgate.proxy.supervisor import (
     CannotStart,
     Supervisor,
@@ -183,9 +186,16 @@ def run_up(options: UpOptions) -> int:
     announce(options, listeners[0].getsockname()[1], api.getsockname()[1])
     try:
         grace_s = options.grace_s + max(options.lb_grace_s, LB_GRACE_S)
-        return Supervisor(children, board, grace_s, say_json, workers_of, [*listeners, *tls_listeners]).run()
+        renewal = Renewal(workers_of, partial(tell, Spool(options.data_dir)))
+        return Supervisor(children, board, grace_s, say_json, renewal, [*listeners, *tls_listeners]).run()
     finally:
         os.close(life_write)
+
+
+def tell(spool: Spool, sentence: str) -> None:
+    """Log what the supervisor did, and make it an Event."""
+    say_json(sentence)
+    spool.add(Happened("Worker", "all", sentence[:1].upper() + sentence[1:] + "."))
 
 
 def worker_child(column: int, options: UpOptions, opened: Opened, files: tuple[str, str]) -> Child:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fleetgate.cli import calibrate as calibrating
+from fleetgate.cli import reload as reloading
 from fleetgate.cli.client import API_ENV, DEFAULT_API, TOKEN_ENV, Client, Failed, Rejected, connected, resource_path
 from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
 from fleetgate.providers.documents import Unreadable, read_file, resolve_value
@@ -235,6 +236,24 @@ def calibrate(
             calibrating.show_plan(client, path, order, output)
         else:
             calibrating.print_result(calibrating.calibrate(client, path, order), use, output)
+
+
+@app.command("reload")
+def reload_workers(
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Replace all workers and the control process by ones with the code on disk; no answer is refused or cut.
+
+    The new workers come up first, on the same sockets; the old ones finish their answers. The same as sending SIGHUP
+    to `fleetgate up`.
+
+    Example: `fleetgate reload`
+    """
+    with _told(), connected(api, token, data_dir) as client:
+        serving = reloading.reload(client)
+        sys.stdout.write(f"{len(serving)} new workers serve; the old ones finish their answers\n")
 
 
 @contextmanager

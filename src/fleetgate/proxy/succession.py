@@ -26,17 +26,24 @@ class Stage(StrEnum):
     LEAVING = "leaving"
 
 
+class Renewal(msgspec.Struct, frozen=True):
+    """What only the caller knows. Shape: `workers_of` gives those of generation 0 or 1; `tell` makes an Event."""
+
+    workers_of: Callable[[int], list[Child]]
+    tell: Callable[[str], None]
+
+
 class Hands(msgspec.Struct, frozen=True):
     """What the supervisor does for a succession.
 
-    Shape: `next_workers` gives the children of generation 0 or 1; `retire` asks one to leave; `kill` ends one at once.
+    Shape: `retire` asks one to leave; `kill` ends one at once; `tell` makes an Event.
     """
 
-    next_workers: Callable[[int], list[Child]]
+    workers_of: Callable[[int], list[Child]]
     start: Callable[[Child, float], None]
     retire: Callable[[Child], None]
     kill: Callable[[Child], None]
-    say: Callable[[str], None]
+    tell: Callable[[str], None]
 
 
 class Succession:
@@ -61,7 +68,7 @@ class Succession:
     def ask(self) -> None:
         """Replace the workers; one that is under way is finished first."""
         if self.stage is not Stage.IDLE:
-            self._hands.say("an upgrade is under way; the next begins when the workers it replaced have ended")
+            self._hands.tell("an upgrade is under way; the next begins when the workers it replaced have ended")
         self._asked = True
 
     def look(self, now_s: float) -> bool:
@@ -81,7 +88,7 @@ class Succession:
         self._began_s = now_s
         self._generation = 1 - self._generation
         self.stage = Stage.COMING
-        self.coming = self._hands.next_workers(self._generation)
+        self.coming = self._hands.workers_of(self._generation)
         for child in self.coming:
             self._hands.start(child, now_s)
 
@@ -96,7 +103,7 @@ class Succession:
                 self._hands.retire(child)
             self.leaving, self.serving, self.coming = self.serving, self.coming, []
             self.stage, self._began_s = Stage.LEAVING, now_s
-            self._hands.say(f"{len(self.serving)} new workers serve; the old ones finish their answers and end")
+            self._hands.tell(f"{len(self.serving)} new workers serve; the old ones finish their answers and end")
             return True
         if now_s - self._began_s > COME_UP_S_MAX:
             self._give_up(f"the new workers did not serve within {COME_UP_S_MAX:.0f} s")
@@ -108,7 +115,7 @@ class Succession:
         self.coming = []
         self._generation = 1 - self._generation
         self.stage = Stage.IDLE
-        self._hands.say(f"the upgrade was given up, and the workers from before it go on: {reason}")
+        self._hands.tell(f"the upgrade was given up, and the workers from before it go on: {reason}")
 
     def _watch_leaving(self, now_s: float) -> None:
         for child in list(self.leaving):
@@ -118,7 +125,7 @@ class Succession:
                 self.leaving.remove(child)
         if not self.leaving:
             self.stage = Stage.IDLE
-            self._hands.say("the upgrade is done: all workers are new ones")
+            self._hands.tell("the upgrade is done: all workers are new ones")
 
     def _end(self, child: Child) -> None:
         self._hands.kill(child)

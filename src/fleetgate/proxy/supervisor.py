@@ -20,7 +20,7 @@ from pathlib import Path
 from fleetgate.core.board import Board, Worker
 from fleetgate.proxy.child import Child
 from fleetgate.proxy.config import RETIRE
-from fleetgate.proxy.succession import Hands, Succession
+from fleetgate.proxy.succession import Hands, Renewal, Succession
 
 RESTART_FIRST_S = 0.2
 RESTART_MAX_S = 10.0
@@ -98,8 +98,7 @@ def _unlinked_file() -> int:
 class Supervisor:
     """Keeps children running until it is told to stop, then stops them in order and waits.
 
-    Shape: `next_workers` gives the workers of generation 0 or 1 for a rolling upgrade, None where there is none;
-    `listeners` are the sockets that clients connect to.
+    Shape: with a `renewal`, SIGHUP replaces the processes while they run; `listeners` are what clients connect to.
     """
 
     def __init__(
@@ -108,15 +107,16 @@ class Supervisor:
         board: Board,
         grace_s: float,
         say: Callable[[str], None],
-        next_workers: Callable[[int], list[Child]] | None = None,
+        renewal: Renewal | None = None,
         listeners: Sequence[socket.socket] = (),
     ) -> None:
         self._board = board
         self._grace_s = grace_s
         self._say = say
         self._listeners = listeners
-        self._can_upgrade = next_workers is not None
-        hands = Hands(next_workers or (lambda generation: []), self._start, _retire, _kill, say)
+        self._can_upgrade = renewal is not None
+        renewal = renewal or Renewal(lambda generation: [], say)
+        hands = Hands(renewal.workers_of, self._start, _retire, _kill, renewal.tell)
         self._workers = Succession(board, [child for child in children if child.worker >= 0], hands)
         self._others = [child for child in children if child.worker < 0]
         self._stopping = False

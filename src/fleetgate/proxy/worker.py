@@ -16,6 +16,7 @@ from fleetgate.core.board import Board, Worker, layout
 from fleetgate.core.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
 from fleetgate.providers.sealing import CannotUnseal
+from fleetgate.providers.spool import Happened
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, RETIRE, WorkerConfig
 from fleetgate.proxy.drain import AT_ONCE, RETIRED, Acceptor, Leave, drain, stopping
@@ -153,7 +154,13 @@ class WorkerProcess:
                 self._look_for_snapshot()
                 if self._tls is not None:
                     self._tls.reload_if_changed()
+                    self._tell_of_expiry(self._tls)
             self.hub.sweep()
+
+    def _tell_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
+        if self._prober.mine and (sentence := tls.alarm(self.hub.epoch_s())):  # one worker tells for all
+            self.hub.spool.add(Happened("Certificate", "client-listener", sentence))
+            self._say(sentence)
 
     def _look_for_snapshot(self) -> None:
         snapshot = self._snapshots.changed()

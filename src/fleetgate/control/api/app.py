@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from fleetgate.control.api import apply, calibrations, errors, ops, resources, state
+from fleetgate.control.api import apply, calibrations, errors, ops, reload, resources, state
 from fleetgate.control.api.guard import Guard
 from fleetgate.control.calibrating import Calibrations
 from fleetgate.control.context import Control
@@ -39,6 +39,7 @@ def create_app(control: Control, hosts: list[str]) -> FastAPI:
         app.include_router(resources.routes(control, kind))
     app.include_router(calibrations.routes(Calibrations(control)))
     app.include_router(apply.routes(control))
+    app.include_router(reload.routes(control))
     app.include_router(state.routes(control))
     app.include_router(ops.routes(control))
     app.add_middleware(Guard, owner_token=control.data_dir.owner_token, hosts=hosts)
