@@ -22,7 +22,7 @@ WORKER = "fleetgate.proxy.worker"
 def running(folder: Path, *flags: str, **fields: object) -> Iterator[Up]:
     """Two workers in front of two simulated engines whose streams last some 1.5 s."""
     with ExitStack() as stack:
-        speed = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0.05")
+        speed = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0.05", "--decode-per-sequence-s", "0")
         urls = [stack.enter_context(engine(*speed)) for _ in range(2)]
         documents = [deployment(name, url, **fields) for name, url in zip("ab", urls, strict=True)]
         spread = gateway("chat", "a", "b", strategy="capacity_round_robin", default=True)
@@ -46,7 +46,7 @@ def upgrade(up: Up) -> None:
 
 def test_row_73_upgrades_under_load_fail_and_cut_nothing(tmp_path: Path) -> None:
     with running(tmp_path) as up:
-        with Load(up.port, short=10, streams=STREAMS) as load:
+        with Load(up.port, short=30, streams=STREAMS) as load:
             wait_for(lambda: load.outcomes["stream"] > 20)
             for number in range(UPGRADES):
                 good = load.good
