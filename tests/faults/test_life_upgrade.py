@@ -22,8 +22,8 @@ WORKER = "fleetgate.proxy.worker"
 def running(folder: Path, *flags: str, **fields: object) -> Iterator[Up]:
     """Two workers in front of two simulated engines whose streams last some 1.5 s."""
     with ExitStack() as stack:
-        speed = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0.05", "--decode-per-sequence-s", "0")
-        urls = [stack.enter_context(engine(*speed)) for _ in range(2)]
+        speed = ("--prefill-tokens-per-s", "0", "--decode-base-s", "0.05", "--decode-per-sequence-s", "0")
+        urls = [stack.enter_context(engine("--model", "m", *speed)) for _ in range(2)]
         documents = [deployment(name, url, **fields) for name, url in zip("ab", urls, strict=True)]
         spread = gateway("chat", "a", "b", strategy="capacity_round_robin", default=True)
         yield stack.enter_context(Up(folder, [*documents, spread], "--auth", "none", "--access-log", "off", *flags))

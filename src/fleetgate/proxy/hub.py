@@ -337,6 +337,7 @@ class Hub:
                     client.overdue(now_s)
             for peer in self.tables.peers.values():
                 peer.close_idle(now_s - IDLE_MAX_S)
+                peer.follow_name(now_s)
         self.log.flush()
         if self.recorder is not None:
             self.recorder.log.flush()

@@ -20,6 +20,7 @@ from fleetgate.providers.spool import Happened
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, RETIRE, WorkerConfig
 from fleetgate.proxy.drain import AT_ONCE, RETIRED, Acceptor, Leave, drain, stopping
+from fleetgate.proxy.harming import Harming
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.overlap import Overlap
 from fleetgate.proxy.prober import Prober
@@ -78,6 +79,7 @@ class WorkerProcess:
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
+        self._harming = Harming(self.hub, data_dir)
         self._leave = self._stop = stopping(config.lb_grace_s, config.grace_s)
         self._refused = ""
         self._sweeps = 0
@@ -152,6 +154,7 @@ class WorkerProcess:
             self.overlap.look()
             if self._sweeps % SNAPSHOT_EVERY == 0:
                 self._look_for_snapshot()
+                self._harming.look()
                 if self._tls is not None:
                     self._tls.reload_if_changed()
                     self._tell_of_expiry(self._tls)
