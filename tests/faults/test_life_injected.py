@@ -117,7 +117,7 @@ def test_a_fault_that_costs_too_much_of_the_slo_stops_by_itself(tmp_path: Path) 
 def test_mistakes_are_told_with_their_place(tmp_path: Path) -> None:
     with running(tmp_path) as up:
         for words, code, told in (
-            (("explode", "--deployment", "a"), 2, "none of: delay, error, cut, stall, refuse"),
+            (("explode", "--deployment", "a"), 2, "none of: delay, error, cut"),
             (("cut", "--deployment", "nobody"), 1, "there is no Deployment 'nobody'"),
             (("cut", "--deployment", "a", "--share", "2"), 1, "share"),
             (("cut", "--deployment", "a", "--for", "2h"), 1, "for_s"),

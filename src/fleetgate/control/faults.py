@@ -1,4 +1,4 @@
-"""Injected faults: begun and ended here, put in force by the workers, which read their file and the clock themselves."""
+"""Injected faults: begun and ended here, put in force by the workers, who read file and clock themselves."""
 
 import asyncio
 import secrets
@@ -78,7 +78,7 @@ class Faults:
         return sum(self._series().counts_by(STRIKES, "fault", fault=name).values())
 
     async def run(self) -> None:
-        """Look once a second whether one is over or does too much harm, and let the workers know that somebody looks."""
+        """Look once a second whether one is over or does too much harm, and let workers know that somebody looks."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             if self._faults:

@@ -25,6 +25,7 @@ _HELP = {
     "fleetgate_ttft_prediction_error_seconds": "Seconds by which a predicted TTFT was off, either way.",
     "fleetgate_estimated_tokens": "Tokens as estimated before the answer, of requests whose engine then told them.",
     "fleetgate_token_error": "Tokens by which those estimates were off, either way.",
+    "fleetgate_injected_faults": "Requests struck by a fault that somebody injected.",
     "fleetgate_series_overflow": "Observations whose series found no room and were not kept apart.",
 }
 # The same histograms under the names of OpenTelemetry's conventions for generative AI, as Prometheus writes them.

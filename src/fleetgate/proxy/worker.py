@@ -155,6 +155,8 @@ class WorkerProcess:
             if self._sweeps % SNAPSHOT_EVERY == 0:
                 self._look_for_snapshot()
                 self._harming.look()
+                if self.hub.maker.upstream_tls is not None:
+                    self.hub.maker.upstream_tls.reload_if_changed()
                 if self._tls is not None:
                     self._tls.reload_if_changed()
                     self._tell_of_expiry(self._tls)

@@ -9,6 +9,7 @@ from fleetgate.core.capacity import SLOW_START_MIN, slow_start
 from fleetgate.core.health import HEALTHY, Breaker, Health, Sign, after, current
 from fleetgate.core.model import Endpoint
 from fleetgate.protocols.http1 import ResponseMemo
+from fleetgate.proxy.tls import UpstreamTls
 from fleetgate.proxy.transport.addresses import Addresses, EgressRule, Refused
 
 __all__ = ["Attempt", "EgressRule", "Harm", "Peer", "Refused", "UpstreamConnection"]
@@ -94,7 +95,7 @@ class UpstreamConnection(asyncio.Protocol):
 class Peer:
     """One Endpoint as this worker knows it: its idle connections, addresses and health."""
 
-    def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None, allow: "EgressRule | None") -> None:
+    def __init__(self, endpoint: Endpoint, tls: UpstreamTls | None, allow: "EgressRule | None") -> None:
         self.endpoint = endpoint
         self.health: Health = HEALTHY
         self.in_flight = 0
@@ -199,7 +200,7 @@ class Peer:
                         make,
                         address,
                         endpoint.port,
-                        ssl=self._tls,
+                        ssl=self._tls.context if self._tls else None,
                         server_hostname=endpoint.host if self._tls else None,
                     )
                 connection.address = address
