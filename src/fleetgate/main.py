@@ -248,6 +248,7 @@ def control_child(options: UpOptions, opened: Opened) -> Child:
         egress_allow=options.egress_allow or default_ranges,
         region=options.region,
         life_fd=opened.life,
+        supervised=True,
     )
     argv, env = python_child("fleetgate.control.server", CONTROL_ENV, msgspec.json.encode(config))
     fds = [opened.api, opened.board, opened.life]

@@ -30,7 +30,7 @@ def routes(control: Control) -> APIRouter:
     )
     def reload() -> ReloadBegun:
         board = control.board
-        if board is None or control.config.life_fd < 0:
+        if board is None or not control.config.supervised:
             raise ApiError(409, "this control process has no supervisor; it was not started by `fleetgate up`")
         accepting = [worker for worker in board.present() if board.get(worker, Worker.ACCEPTING)]
         os.kill(os.getppid(), signal.SIGHUP)
