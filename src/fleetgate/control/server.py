@@ -25,6 +25,7 @@ from fleetgate.control.config import ENV, ControlConfig
 from fleetgate.control.context import Control, Started, newest_in_use
 from fleetgate.control.datadir import API_ADDRESS, DataDir, Unusable, open_data_dir, unusable_sentence, write_whole
 from fleetgate.control.egress import parse_ranges
+from fleetgate.control.faults import Faults
 from fleetgate.control.loading import apply_file
 from fleetgate.control.publisher import Publisher
 from fleetgate.control.reconciler import Reconciler
@@ -92,9 +93,10 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     control.started = Started(publisher.version, time.monotonic())
     listener = socket.socket(fileno=config.api_fd)
     _write_address(data_dir, listener)
+    injected = Faults(control)
     server = _Server(
         uvicorn.Config(
-            create_app(control, [_host_of(config.api_listen), *config.api_hosts]),
+            create_app(control, [_host_of(config.api_listen), *config.api_hosts], injected),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -111,6 +113,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         publisher.run(reconciler.poke),
         reconciler.run(),
         replicas.drop_carried(publisher.poke),
+        injected.run(),
     ]
     if control.board is not None:
         spool = Spool(data_dir.path)

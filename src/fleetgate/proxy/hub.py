@@ -84,7 +84,7 @@ class Hub:
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
         self.guards = Guards(self)
-        self._others = [worker for worker in range(config.workers) if worker != config.index]
+        self.others = [worker for worker in range(config.workers) if worker != config.index]  # who may wait for room
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
         self._ids = 0
@@ -133,7 +133,7 @@ class Hub:
         """A Deployment has a place again: whoever waits may look, here first, then in the other workers."""
         if self.waiters:
             self.loop.call_soon(self.wake)
-        for worker in self._others:
+        for worker in self.others:
             if self.board.get(worker, Worker.WAITING):
                 try:
                     os.write(self.config.wake_fds[worker], b"\x01")
@@ -342,6 +342,7 @@ class Hub:
                     client.overdue(now_s)
             for peer in self.tables.peers.values():
                 peer.close_idle(now_s - IDLE_MAX_S)
+                peer.follow_name(now_s)
         self.log.flush()
         if self.recorder is not None:
             self.recorder.log.flush()
