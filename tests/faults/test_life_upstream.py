@@ -3,10 +3,11 @@
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import uvloop
 
 from fleetgate.core.model import Endpoint
 from fleetgate.proxy.transport import addresses
@@ -155,3 +156,42 @@ def test_the_first_answer_must_be_good() -> None:
 
     asyncio.run(scene())
     assert addresses.RESOLVE_EVERY_S == 5.0
+
+
+@contextmanager
+def silent_door(host: str, port: int) -> Iterator[None]:
+    """A queue that is full, so that the kernel answers no SYN."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        server.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex((host, port))
+        time.sleep(0.1)
+        yield
+        for client in waiting:
+            client.close()
+
+
+@pytest.mark.parametrize("engine_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_row_2_an_address_that_is_silent_holds_nobody_up_where_there_is_another(
+    engine_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def scene(port: int) -> None:
+        peer = peer_of(Names("127.0.0.2", "127.0.0.1"), port)
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        first = await peer.connect(loop, 10.0)
+        assert first.address == "127.0.0.1"
+        assert 0.2 < loop.time() - begun_s < 5.0
+        begun_s = loop.time()
+        (await peer.connect(loop, 10.0)).drop()  # the one that answered is asked first from now on
+        assert loop.time() - begun_s < 0.2
+        first.drop()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with door("127.0.0.1") as port, silent_door("127.0.0.2", port), asyncio.Runner(loop_factory=engine_loop) as runner:
+        runner.run(scene(port))

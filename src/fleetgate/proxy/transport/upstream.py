@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from fleetgate.core.capacity import SLOW_START_MIN, slow_start
@@ -12,6 +13,7 @@ from fleetgate.core.outliers import Slowness
 from fleetgate.protocols.http1 import ResponseMemo
 from fleetgate.proxy.tls import UpstreamTls
 from fleetgate.proxy.transport.addresses import Addresses, EgressRule, Refused
+from fleetgate.proxy.transport.race import race
 
 __all__ = ["Attempt", "EgressRule", "Harm", "Peer", "Refused", "UpstreamConnection"]
 
@@ -114,6 +116,7 @@ class Peer:
         self._tls = tls
         check = allow.check if allow is not None else _anywhere
         self.addresses = Addresses(endpoint.host, endpoint.port, check)
+        self._answered_at = ""
         self.harm: Harm | None = None
 
     # --- health ---
@@ -198,27 +201,35 @@ class Peer:
     ) -> UpstreamConnection:
         """A connection as `make` makes it. Raises: as `connect`."""
         self.connects += 1
-        endpoint = self.endpoint
         limit_s = timeout_s + (TLS_CONNECT_EXTRA_S if self._tls else 0.0)
-        failure: OSError | TimeoutError = OSError(f"{endpoint.host} has no address")
-        for address in await self.addresses.get(loop.time(), timeout_s):
-            try:
-                async with asyncio.timeout(limit_s):
-                    _, connection = await loop.create_connection(
-                        make,
-                        address,
-                        endpoint.port,
-                        ssl=self._tls.context if self._tls else None,
-                        server_hostname=endpoint.host if self._tls else None,
-                    )
-                connection.address = address
-                return connection
-            except ssl.SSLError:
-                raise  # another address of the same name would only hide a wrong certificate
-            except (OSError, TimeoutError) as error:
-                failure = error
-                self.addresses.refresh(loop.time(), at_once=True)
-        raise failure
+        addresses = await self.addresses.get(loop.time(), timeout_s)
+        # The one that answered last is the first to be asked.
+        addresses = sorted(addresses, key=lambda address: address != self._answered_at)
+        try:
+            connection = await race(
+                [partial(self._dial_at, loop, address, limit_s, make) for address in addresses], UpstreamConnection.drop
+            )
+        except ssl.SSLError:
+            raise
+        except (OSError, TimeoutError):
+            self.addresses.refresh(loop.time(), at_once=True)
+            raise
+        self._answered_at = connection.address
+        return connection
+
+    async def _dial_at(
+        self, loop: asyncio.AbstractEventLoop, address: str, limit_s: float, make: Callable[[], UpstreamConnection]
+    ) -> UpstreamConnection:
+        async with asyncio.timeout(limit_s):
+            _, connection = await loop.create_connection(
+                make,
+                address,
+                self.endpoint.port,
+                ssl=self._tls.context if self._tls else None,
+                server_hostname=self.endpoint.host if self._tls else None,
+            )
+        connection.address = address
+        return connection
 
     def follow_name(self, now_s: float) -> None:
         """Ask for the name's addresses when it is time, and leave those that it no longer has."""
