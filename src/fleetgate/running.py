@@ -53,6 +53,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     record: Path | None
     lb_grace_s: float
     grace_s: float
+    max_stale_s: float
     connections_max: int
     ip_connections_max: int
     key_connections_max: int
@@ -222,6 +223,7 @@ def worker_child(column: int, options: UpOptions, opened: Opened, files: tuple[s
         record=str(options.record.absolute()) if options.record is not None else "off",
         lb_grace_s=options.lb_grace_s if options.lb_grace_s >= 0 else 0.0 if loopback else LB_GRACE_S,
         grace_s=options.grace_s,
+        max_stale_s=options.max_stale_s,
         connections_max=options.connections_max,
         ip_connections_max=options.ip_connections_max,
         key_connections_max=options.key_connections_max,

@@ -12,7 +12,18 @@ import typer
 from fleetgate.cli import calibrate as calibrating
 from fleetgate.cli import fault as faulting
 from fleetgate.cli import reload as reloading
-from fleetgate.cli.client import API_ENV, DEFAULT_API, TOKEN_ENV, Client, Failed, Rejected, connected, resource_path
+from fleetgate.cli import revoke as revoking
+from fleetgate.cli.client import (
+    API_ENV,
+    DEFAULT_API,
+    DEFAULT_DATA_DIR,
+    TOKEN_ENV,
+    Client,
+    Failed,
+    Rejected,
+    connected,
+    resource_path,
+)
 from fleetgate.cli.confirming import sent_once_sure
 from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
 from fleetgate.providers.documents import Unreadable, read_file, resolve_value
@@ -184,6 +195,12 @@ def create_key(
     model: Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE; may be repeated.")] = None,
     expires: Annotated[str, typer.Option("--expires", help="30d, 12h, or a time like 2030-01-31T12:00:00Z.")] = "",
+    kill_streams: Annotated[
+        bool, typer.Option("--kill-streams", help="Revoking it ends its running requests too.")
+    ] = False,
+    require_fresh: Annotated[
+        str, typer.Option("--require-fresh", help="60s: refused when the control plane is away for longer.")
+    ] = "",
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
@@ -200,12 +217,34 @@ def create_key(
     document: dict[str, Any] = {"name": name, "gateways": gateway or [], "models": model or [], "labels": labels}
     if expires:
         document["expires"] = expires
+    if kill_streams:
+        document["kill_streams"] = True
+    if require_fresh:
+        document["require_fresh_s"] = faulting.duration_s(require_fresh, "--require-fresh")
     with _told(), connected(api, token, data_dir) as client:
         created = client.post(resource_path("keys"), document)
         if output is Output.TABLE:
             sys.stdout.write(f"{created['key']}\n")
         else:
             _print_one({"name": created["name"], "key": created["key"]}, output)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(help="The key's name or id.")],
+    data_dir: Annotated[
+        Path, typer.Option("--data-dir", help="Where `fleetgate up` on this machine keeps its data.")
+    ] = DEFAULT_DATA_DIR,
+) -> None:
+    """Revoke a key on this machine without the API, for when the control plane cannot be reached.
+
+    The workers refuse it within 0.2 s. The store learns of it when the control process is back, with an Event that
+    says who did it and when. While the API answers, `fleetgate delete key NAME` does the same for all.
+
+    Example: `fleetgate keys revoke mobile-app --data-dir /var/lib/fleetgate`
+    """
+    with _told():
+        revoking.revoke_here(data_dir.expanduser(), name)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from fleetgate.control.loading import apply_file
 from fleetgate.control.publisher import Publisher
 from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
+from fleetgate.control.revocations import merge_revoked
 from fleetgate.control.store.database import Database
 from fleetgate.control.watching import Watcher, beat, watch
 from fleetgate.core.board import Board
@@ -118,6 +119,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     if control.board is not None:
         spool = Spool(data_dir.path)
         jobs.append(beat(control.board))
+        jobs.append(merge_revoked(control))
         jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)

@@ -27,6 +27,7 @@ MESSAGES = {
     "upstream_timeout": "no Deployment began to answer in time",
     "poison_request": "this request ended the engine that served it, twice; it is not tried again",
     "model_not_found": "no Deployment behind this Gateway serves this model now",
+    "invalid_api_key": "the API key was revoked while this answer was running; the answer above is incomplete",
     "upstream_interrupted": "the Deployment that was answering was lost; the answer above is incomplete",
 }
 

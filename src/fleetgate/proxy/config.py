@@ -18,7 +18,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     laid out, empty where that cannot differ.
     `connections_max` of one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max` of
     one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
-    `body_budget_bytes` of all workers, 0 for a quarter of the memory.
+    `body_budget_bytes` of all workers, 0 for a quarter of the memory. `max_stale_s` is how long keys are good without
+    the control plane, 0 for ever.
     """
 
     index: int
@@ -43,6 +44,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     canary: bool = True  # whether a new Snapshot goes to one worker first
     lb_grace_s: float = 5.0
     grace_s: float = 30.0
+    max_stale_s: float = 0.0
     connections_max: int = 0
     ip_connections_max: int = -1
     key_connections_max: int = -1

@@ -21,6 +21,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
+from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
@@ -84,6 +85,7 @@ class Hub:
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
         self.guards = Guards(self)
+        self.freshness: Freshness
         self.others = [worker for worker in range(config.workers) if worker != config.index]  # who may wait for room
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
@@ -196,8 +198,16 @@ class Hub:
         self.ward.use(before, tables)
         self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
         self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
+        self._end_with_their_keys(before, tables)
         for conversation in waiting:
             conversation.change_lane()
+
+    def _end_with_their_keys(self, before: Tables, tables: Tables) -> None:
+        """Running requests whose key is gone, where it says that they go with it. FAULTS.md row 64."""
+        gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in tables.keys}
+        if gone:
+            for conversation in [one for one in self.conversations if one.request.key.id in gone]:
+                conversation.cut_off()
 
     # --- what requests read ---
 

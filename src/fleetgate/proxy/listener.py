@@ -200,7 +200,8 @@ class ClientConnection(asyncio.Protocol):
         if not self._hub.guards.carries(self, admitted.key.name):
             self._deny_and_close(Denied(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
             return
-        if parsed.keep_alive and not parsed.expects_continue and not admitted.key.expires_s and self._memo.keep(head):
+        lasting = not (admitted.key.expires_s or admitted.key.require_fresh_s)
+        if lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):
             self._remembered = admitted
         if parsed.chunked:
             self._chunks = ChunkedBody()

@@ -22,6 +22,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.config import ENV, RETIRE, WorkerConfig
 from fleetgate.proxy.door import Door
 from fleetgate.proxy.drain import AT_ONCE, RETIRED, Leave, drain, stopping
+from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.harming import Harming
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
@@ -83,6 +84,8 @@ class WorkerProcess:
         self._rollout = Rollout(self._snapshots, self.board, config.index, self, careful=config.canary)
         self.overlap.on_change = self._counts_with
         self._locks = locks
+        self._freshness = self.hub.freshness = Freshness(data_dir, self.board, config.max_stale_s)
+        self._using = EMPTY
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
@@ -111,6 +114,7 @@ class WorkerProcess:
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
         hub.guards.begin(SWEEP_S)
+        self._look_at_keys()
         self._rollout.start(hub.clock())
         self._say_refusals()
         hub.guards.sweep()
@@ -181,12 +185,20 @@ class WorkerProcess:
             self.hub.guards.sweep()
 
     def _look_at_files(self) -> None:
+        self._look_at_keys()
         self._harming.look()
         if self.hub.maker.upstream_tls is not None:
             self.hub.maker.upstream_tls.reload_if_changed()
         if self._tls is not None:
             self._tls.reload_if_changed()
             self._tell_of_expiry(self._tls)
+
+    def _look_at_keys(self) -> None:
+        freshness = self._freshness
+        if freshness.look(self.hub.clock()):
+            self.take(self._using)
+            if freshness.stale:
+                self._say("nothing was heard of the control plane for --max-stale-s; API keys are refused until it is")
 
     def _tell_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
         if self._prober.mine and (sentence := tls.alarm(self.hub.epoch_s())):  # one worker tells for all
@@ -202,10 +214,11 @@ class WorkerProcess:
     def take(self, snapshot: Snapshot) -> bool:
         """Use a Snapshot from now on; False, and a line in the log, where it cannot be used."""
         try:
-            tables = Tables(snapshot, self.hub.maker, self.hub.tables, self.hub.clock())
+            tables = Tables(self._freshness.usable(snapshot), self.hub.maker, self.hub.tables, self.hub.clock())
         except Exception as error:
             self._say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
             return False
+        self._using = snapshot
         self.hub.use(tables)
         return True
 
@@ -226,9 +239,10 @@ class WorkerProcess:
         self._say(sentence)
 
     def _say_refusals(self) -> None:
-        if self._snapshots.refused != self._refused:
-            self._refused = self._snapshots.refused
-            self._say(self._refused or "the Snapshot file is good again")
+        refused = self._snapshots.refused or self._freshness.refused
+        if refused != self._refused:
+            self._refused = refused
+            self._say(self._refused or "the files that were refused are good again")
 
     def _orphaned(self) -> None:
         """The supervisor is dead: a worker must not outlive it, so there is no grace."""
