@@ -99,6 +99,14 @@ def _row(plural: str, document: Mapping[str, Any], live: Mapping[str, Any]) -> d
                 "MODELS": ", ".join(document["models"]) or "all",
                 "EXPIRES": document.get("expires_at", "never"),
             }
+        case "faults":
+            return name | {
+                "KIND": document["kind"],
+                "DEPLOYMENT": document["deployment"],
+                "SHARE": f"{document['share']:.0%}",
+                "LEFT": f"{document['left_s']:.0f} s",
+                "STRUCK": str(document["struck"]),
+            }
         case "events":
             thing = document["object"]
             return {"AT": document["at"], "OBJECT": f"{thing['kind']}/{thing['name']}", "WHAT": document["sentence"]}

@@ -38,7 +38,11 @@ def standing_of(board: Board, now_s: float, epoch_s: float) -> Standing:
         for worker in live
         if (given_up := board.get(worker, Worker.SNAPSHOT_RETURNED)) > versions[worker]
     ]
-    degraded += [f"worker {worker} is not running" for worker in range(board.workers) if worker not in live]
+    degraded += [
+        f"worker {worker} is not running"
+        for worker in range(board.workers)
+        if worker not in live and board.get(worker, Worker.STARTS)
+    ]
     for worker in live:
         degraded += strains(board, worker, now_s)
     if version and not 0 <= silent_s <= SILENT_S_MAX:

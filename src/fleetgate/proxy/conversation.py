@@ -436,6 +436,13 @@ class Conversation(Speaker):
             self.relay.cancel()
         self.report(GONE)
 
+    def cut_off(self) -> None:
+        """Its key was revoked: end as if the client had left, and tell it why where it can still be told."""
+        if self.ask.stream and (self.first_s or self.early_attempts):
+            self.write_event(openai.error_event("invalid_api_key", answers.MESSAGES["invalid_api_key"]))
+        self.client.keep_alive = False
+        self.client_gone()
+
     def overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""
         relay = self.relay

@@ -21,6 +21,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
+from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
@@ -84,7 +85,8 @@ class Hub:
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
         self.guards = Guards(self)
-        self._others = [worker for worker in range(config.workers) if worker != config.index]
+        self.freshness: Freshness
+        self.others = [worker for worker in range(config.workers) if worker != config.index]  # who may wait for room
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
         self._ids = 0
@@ -133,7 +135,7 @@ class Hub:
         """A Deployment has a place again: whoever waits may look, here first, then in the other workers."""
         if self.waiters:
             self.loop.call_soon(self.wake)
-        for worker in self._others:
+        for worker in self.others:
             if self.board.get(worker, Worker.WAITING):
                 try:
                     os.write(self.config.wake_fds[worker], b"\x01")
@@ -196,8 +198,16 @@ class Hub:
         self.ward.use(before, tables)
         self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
         self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
+        self._end_with_their_keys(before, tables)
         for conversation in waiting:
             conversation.change_lane()
+
+    def _end_with_their_keys(self, before: Tables, tables: Tables) -> None:
+        """Running requests whose key is gone, where it says that they go with it. FAULTS.md row 64."""
+        gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in tables.keys}
+        if gone:
+            for conversation in [one for one in self.conversations if one.request.key.id in gone]:
+                conversation.cut_off()
 
     # --- what requests read ---
 
@@ -344,6 +354,7 @@ class Hub:
                     client.overdue(now_s)
             for peer in self.tables.peers.values():
                 peer.close_idle(now_s - IDLE_MAX_S)
+                peer.follow_name(now_s)
         self.log.flush()
         if self.recorder is not None:
             self.recorder.log.flush()
