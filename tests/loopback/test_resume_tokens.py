@@ -90,6 +90,17 @@ def test_a_sampled_answer_goes_on_byte_for_byte_wherever_it_was_cut(engines: Eng
     engines.plane.wait_idle()
 
 
+def test_a_greedy_answer_is_replayed_and_its_ids_are_told_once(engines: Engines) -> None:
+    expected = told(events_of(engines.ask(CHAT, 0, temperature=0)))
+    engines.all[1].tokenizer = 0  # any engine may replay, so all must say the same
+    try:
+        for cut in range(2, 40, 3):
+            assert told(events_of(engines.ask(CHAT, cut, temperature=0))) == expected, f"cut after {cut} events"
+            assert engines.plane.walls[1].seen[0].path == CHAT
+    finally:
+        engines.all[1].tokenizer = 500
+
+
 def cut_in_a_character(first: Seen, second: Seen, cut: int, path: str) -> bool:
     """Whether the second engine was asked to begin before the last id that the first had told."""
     prompt = len(TokenEngine("").prompt_ids(first.ask))

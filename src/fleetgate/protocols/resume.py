@@ -296,6 +296,8 @@ class Seam:
         self._said = {channel for channel, _ in self._runs}
         self._prefilled_tokens = transcript.tokens if way is Way.PREFILL else 0
         self._transcript = transcript
+        self._counts_ids = way is not Way.PREFILL and transcript.token_mark != 0
+        self._owed = list(transcript.ids) if way is Way.REPLAY and self._counts_ids else []
         self._model = model
         self._run = self._at = 0
 
@@ -337,10 +339,10 @@ class Seam:
         """Leave of a choice what is new; False where nothing is."""
         if choice.get("index"):
             raise Mismatch  # another choice than the one that broke off
-        news = False
+        news = self._counts_ids and self._trim_ids(choice)
         if choice.get("text"):
             choice["text"] = self._unread("text", choice["text"])
-            news = bool(choice["text"])
+            news = news or bool(choice["text"])
         delta = choice.get("delta") or {}
         delta.pop("role", None)
         for name in _TEXTS:
@@ -355,10 +357,24 @@ class Seam:
         else:
             delta.pop("tool_calls", None)
         if choice.get("finish_reason"):
-            if not self.caught_up:
+            if not self.caught_up or self._owed:
                 raise Mismatch
             return True
         return news or bool(calls)
+
+    def _trim_ids(self, choice: dict[str, Any]) -> bool:
+        """Leave of its token ids those that the client has not got."""
+        choice.pop("prompt_token_ids", None)
+        ids = choice.get("token_ids") or []
+        if type(ids) is not list:
+            raise Malformed(502, "the upstream's token ids are no list")
+        again = min(len(ids), len(self._owed))
+        if ids[:again] != self._owed[:again]:
+            raise Mismatch
+        del self._owed[:again]
+        if again:
+            choice["token_ids"] = ids[again:]
+        return len(ids) > again
 
     def _trim_call(self, call: dict[str, Any]) -> bool:
         index, function = call.get("index", 0), call.get("function") or {}

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.openai import Operation
 from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way
 
@@ -87,39 +86,22 @@ class TokenSeam(Seam):
     """
 
     def __init__(self, transcript: Transcript, model: str, operation: Operation) -> None:
-        super().__init__(transcript, Way.TOKENS, model)
         transcript.digest()
+        super().__init__(transcript, Way.TOKENS, model)
         self._prefilled_tokens = transcript.settled
         self._owed = list(transcript.ids[transcript.settled :])
         self._is_chat = operation.name == "chat"
 
-    @property
-    def caught_up(self) -> bool:
-        """Whether every id that the client has was said again."""
-        return not self._owed
-
     def _shape(self, event: dict[str, Any]) -> None:
         event.pop("prompt_token_ids", None)
-        if self._is_chat:
-            event["object"] = "chat.completion.chunk"
+        if not self._is_chat:
+            return
+        event["object"] = "chat.completion.chunk"
         for choice in event.get("choices") or ():
-            choice.pop("prompt_token_ids", None)
-            ids = choice.get("token_ids") or []
-            if type(ids) is not list:
-                raise Malformed(502, "the upstream's token ids are no list")
-            again = min(len(ids), len(self._owed))
-            if ids[:again] != self._owed[:again]:
-                raise Mismatch
-            del self._owed[:again]
-            choice["token_ids"] = ids[again:]
-            if self._owed and choice.get("text"):
-                raise Mismatch  # text for ids that never had any
-            if self._is_chat:
-                text = choice.pop("text", None)
-                choice["delta"] = {"content": text} if text else {}
-
-    def _trim(self, choice: dict[str, Any]) -> bool:
-        return super()._trim(choice) or bool(choice.get("token_ids"))
+            text = choice.pop("text", None)
+            choice["delta"] = {"content": text} if text else {}
 
     def _unread(self, channel: str, text: str) -> str:
+        if self._owed:
+            raise Mismatch  # text for ids that never had any
         return text

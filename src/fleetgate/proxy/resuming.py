@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fleetgate.proxy.tables import LaneState, Place, Tables
 
 
+NOBODYS_IDS = 1  # the mark of ids that no other engine is known to take: a replay still compares them
+
+
 def script_of(conversation: "Conversation") -> Transcript | None:
     """What to write a stream down in, None where it could not go on anyway: it then costs nothing."""
     lane, operation = conversation.lane, conversation.request.operation
@@ -24,8 +27,10 @@ def script_of(conversation: "Conversation") -> Transcript | None:
     if operation.name == "responses":
         return ResponseTranscript() if ways else None
     place = conversation.place
-    mark = _mark(place, conversation.ask.model) if Way.TOKENS in ways and place is not None else 0
-    return Transcript(mark) if mark or ways - {Way.TOKENS} else None
+    mark = 0
+    if Way.TOKENS in ways and place is not None:
+        mark = _mark(place, conversation.ask.model) or NOBODYS_IDS
+    return Transcript(mark) if mark > NOBODYS_IDS or ways - {Way.TOKENS} else None
 
 
 def _ways(body: bytes, operation: Operation) -> frozenset[Way]:
