@@ -59,7 +59,7 @@ class Crowd:
         chance = random.Random(seed)
         with httpx2.Client(trust_env=False, timeout=30) as client:
             while not self._stop.is_set():
-                body = {
+                body: dict[str, object] = {
                     "model": chance.choice(BAD if chance.random() < 0.06 else GOOD),
                     "messages": [{"role": "user", "content": "hi"}],
                 }
