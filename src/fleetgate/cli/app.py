@@ -28,7 +28,7 @@ from fleetgate.cli.confirming import sent_once_sure
 from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
 from fleetgate.providers.documents import Unreadable, read_file, resolve_value
 
-KINDS = ("clusters", "profiles", "deployments", "gateways", "keys", "secrets", "events", "faults")
+KINDS = ("clusters", "profiles", "deployments", "gateways", "keys", "secrets", "events", "faults", "usage")
 EVENTS_DESCRIBED = 20
 EVENTS_LISTED = 100
 
@@ -110,7 +110,8 @@ def get(
 ) -> None:
     """List resources, or show one.
 
-    Examples: `fleetgate get deployments` · `fleetgate get gateway chat -o yaml` · `fleetgate get events`
+    Examples: `fleetgate get deployments` · `fleetgate get gateway chat -o yaml` · `fleetgate get events` ·
+    `fleetgate get usage` (sums) · `fleetgate get usage REQUEST_ID` (its attempts)
     """
     plural = _plural(kind)
     with _told(), connected(api, token, data_dir) as client:
@@ -120,6 +121,8 @@ def get(
             found = client.get("/api/v1/events", limit=EVENTS_LISTED)["items"]
         elif name is not None:
             found = [client.get(resource_path(plural, name))]
+            if plural == "usage":
+                found = found[0]["attempts"]
         else:
             found = client.get(resource_path(plural))["items"]
         match output:
@@ -146,7 +149,7 @@ def describe(
     Examples: `fleetgate describe deployment llama-us` · `fleetgate describe gateway chat -o json`
     """
     plural = _plural(kind)
-    if plural in ("events", "faults"):
+    if plural in ("events", "faults", "usage"):
         raise typer.BadParameter(f"there is no more to tell; use `fleetgate get {plural}`", param_hint="KIND")
     with _told(), connected(api, token, data_dir) as client:
         document = client.get(resource_path(plural, name))
@@ -180,8 +183,8 @@ def delete(
     Examples: `fleetgate delete gateway chat` · `fleetgate delete key mobile-app`
     """
     plural = _plural(kind)
-    if plural == "events":
-        raise typer.BadParameter("Events cannot be deleted", param_hint="KIND")
+    if plural in ("events", "usage"):
+        raise typer.BadParameter(f"{plural.capitalize()} cannot be deleted", param_hint="KIND")
     with _told(), connected(api, token, data_dir) as client:
         path = resource_path(plural, name)
         deleted = sent_once_sure(lambda sure: client.delete(path, confirmed=int(sure)), yes)

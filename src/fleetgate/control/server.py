@@ -32,6 +32,7 @@ from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
 from fleetgate.control.revocations import merge_revoked
 from fleetgate.control.store.database import Database
+from fleetgate.control.usage import Ledger
 from fleetgate.control.watching import Watcher, beat, watch
 from fleetgate.core.board import Board
 from fleetgate.providers.base import Settings, discover
@@ -116,13 +117,17 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         replicas.drop_carried(publisher.poke),
         injected.run(),
     ]
+    ledger = Ledger(data_dir.path, database)
     if control.board is not None:
+        jobs.append(ledger.run())
         spool = Spool(data_dir.path)
         jobs.append(beat(control.board))
         jobs.append(merge_revoked(control))
         jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
+    with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
+        await asyncio.to_thread(ledger.take)
     log.info("control_stopped")
 
 

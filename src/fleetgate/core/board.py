@@ -47,6 +47,8 @@ class Worker(IntEnum):
     SNAPSHOT_TRYING = 16  # the version on trial here; it outlives the worker, so that one that kills workers is known
     SNAPSHOT_PROVEN = 17  # the version that others may follow to
     SNAPSHOT_RETURNED = 18  # the version that was given up for the last good one, 0 for none
+    JOURNAL_SHORT = 19  # accounts wait in memory, because the disk does not take them
+    ROWS_LOST = 20  # accounts that found no room there either
 
 
 WORKER_CELLS = 24

@@ -46,7 +46,10 @@ def verified(data: bytes, public_key: bytes, form: bytes = FORM) -> bytes:
     if end < 0:
         raise NotSigned("its first line has no end")
     try:
-        signature = base64.b64decode(data[len(form) : end], validate=True)
+        text = data[len(form) : end]
+        signature = base64.b64decode(text, validate=True)
+        if base64.b64encode(signature) != text:
+            raise NotSigned("its signature is damaged")  # the last letter has bits that decoding leaves out
         payload = data[end + 1 :]
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, form + payload)
     except binascii.Error:

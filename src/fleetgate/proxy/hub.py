@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import formatdate
@@ -17,12 +18,14 @@ from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
 from fleetgate.providers.spool import Happened, Spool
 from fleetgate.proxy import watching
+from fleetgate.proxy.accounts import Accounts
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.guards import Guards
+from fleetgate.proxy.journal import Journal
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
@@ -65,6 +68,8 @@ class Hub:
         self.ward = Ward(self)
         self.suspects = Suspects(self)
         self.spool = Spool(Path(config.data_dir))
+        self.journal = Journal(Path(config.data_dir), self.say)
+        self.accounts = Accounts(self.journal)
         self.recorder = Recorder(config) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
         self.telemetry = Telemetry(board, config.index)
@@ -101,6 +106,11 @@ class Hub:
     def epoch_s(self) -> float:
         """The calendar's clock, for what has an expiry date."""
         return time.time()
+
+    def say(self, sentence: str) -> None:
+        """A line in the process's own log."""
+        line = {"event": "worker", "worker": self.config.index, "message": sentence}
+        sys.stderr.write(msgspec.json.encode(line).decode() + "\n")
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run something beside the loop's callbacks; kept referenced until it ends."""
@@ -349,6 +359,7 @@ class Hub:
             self.wake()  # a breaker's back-off may be over; no event tells
         if watch:
             self._learn_from_the_last_second(furthest, now_s)
+            self._look_at_journal(now_s)
             for client in self.connections:
                 if client.deadline_s <= now_s:
                     client.overdue(now_s)
@@ -358,6 +369,12 @@ class Hub:
         self.log.flush()
         if self.recorder is not None:
             self.recorder.log.flush()
+
+    def _look_at_journal(self, now_s: float) -> None:
+        journal, index = self.journal, self.config.index
+        journal.look(now_s)
+        self.board.set(index, Worker.JOURNAL_SHORT, journal.is_short)
+        self.board.set(index, Worker.ROWS_LOST, journal.lost)
 
     def _learn_from_the_last_second(self, furthest: dict[int, int], now_s: float) -> None:
         """Paces from our own streams; limits, in the one worker that does it for all, from what all have counted."""

@@ -113,6 +113,7 @@ class WorkerProcess:
             loop.add_reader(config.life_fd, self._orphaned)
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
+        hub.journal.begin(loop)
         hub.guards.begin(SWEEP_S)
         self._look_at_keys()
         self._rollout.start(hub.clock())
@@ -143,10 +144,11 @@ class WorkerProcess:
         if ops is not None:
             ops.close()
         hub.log.close()
+        hub.journal.close()
         if hub.recorder is not None:
             hub.recorder.log.close()
             if hub.recorder.log.dropped:
-                self._say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
+                self.hub.say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
     async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Door:
         tcp.bound_unsent(fd)
@@ -198,12 +200,12 @@ class WorkerProcess:
         if freshness.look(self.hub.clock()):
             self.take(self._using)
             if freshness.stale:
-                self._say("nothing was heard of the control plane for --max-stale-s; API keys are refused until it is")
+                self.hub.say("the control plane was not heard for --max-stale-s; API keys are refused until it is")
 
     def _tell_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
         if self._prober.mine and (sentence := tls.alarm(self.hub.epoch_s())):  # one worker tells for all
             self.hub.spool.add(Happened("Certificate", "client-listener", sentence))
-            self._say(sentence)
+            self.hub.say(sentence)
 
     def _look_for_snapshot(self) -> None:
         self._rollout.look(self.hub.clock())
@@ -216,7 +218,7 @@ class WorkerProcess:
         try:
             tables = Tables(self._freshness.usable(snapshot), self.hub.maker, self.hub.tables, self.hub.clock())
         except Exception as error:
-            self._say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
+            self.hub.say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
             return False
         self._using = snapshot
         self.hub.use(tables)
@@ -229,20 +231,20 @@ class WorkerProcess:
             try:
                 self._snapshots.keep(data, version)
             except OSError as error:
-                self._say(f"there is no copy of Snapshot {version}: {error.strerror}; make room in the data directory")
+                self.hub.say(f"there is no copy of Snapshot {version}: {error.strerror}; make room on the disk")
 
         self.hub.loop.run_in_executor(None, write)
 
     def tell(self, version: int, sentence: str) -> None:
         """An Event, and a line in the log."""
         self.hub.spool.add(Happened("Snapshot", str(version), sentence))
-        self._say(sentence)
+        self.hub.say(sentence)
 
     def _say_refusals(self) -> None:
         refused = self._snapshots.refused or self._freshness.refused
         if refused != self._refused:
             self._refused = refused
-            self._say(self._refused or "the files that were refused are good again")
+            self.hub.say(self._refused or "the files that were refused are good again")
 
     def _orphaned(self) -> None:
         """The supervisor is dead: a worker must not outlive it, so there is no grace."""
@@ -251,10 +253,6 @@ class WorkerProcess:
     def _woken(self) -> None:
         os.read(self.config.wake_fd, 4096)
         self.hub.wake()
-
-    def _say(self, message: str) -> None:
-        line = {"event": "worker", "worker": self.config.index, "message": message}
-        sys.stderr.write(msgspec.json.encode(line).decode() + "\n")
 
 
 def main() -> None:

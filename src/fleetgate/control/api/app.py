@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from fleetgate.control.api import apply, calibrations, errors, faults, ops, reload, resources, state
+from fleetgate.control.api import apply, calibrations, errors, faults, ops, reload, resources, state, usage
 from fleetgate.control.api.guard import Guard
 from fleetgate.control.calibrating import Calibrations
 from fleetgate.control.context import Control
@@ -43,6 +43,7 @@ def create_app(control: Control, hosts: list[str], injected: Faults | None = Non
     app.include_router(apply.routes(control))
     app.include_router(reload.routes(control))
     app.include_router(faults.routes(control, injected or Faults(control)))
+    app.include_router(usage.routes(control))
     app.include_router(state.routes(control))
     app.include_router(ops.routes(control))
     app.add_middleware(Guard, owner_token=control.data_dir.owner_token, hosts=hosts)
