@@ -79,9 +79,10 @@ class Resumption:
         """Whether some Deployment that is up could go on with it."""
         lane, tables = conversation.lane, conversation.hub.tables
         unfit = frozenset(self.unfit(lane, tables))
+        lost = () if conversation.peer is None else (conversation.peer,)
+        without, now_s = (*conversation.failed_peers, *lost), conversation.hub.clock()
         slots = [candidate.slot for candidate in lane.candidates if candidate.slot not in unfit]
-        lost = conversation.place.slot if conversation.place is not None else None
-        return any(slot != lost and tables.places[slot].fit > 0.0 for slot in slots)
+        return any(tables.places[slot].choose(now_s, without) is not None for slot in slots)
 
     def can_go_on(self, body: bytes) -> bool:
         """Whether what was said by now can be gone on with."""
