@@ -363,3 +363,27 @@ def test_what_one_worker_is_asked_the_other_keeps() -> None:
             for _ in range(30):
                 assert by(made.ask(request("m"))) == "two"
             assert made.seen().count(engine) == 1, engine
+
+
+# --- half open --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_brings_content_holds_nobody_up_until_its_end(three: Plane) -> None:
+    """With one Deployment and a long stream as the trial: whoever comes next is served meanwhile."""
+    use(three, "ok")
+    three.wall.fall()
+    while three.ask(request("m")).status != 503:
+        pass
+    wait_for(lambda: bool(told_out(three)))
+    three.wall.rise()
+    three.wall.hold()
+    deadline_s = time.monotonic() + 20
+    while True:  # until it is half open, a trial is refused at once
+        assert time.monotonic() < deadline_s
+        with three.client() as client:
+            client.send(request("held", stream=True))
+            if client.read(head_only=True).status == 200:
+                assert three.ask(request("m")).status == 200, "the trial still runs"
+                three.wall.release()
+                break
+    three.wait_idle()

@@ -153,3 +153,19 @@ def test_requests_that_never_end_are_408_and_idle_connections_close(two: Plane) 
     assert two.seen() == ["ok"]
     for client in begun.values():
         client.socket.close()
+
+
+def test_an_answer_that_is_not_streamed_has_the_time_that_such_answers_take() -> None:
+    """Once it is known how long they take here, a silent engine is left long before the SDKs' ten minutes."""
+    with plane(walls=2, patience={"watching.patience.WHOLE_MIN_S": 1.0}) as made:
+        made.use({}, {"models": {name: "ok" for name in EVERY_MODEL}})
+        for _ in range(25):
+            assert made.ask(request("ok", max_tokens=20)).status == 200
+        begun_s = time.monotonic()
+        answer = made.ask(request("silent", max_tokens=20))
+        assert answer.status == 200 and answer.headers["x-fleetgate-deployment"] == "two"
+        assert time.monotonic() - begun_s < 10.0
+        # One that may become long has longer: three times what so many tokens would take.
+        slow = made.ask(request("slow", max_tokens=100_000, wall={"delay_s": 3.0}))
+        assert slow.status == 200 and slow.headers["x-fleetgate-deployment"] == "one"
+        made.wait_idle()

@@ -15,9 +15,12 @@ from fleetgate.core.patience import (
     STALL_MIN_S,
     STALL_TOKENS,
     STALL_UNKNOWN_S,
+    WHOLE_MAX_S,
+    WHOLE_MIN_S,
     Firsts,
     Pulse,
     first_event_s,
+    whole_answer_s,
 )
 
 tpots_s = st.floats(0.001, 5.0)
@@ -41,6 +44,24 @@ def test_a_stall_is_long_beside_what_was_seen_lately(seen_s: list[float]) -> Non
     assert pulse.stall_s >= min(STALL_MAX_S, 0.8 * STALL_TOKENS * slowest_s)
     if len(seen_s) < SEEN_MIN:
         assert pulse.stall_s >= STALL_UNKNOWN_S
+
+
+@given(st.lists(tpots_s, max_size=100), st.lists(tpots_s, max_size=60), st.integers(0, 100_000))
+def test_a_whole_answer_has_three_times_what_its_longest_form_would_take(
+    wholes_s: list[float], streams_s: list[float], tokens_max: int
+) -> None:
+    pulse = Pulse()
+    for token_s in streams_s:
+        pulse.saw_stream(token_s)
+    for token_s in wholes_s:
+        pulse.saw_whole(token_s)
+    limit_s = whole_answer_s(None, pulse.token_s, tokens_max)
+    assert WHOLE_MIN_S <= limit_s <= WHOLE_MAX_S
+    known = wholes_s if len(wholes_s) >= SEEN_MIN else streams_s if len(streams_s) >= SEEN_MIN else []
+    if not known or not tokens_max:
+        assert limit_s == WHOLE_MAX_S
+    else:
+        assert limit_s >= min(WHOLE_MAX_S, 3.0 * 0.8 * max(known[-20:]) * tokens_max)
 
 
 @given(st.floats(1.5, 100.0))

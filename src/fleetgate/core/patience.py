@@ -7,6 +7,8 @@ FIRST_MIN_S, FIRST_MAX_S = 5.0, 300.0
 FIRST_FACTOR = 3.0  # times what was predicted
 FIRST_UNKNOWN_S = 60.0  # where no Profile predicts and too few first tokens were seen
 FIRST_ALIVE_S = 2.0  # an engine that brought somebody's first token so lately is at work, however long others wait
+WHOLE_MIN_S, WHOLE_MAX_S = 30.0, 600.0  # of an answer that is not streamed; the upper one is the official SDKs' own
+WHOLE_FACTOR = 3.0
 STALL_MIN_S, STALL_MAX_S = 5.0, 60.0
 STALL_UNKNOWN_S = 15.0  # before a Deployment has been seen to stream
 STALL_TOKENS = 20.0  # times the slow end of its time per token
@@ -20,6 +22,16 @@ def first_event_s(predicted_s: float | None) -> float:
     if predicted_s is None:
         return FIRST_UNKNOWN_S
     return min(FIRST_MAX_S, max(FIRST_MIN_S, FIRST_FACTOR * predicted_s))
+
+
+def whole_answer_s(first_s: float | None, token_s: float | None, tokens_max: int) -> float:
+    """How long an answer that is not streamed may take, which shows nothing until it is whole.
+
+    Shape: `tokens_max` is what its client asked for at most; 0, and None for the others, where it is not known.
+    """
+    if not tokens_max or token_s is None:
+        return WHOLE_MAX_S
+    return min(WHOLE_MAX_S, max(WHOLE_MIN_S, WHOLE_FACTOR * ((first_s or 0.0) + token_s * tokens_max)))
 
 
 class Firsts:
@@ -70,13 +82,27 @@ class Pulse:
     quicker lets it fade. Cost: 0.2 µs a stream.
     """
 
-    __slots__ = ("_gap_s", "_streams", "_tpot_s", "firsts")
+    __slots__ = ("_gap_s", "_streams", "_tpot_s", "_whole_token_s", "_wholes", "firsts")
 
     def __init__(self) -> None:
         self.firsts = Firsts()
         self._tpot_s = 0.0
         self._gap_s = 0.0
         self._streams = 0
+        self._whole_token_s = 0.0
+        self._wholes = 0
+
+    def saw_whole(self, token_s: float) -> None:
+        """An answer that was not streamed ended as it should. Units: seconds per token, its prompt's share included."""
+        self._wholes += 1
+        self._whole_token_s = max(token_s, FADES_TO * self._whole_token_s)
+
+    @property
+    def token_s(self) -> float | None:
+        """The slow end of a token's time in a whole answer, None while too little was seen."""
+        if self._wholes >= SEEN_MIN:
+            return self._whole_token_s
+        return self._tpot_s if self._streams >= SEEN_MIN else None
 
     def saw_stream(self, tpot_s: float) -> None:
         """A stream ended as it should. Units: seconds per token over its whole length."""

@@ -346,9 +346,7 @@ class Conversation(Speaker):
         peer, self.peer = self.peer, None
         if peer is not None:
             peer.in_flight -= 1
-            if peer.trial:
-                peer.trial = False
-                self.hub.tables.renew_fit(peer, now_s)
+            self.hub.tables.tried_out(peer, now_s)
         place, self.place = self.place, None
         if place is not None:
             self.lane.drain.ended(now_s)
@@ -386,6 +384,8 @@ class Conversation(Speaker):
     def _flow(self, relay: Relay) -> None:
         """From here on the answer goes to the client as it comes."""
         self.deadline_s = self.first_s + watching.stall_s(self)
+        if self.peer is not None:
+            self.hub.tables.tried_out(self.peer, self.first_s)  # others need not wait for the end of a long answer
         if self.lane.hedges and self.wanting is not None and relay.stream:
             self.lane.first_tokens.saw(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
         if relay.stream:
@@ -466,7 +466,7 @@ class Conversation(Speaker):
             self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
             self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
-        elif relay is not None:
+        elif relay is not None and not watching.has_more_time(self, now_s):
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
 

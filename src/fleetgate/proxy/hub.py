@@ -291,6 +291,8 @@ class Hub:
             if usage is not None:
                 prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
                 output_tokens = usage.completion_tokens or usage.output_tokens or 0
+                if outcome is Outcome.OK and output_tokens and not relay.stream and place is not None:
+                    place.pulse.saw_whole((now_s - conversation.sent_s) / output_tokens)
                 cells[meters.prompt_tokens] += prompt_tokens
                 cells[meters.output_tokens] += output_tokens
         if self.log.on:

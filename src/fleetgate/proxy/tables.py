@@ -254,9 +254,15 @@ class Tables:
                 place.lanes.append([other for other in lane.places if other is not place])
 
     def try_out(self, peer: Peer, now_s: float) -> None:
-        """An Endpoint that was out gets one real request; until it is known how that went, no other."""
+        """An Endpoint that was out gets one real request, and no other until that one's first content is here."""
         peer.trial = current(peer.health, now_s) is Breaker.HALF_OPEN
         self.renew_fit(peer, now_s)
+
+    def tried_out(self, peer: Peer, now_s: float) -> None:
+        """That one brought content, or ended: the next may go there."""
+        if peer.trial:
+            peer.trial = False
+            self.renew_fit(peer, now_s)
 
     def renew_fit(self, peer: Peer, now_s: float) -> None:
         """A Peer's breaker or trial changed."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from fleetgate.core import patience
 from fleetgate.core.exchange import State
+from fleetgate.protocols.openai import output_tokens_max
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.hedging import try_hedge
 from fleetgate.proxy.speaking import COMMENT_EVERY_S
@@ -11,19 +12,33 @@ from fleetgate.proxy.speaking import COMMENT_EVERY_S
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
 
-WHOLE_ANSWER_MAX_S = 600.0  # the official SDKs' own default
+WHOLE_ANSWER_MAX_S = patience.WHOLE_MAX_S
 SILENCE_S = 1.5  # between two looks that are a second apart: more than chance
 
 
 def first_event_s(conversation: "Conversation", booking: Booking | None) -> float:
     """How long an attempt may take to bring something."""
     if not conversation.ask.stream:
-        return WHOLE_ANSWER_MAX_S
+        return min(WHOLE_ANSWER_MAX_S, patience.WHOLE_MIN_S)  # then `has_more_time` reads how long it may become
     predicted_s = booking.predicted_s if booking is not None else None
     if conversation.place is not None:  # what was seen stands beside what is predicted: whichever is more patient
         seen_s = conversation.place.pulse.firsts.expected_s(len(conversation.body))
         predicted_s = max(predicted_s or 0.0, seen_s) if seen_s is not None else predicted_s
     return patience.first_event_s(predicted_s)
+
+
+def has_more_time(conversation: "Conversation", now_s: float) -> bool:
+    """Whether an answer that is not streamed may take longer than the least that each may; it then has that time."""
+    place, booking = conversation.place, conversation.booking
+    if conversation.ask.stream or conversation.first_s or place is None:
+        return False
+    if conversation.deadline_s > now_s:  # it is not time that takes it away
+        return False
+    first_s = booking.predicted_s if booking is not None else None
+    tokens_max = output_tokens_max(conversation.body)
+    limit_s = min(WHOLE_ANSWER_MAX_S, patience.whole_answer_s(first_s, place.pulse.token_s, tokens_max))
+    conversation.deadline_s = conversation.sent_s + limit_s
+    return conversation.deadline_s > now_s
 
 
 def stall_s(conversation: "Conversation") -> float:
