@@ -10,6 +10,7 @@ from fleetgate.core.health import HEALTHY, Breaker, Health, Sign, after, current
 from fleetgate.core.model import Endpoint
 from fleetgate.core.outliers import Slowness
 from fleetgate.protocols.http1 import ResponseMemo
+from fleetgate.proxy import tcp
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512
@@ -45,6 +46,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        tcp.bound_unheard(transport)
 
     def data_received(self, data: bytes) -> None:
         if self.attempt is None:
