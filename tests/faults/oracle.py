@@ -23,6 +23,7 @@ class Asked(msgspec.Struct, frozen=True):
     status: int
     attempts: int
     end: End
+    code: str = ""  # of the error that it was refused with
 
 
 class Logged(msgspec.Struct, frozen=True):
