@@ -8,6 +8,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -169,7 +170,10 @@ class Wall:
     """A running wall. Shape: `seen` holds POSTs in the order they came; GETs (probes) are only counted."""
 
     def __init__(
-        self, replies: dict[str, Reply] | None = None, listen: Callable[[int], socket.socket] = _on_loopback
+        self,
+        replies: dict[str, Reply] | None = None,
+        listen: Callable[[int], socket.socket] = _on_loopback,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         if replies is None:
             from tests.loopback.wall_replies import REPLIES
@@ -177,6 +181,7 @@ class Wall:
             replies = REPLIES
         self.replies = dict(replies)
         self._listen = listen
+        self._tls = tls
         self.on_get: Callable[[Line, Seen], None] = _well
         self.seen: list[Seen] = []
         self.lines: set[Line] = set()
@@ -215,7 +220,7 @@ class Wall:
     async def _open(self, port: int) -> None:
         self.gate = asyncio.Event()
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Line(self), sock=self._listen(port), backlog=1024
+            lambda: Line(self), sock=self._listen(port), backlog=1024, ssl=self._tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
