@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: setup
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 # Longer runs of what `make test` does briefly: SEEDS schedules, 10,000 cuts in all. A seed that fails is in the message.
 SEEDS ?= 5

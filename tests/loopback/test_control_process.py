@@ -183,7 +183,7 @@ def test_ready_means_accepting_with_the_config_and_one_probe_or_two_seconds(tmp_
         rig.board.set_signal(rig.snapshot().deployments[0].endpoints[0].slot, Signal.SEEN_MS, 1)
         status, reasons = ask()
         assert status == 503
-        assert "worker 1" in reasons
+        assert "1 of 2 workers accept connections" in reasons
         rig.act_as_worker(1, rig.snapshot().version - 1)
         assert ask()[0] == 503
         rig.act_as_worker(1, rig.snapshot().version)

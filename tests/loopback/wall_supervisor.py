@@ -6,8 +6,9 @@ import sys
 import msgspec
 
 from fleetgate.core.board import Board
+from fleetgate.proxy.child import Child, python_child
 from fleetgate.proxy.config import ENV, WorkerConfig
-from fleetgate.proxy.supervisor import Child, Supervisor, python_child, say_json
+from fleetgate.proxy.supervisor import Supervisor, say_json
 from tests.loopback.rig import mapped
 
 

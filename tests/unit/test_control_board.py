@@ -63,13 +63,13 @@ def test_readiness_gives_every_reason() -> None:
     board = board_of(2)
     snapshot = Snapshot(version=7, made_at_s=0.0, deployments=(deployment("a", 0, 0, 1), deployment("b", 1)))
     started = Started(7, 100.0)
-    assert reasons_against(board, None, started, 100.0)
+    assert reasons_against(board, 2, None, started, 100.0)
     board.set(0, Worker.ACCEPTING, 1)
     board.set(0, Worker.SNAPSHOT_VERSION, 6)
-    reasons = reasons_against(board, snapshot, started, 101.9)
+    reasons = reasons_against(board, 2, snapshot, started, 101.9)
     assert [reason.split(" ")[:2] for reason in reasons] == [
+        ["1", "of"],
         ["worker", "0"],
-        ["worker", "1"],
         ["Deployment", "a"],
         ["Deployment", "b"],
     ]
@@ -77,8 +77,8 @@ def test_readiness_gives_every_reason() -> None:
         board.set(worker, Worker.ACCEPTING, 1)
         board.set(worker, Worker.SNAPSHOT_VERSION, 8)
     board.set_signal(1, Signal.SEEN_MS, 5)
-    assert [reason.split(" ")[1] for reason in reasons_against(board, snapshot, started, 101.9)] == ["b"]
-    assert reasons_against(board, snapshot, started, 102.0) == []
+    assert [reason.split(" ")[1] for reason in reasons_against(board, 2, snapshot, started, 101.9)] == ["b"]
+    assert reasons_against(board, 2, snapshot, started, 102.0) == []
 
 
 def test_a_deployment_is_down_only_when_all_its_endpoints_are() -> None:

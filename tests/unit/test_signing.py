@@ -44,6 +44,16 @@ def test_what_was_signed_is_read_back(payload: bytes) -> None:
     assert verified(sign(payload, KEY), public_key(KEY)) == payload
 
 
+@given(st.binary(min_size=1, max_size=60), st.sampled_from([1, 2, 4, 8]))
+def test_the_letter_with_bits_to_spare_is_no_exception(payload: bytes, bit: int) -> None:
+    whole = bytearray(sign(payload, KEY))
+    last = whole.index(b"=") - 1
+    alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    whole[last] = alphabet[alphabet.index(whole[last]) ^ bit]
+    with pytest.raises(NotSigned):
+        verified(bytes(whole), public_key(KEY))
+
+
 @given(st.binary(min_size=1, max_size=60), st.data())
 def test_one_changed_byte_is_noticed_wherever_it_is(payload: bytes, data: st.DataObject) -> None:
     whole = bytearray(sign(payload, KEY))

@@ -10,12 +10,25 @@ from typing import Annotated, Any
 import typer
 
 from fleetgate.cli import calibrate as calibrating
-from fleetgate.cli.client import API_ENV, DEFAULT_API, TOKEN_ENV, Client, Failed, Rejected, connected, resource_path
+from fleetgate.cli import fault as faulting
+from fleetgate.cli import reload as reloading
+from fleetgate.cli import revoke as revoking
+from fleetgate.cli.client import (
+    API_ENV,
+    DEFAULT_API,
+    DEFAULT_DATA_DIR,
+    TOKEN_ENV,
+    Client,
+    Failed,
+    Rejected,
+    connected,
+    resource_path,
+)
 from fleetgate.cli.confirming import sent_once_sure
 from fleetgate.cli.printing import Output, console, print_json, print_table, print_yaml
 from fleetgate.providers.documents import Unreadable, read_file, resolve_value
 
-KINDS = ("clusters", "profiles", "deployments", "gateways", "keys", "secrets", "events")
+KINDS = ("clusters", "profiles", "deployments", "gateways", "keys", "secrets", "events", "faults", "usage")
 EVENTS_DESCRIBED = 20
 EVENTS_LISTED = 100
 
@@ -29,6 +42,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="Client API keys.", rich_markup_mode="markdown")
 app.add_typer(keys_app, name="keys")
+fault_app = typer.Typer(no_args_is_help=True, help="Faults on purpose, with an end.", rich_markup_mode="markdown")
+app.add_typer(fault_app, name="fault")
 
 Api = Annotated[str | None, typer.Option("--api", help=f"The API's URL, else {API_ENV}.", show_default=DEFAULT_API)]
 Token = Annotated[str | None, typer.Option("--token", help=f"The owner's token, else {TOKEN_ENV}.")]
@@ -95,7 +110,8 @@ def get(
 ) -> None:
     """List resources, or show one.
 
-    Examples: `fleetgate get deployments` · `fleetgate get gateway chat -o yaml` · `fleetgate get events`
+    Examples: `fleetgate get deployments` · `fleetgate get gateway chat -o yaml` · `fleetgate get events` ·
+    `fleetgate get usage` (sums) · `fleetgate get usage REQUEST_ID` (its attempts)
     """
     plural = _plural(kind)
     with _told(), connected(api, token, data_dir) as client:
@@ -105,6 +121,8 @@ def get(
             found = client.get("/api/v1/events", limit=EVENTS_LISTED)["items"]
         elif name is not None:
             found = [client.get(resource_path(plural, name))]
+            if plural == "usage":
+                found = found[0]["attempts"]
         else:
             found = client.get(resource_path(plural))["items"]
         match output:
@@ -131,8 +149,8 @@ def describe(
     Examples: `fleetgate describe deployment llama-us` · `fleetgate describe gateway chat -o json`
     """
     plural = _plural(kind)
-    if plural == "events":
-        raise typer.BadParameter("Events have no names; use `fleetgate get events`", param_hint="KIND")
+    if plural in ("events", "faults", "usage"):
+        raise typer.BadParameter(f"there is no more to tell; use `fleetgate get {plural}`", param_hint="KIND")
     with _told(), connected(api, token, data_dir) as client:
         document = client.get(resource_path(plural, name))
         document.pop("status", None)  # `now` has it, and more
@@ -165,8 +183,8 @@ def delete(
     Examples: `fleetgate delete gateway chat` · `fleetgate delete key mobile-app`
     """
     plural = _plural(kind)
-    if plural == "events":
-        raise typer.BadParameter("Events cannot be deleted", param_hint="KIND")
+    if plural in ("events", "usage"):
+        raise typer.BadParameter(f"{plural.capitalize()} cannot be deleted", param_hint="KIND")
     with _told(), connected(api, token, data_dir) as client:
         path = resource_path(plural, name)
         deleted = sent_once_sure(lambda sure: client.delete(path, confirmed=int(sure)), yes)
@@ -180,6 +198,12 @@ def create_key(
     model: Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE; may be repeated.")] = None,
     expires: Annotated[str, typer.Option("--expires", help="30d, 12h, or a time like 2030-01-31T12:00:00Z.")] = "",
+    kill_streams: Annotated[
+        bool, typer.Option("--kill-streams", help="Revoking it ends its running requests too.")
+    ] = False,
+    require_fresh: Annotated[
+        str, typer.Option("--require-fresh", help="60s: refused when the control plane is away for longer.")
+    ] = "",
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
@@ -196,12 +220,34 @@ def create_key(
     document: dict[str, Any] = {"name": name, "gateways": gateway or [], "models": model or [], "labels": labels}
     if expires:
         document["expires"] = expires
+    if kill_streams:
+        document["kill_streams"] = True
+    if require_fresh:
+        document["require_fresh_s"] = faulting.duration_s(require_fresh, "--require-fresh")
     with _told(), connected(api, token, data_dir) as client:
         created = client.post(resource_path("keys"), document)
         if output is Output.TABLE:
             sys.stdout.write(f"{created['key']}\n")
         else:
             _print_one({"name": created["name"], "key": created["key"]}, output)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    name: Annotated[str, typer.Argument(help="The key's name or id.")],
+    data_dir: Annotated[
+        Path, typer.Option("--data-dir", help="Where `fleetgate up` on this machine keeps its data.")
+    ] = DEFAULT_DATA_DIR,
+) -> None:
+    """Revoke a key on this machine without the API, for when the control plane cannot be reached.
+
+    The workers refuse it within 0.2 s. The store learns of it when the control process is back, with an Event that
+    says who did it and when. While the API answers, `fleetgate delete key NAME` does the same for all.
+
+    Example: `fleetgate keys revoke mobile-app --data-dir /var/lib/fleetgate`
+    """
+    with _told():
+        revoking.revoke_here(data_dir.expanduser(), name)
 
 
 @app.command()
@@ -243,6 +289,78 @@ def calibrate(
             calibrating.show_plan(client, path, order, output)
         else:
             calibrating.print_result(calibrating.calibrate(client, path, order), use, output)
+
+
+@fault_app.command("inject")
+def inject_fault(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of: {', '.join(faulting.KINDS)}.")],
+    deployment: Annotated[str, typer.Option(help="The Deployment whose requests are struck.")],
+    share: Annotated[float, typer.Option(help="Which share of them, 0 to 1.")] = 0.1,
+    lasts: Annotated[str, typer.Option("--for", help="How long, an hour at most: 60s, 500ms, 2m.")] = "60s",
+    stop_below_slo: Annotated[
+        float, typer.Option(help="End when a smaller share of requests is inside the SLO; 0 for never.")
+    ] = 0.9,
+    delay: Annotated[str, typer.Option(help="How much later, with `delay`.")] = "2s",
+    status: Annotated[int, typer.Option(help="The answer's status, with `error`.")] = 503,
+    name: Annotated[str, typer.Option(help="What to call it.")] = "",
+    output: Form = Output.TABLE,
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Let some requests to a Deployment fail, to see what clients notice.
+
+    It ends by itself: when its time is over, whatever else has died, and when too few requests are inside the SLO.
+
+    Examples: `fleetgate fault inject cut --deployment llama-us` ·
+    `fleetgate fault inject delay --deployment llama-us --delay 5s --share 0.5 --for 2m`
+    """
+    if kind not in faulting.KINDS:
+        raise typer.BadParameter(f"{kind!r} is none of: {', '.join(faulting.KINDS)}", param_hint="KIND")
+    order = {
+        "kind": kind,
+        "deployment": deployment,
+        "share": share,
+        "for_s": faulting.duration_s(lasts, "--for"),
+        "stop_below_slo": stop_below_slo,
+        "delay_s": faulting.duration_s(delay, "--delay"),
+        "status": status,
+    } | ({"name": name} if name else {})
+    with _told(), connected(api, token, data_dir) as client:
+        faulting.inject(client, order, output)
+
+
+@fault_app.command("end")
+def end_fault(
+    name: Annotated[str, typer.Argument(help="Which one; `fleetgate get faults` lists them.")],
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """End an injected fault now.
+
+    Example: `fleetgate fault end cut-3fa9c1`
+    """
+    with _told(), connected(api, token, data_dir) as client:
+        faulting.end(client, name)
+
+
+@app.command("reload")
+def reload_workers(
+    api: Api = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Replace all workers and the control process by ones with the code on disk; no answer is refused or cut.
+
+    The new workers come up first, on the same sockets; the old ones finish their answers. The same as sending SIGHUP
+    to `fleetgate up`.
+
+    Example: `fleetgate reload`
+    """
+    with _told(), connected(api, token, data_dir) as client:
+        serving = reloading.reload(client)
+        sys.stdout.write(f"{len(serving)} new workers serve; the old ones finish their answers\n")
 
 
 @contextmanager

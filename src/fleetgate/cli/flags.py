@@ -15,6 +15,9 @@ OpsListen = Annotated[
 EgressAllow = Annotated[
     str, typer.Option(help="CIDRs, comma-separated, that Deployments given through the API may be in.")
 ]
+MaxStale = Annotated[
+    float, typer.Option(help="Seconds for which API keys stay good without the control plane; 0: for ever.", min=0)
+]
 LbGrace = Annotated[
     float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
 ]

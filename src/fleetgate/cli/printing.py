@@ -53,6 +53,26 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
+def _used(document: Mapping[str, Any]) -> dict[str, str]:
+    """Either a sum or one attempt."""
+    if "attempt_id" in document:
+        names = {"ATTEMPT": document["attempt_id"], "OUTCOME": document["outcome"]}
+        estimated = "no" if document["exact"] else "yes"
+    else:
+        names = {"ATTEMPTS": f"{document['attempts']:,}"}
+        estimated = f"{document['estimated']:,}"
+    return {
+        "KEY": document["key"],
+        "GATEWAY": document["gateway"],
+        "MODEL": document["model"],
+        "DEPLOYMENT": document["deployment"],
+        **names,
+        "ESTIMATED": estimated,
+        "WORKED": f"{document['prompt_tokens']:,} + {document['output_tokens']:,}",
+        "BILLED": f"{document['billed_prompt_tokens']:,} + {document['billed_output_tokens']:,}",
+    }
+
+
 def _up(live: Mapping[str, Any]) -> str:
     """A Deployment's state in a word."""
     if not live:
@@ -99,6 +119,16 @@ def _row(plural: str, document: Mapping[str, Any], live: Mapping[str, Any]) -> d
                 "MODELS": ", ".join(document["models"]) or "all",
                 "EXPIRES": document.get("expires_at", "never"),
             }
+        case "faults":
+            return name | {
+                "KIND": document["kind"],
+                "DEPLOYMENT": document["deployment"],
+                "SHARE": f"{document['share']:.0%}",
+                "LEFT": f"{document['left_s']:.0f} s",
+                "STRUCK": str(document["struck"]),
+            }
+        case "usage":
+            return _used(document)
         case "events":
             thing = document["object"]
             return {"AT": document["at"], "OBJECT": f"{thing['kind']}/{thing['name']}", "WHAT": document["sentence"]}

@@ -225,6 +225,8 @@ def keys_of(parts: Parts, kept: Mapping[str, StoredKey]) -> tuple[model.Key, ...
             models=tuple(key.models),
             labels=key.labels,
             expires_s=expires_at_s(key.expires, stored.created_s),
+            kill_streams=key.kill_streams,
+            require_fresh_s=key.require_fresh_s,
         )
         for name, (stored, key) in parts.keys.items()
         if name in kept

@@ -8,14 +8,17 @@ ENV = "FLEETGATE_CONTROL"
 class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     """JSON in the environment variable `FLEETGATE_CONTROL`.
 
-    Shape: `*_fd` are inherited descriptors, -1 where there is none; `listen`, `tls_listen` and `api_listen` are
-    HOST:PORT; `egress_allow` are CIDRs; `api_hosts` are further names under which the API may be asked for.
+    Shape: `workers` counts the board's columns and `serving` the workers that should accept (0: all of them); `*_fd`
+    are inherited descriptors, -1 where there is none; `listen`, `tls_listen` and `api_listen` are HOST:PORT;
+    `egress_allow` are CIDRs; `api_hosts` are further names under which the API may be asked for; `supervised` says that
+    the parent process replaces workers at SIGHUP.
     """
 
     data_dir: str
     api_fd: int
     board_fd: int
     workers: int
+    serving: int = 0
     config_file: str = ""
     api_listen: str = "127.0.0.1:7801"
     listen: str = ""
@@ -24,4 +27,5 @@ class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     egress_allow: list[str] = []
     region: str = ""
     life_fd: int = -1
+    supervised: bool = False
     api_hosts: list[str] = []

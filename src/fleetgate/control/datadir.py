@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from fleetgate.providers.revoking import REVOKED
 from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key
 
 SECRET_BYTES = 32
@@ -37,6 +38,11 @@ class DataDir(msgspec.Struct, frozen=True):
     def snapshot(self) -> Path:
         """The Snapshot that workers read."""
         return self.path / SNAPSHOT
+
+    @property
+    def revoked(self) -> Path:
+        """The list of keys that were revoked on this machine without the control plane."""
+        return self.path / REVOKED
 
     @property
     def last_good_snapshot(self) -> Path:

@@ -30,6 +30,7 @@ _HELP = {
     "fleetgate_internal_errors": "Mistakes of a worker's own; its log tells where.",
     "fleetgate_loop_lags": "How often a worker's loop stood still for more than 250 ms.",
     "fleetgate_loop_lag_milliseconds": "For how long in all.",
+    "fleetgate_injected_faults": "Requests struck by a fault that somebody injected.",
     "fleetgate_series_overflow": "Observations whose series found no room and were not kept apart.",
 }
 # The same histograms under the names of OpenTelemetry's conventions for generative AI, as Prometheus writes them.

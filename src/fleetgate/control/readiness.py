@@ -11,15 +11,18 @@ _KNOWN = (Worker.SNAPSHOT_VERSION, Worker.SNAPSHOT_RETURNED)  # what was given u
 PROBE_WAIT_S = 2.0  # a dead upstream must not hold readiness back: DESIGN.md section 3
 
 
-def reasons_against(board: Board | None, snapshot: Snapshot | None, started: Started, now_s: float) -> list[str]:
-    """Why not ready, in sentences; empty when every worker accepts with the configuration given at start."""
+def reasons_against(
+    board: Board | None, serving: int, snapshot: Snapshot | None, started: Started, now_s: float
+) -> list[str]:
+    """Why not ready, in sentences; empty when `serving` workers accept with the configuration given at start."""
     if board is None or snapshot is None or not started.version:
         return ["the configuration is not published yet"]
     reasons = []
-    for worker in range(board.workers):
-        if board.get(worker, Worker.ACCEPTING) != 1:
-            reasons.append(f"worker {worker} does not accept connections")
-        elif max(board.get(worker, cell) for cell in _KNOWN) < started.version:
+    accepting = [worker for worker in range(board.workers) if board.get(worker, Worker.ACCEPTING) == 1]
+    if len(accepting) < serving:
+        reasons.append(f"{len(accepting)} of {serving} workers accept connections")
+    for worker in accepting:
+        if max(board.get(worker, cell) for cell in _KNOWN) < started.version:
             reasons.append(f"worker {worker} has not taken up Snapshot {started.version}")
     if now_s - started.at_s < PROBE_WAIT_S:
         for deployment in snapshot.deployments:

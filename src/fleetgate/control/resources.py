@@ -282,6 +282,8 @@ class Key(Resource):
     models: list[ModelName] = []
     labels: Labels = {}
     expires: fields.Expires = ""
+    kill_streams: bool = False
+    require_fresh_s: Amount = 0.0
     id: str | None = None
     expires_at: str | None = None
 

@@ -25,11 +25,14 @@ from fleetgate.control.config import ENV, ControlConfig
 from fleetgate.control.context import Control, Started, newest_in_use
 from fleetgate.control.datadir import API_ADDRESS, DataDir, Unusable, open_data_dir, unusable_sentence, write_whole
 from fleetgate.control.egress import parse_ranges
+from fleetgate.control.faults import Faults
 from fleetgate.control.loading import apply_file
 from fleetgate.control.publisher import Publisher
 from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
+from fleetgate.control.revocations import merge_revoked
 from fleetgate.control.store.database import Database
+from fleetgate.control.usage import Ledger
 from fleetgate.control.watching import Watcher, beat, watch
 from fleetgate.core.board import Board
 from fleetgate.providers.base import Settings, discover
@@ -92,9 +95,10 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     control.started = Started(publisher.version, time.monotonic())
     listener = socket.socket(fileno=config.api_fd)
     _write_address(data_dir, listener)
+    injected = Faults(control)
     server = _Server(
         uvicorn.Config(
-            create_app(control, [_host_of(config.api_listen), *config.api_hosts]),
+            create_app(control, [_host_of(config.api_listen), *config.api_hosts], injected),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -111,13 +115,19 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         publisher.run(reconciler.poke),
         reconciler.run(),
         replicas.drop_carried(publisher.poke),
+        injected.run(),
     ]
+    ledger = Ledger(data_dir.path, database)
     if control.board is not None:
+        jobs.append(ledger.run())
         spool = Spool(data_dir.path)
         jobs.append(beat(control.board))
+        jobs.append(merge_revoked(control))
         jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
+    with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
+        await asyncio.to_thread(ledger.take)
     log.info("control_stopped")
 
 

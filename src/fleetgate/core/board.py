@@ -8,10 +8,12 @@ The module is pure: the shell opens the memory and hands it in.
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
+from zlib import crc32
 
 from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
 
 WORKERS_MAX = 64
+COLUMNS_MAX = 2 * WORKERS_MAX  # workers that are replaced hold theirs until their last answer has ended
 SERIES_MAX = 4096  # counters and histogram cells of one worker; more label sets fall into `other`
 SERIES_NAMES_BYTES = 512 * 1024
 # Histogram buckets end at powers of two microseconds, because `int.bit_length` finds them in 0.1 µs: 0.5 ms to 268 s.
@@ -37,12 +39,16 @@ class Worker(IntEnum):
     SERIES_COUNT = 7
     NAMES_BYTES = 8
     STARTS = 9
+    DUTY = 10  # written by the supervisor: whether a process runs in this column, or is about to
+    SHARES = 11  # this worker counts with every column, not only with those of its own generation
     LAG_MS = 13  # the last time its loop stood still: for how long, and when
     LAG_AT_MS = 14
     SHORT = 15  # bits: memory, connections, bodies
     SNAPSHOT_TRYING = 16  # the version on trial here; it outlives the worker, so that one that kills workers is known
     SNAPSHOT_PROVEN = 17  # the version that others may follow to
     SNAPSHOT_RETURNED = 18  # the version that was given up for the last good one, 0 for none
+    JOURNAL_SHORT = 19  # accounts wait in memory, because the disk does not take them
+    ROWS_LOST = 20  # accounts that found no room there either
 
 
 WORKER_CELLS = 24
@@ -55,6 +61,15 @@ class Plane(IntEnum):
 
 
 PLANE_CELLS = 4
+_OF_THE_LIVING = (
+    Worker.PID,
+    Worker.ACCEPTING,
+    Worker.CONNECTIONS,
+    Worker.WAITING,
+    Worker.SNAPSHOT_VERSION,
+    Worker.DUTY,
+    Worker.SHARES,
+)
 
 
 class Signal(IntEnum):
@@ -114,6 +129,15 @@ class Learned(IntEnum):
 LEARNED_CELLS = 5
 
 
+def layout() -> str:
+    """A mark of how this version lays the block out: only processes with the same one may share a block."""
+    enums = (Worker, Signal, Work, Tally, Learned)
+    members = [[(cell.name, int(cell)) for cell in enum] for enum in enums]
+    sizes = (WORKER_CELLS, SIGNAL_CELLS, WORK_CELLS, TALLY_CELLS, LEARNED_CELLS, SERIES_MAX, SERIES_NAMES_BYTES)
+    of_model = (DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX, Board.bytes_needed(1))
+    return f"{crc32(repr((members, sizes, of_model)).encode()):08x}"
+
+
 class Taught(NamedTuple):
     """What was learned of a Deployment. Units: `limit` in requests, 0 for none; `milliunits` CU × 1,000."""
 
@@ -125,13 +149,14 @@ class Taught(NamedTuple):
 class Board:
     """Views on the shared block.
 
-    Shape: `buffer` is at least `Board.bytes_needed(workers)` long and zeroed at first use; all times are milliseconds
-    of the machine's monotonic clock, which its processes share.
+    Shape: `workers` is the number of columns, twice that of the workers where they can be replaced while they run;
+    `buffer` is at least `Board.bytes_needed(workers)` long and zeroed at first use; all times are milliseconds of the
+    machine's monotonic clock, which its processes share.
     """
 
     def __init__(self, buffer: memoryview, workers: int) -> None:
-        if not 1 <= workers <= WORKERS_MAX:
-            raise ValueError(f"workers must be 1 to {WORKERS_MAX}, not {workers}")
+        if not 1 <= workers <= COLUMNS_MAX:
+            raise ValueError(f"workers must be 1 to {COLUMNS_MAX}, not {workers}")
         self.workers = workers
         self._bytes = buffer.cast("B")
         cells = self._bytes[: self._cell_count(workers) * 8].cast("q")
@@ -176,6 +201,12 @@ class Board:
     def set(self, worker: int, cell: Worker, value: int) -> None:
         """Write one cell of a worker's own row; only that worker (or, when it is dead, the supervisor) may."""
         self.worker_cells[worker * WORKER_CELLS + cell] = value
+
+    def present(self) -> list[int]:
+        """The columns that a worker runs in, or is to run in again."""
+        return [
+            worker for worker in range(self.workers) if self.get(worker, Worker.STARTS) or self.get(worker, Worker.PID)
+        ]
 
     def signal(self, endpoint_slot: int, cell: Signal) -> int:
         """One cell of what the prober knows about an Endpoint."""
@@ -235,7 +266,7 @@ class Board:
             self.ejected_until_ms[at] = 0
             for kept in (Work.PENDING_TOKENS, Work.SEQUENCES, Work.KV_TOKENS):
                 self.work[at * WORK_CELLS + kept] = 0
-        for cell in (Worker.PID, Worker.ACCEPTING, Worker.CONNECTIONS, Worker.WAITING, Worker.SNAPSHOT_VERSION):
+        for cell in _OF_THE_LIVING:
             self.set(worker, cell, 0)
         return swept
 

@@ -90,12 +90,12 @@ class Books:
 
         Cost: 0.8 µs with one worker.
         """
-        at = endpoint_slot * self._workers * WORK_CELLS
+        ledger, at = self.ledger, endpoint_slot * self._workers
         pending: float
         recent: float
-        cells = self._work[at : at + self._workers * WORK_CELLS].tolist()
+        cells = self._work[(at + ledger.first) * WORK_CELLS : (at + ledger.last) * WORK_CELLS].tolist()
         now_us = now_s * 1e6
-        if self._workers == 1:
+        if len(cells) == WORK_CELLS:
             pending, sequences, kv_tokens, since_us, _, recent, recent_us = cells
             if recent:
                 recent *= exp((recent_us - now_us) / (window_s * 1e6))

@@ -185,7 +185,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     """A client API key as a proxy knows it: the secret only as an HMAC.
 
     Shape: `id` is the look-up part of the key; `secret_hmac` is hex; empty `gateways` or `models` mean every one.
-    Units: `expires_s` seconds since the epoch, 0 for never.
+    `kill_streams` says that its running requests end with it. Units: `expires_s` seconds since the epoch, 0 for never;
+    `require_fresh_s` for how long it is good without a sign of the control plane, 0 for as long as any.
     """
 
     id: str
@@ -195,6 +196,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     expires_s: float = 0.0
+    kill_streams: bool = False
+    require_fresh_s: float = 0.0
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -38,7 +38,11 @@ def standing_of(board: Board, now_s: float, epoch_s: float) -> Standing:
         for worker in live
         if (given_up := board.get(worker, Worker.SNAPSHOT_RETURNED)) > versions[worker]
     ]
-    degraded += [f"worker {worker} is not running" for worker in range(board.workers) if worker not in live]
+    degraded += [
+        f"worker {worker} is not running"
+        for worker in range(board.workers)
+        if worker not in live and board.get(worker, Worker.STARTS)
+    ]
     for worker in live:
         degraded += strains(board, worker, now_s)
     if version and not 0 <= silent_s <= SILENT_S_MAX:
@@ -55,6 +59,9 @@ def strains(board: Board, worker: int, now_s: float) -> list[str]:
         sentences.append(f"worker {worker} has not moved for {still_s:.1f} s")
     if now_s - board.get(worker, Worker.LAG_AT_MS) / 1000 < LAG_SHOWN_S:
         sentences.append(f"worker {worker} stood still for {board.get(worker, Worker.LAG_MS)} ms")
+    if board.get(worker, Worker.JOURNAL_SHORT):
+        lost = board.get(worker, Worker.ROWS_LOST)
+        sentences.append(f"worker {worker} keeps accounts in memory, because the disk takes none; {lost} rows lost")
     short = Shortage(board.get(worker, Worker.SHORT))
     return sentences + [f"worker {worker} is short of {what}" for each, what in _SHORT_OF.items() if each in short]
 

@@ -27,15 +27,14 @@ MESSAGES = {
     "upstream_timeout": "no Deployment began to answer in time",
     "poison_request": "this request ended the engine that served it, twice; it is not tried again",
     "model_not_found": "no Deployment behind this Gateway serves this model now",
+    "invalid_api_key": "the API key was revoked while this answer was running; the answer above is incomplete",
     "upstream_interrupted": "the Deployment that was answering was lost; the answer above is incomplete",
 }
 
 
 def relayed_head(conversation: "Conversation", relay: Relay, place: Place, length: int) -> bytes:
     """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
-    client_headers = conversation.request.answer_headers
-    if not conversation.client.keep_alive or conversation.hub.draining:
-        client_headers += _CLOSE
+    client_headers = conversation.request.answer_headers + _closing(conversation)
     if length >= 0:
         framing = b"content-length: %d\r\n" % length
     elif relay.raw:
@@ -54,11 +53,16 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
     )
 
 
+def _closing(conversation: "Speaker") -> bytes:
+    """What tells the client that this connection's last answer begins: while the worker drains each is one."""
+    if conversation.hub.draining:
+        conversation.client.keep_alive = False
+    return b"" if conversation.client.keep_alive else _CLOSE
+
+
 def early_head(conversation: "Speaker", place: Place) -> bytes:
     """The head of a stream whose first event is not here yet; it names the attempt in hand."""
-    client_headers = conversation.request.answer_headers
-    if not conversation.client.keep_alive or conversation.hub.draining:
-        client_headers += _CLOSE
+    client_headers = conversation.request.answer_headers + _closing(conversation)
     framing = b"" if conversation.request.raw else b"transfer-encoding: chunked\r\n"
     fields = place.answer_headers + client_headers + framing
     return b"%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
@@ -92,9 +96,7 @@ def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
     body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
-    extra += conversation.request.answer_headers
-    if not conversation.client.keep_alive or conversation.hub.draining:
-        extra += _CLOSE
+    extra += conversation.request.answer_headers + _closing(conversation)
     return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
 
 

@@ -1,8 +1,11 @@
 """What a worker is told when it is started."""
 
+import signal
+
 import msgspec
 
 ENV = "FLEETGATE_WORKER"
+RETIRE = signal.SIGUSR2  # another worker has taken over: finish and end
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -10,14 +13,19 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Shape: `*_fd` are inherited descriptors, -1 where there is none; `wake_fds` are the write ends of every worker's
     wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is
-    `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none.
+    `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none. `workers`
+    counts the board's columns and `serving` those of one generation (0: all); `layout` is the mark of how the board is
+    laid out, empty where that cannot differ.
     `connections_max` of one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max` of
     one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
-    `body_budget_bytes` of all workers, 0 for a quarter of the memory.
+    `body_budget_bytes` of all workers, 0 for a quarter of the memory. `max_stale_s` is how long keys are good without
+    the control plane, 0 for ever.
     """
 
     index: int
     workers: int
+    serving: int = 0
+    layout: str = ""
     data_dir: str
     board_fd: int
     listen_fd: int
@@ -36,6 +44,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     canary: bool = True  # whether a new Snapshot goes to one worker first
     lb_grace_s: float = 5.0
     grace_s: float = 30.0
+    max_stale_s: float = 0.0
     connections_max: int = 0
     ip_connections_max: int = -1
     key_connections_max: int = -1

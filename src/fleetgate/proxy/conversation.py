@@ -37,7 +37,7 @@ from fleetgate.core.policy import ALLOWED
 from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
-from fleetgate.proxy import answers, sending, watching
+from fleetgate.proxy import accounts, answers, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.hedging import Hedge
 from fleetgate.proxy.resuming import Resumption, script_of
@@ -75,6 +75,7 @@ class Conversation(Speaker):
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     sent_s = 0.0  # when the attempt in hand was sent
+    attempt = b""  # its id in the accounts, empty while there is none
     deaths: Mapping[Peer, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     deadline_s = float("inf")
@@ -225,6 +226,8 @@ class Conversation(Speaker):
         self.sent_s = now_s
         self.deadline_s = now_s + watching.first_event_s(self, self.booking)
         self.relay = relay = sending.relay_for(self, self, place)
+        self.attempt = attempt = b"%b-%d" % (self.request_id, self.attempts)
+        self.hub.accounts.begin(self, place, attempt)
         sending.send(self, relay, peer, place)
 
     def _peer_at(self, place: Place, now_s: float) -> Peer | None:
@@ -255,6 +258,7 @@ class Conversation(Speaker):
         """The kept connection was closed before the request got there: send it again on a new one."""
         assert self.peer is not None and self.place is not None
         self.stale_at = self.peer
+        self.attempt = self.hub.accounts.again(self, self.place, self.attempt)
         self.relay = sending.relay_for(self, self, self.place)
         sending.send(self, self.relay, self.peer, self.place, fresh=True)
 
@@ -286,12 +290,19 @@ class Conversation(Speaker):
             event = self._resumable(event)
         if self.peer is not None:
             self.blame(self.peer, event.failure)
+        self._account(event.failure.value.encode())
         self._settle(self.hub.clock())
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
             self.adopt(self.hedge)
         elif not self.hub.suspects.holds(self, event):
             self.report(event)
+
+    def _account(self, how: bytes) -> None:
+        """The attempt in hand is over, but not its request."""
+        attempt, self.attempt = self.attempt, b""
+        if attempt:
+            self.hub.accounts.lost(self, attempt, self.relay, how)
 
     def judged(self, event: Failed) -> None:
         """What was held back until more was known of it."""
@@ -308,8 +319,9 @@ class Conversation(Speaker):
         now_s = self.hub.clock()
         if self.relay is not None:
             self.relay.cancel()
+        self._account(accounts.HEDGED)
         self._settle(now_s)
-        self.hedge = None
+        self.hedge, self.attempt = None, hedge.attempt
         self.place = self.last_place = hedge.place
         self.peer, self.booking, self.relay = hedge.peer, hedge.booking, hedge.relay
         hedge.relay.owner = self
@@ -418,6 +430,8 @@ class Conversation(Speaker):
     def _end(self, command: Command) -> None:
         if self.hedge is not None:
             self._end_hedge()
+        if self.attempt:
+            self.hub.accounts.end(self, self.attempt, self.relay)
         self._settle(self.seen_s)
         self.write(self.tail)
         self.hub.conversations.pop(self, None)
@@ -435,6 +449,13 @@ class Conversation(Speaker):
         if self.relay is not None:
             self.relay.cancel()
         self.report(GONE)
+
+    def cut_off(self) -> None:
+        """Its key was revoked: end as if the client had left, and tell it why where it can still be told."""
+        if self.ask.stream and (self.first_s or self.early_attempts):
+            self.write_event(openai.error_event("invalid_api_key", answers.MESSAGES["invalid_api_key"]))
+        self.client.keep_alive = False
+        self.client_gone()
 
     def overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""

@@ -52,10 +52,24 @@ class Door:
         if not self._wanted:
             self.pause()
 
-    def close(self) -> None:
-        """Accept nobody any more."""
+    async def close(self, last: bool) -> None:
+        """Accept nobody any more; where no other process will, first take who is waiting to be accepted."""
         self._wanted = False
+        if self._task is not None:
+            await self._task
         self.pause()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        await asyncio.sleep(0)
+        if last:
+            listener = socket.socket(fileno=os.dup(self._fd))
+            listener.setblocking(False)
+            with listener:
+                while (waiting := _next(listener)) is not None:
+                    await asyncio.get_running_loop().connect_accepted_socket(self._make, waiting, ssl=self._tls)
+        os.close(self._fd)
+
+
+def _next(listener: socket.socket) -> socket.socket | None:
+    try:
+        return listener.accept()[0]
+    except OSError:
+        return None

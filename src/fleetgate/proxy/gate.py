@@ -90,7 +90,12 @@ def admit(head: RequestHead, hub: "Hub") -> Admitted:
     key = hub.gatekeeper.find(head.headers.get(b"authorization", b""), tables)
     if key is None or (key.expires_s and key.expires_s <= hub.epoch_s()):
         what = "has expired" if key is not None else "is missing or not known"
+        if key is None and hub.freshness.stale:
+            what = "cannot be checked: the control plane has been away for longer than --max-stale-s"
         raise Denied(401, "invalid_api_key", f"the API key {what}; send `Authorization: Bearer <key>`", extra=cors)
+    if key.require_fresh_s and hub.freshness.silent_s(hub.clock()) > key.require_fresh_s:
+        message = f"this API key needs a sign of the control plane every {key.require_fresh_s:g} s, and there is none"
+        raise Denied(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
     if not may_use(key, site.gateway):
         raise Denied(403, "policy_denied", f"this API key may not use the Gateway {site.gateway.name}", extra=cors)
     methods = _methods_of(head.path)

@@ -57,7 +57,7 @@ class Guards:
         if self._key_max < 0 or config.auth == "none":
             self._key_max = self.connections_max // 2 if config.auth == "keys" else 0
         share_bytes = int(self._memory.limit_bytes * BODY_SHARE)
-        self.body_budget_bytes = (config.body_budget_bytes or share_bytes) // config.workers
+        self.body_budget_bytes = (config.body_budget_bytes or share_bytes) // (config.serving or config.workers)
         if not config.body_budget_bytes:
             self.body_budget_bytes = max(self.body_budget_bytes, BODY_BUDGET_BYTES_MIN)
         self.shed_share = 0.0

@@ -6,6 +6,7 @@ from fleetgate.core.desk import Placed
 from fleetgate.core.exchange import Failed
 from fleetgate.core.hedging import has_room_to_spare, may_hedge
 from fleetgate.proxy import sending
+from fleetgate.proxy.accounts import HEDGED
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.tables import Place
 from fleetgate.proxy.transport.relay import Relay
@@ -25,6 +26,8 @@ class Hedge:
         self.peer = peer
         self.booking = Booking(hub, placed, conversation.lane.desk.promised, hub.clock())
         peer.in_flight += 1
+        self.attempt = b"%b-%d" % (conversation.request_id, conversation.attempts)
+        hub.accounts.begin(conversation, place, self.attempt)
         self.relay = sending.relay_for(conversation, self, place)
         sending.send(conversation, self.relay, peer, place)
 
@@ -39,10 +42,11 @@ class Hedge:
         """It is lost, of which only the books hear: the other one still runs."""
         self.conversation.hedge = None
         self.conversation.blame(self.peer, event.failure)
-        self.settle()
+        self.settle(event.failure.value.encode())
 
     def on_stale(self, relay: Relay) -> None:
         """A kept connection was closed: once more on a new one."""
+        self.attempt = self.conversation.hub.accounts.again(self.conversation, self.place, self.attempt)
         self.relay = sending.relay_for(self.conversation, self, self.place)
         sending.send(self.conversation, self.relay, self.peer, self.place, fresh=True)
 
@@ -63,10 +67,11 @@ class Hedge:
     def cancel(self) -> None:
         """The other one was first, or the client left."""
         self.relay.cancel()
-        self.settle()
+        self.settle(HEDGED)
 
-    def settle(self) -> None:
+    def settle(self, how: bytes) -> None:
         """Give its place back."""
+        self.conversation.hub.accounts.lost(self.conversation, self.attempt, self.relay, how)
         self.peer.in_flight -= 1
         self.booking.settle()
         self.conversation.hub.room_freed(self.place.slot)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import formatdate
@@ -17,11 +18,14 @@ from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
 from fleetgate.providers.spool import Happened, Spool
 from fleetgate.proxy import watching
+from fleetgate.proxy.accounts import Accounts
 from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
+from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.guards import Guards
+from fleetgate.proxy.journal import Journal
 from fleetgate.proxy.learning import Learning, change_sentence
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.recorder import Recorder
@@ -64,6 +68,8 @@ class Hub:
         self.ward = Ward(self)
         self.suspects = Suspects(self)
         self.spool = Spool(Path(config.data_dir))
+        self.journal = Journal(Path(config.data_dir), self.say)
+        self.accounts = Accounts(self.journal)
         self.recorder = Recorder(config) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
         self.telemetry = Telemetry(board, config.index)
@@ -84,7 +90,8 @@ class Hub:
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
         self.guards = Guards(self)
-        self._others = [worker for worker in range(config.workers) if worker != config.index]
+        self.freshness: Freshness
+        self.others = [worker for worker in range(config.workers) if worker != config.index]  # who may wait for room
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
         self._ids = 0
@@ -99,6 +106,11 @@ class Hub:
     def epoch_s(self) -> float:
         """The calendar's clock, for what has an expiry date."""
         return time.time()
+
+    def say(self, sentence: str) -> None:
+        """A line in the process's own log."""
+        line = {"event": "worker", "worker": self.config.index, "message": sentence}
+        sys.stderr.write(msgspec.json.encode(line).decode() + "\n")
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run something beside the loop's callbacks; kept referenced until it ends."""
@@ -133,7 +145,7 @@ class Hub:
         """A Deployment has a place again: whoever waits may look, here first, then in the other workers."""
         if self.waiters:
             self.loop.call_soon(self.wake)
-        for worker in self._others:
+        for worker in self.others:
             if self.board.get(worker, Worker.WAITING):
                 try:
                     os.write(self.config.wake_fds[worker], b"\x01")
@@ -196,8 +208,16 @@ class Hub:
         self.ward.use(before, tables)
         self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
         self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
+        self._end_with_their_keys(before, tables)
         for conversation in waiting:
             conversation.change_lane()
+
+    def _end_with_their_keys(self, before: Tables, tables: Tables) -> None:
+        """Running requests whose key is gone, where it says that they go with it. FAULTS.md row 64."""
+        gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in tables.keys}
+        if gone:
+            for conversation in [one for one in self.conversations if one.request.key.id in gone]:
+                conversation.cut_off()
 
     # --- what requests read ---
 
@@ -337,14 +357,22 @@ class Hub:
             self.wake()  # a breaker's back-off may be over; no event tells
         if watch:
             self._learn_from_the_last_second(furthest, now_s)
+            self._look_at_journal(now_s)
             for client in self.connections:
                 if client.deadline_s <= now_s:
                     client.overdue(now_s)
             for peer in self.tables.peers.values():
                 peer.close_idle(now_s - IDLE_MAX_S)
+                peer.follow_name(now_s)
         self.log.flush()
         if self.recorder is not None:
             self.recorder.log.flush()
+
+    def _look_at_journal(self, now_s: float) -> None:
+        journal, index = self.journal, self.config.index
+        journal.look(now_s)
+        self.board.set(index, Worker.JOURNAL_SHORT, journal.is_short)
+        self.board.set(index, Worker.ROWS_LOST, journal.lost)
 
     def _learn_from_the_last_second(self, furthest: dict[int, int], now_s: float) -> None:
         """Paces from our own streams; limits, in the one worker that does it for all, from what all have counted."""

@@ -200,7 +200,8 @@ class ClientConnection(asyncio.Protocol):
         if not self._hub.guards.carries(self, admitted.key.name):
             self._deny_and_close(Denied(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
             return
-        if parsed.keep_alive and not parsed.expects_continue and not admitted.key.expires_s and self._memo.keep(head):
+        lasting = not (admitted.key.expires_s or admitted.key.require_fresh_s)
+        if lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):
             self._remembered = admitted
         if parsed.chunked:
             self._chunks = ChunkedBody()
@@ -325,7 +326,7 @@ class ClientConnection(asyncio.Protocol):
         if self.closing:
             return
         left = self._leaving is not None and not self._buffer
-        if left or not self.keep_alive or self._hub.draining:
+        if left or not self.keep_alive:  # while draining, whoever was told so; others may have sent their next request
             self.closing = True
             self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for what is unsent, and nobody may read it
             self.transport.close()
@@ -405,7 +406,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _write_plain(self, status: int, body: bytes, extra: bytes, no_body: bool) -> None:
         hub = self._hub
-        if not self.keep_alive or hub.draining:
+        if hub.draining:
+            self.keep_alive = False
+        if not self.keep_alive:
             extra += b"connection: close\r\n"
         data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
         self.transport.write(data[: -len(body)] if no_body else data)

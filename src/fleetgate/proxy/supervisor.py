@@ -7,19 +7,20 @@ connection that still waits in the backlog.
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 from fleetgate.core.board import Board, Worker
+from fleetgate.proxy.child import Child
+from fleetgate.proxy.config import RETIRE
+from fleetgate.proxy.succession import Hands, Renewal, Succession
 
 RESTART_FIRST_S = 0.2
 RESTART_MAX_S = 10.0
@@ -30,22 +31,6 @@ KILL_AFTER_S = 5.0  # beyond the grace that the child was given
 
 class CannotStart(Exception):
     """One sentence for the operator: what is wrong and what to do."""
-
-
-class Child(msgspec.Struct, kw_only=True):
-    """One process to keep running. Shape: `env` is added to the supervisor's own; `fds` are inherited."""
-
-    name: str
-    argv: list[str]
-    env: dict[str, str]
-    fds: list[int]
-    worker: int = -1  # the board's column, -1 for a process that has none
-    essential: bool = False  # its first start must succeed, or nothing runs
-    stop_last: bool = False
-    process: subprocess.Popen[bytes] | None = None
-    started_s: float = 0.0
-    restarts_in_a_row: int = 0
-    start_at_s: float = 0.0
 
 
 def open_listener(address: str, flag: str, reuse_port: bool = False) -> socket.socket:
@@ -111,47 +96,79 @@ def _unlinked_file() -> int:
 
 
 class Supervisor:
-    """Keeps children running until it is told to stop, then stops them in order and waits."""
+    """Keeps children running until it is told to stop, then stops them in order and waits.
 
-    def __init__(self, children: list[Child], board: Board, grace_s: float, say: Callable[[str], None]) -> None:
-        self._children = children
+    Shape: with a `renewal`, SIGHUP replaces the processes while they run; `listeners` are what clients connect to.
+    """
+
+    def __init__(
+        self,
+        children: list[Child],
+        board: Board,
+        grace_s: float,
+        say: Callable[[str], None],
+        renewal: Renewal | None = None,
+        listeners: Sequence[socket.socket] = (),
+    ) -> None:
         self._board = board
         self._grace_s = grace_s
         self._say = say
-        self._stop = threading.Event()
-
-    def stop(self) -> None:
-        """Begin to stop; `run` returns when all children have ended."""
-        self._stop.set()
+        self._listeners = listeners
+        self._can_upgrade = renewal is not None
+        renewal = renewal or Renewal(lambda generation: [], say)
+        hands = Hands(renewal.workers_of, self._start, _retire, _kill, renewal.tell)
+        self._workers = Succession(board, [child for child in children if child.worker >= 0], hands)
+        self._others = [child for child in children if child.worker < 0]
+        self._stopping = False
+        self._awake, self._waker = socket.socketpair()
 
     def run(self) -> int:
         """Run until stopped; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
+        self._take_signals()
         now_s = time.monotonic()
-        for child in self._children:
+        for child in (*self._workers.serving, *self._others):
             self._start(child, now_s)
         failed = 0
-        while not self._stop.wait(POLL_S):
+        while not failed and not self._stopping:
+            self._sleep()
             now_s = time.monotonic()
-            for child in self._children:
+            for child in (*self._workers.serving, *self._others):
                 failed = failed or self._look(child, now_s)
-            if failed:
-                break
+            if self._workers.look(now_s):
+                for child in self._others:  # last: what workers of this version ask of the store is there by now
+                    self._renew(child)
         self._stop_all()
         return failed
+
+    def _take_signals(self) -> None:
+        """Signals end `_sleep`; what they ask for is done outside their handlers, where nothing can be half done."""
+        for end in (self._awake, self._waker):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+
+    def _sleep(self) -> None:
+        if not select.select([self._awake], [], [], POLL_S)[0]:
+            return
+        for number in self._awake.recv(4096):
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._stopping = True
+            elif number == signal.SIGHUP and self._can_upgrade:
+                self._workers.ask()
 
     def _start(self, child: Child, now_s: float) -> None:
         for fd in child.fds:
             os.set_inheritable(fd, True)
+        if child.worker >= 0:
+            starts = self._board.get(child.worker, Worker.STARTS)
+            self._board.set(child.worker, Worker.STARTS, starts + 1)
+            self._board.set(child.worker, Worker.DUTY, 1)  # before it runs: others must count with it when it does
         # A process group of its own: Ctrl-C in a terminal reaches the supervisor, which drains the children.
         child.process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
             child.argv, env={**os.environ, **child.env}, pass_fds=child.fds, start_new_session=True
         )
         child.started_s = now_s
-        if child.worker >= 0:
-            starts = self._board.get(child.worker, Worker.STARTS)
-            self._board.set(child.worker, Worker.STARTS, starts + 1)
 
     def _look(self, child: Child, now_s: float) -> int:
         """Start a child again when its time has come; the exit code when that makes no sense."""
@@ -164,6 +181,10 @@ class Supervisor:
         if code is None:
             return 0
         child.process = None
+        if child.renewing:
+            child.renewing = False
+            self._start(child, now_s)
+            return 0
         ran_s = now_s - child.started_s
         first = child.essential and child.restarts_in_a_row == 0 and ran_s < STEADY_S and code > 0
         if first:
@@ -177,10 +198,21 @@ class Supervisor:
         self._say(f"{child.name} ended ({how}){held}; starting it again in {pause_s:.1f} s")
         return 0
 
+    @staticmethod
+    def _renew(child: Child) -> None:
+        """End a process that has no successor beside it, to start it with the code on disk."""
+        child.essential = False  # bad code must not end what serves
+        if child.process is not None:
+            child.renewing = True
+            child.process.terminate()
+
     def _stop_all(self) -> None:
         """Workers first, so that answers end while the control process still shows them."""
-        for last in (False, True):
-            group = [child for child in self._children if child.stop_last is last and child.process is not None]
+        # From here on the workers hold the last ends of the sockets: who connects after they close is refused at once,
+        # rather than left in a queue that nobody will look at.
+        for listener in self._listeners:
+            listener.close()
+        for group in (self._workers.everyone, self._others):
             for child in group:
                 if child.process is not None:
                     child.process.terminate()
@@ -198,9 +230,16 @@ class Supervisor:
             process.wait()
 
 
-def python_child(module: str, variable: str, config: bytes) -> tuple[list[str], dict[str, str]]:
-    """The command and environment of one of our own processes."""
-    return [sys.executable, "-m", module], {variable: config.decode()}
+def _retire(child: Child) -> None:
+    if child.process is not None:
+        child.process.send_signal(RETIRE)
+
+
+def _kill(child: Child) -> None:
+    process, child.process = child.process, None
+    if process is not None and process.poll() is None:
+        process.kill()
+        process.wait()
 
 
 def say_json(message: str) -> None:

@@ -1,6 +1,5 @@
 """A Snapshot made ready for requests: every look-up a dict, every head a template."""
 
-import ssl
 from collections.abc import Callable
 
 import msgspec
@@ -19,6 +18,7 @@ from fleetgate.protocols.openai import OPERATIONS, USAGE_ENGINES, models_body
 from fleetgate.protocols.resume import Way
 from fleetgate.providers.sealing import unseal
 from fleetgate.proxy.telemetry import Histogram, Telemetry
+from fleetgate.proxy.tls import UpstreamTls
 from fleetgate.proxy.transport.relay import Names
 from fleetgate.proxy.transport.upstream import EgressRule, Peer
 from fleetgate.rules.body import BodyReader
@@ -313,7 +313,7 @@ class Maker:
         self.region = region
         self._telemetry = telemetry
         self._seal_key = seal_key
-        self._tls: ssl.SSLContext | None = None
+        self.upstream_tls: UpstreamTls | None = None
         self._meters: dict[tuple[str, str, str], Meters] = {}
 
     def meters(self, gateway: str, deployment: str, region: str) -> Meters:
@@ -324,11 +324,10 @@ class Maker:
         return self._meters[names]
 
     def peer(self, endpoint: Endpoint, egress: tuple[str, ...] | None) -> Peer:
-        """A new Peer. TLS always verifies; there is no switch to turn that off."""
+        """A new Peer."""
         tls = None
         if endpoint.scheme == "https":
-            self._tls = self._tls or ssl.create_default_context()
-            tls = self._tls
+            tls = self.upstream_tls = self.upstream_tls or UpstreamTls()
         return Peer(endpoint, tls, EgressRule(egress, endpoint.scheme == "https") if egress is not None else None)
 
     def open_credential(self, deployment: Deployment) -> str:

@@ -2,9 +2,11 @@
 
 import datetime
 import ipaddress
+import os
 import ssl
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cryptography import x509
@@ -14,6 +16,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS = 825
 LEAF_DAYS = 90
+ALARM_DAYS = (30, 7, 1)  # FAULTS.md row 67
+DAY_S = 86_400.0
 _PEM = serialization.Encoding.PEM
 
 
@@ -26,21 +30,90 @@ class ServerTls:
     def __init__(self, cert: Path, key: Path) -> None:
         self._cert, self._key = cert, key
         self.context = server_context()
-        self.context.load_cert_chain(cert, key)
         self._seen = self._stamp()
+        self._load()
 
     def _stamp(self) -> tuple[int, int]:
         return self._cert.stat().st_mtime_ns, self._key.stat().st_mtime_ns
+
+    def _load(self) -> None:
+        """Read the files once: whoever writes them may be half-way between a trial and the real thing."""
+        chain = self._cert.read_bytes()
+        with _as_file(self._key.read_bytes() + b"\n" + chain) as pair:
+            server_context().load_cert_chain(pair)  # a pair that does not fit must not spoil the context in use
+            self.context.load_cert_chain(pair)
+        self._expires_s = x509.load_pem_x509_certificate(chain).not_valid_after_utc.timestamp()
+        self._told_days = 0
 
     def reload_if_changed(self) -> None:
         """Load the files again when they were replaced by a pair that fits together."""
         try:
             stamp = self._stamp()
+            if stamp != self._seen:
+                self._load()
+                self._seen = stamp
+        except (OSError, ssl.SSLError, ValueError):
+            return
+
+    def alarm(self, now_s: float) -> str:
+        """A sentence when the certificate has come nearer to its end than 30, 7 or 1 days; else nothing.
+
+        Units: `now_s` seconds since the epoch.
+        """
+        left_s = self._expires_s - now_s
+        if left_s > ALARM_DAYS[0] * DAY_S:
+            return ""
+        days = min(days for days in ALARM_DAYS if left_s <= days * DAY_S)
+        if days == self._told_days:
+            return ""
+        self._told_days = days
+        when = f"expires in {left_s / DAY_S:.1f} days" if left_s > 0 else "has expired"
+        return f"The certificate {self._cert} {when}; put a new one and its key in place, they are taken up at once."
+
+
+@contextmanager
+def _as_file(content: bytes) -> Iterator[str]:
+    """A path that the ssl module can load from and nobody else can read; on no disk, where the system can do that."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("fleetgate-tls"), "wb") as file:
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+        return
+    with tempfile.NamedTemporaryFile() as named:
+        named.write(content)
+        named.flush()
+        yield named.name
+
+
+class UpstreamTls:
+    """Which authorities Endpoints are believed by: the system's, or those of SSL_CERT_FILE, as they are now.
+
+    During a change of authority both stand in the file. Running connections stay; new ones are judged by the new file.
+    TLS always verifies; there is no switch to turn that off.
+    """
+
+    def __init__(self) -> None:
+        paths = ssl.get_default_verify_paths()
+        self._paths = [Path(path) for path in (paths.cafile, paths.capath) if path]
+        self._seen = self._stamp()
+        self.context = ssl.create_default_context()
+
+    def _stamp(self) -> list[tuple[int, int, int]]:
+        stats = [path.stat() for path in self._paths]
+        return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
+
+    def reload_if_changed(self) -> None:
+        """Read the authorities again when they changed; a file that is not whole changes nothing."""
+        try:
+            stamp = self._stamp()
             if stamp == self._seen:
                 return
-            # A trial first: a half-written pair must not spoil the context in use.
-            server_context().load_cert_chain(self._cert, self._key)
-            self.context.load_cert_chain(self._cert, self._key)
+            for path in self._paths:
+                if path.is_file():
+                    # The defaults below skip what they cannot read, and would leave nobody to be believed.
+                    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+            self.context = ssl.create_default_context()
             self._seen = stamp
         except (OSError, ssl.SSLError):
             return
@@ -53,7 +126,6 @@ class DevelopmentTls:
     """
 
     def __init__(self, directory: Path, is_served: Callable[[str], bool]) -> None:
-        self._directory = directory
         self._is_served = is_served
         self._ca, self._ca_key = _load_authority(directory)
         self._contexts: dict[str, ssl.SSLContext] = {}
@@ -62,6 +134,10 @@ class DevelopmentTls:
 
     def reload_if_changed(self) -> None:
         """Nothing to do: certificates are made anew at each start."""
+
+    def alarm(self, now_s: float) -> str:
+        """Nothing: they outlive any process."""
+        return ""
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         if name is None or not self._is_served(name.lower()):
@@ -76,11 +152,8 @@ class DevelopmentTls:
         now = datetime.datetime.now(datetime.UTC)
         certificate = _leaf(self._ca, self._ca_key, key, names, now)
         context = server_context()
-        # The ssl module loads certificates from files only; this one lives as long as the call.
-        with tempfile.NamedTemporaryFile(dir=self._directory) as file:
-            file.write(_private_bytes(key) + certificate.public_bytes(_PEM) + self._ca.public_bytes(_PEM))
-            file.flush()
-            context.load_cert_chain(file.name)
+        with _as_file(_private_bytes(key) + certificate.public_bytes(_PEM) + self._ca.public_bytes(_PEM)) as pair:
+            context.load_cert_chain(pair)
         return context
 
 

@@ -54,6 +54,8 @@ def watch(conversation: "Conversation", now_s: float, furthest: dict[int, int]) 
         if conversation.first_s and progress != conversation.progress:
             conversation.progress = progress
             conversation.deadline_s = now_s + stall_s(conversation)
+            if conversation.attempt:
+                conversation.hub.accounts.progress(conversation, relay)
             if state is State.COMMITTED:
                 _heard(conversation, now_s)
     if conversation.ask.stream and now_s - (conversation.heard_s or conversation.started_s) >= COMMENT_EVERY_S:

@@ -13,17 +13,21 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from fleetgate.core.board import Board, Worker
+from fleetgate.core.board import Board, Worker, layout
 from fleetgate.core.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
 from fleetgate.providers.spool import Happened
 from fleetgate.proxy import tcp
 from fleetgate.proxy.auth import Gatekeeper
-from fleetgate.proxy.config import ENV, WorkerConfig
+from fleetgate.proxy.config import ENV, RETIRE, WorkerConfig
 from fleetgate.proxy.door import Door
+from fleetgate.proxy.drain import AT_ONCE, RETIRED, Leave, drain, stopping
+from fleetgate.proxy.freshness import Freshness
+from fleetgate.proxy.harming import Harming
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.ops import HEAD_BYTES_MAX, OpsServer
+from fleetgate.proxy.overlap import Overlap
 from fleetgate.proxy.prefill import PrefillProbe
 from fleetgate.proxy.prober import Prober
 from fleetgate.proxy.rollout import Rollout
@@ -35,6 +39,7 @@ from fleetgate.rules import plugins
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
+EXIT_OTHER_LAYOUT = 3
 
 
 class LockFile:
@@ -69,6 +74,7 @@ class WorkerProcess:
         self.board = Board(memoryview(memory), config.workers)
         locks = LockFile(data_dir / "ledger.lock")
         ledger = Ledger(self.board, config.index, locks.lock, locks.unlock)
+        self.overlap = Overlap(self.board, config.index, config.serving or config.workers, ledger)
         pepper = (data_dir / "pepper").read_bytes() if config.auth == "keys" else None
         self.config = config
         self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Gatekeeper(pepper))
@@ -76,10 +82,15 @@ class WorkerProcess:
         self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
         self._snapshots = SnapshotFile(data_dir)
         self._rollout = Rollout(self._snapshots, self.board, config.index, self, careful=config.canary)
+        self.overlap.on_change = self._counts_with
+        self._locks = locks
+        self._freshness = self.hub.freshness = Freshness(data_dir, self.board, config.max_stale_s)
+        self._using = EMPTY
         self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
-        self._lb_grace_s, self._grace_s = config.lb_grace_s, config.grace_s
+        self._harming = Harming(self.hub, data_dir)
+        self._leave = self._stop = stopping(config.lb_grace_s, config.grace_s)
         self._refused = ""
         self._sweeps = 0
         self._stopped: asyncio.Event
@@ -96,20 +107,26 @@ class WorkerProcess:
         loop = hub.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopped.set)
+            loop.add_signal_handler(number, self._go, self._stop)
+        loop.add_signal_handler(RETIRE, self._go, RETIRED)
         if config.life_fd >= 0:
             loop.add_reader(config.life_fd, self._orphaned)
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
+        hub.journal.begin(loop)
         hub.guards.begin(SWEEP_S)
+        self._look_at_keys()
         self._rollout.start(hub.clock())
         self._say_refusals()
         hub.guards.sweep()
-        servers = [await self._listen(config.listen_fd, None)]
-        if self._tls is not None:
-            servers.append(await self._listen(config.tls_listen_fd, self._tls))
         ops = await self._listen_for_operations() if config.ops_listen_fd >= 0 else None
         sweeper = loop.create_task(self._sweep_forever())
+        await self._until_it_may_serve()
+        if self._stopped.is_set():
+            return
+        doors = [await self._listen(config.listen_fd, None)]
+        if self._tls is not None:
+            doors.append(await self._listen(config.tls_listen_fd, self._tls))
         prober = loop.create_task(self._prober.run())
         prefill = loop.create_task(PrefillProbe(hub, lambda: self._prober.mine).run())
         # What is there now stays: the collector need not walk it again. HOTPATH.md rule 13.
@@ -118,17 +135,20 @@ class WorkerProcess:
         self.board.set(config.index, Worker.PID, os.getpid())
         self.board.set(config.index, Worker.ACCEPTING, 1)
         await self._stopped.wait()
-        await self._drain(servers)
-        sweeper.cancel()
         prober.cancel()
         prefill.cancel()
+        self._prober.mine = False
+        self._locks.unlock(PROBER_LOCK)
+        await drain(hub, doors, lambda: self._leave)
+        sweeper.cancel()
         if ops is not None:
             ops.close()
         hub.log.close()
+        hub.journal.close()
         if hub.recorder is not None:
             hub.recorder.log.close()
             if hub.recorder.log.dropped:
-                self._say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
+                self.hub.say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
     async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Door:
         tcp.bound_unsent(fd)
@@ -140,15 +160,52 @@ class WorkerProcess:
         server = OpsServer(self.board)
         return await asyncio.start_server(server.serve, sock=listener, limit=HEAD_BYTES_MAX)
 
+    async def _until_it_may_serve(self) -> None:
+        """Wait for the other generation to count with this one, and for a Snapshot no older than theirs."""
+        overlap = self.overlap
+        while not (overlap.may_serve() and self.hub.tables.version >= overlap.versions()):
+            if self._stopped.is_set():
+                return
+            await asyncio.sleep(SWEEP_S)
+
+    def _counts_with(self, columns: range) -> None:
+        self.hub.others = [column for column in columns if column != self.config.index]
+
+    def _go(self, leave: Leave) -> None:
+        self._leave = leave
+        self._stopped.set()
+
     async def _sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._sweeps += 1
+            self.overlap.look()
             if self._sweeps % SNAPSHOT_EVERY == 0 or self._rollout.is_urgent:
                 self.hub.guards.tend(self._look_for_snapshot)
-            if self._sweeps % SNAPSHOT_EVERY == 0 and self._tls is not None:
-                self.hub.guards.tend(self._tls.reload_if_changed)
+            if self._sweeps % SNAPSHOT_EVERY == 0:
+                self.hub.guards.tend(self._look_at_files)
             self.hub.guards.sweep()
+
+    def _look_at_files(self) -> None:
+        self._look_at_keys()
+        self._harming.look()
+        if self.hub.maker.upstream_tls is not None:
+            self.hub.maker.upstream_tls.reload_if_changed()
+        if self._tls is not None:
+            self._tls.reload_if_changed()
+            self._tell_of_expiry(self._tls)
+
+    def _look_at_keys(self) -> None:
+        freshness = self._freshness
+        if freshness.look(self.hub.clock()):
+            self.take(self._using)
+            if freshness.stale:
+                self.hub.say("the control plane was not heard for --max-stale-s; API keys are refused until it is")
+
+    def _tell_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
+        if self._prober.mine and (sentence := tls.alarm(self.hub.epoch_s())):  # one worker tells for all
+            self.hub.spool.add(Happened("Certificate", "client-listener", sentence))
+            self.hub.say(sentence)
 
     def _look_for_snapshot(self) -> None:
         self._rollout.look(self.hub.clock())
@@ -159,10 +216,11 @@ class WorkerProcess:
     def take(self, snapshot: Snapshot) -> bool:
         """Use a Snapshot from now on; False, and a line in the log, where it cannot be used."""
         try:
-            tables = Tables(snapshot, self.hub.maker, self.hub.tables, self.hub.clock())
+            tables = Tables(self._freshness.usable(snapshot), self.hub.maker, self.hub.tables, self.hub.clock())
         except Exception as error:
-            self._say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
+            self.hub.say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
             return False
+        self._using = snapshot
         self.hub.use(tables)
         return True
 
@@ -173,55 +231,36 @@ class WorkerProcess:
             try:
                 self._snapshots.keep(data, version)
             except OSError as error:
-                self._say(f"there is no copy of Snapshot {version}: {error.strerror}; make room in the data directory")
+                self.hub.say(f"there is no copy of Snapshot {version}: {error.strerror}; make room on the disk")
 
         self.hub.loop.run_in_executor(None, write)
 
     def tell(self, version: int, sentence: str) -> None:
         """An Event, and a line in the log."""
         self.hub.spool.add(Happened("Snapshot", str(version), sentence))
-        self._say(sentence)
+        self.hub.say(sentence)
 
     def _say_refusals(self) -> None:
-        if self._snapshots.refused != self._refused:
-            self._refused = self._snapshots.refused
-            self._say(self._refused or "the Snapshot file is good again")
+        refused = self._snapshots.refused or self._freshness.refused
+        if refused != self._refused:
+            self._refused = refused
+            self.hub.say(self._refused or "the files that were refused are good again")
 
     def _orphaned(self) -> None:
         """The supervisor is dead: a worker must not outlive it, so there is no grace."""
-        self._lb_grace_s = self._grace_s = 0.0
-        self._stopped.set()
+        self._go(AT_ONCE)
 
     def _woken(self) -> None:
         os.read(self.config.wake_fd, 4096)
         self.hub.wake()
 
-    async def _drain(self, servers: list[Door]) -> None:
-        """Readiness falls first; nothing is refused while load balancers look away, nothing is cut inside the grace."""
-        hub = self.hub
-        self.board.set(self.config.index, Worker.ACCEPTING, 0)
-        await asyncio.sleep(self._lb_grace_s)
-        hub.draining = True
-        for server in servers:
-            server.close()
-        for client in hub.connections:
-            client.close_if_idle()
-        for _ in range(int(self._grace_s / SWEEP_S)):
-            if not any(client.busy for client in hub.connections):
-                break
-            await asyncio.sleep(SWEEP_S)
-        for client in hub.connections:
-            client.transport.close()
-        await asyncio.sleep(SWEEP_S)
-
-    def _say(self, message: str) -> None:
-        line = {"event": "worker", "worker": self.config.index, "message": message}
-        sys.stderr.write(msgspec.json.encode(line).decode() + "\n")
-
 
 def main() -> None:
     """Run a worker from the environment variable that the supervisor set."""
     config = msgspec.json.decode(os.environ[ENV], type=WorkerConfig)
+    if config.layout not in ("", layout()):
+        sys.stderr.write("this version lays shared memory out in another way; restart `fleetgate up` to change to it\n")
+        sys.exit(EXIT_OTHER_LAYOUT)
     plugins.load()  # the control process tells of those that cannot be used
     uvloop.run(WorkerProcess(config).run())
 

@@ -6,10 +6,11 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from fleetgate.control.api import apply, calibrations, errors, ops, resources, state
+from fleetgate.control.api import apply, calibrations, errors, faults, ops, reload, resources, state, usage
 from fleetgate.control.api.guard import Guard
 from fleetgate.control.calibrating import Calibrations
 from fleetgate.control.context import Control
+from fleetgate.control.faults import Faults
 from fleetgate.control.resources import KINDS
 
 OPENAPI_PATH = "/api/v1/openapi.json"
@@ -24,7 +25,7 @@ class ApplyRequest(BaseModel):
     confirmed: bool = False  # do it although it takes many Endpoints away
 
 
-def create_app(control: Control, hosts: list[str]) -> FastAPI:
+def create_app(control: Control, hosts: list[str], injected: Faults | None = None) -> FastAPI:
     """The ASGI application; `hosts` are the names it answers to beside localhost and IP addresses."""
     app = FastAPI(
         title="Fleetgate",
@@ -40,6 +41,9 @@ def create_app(control: Control, hosts: list[str]) -> FastAPI:
         app.include_router(resources.routes(control, kind))
     app.include_router(calibrations.routes(Calibrations(control)))
     app.include_router(apply.routes(control))
+    app.include_router(reload.routes(control))
+    app.include_router(faults.routes(control, injected or Faults(control)))
+    app.include_router(usage.routes(control))
     app.include_router(state.routes(control))
     app.include_router(ops.routes(control))
     app.add_middleware(Guard, owner_token=control.data_dir.owner_token, hosts=hosts)

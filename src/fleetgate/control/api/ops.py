@@ -30,7 +30,8 @@ def routes(control: Control) -> APIRouter:
     @router.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> JSONResponse:
         board, publisher, now_s = control.board, control.publisher, time.monotonic()
-        reasons = reasons_against(board, publisher.current, control.started, now_s)
+        serving = control.config.serving or control.config.workers
+        reasons = reasons_against(board, serving, publisher.current, control.started, now_s)
         return JSONResponse(
             {"ready": not reasons, "reasons": reasons, **shortcomings(board, publisher.refusal, now_s, time.time())},
             503 if reasons else 200,

@@ -74,7 +74,7 @@ def workers_of(board: Board | None) -> list[dict[str, Any]]:
             "snapshot_version": board.get(worker, Worker.SNAPSHOT_VERSION),
             "starts": board.get(worker, Worker.STARTS),
         }
-        for worker in range(board.workers if board else 0)
+        for worker in (board.present() if board else ())
         if board
     ]
 

@@ -1,6 +1,6 @@
 """The store's tables. A change here needs a migration beside it; a test compares the two."""
 
-from sqlalchemy import Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -59,4 +59,55 @@ numbers = Table(
     metadata,
     Column("name", String(32), primary_key=True),
     Column("value", Integer, nullable=False),
+)
+
+_NAMES = ("key", "gateway", "model", "deployment")
+
+# One row an attempt. The newest are kept, and what they sum up to in `usage_hours` for ever.
+usage_rows = Table(
+    "usage_rows",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("attempt_id", String(64), nullable=False, unique=True),
+    Column("began_ms", BigInteger, nullable=False),
+    Column("ended_ms", BigInteger, nullable=False),
+    *(Column(name, String(200), nullable=False) for name in (*_NAMES, "region")),
+    Column("outcome", String(32), nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("exact", Boolean, nullable=False),
+    Column("billed_prompt_tokens", BigInteger, nullable=False),
+    Column("billed_output_tokens", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+)
+
+# Shape: `hour` in hours since the epoch, of an attempt's end; `estimated` counts attempts whose engine told no tokens.
+usage_hours = Table(
+    "usage_hours",
+    metadata,
+    Column("hour", BigInteger, primary_key=True),
+    *(Column(name, String(200), primary_key=True) for name in _NAMES),
+    Column("attempts", BigInteger, nullable=False),
+    Column("estimated", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("billed_prompt_tokens", BigInteger, nullable=False),
+    Column("billed_output_tokens", BigInteger, nullable=False),
+)
+
+# Attempts that began and are not over; with how far the journals are read it is all that a restart must know.
+usage_open = Table(
+    "usage_open",
+    metadata,
+    Column("attempt_id", String(64), primary_key=True),
+    Column("run", String(64), nullable=False),
+    Column("intent", Text, nullable=False),
+    Column("progress", Text, nullable=False),
+)
+
+usage_read = Table(
+    "usage_read",
+    metadata,
+    Column("file", String(100), primary_key=True),
+    Column("offset", BigInteger, nullable=False),
 )

@@ -1,8 +1,9 @@
 """Connections to Endpoints: kept alive, checked before each dial, reused last-in first-out."""
 
 import asyncio
-import ipaddress
 import ssl
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from fleetgate.core.capacity import SLOW_START_MIN, slow_start
@@ -11,15 +12,15 @@ from fleetgate.core.model import Endpoint
 from fleetgate.core.outliers import Slowness
 from fleetgate.protocols.http1 import ResponseMemo
 from fleetgate.proxy import tcp
+from fleetgate.proxy.tls import UpstreamTls
+from fleetgate.proxy.transport.addresses import Addresses, EgressRule, Refused
+from fleetgate.proxy.transport.race import race
+
+__all__ = ["Attempt", "EgressRule", "Harm", "Peer", "Refused", "UpstreamConnection"]
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512
 TLS_CONNECT_EXTRA_S = 1.0  # FAULTS.md row 2: connect 1 s, with TLS 2 s
-RESOLVE_KEEP_S = 5.0  # FAULTS.md row 66
-
-
-class Refused(Exception):
-    """An address is outside the ranges that Endpoints may be dialled in."""
 
 
 class Attempt(Protocol):
@@ -32,13 +33,26 @@ class Attempt(Protocol):
         """The connection ended; None means by a regular close."""
 
 
+class Harm(Protocol):
+    """Injected faults on one Endpoint. There is none unless an operator asked for it: `transport/harm.py`."""
+
+    def strikes(self) -> bool:
+        """Whether the request that wants a connection is to be struck: its next `connect` then is."""
+
+    async def connect(
+        self, peer: "Peer", loop: asyncio.AbstractEventLoop, timeout_s: float
+    ) -> "UpstreamConnection | None":
+        """A connection that does harm, or None for an ordinary one."""
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an Endpoint, carrying one attempt at a time."""
 
-    __slots__ = ("attempt", "idle_since_s", "peer", "served", "transport")
+    __slots__ = ("address", "attempt", "idle_since_s", "peer", "served", "transport")
 
     def __init__(self, peer: "Peer") -> None:
         self.peer = peer
+        self.address = ""  # that it was dialled at
         self.attempt: Attempt | None = None
         self.transport: asyncio.Transport
         self.served = 0
@@ -86,7 +100,7 @@ class UpstreamConnection(asyncio.Protocol):
 class Peer:
     """One Endpoint as this worker knows it: its idle connections, addresses and health."""
 
-    def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None, allow: "EgressRule | None") -> None:
+    def __init__(self, endpoint: Endpoint, tls: UpstreamTls | None, allow: "EgressRule | None") -> None:
         self.endpoint = endpoint
         self.health: Health = HEALTHY
         self.in_flight = 0
@@ -102,9 +116,10 @@ class Peer:
         self._retired = False
         self._idle: list[UpstreamConnection] = []
         self._tls = tls
-        self._allow = allow
-        self._addresses: list[str] = []
-        self._resolved_at_s = float("-inf")
+        check = allow.check if allow is not None else _anywhere
+        self.addresses = Addresses(endpoint.host, endpoint.port, check)
+        self._answered_at = ""
+        self.harm: Harm | None = None
 
     # --- health ---
 
@@ -132,6 +147,8 @@ class Peer:
 
     def take_idle(self) -> UpstreamConnection | None:
         """A warm connection, the one used last; None when a new one must be made."""
+        if self.harm is not None and self.harm.strikes():
+            return None
         while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
@@ -142,6 +159,9 @@ class Peer:
         """Put a clean connection aside for the next request."""
         self._finishing.discard(connection)
         if self._retired or len(self._idle) >= IDLE_CONNECTIONS_MAX or connection.transport.is_closing():
+            connection.drop()
+            return
+        if connection.address not in self.addresses.current:  # the name has moved on, and so do we
             connection.drop()
             return
         connection.idle_since_s = now_s
@@ -175,64 +195,50 @@ class Peer:
 
         Raises: `OSError` (refused, no address), `TimeoutError`, `ssl.SSLError`, `Refused`.
         """
+        harmful = await self.harm.connect(self, loop, timeout_s) if self.harm is not None else None
+        return harmful or await self.dial(loop, timeout_s, lambda: UpstreamConnection(self))
+
+    async def dial(
+        self, loop: asyncio.AbstractEventLoop, timeout_s: float, make: Callable[[], UpstreamConnection]
+    ) -> UpstreamConnection:
+        """A connection as `make` makes it. Raises: as `connect`."""
         self.connects += 1
-        endpoint = self.endpoint
         limit_s = timeout_s + (TLS_CONNECT_EXTRA_S if self._tls else 0.0)
-        failure: OSError | TimeoutError = OSError(f"{endpoint.host} has no address")
-        for address in await self._resolve(loop, timeout_s):
-            try:
-                async with asyncio.timeout(limit_s):
-                    _, connection = await loop.create_connection(
-                        lambda: UpstreamConnection(self),
-                        address,
-                        endpoint.port,
-                        ssl=self._tls,
-                        server_hostname=endpoint.host if self._tls else None,
-                    )
-                return connection
-            except ssl.SSLError:
-                raise  # another address of the same name would only hide a wrong certificate
-            except (OSError, TimeoutError) as error:
-                failure = error
-        raise failure
-
-    async def _resolve(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> list[str]:
-        now_s = loop.time()
-        if self._addresses and now_s - self._resolved_at_s < RESOLVE_KEEP_S:
-            return self._addresses
+        addresses = await self.addresses.get(loop.time(), timeout_s)
+        # The one that answered last is the first to be asked.
+        addresses = sorted(addresses, key=lambda address: address != self._answered_at)
         try:
-            async with asyncio.timeout(timeout_s):
-                infos = await loop.getaddrinfo(self.endpoint.host, self.endpoint.port, type=1)
-            addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
-            if self._allow is not None:
-                self._allow.check(self.endpoint.host, addresses)
+            connection = await race(
+                [partial(self._dial_at, loop, address, limit_s, make) for address in addresses], UpstreamConnection.drop
+            )
+        except ssl.SSLError:
+            raise
         except (OSError, TimeoutError):
-            if not self._addresses:
-                raise
-            return self._addresses  # a name server that is away changes nothing
-        self._addresses, self._resolved_at_s = addresses, now_s
-        return addresses
+            self.addresses.refresh(loop.time(), at_once=True)
+            raise
+        self._answered_at = connection.address
+        return connection
+
+    async def _dial_at(
+        self, loop: asyncio.AbstractEventLoop, address: str, limit_s: float, make: Callable[[], UpstreamConnection]
+    ) -> UpstreamConnection:
+        async with asyncio.timeout(limit_s):
+            _, connection = await loop.create_connection(
+                make,
+                address,
+                self.endpoint.port,
+                ssl=self._tls.context if self._tls else None,
+                server_hostname=self.endpoint.host if self._tls else None,
+            )
+        connection.address = address
+        return connection
+
+    def follow_name(self, now_s: float) -> None:
+        """Ask for the name's addresses when it is time, and leave those that it no longer has."""
+        self.addresses.refresh(now_s)
+        for connection in [idle for idle in self._idle if idle.address not in self.addresses.current]:
+            connection.drop()
 
 
-class EgressRule:
-    """The addresses that may be dialled: inside the ranges, or public ones over https; link-local ones never.
-
-    Shape: `ranges` are CIDRs.
-    """
-
-    def __init__(self, ranges: tuple[str, ...], encrypted: bool) -> None:
-        self._encrypted = encrypted
-        self._networks = [ipaddress.ip_network(text) for text in ranges]
-
-    def check(self, host: str, addresses: list[str]) -> None:
-        """Refuse a host one of whose addresses is outside.
-
-        Raises: `Refused`.
-        """
-        for text in addresses:
-            address = ipaddress.ip_address(text.partition("%")[0])
-            if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-                address = address.ipv4_mapped
-            inside = any(address in network for network in self._networks if network.version == address.version)
-            if address.is_link_local or not (inside or (self._encrypted and address.is_global)):
-                raise Refused(f"{host} resolves to {text}, which --egress-allow does not include")
+def _anywhere(host: str, addresses: list[str]) -> None:
+    """The machine's operator wrote this Endpoint; it may be anywhere."""

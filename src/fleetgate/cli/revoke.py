@@ -1,0 +1,57 @@
+"""`fleetgate keys revoke`: a key refused on this machine although nobody can reach the API."""
+
+import getpass
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from fleetgate.cli.client import Failed
+from fleetgate.core.model import Key, decode_snapshot
+from fleetgate.providers.revoking import REVOKED, Revocation, revoke
+from fleetgate.providers.signing import LAST_GOOD, SNAPSHOT, NotSigned, public_key, verified
+
+
+def revoke_here(data_dir: Path, name: str) -> None:
+    """Put the key on the machine's list. Raises: `Failed`."""
+    signing_key = _signing_key(data_dir / "signing.key")
+    key = _find(data_dir, name, public_key(signing_key))
+    try:
+        revoke(data_dir / REVOKED, signing_key, Revocation(key.id, key.name, _user(), time.time()))
+    except (OSError, NotSigned) as error:
+        raise Failed([f"{data_dir / REVOKED} cannot be written: {error}"]) from None
+    sys.stdout.write(f"key {key.name} is revoked on this machine; the store learns of it from the control process\n")
+
+
+def _signing_key(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        public_key(data)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        message = f"{path} cannot be read ({reason}); run this as the user of `fleetgate up`, with its --data-dir"
+        raise Failed([message]) from None
+    return data
+
+
+def _find(data_dir: Path, name: str, public: bytes) -> Key:
+    """The key in what the workers use."""
+    for file in (SNAPSHOT, LAST_GOOD):
+        try:
+            snapshot = decode_snapshot(verified((data_dir / file).read_bytes(), public))
+        except (OSError, NotSigned, msgspec.MsgspecError):
+            continue
+        for key in snapshot.keys:
+            if name in (key.name, key.id):
+                return key
+        names = ", ".join(key.name for key in snapshot.keys[:20]) or "none"
+        raise Failed([f"there is no key {name[:80]!r} in use here; the keys are: {names}"])
+    raise Failed([f"there is no Snapshot in {data_dir}; give the --data-dir of `fleetgate up`"])
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may have a user without a name
+        return "an operator"

@@ -1,0 +1,128 @@
+"""Injected faults over REST: begin one, list those in force, end one."""
+
+import asyncio
+import time
+from typing import Annotated, Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from fleetgate.control.api.errors import ApiError
+from fleetgate.control.api.resources import ERRORS
+from fleetgate.control.api.shown import moment
+from fleetgate.control.context import Control
+from fleetgate.control.faults import Exists, Faults, new_name
+from fleetgate.control.fields import Name
+from fleetgate.control.resources import Part
+from fleetgate.core.injection import LASTS_S_MAX, Fault, Kind
+
+ADOPTED_S = 0.15  # workers look ten times a second
+
+
+class FaultRequest(Part):
+    """What is to go wrong.
+
+    Units: `share` of the Deployment's requests, 0 to 1; `stop_below_slo` the share of requests inside the SLO under
+    which it ends by itself, 0 for none.
+    """
+
+    kind: Literal["delay", "error", "cut", "stall", "refuse"]
+    deployment: Name
+    name: Name | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    for_s: Annotated[float, Field(gt=0, le=LASTS_S_MAX)] = 60.0
+    stop_below_slo: Annotated[float, Field(ge=0, le=1)] = 0.9
+    delay_s: Annotated[float, Field(gt=0, le=600)] = 2.0
+    status: Annotated[int, Field(ge=400, le=599)] = 503
+
+
+class FaultShown(Part):
+    """A fault in force. Units: `left_s` until its time is over; `struck` requests so far."""
+
+    kind: str
+    name: str
+    deployment: str
+    share: float
+    stop_below_slo: float
+    delay_s: float | None
+    status: int | None
+    begins_at: str
+    ends_at: str
+    left_s: float
+    struck: int
+
+
+class FaultList(Part):
+    """The faults in force, oldest first."""
+
+    items: list[FaultShown]
+
+
+def routes(control: Control, faults: Faults) -> APIRouter:
+    """`/api/v1/faults`."""
+    router = APIRouter(prefix="/api/v1/faults", tags=["faults"], responses=ERRORS)
+
+    @router.post("", operation_id="inject_fault", status_code=201, summary="Let some requests to a Deployment fail")
+    async def create(asked: FaultRequest) -> FaultShown:
+        snapshot = control.publisher.current
+        if not any(one.name == asked.deployment for one in (snapshot.deployments if snapshot else ())):
+            raise ApiError(404, f"there is no Deployment {asked.deployment!r}; list them with GET /api/v1/deployments")
+        now_s = time.time()
+        fault = Fault(
+            name=asked.name or new_name(asked.kind),
+            kind=Kind(asked.kind),
+            deployment=asked.deployment,
+            share=asked.share,
+            begins_s=now_s,
+            ends_s=now_s + asked.for_s,
+            stop_below_slo=asked.stop_below_slo,
+            delay_s=asked.delay_s,
+            status=asked.status,
+        )
+        try:
+            await asyncio.to_thread(faults.begin, fault)
+        except Exists:
+            raise ApiError(409, f"a fault {fault.name!r} is in force; end it first, or give another name") from None
+        await asyncio.sleep(ADOPTED_S)
+        return _shown(fault, faults)
+
+    @router.get("", operation_id="list_faults", summary="The faults in force")
+    def list_all() -> FaultList:
+        return FaultList(items=[_shown(fault, faults) for fault in faults.all()])
+
+    @router.get("/{name}", operation_id="get_fault", summary="One fault in force")
+    def get(name: str) -> FaultShown:
+        found = next((fault for fault in faults.all() if fault.name == name), None)
+        if found is None:
+            raise _absent(name)
+        return _shown(found, faults)
+
+    @router.delete("/{name}", operation_id="end_fault", summary="End a fault now")
+    async def end(name: str) -> FaultShown:
+        fault = await asyncio.to_thread(faults.end, name, "somebody ended it")
+        if fault is None:
+            raise _absent(name)
+        await asyncio.sleep(ADOPTED_S)
+        return _shown(fault, faults)
+
+    return router
+
+
+def _shown(fault: Fault, faults: Faults) -> FaultShown:
+    return FaultShown(
+        kind=fault.kind.value,
+        name=fault.name,
+        deployment=fault.deployment,
+        share=fault.share,
+        stop_below_slo=fault.stop_below_slo,
+        delay_s=fault.delay_s if fault.kind is Kind.DELAY else None,
+        status=fault.status if fault.kind is Kind.ERROR else None,
+        begins_at=moment(fault.begins_s),
+        ends_at=moment(fault.ends_s),
+        left_s=round(max(0.0, fault.ends_s - time.time()), 1),
+        struck=faults.strikes(fault.name),
+    )
+
+
+def _absent(name: str) -> ApiError:
+    return ApiError(404, f"no fault {name[:63]!r} is in force; list them with GET /api/v1/faults")

@@ -1,0 +1,39 @@
+"""A rolling upgrade over REST: the processes of this machine are replaced by ones with the code on disk."""
+
+import os
+import signal
+
+from fastapi import APIRouter
+
+from fleetgate.control.api.errors import ApiError
+from fleetgate.control.api.resources import ERRORS
+from fleetgate.control.context import Control
+from fleetgate.control.resources import Part
+from fleetgate.core.board import Worker
+
+
+class ReloadBegun(Part):
+    """What is being replaced. Shape: the process ids of the workers that accepted when it began."""
+
+    replaced_pids: list[int]
+
+
+def routes(control: Control) -> APIRouter:
+    """`/api/v1/reload`."""
+    router = APIRouter(prefix="/api/v1", tags=["workers"], responses=ERRORS)
+
+    @router.post(
+        "/reload",
+        operation_id="reload",
+        status_code=202,
+        summary="Replace all workers, then the control process, by ones with the code on disk; nothing is cut",
+    )
+    def reload() -> ReloadBegun:
+        board = control.board
+        if board is None or not control.config.supervised:
+            raise ApiError(409, "this control process has no supervisor; it was not started by `fleetgate up`")
+        accepting = [worker for worker in board.present() if board.get(worker, Worker.ACCEPTING)]
+        os.kill(os.getppid(), signal.SIGHUP)
+        return ReloadBegun(replaced_pids=[board.get(worker, Worker.PID) for worker in accepting])
+
+    return router
