@@ -63,7 +63,7 @@ class Crowd:
                     "model": chance.choice(BAD if chance.random() < 0.06 else GOOD),
                     "messages": [{"role": "user", "content": "hi"}],
                 }
-                body |= {"stream": chance.random() < 0.6, "temperature": 0, "delay_s": 0.5}
+                body |= {"stream": chance.random() < 0.6, "temperature": 0, "wall": {"delay_s": 0.5}}
                 with suppress(httpx2.HTTPError):
                     url = f"{self._up.url}/chat/completions"
                     with client.stream("POST", url, json=body) as answer:

@@ -5,6 +5,8 @@ import random
 from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.openai import OPERATIONS, InvalidBody, Meaning, read_ask, understand
 from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.protocols.resume_responses import ResponseSeam, ResponseTranscript, response_ways_of
+from fleetgate.protocols.resume_tokens import TokenSeam, tokens_body
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from tests.fuzz import strict_json
 from tests.fuzz.mutation import Mutator
@@ -18,11 +20,43 @@ MORE = (
     b'data: {"id":"w","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":":1}"}}]}}]}\n\n'
 )
 TEXT = b'data: {"id":"w","choices":[{"index":0,"text":"abc","finish_reason":null}],"usage":null}\n\n'
-EXAMPLES = [b"".join(PIECES), b"".join(PIECES[:4]), PIECES[0] + CALL + MORE + PIECES[-3], TEXT * 3 + PIECES[-3]]
+IDS = (
+    b'data: {"id":"w","choices":[{"index":0,"delta":{"role":"assistant","content":""}}],"prompt_token_ids":[7,8]}\n\n'
+    b'data: {"id":"w","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null,"token_ids":[1]}]}\n\n'
+    b'data: {"id":"w","choices":[{"index":0,"delta":{"content":""},"finish_reason":null,"token_ids":[2]}]}\n\n'
+)
+ON = (
+    b'data: {"id":"v","choices":[{"index":0,"text":"","token_ids":[2],"prompt_token_ids":[7,8,1]}]}\n\n'
+    b'data: {"id":"v","choices":[{"index":0,"text":"b","token_ids":[3],"finish_reason":"stop"}]}\n\n'
+)
+RESPONSE = b"".join(
+    b"event: x\ndata: %b\n\n" % data
+    for data in (
+        b'{"type":"response.created","sequence_number":0,"response":{"id":"r","created_at":1,"model":"m"}}',
+        b'{"type":"response.output_item.added","sequence_number":1,"output_index":0,"item":{"id":"i","type":"message"}}',
+        b'{"type":"response.output_text.delta","sequence_number":2,"output_index":0,"item_id":"i","delta":"ab"}',
+        b'{"type":"response.output_text.delta","sequence_number":3,"output_index":0,"item_id":"i","delta":"cd"}',
+        b'{"type":"response.output_text.done","sequence_number":4,"output_index":0,"item_id":"i","text":"abcd"}',
+        b'{"type":"response.completed","response":{"id":"r","output":[{"id":"i","type":"message"}],"model":"m"}}',
+    )
+)
+EXAMPLES = [
+    b"".join(PIECES),
+    b"".join(PIECES[:4]),
+    PIECES[0] + CALL + MORE + PIECES[-3],
+    TEXT * 3 + PIECES[-3],
+    IDS,
+    ON,
+    RESPONSE,
+    RESPONSE[: RESPONSE.find(b"event: x", len(RESPONSE) // 2)],
+    RESPONSE[: RESPONSE.rfind(b"event: x")],
+]
 ASKS = [
     b'{"model":"m","messages":[{"role":"user","content":"hi"}],"temperature":0,"max_tokens":50,"stream":true}',
     b'{"model":"m","prompt":"hi","temperature":0.0,"max_completion_tokens":9,"n":1,"stream":true}',
     b'{"model":"m","messages":[],"tools":[],"response_format":null,"top_k":1,"modalities":["text"]}',
+    b'{"model":"m","messages":[],"temperature":0.7,"max_tokens":50,"return_token_ids":true,"stream":true}',
+    b'{"model":"m","input":"hi","temperature":0,"tools":[{"type":"function"}],"stream":true}',
 ]
 ASK_TOKENS = [
     b'"messages":{},', b'"messages":null,', b'"prompt":[1],', b'"prompt":null,', b'"n":2,', b'"n":1.0,', b'"n":"1",',
@@ -50,9 +84,12 @@ class Resumes:
             read_ask(ask)
         except InvalidBody:
             ask = rng.choice(ASKS)
+        if b'"input"' in ask:
+            self._check_response(ask, said, more)
+            return
         path = b"/v1/completions" if b'"prompt"' in ask else b"/v1/chat/completions"
         ways = ways_of(ask, OPERATIONS[path])
-        script = Transcript()
+        script = Transcript(7)
         for event in well_formed(said):
             script.keep(event)
         if not script.runs or not script.whole:
@@ -61,11 +98,25 @@ class Resumes:
             if way is Way.PREFILL:
                 body = prefill_body(ask, script, rng.choice(("vllm", "llamacpp")))
                 assert body is None or isinstance(strict_json.decode(body), strict_json.Members)
-            self._join(script, way, more)
+            seam = Seam(script, way, "m")
+            if way is Way.TOKENS:
+                body = tokens_body(ask, script)
+                if body is None:
+                    continue
+                assert isinstance(strict_json.decode(body), strict_json.Members)
+                seam = TokenSeam(script, "m", OPERATIONS[path])
+            self._join(script, way, seam, more)
 
-    def _join(self, script: Transcript, way: Way, more: bytes) -> None:
+    def _check_response(self, ask: bytes, said: bytes, more: bytes) -> None:
+        script = ResponseTranscript()
+        for event in well_formed(said):
+            script.keep(event)
+        if script.runs and script.whole and response_ways_of(ask):
+            self._join(script, Way.REPLAY, ResponseSeam(script, "m"), more)
+
+    def _join(self, script: Transcript, way: Way, seam: Seam, more: bytes) -> None:
         before = script.runs
-        seam, joined = Seam(script, way, "m"), Transcript()
+        joined = type(script)()
         try:
             for event in well_formed(more):
                 data = data_of(event)
@@ -77,10 +128,12 @@ class Resumes:
                     joined.keep(left)
         except (Mismatch, Malformed):
             return
+        joined.digest()
         if way is Way.REPLAY and seam.caught_up and joined.whole:
-            replayed = Transcript()
+            replayed = type(script)()
             for event in well_formed(more):
                 replayed.keep(event)
+            replayed.digest()
             if replayed.whole:
                 assert _flat(before + joined.runs) == _flat(replayed.runs), "the seam does not fit"
 

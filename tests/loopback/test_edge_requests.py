@@ -1,5 +1,6 @@
 """Good requests in every shape that bytes can come in, and answers to what is not a request for a model."""
 
+import gzip
 import json
 from collections.abc import Iterator
 
@@ -411,3 +412,15 @@ def test_checks_come_in_the_order_of_the_contract(tmp_path_factory: pytest.TempP
         assert at(post(bad, path="/x")) == (401, "invalid_api_key")
         assert at(post(bad)) == (401, "invalid_api_key")
         assert not made.wall.seen
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, br", "x-unknown"])
+def test_row_39_a_compressed_body_is_refused_and_never_inflated(edge: Plane, encoding: str) -> None:
+    bomb = gzip.compress(b'{"model":"ok","messages":[' + b" " * 20_000_000 + b"]}")
+    with edge.client() as client:
+        answer = client.ask(post(bomb, [f"Content-Encoding: {encoding}"]))
+        assert answer.status == 415 and encoding in answer.json()["error"]["message"]
+        assert answer.headers["accept-encoding"] == "identity"
+    before = len(edge.wall.seen)
+    assert edge.ask(request("ok", headers=["Content-Encoding: identity"])).status == 200
+    assert len(edge.wall.seen) == before + 1

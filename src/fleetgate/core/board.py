@@ -84,9 +84,10 @@ class Signal(IntEnum):
     RTT_US = 6
     FOREIGN = 7  # requests at the engine that did not come through here
     PREFILL = 8  # 1 where it was seen to go on with what another had begun, 2 where it does not, 0 not known
+    TOKENS = 9  # whose token ids it was seen to give and take: a mark that others with the same have too; 1 none
 
 
-SIGNAL_CELLS = 9
+SIGNAL_CELLS = 10
 
 
 class Work(IntEnum):

@@ -1,10 +1,12 @@
 """Going on elsewhere with an answer that broke off: what was said so far, and what of a new answer is left to say.
 
-Two ways, as FAULTS.md section 2 names them. R3, *replay*: the request is sent again unchanged, the new answer is
+Three ways, as FAULTS.md section 2 names them. R3, *replay*: the request is sent again unchanged, the new answer is
 compared with what the client has, and only what follows is passed on. R2, *prefill*: the engine is asked to go on with
-what was said. Text is compared, never ids or bytes: engines cut it differently each time.
+what was said. R1, *tokens*: it is given the token ids of prompt and answer (`resume_tokens`). Text is compared, never
+bytes: engines cut it differently each time.
 """
 
+from array import array
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
@@ -16,6 +18,7 @@ from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.openai import Operation, Usage
 
 KEPT_CHARS_MAX = 64 * 1024  # FAULTS.md section 2: longer answers are not compared
+KEPT_IDS_MAX = 128 * 1024  # token ids of prompt and answer, 4 bytes each
 DIGEST_EVERY = 32  # events; few enough to bound memory, enough to be cheap
 
 _NONE = msgspec.Raw(b"null")
@@ -26,6 +29,7 @@ class Way(StrEnum):
 
     REPLAY = "replay"
     PREFILL = "prefill"
+    TOKENS = "tokens"
 
 
 class Mismatch(Exception):
@@ -54,6 +58,7 @@ class _Wants(msgspec.Struct):
     guided_grammar: msgspec.Raw = _NONE
     echo: bool | None = None
     prompt: msgspec.Raw = _NONE
+    return_token_ids: bool | None = None
 
 
 _decode_wants = msgspec.json.Decoder(_Wants).decode
@@ -90,6 +95,8 @@ def ways_of(body: bytes, operation: Operation) -> frozenset[Way]:
     listed = operation.name == "completions" and not bytes(wants.prompt).startswith(b'"')
     if not guided and not listed and not wants.echo:
         ways.add(Way.PREFILL)
+    if wants.return_token_ids and not guided and not wants.echo:
+        ways.add(Way.TOKENS)
     return frozenset(ways)
 
 
@@ -121,6 +128,8 @@ class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     text: str | None = None
     logprobs: msgspec.Raw = _NONE
+    token_ids: msgspec.Raw = _NONE
+    prompt_token_ids: msgspec.Raw = _NONE
 
 
 class _Event(msgspec.Struct):
@@ -128,8 +137,10 @@ class _Event(msgspec.Struct):
     created: int | None = None
     system_fingerprint: str | None = None
     choices: list[_Choice] | None = None
+    prompt_token_ids: msgspec.Raw = _NONE
 
 
+_decode_ids = msgspec.json.Decoder(list[int] | None).decode
 _decode_event = msgspec.json.Decoder(_Event).decode
 
 
@@ -137,12 +148,31 @@ class Transcript:
     """What a client has read of one answer, by channel: content, reasoning, a tool call's name or arguments.
 
     Shape: `runs` are channel and text, in order; `whole` is False once something came that cannot be compared.
+    Shape: with a `token_mark`, which says whose tokens they are, `prompt_ids` and `ids` are kept too; `settled` ids
+    have said all that they stand for, -1 where nobody can tell. A mark of 0 says that ids are not known.
     Units: `tokens` are content events, which is what engines send one of for each token.
     """
 
-    __slots__ = ("_chars", "_pending", "_runs", "created", "fingerprint", "id", "tokens", "whole")
+    __slots__ = (
+        "_chars",
+        "_pending",
+        "_runs",
+        "created",
+        "fingerprint",
+        "id",
+        "ids",
+        "prompt_ids",
+        "settled",
+        "token_mark",
+        "tokens",
+        "whole",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, token_mark: int = 0) -> None:
+        self.token_mark = token_mark
+        self.prompt_ids: array[int] | None = None
+        self.ids = array("i")
+        self.settled = -1
         self._pending: list[bytes] = []
         self._runs: list[tuple[str, list[str]]] = []
         self._chars = 0
@@ -156,15 +186,16 @@ class Transcript:
         """An event went to the client, bare or as one chunk. Cost: 0.1 µs, and 0.8 µs when they are read."""
         self._pending.append(event)
         if len(self._pending) >= DIGEST_EVERY:
-            self._digest()
+            self.digest()
 
     @property
     def runs(self) -> list[tuple[str, str]]:
         """Everything said so far."""
-        self._digest()
+        self.digest()
         return [(channel, "".join(parts)) for channel, parts in self._runs]
 
-    def _digest(self) -> None:
+    def digest(self) -> None:
+        """Read the events that were only kept so far."""
         pending, self._pending = self._pending, []
         if not self.whole:
             return
@@ -200,6 +231,27 @@ class Transcript:
                 else:
                     self._runs.append((channel, [text]))
         self.tokens += self._chars > before
+        if self.token_mark:
+            try:
+                self._count(event, self._chars > before)
+            except (msgspec.MsgspecError, OverflowError):
+                self.token_mark = 0
+
+    def _count(self, event: _Event, said: bool) -> None:
+        """Keep an event's token ids. Raises: `MsgspecError` and `OverflowError` for what are none."""
+        choices = event.choices or ()
+        if self.prompt_ids is None:
+            for raw in (event.prompt_token_ids, *(choice.prompt_token_ids for choice in choices)):
+                ids = _decode_ids(raw)
+                if ids:
+                    self.prompt_ids = array("i", ids)
+        new = [one for choice in choices for one in _decode_ids(choice.token_ids) or ()]
+        self.ids.extend(new)
+        if said:
+            # Of several tokens the last may be the begin of a character, whose text is still to come; of one it is not.
+            self.settled = len(self.ids) if len(new) == 1 else -1
+        if (said and not new) or len(self.ids) + len(self.prompt_ids or ()) > KEPT_IDS_MAX:
+            self.token_mark = 0
 
 
 def _is_comparable(choice: _Choice) -> bool:
@@ -244,6 +296,8 @@ class Seam:
         self._said = {channel for channel, _ in self._runs}
         self._prefilled_tokens = transcript.tokens if way is Way.PREFILL else 0
         self._transcript = transcript
+        self._counts_ids = way is not Way.PREFILL and transcript.token_mark != 0
+        self._owed = list(transcript.ids) if way is Way.REPLAY and self._counts_ids else []
         self._model = model
         self._run = self._at = 0
 
@@ -262,6 +316,7 @@ class Seam:
             event = msgspec.json.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
+        self._shape(event)
         news = bool(event.get("usage"))
         for choice in event.get("choices") or ():
             news = self._trim(choice) or news
@@ -277,14 +332,17 @@ class Seam:
             return usage
         return Usage(prompt_tokens=max(0, usage.prompt - tokens), completion_tokens=usage.output + tokens)
 
+    def _shape(self, event: dict[str, Any]) -> None:
+        """Make it an event of the operation that was asked for; here it is one."""
+
     def _trim(self, choice: dict[str, Any]) -> bool:
         """Leave of a choice what is new; False where nothing is."""
         if choice.get("index"):
             raise Mismatch  # another choice than the one that broke off
-        news = False
+        news = self._counts_ids and self._trim_ids(choice)
         if choice.get("text"):
             choice["text"] = self._unread("text", choice["text"])
-            news = bool(choice["text"])
+            news = news or bool(choice["text"])
         delta = choice.get("delta") or {}
         delta.pop("role", None)
         for name in _TEXTS:
@@ -299,10 +357,24 @@ class Seam:
         else:
             delta.pop("tool_calls", None)
         if choice.get("finish_reason"):
-            if not self.caught_up:
+            if not self.caught_up or self._owed:
                 raise Mismatch
             return True
         return news or bool(calls)
+
+    def _trim_ids(self, choice: dict[str, Any]) -> bool:
+        """Leave of its token ids those that the client has not got."""
+        choice.pop("prompt_token_ids", None)
+        ids = choice.get("token_ids") or []
+        if type(ids) is not list:
+            raise Malformed(502, "the upstream's token ids are no list")
+        again = min(len(ids), len(self._owed))
+        if ids[:again] != self._owed[:again]:
+            raise Mismatch
+        del self._owed[:again]
+        if again:
+            choice["token_ids"] = ids[again:]
+        return len(ids) > again
 
     def _trim_call(self, call: dict[str, Any]) -> bool:
         index, function = call.get("index", 0), call.get("function") or {}

@@ -337,7 +337,7 @@ class Conversation(Speaker):
         relay = self.relay
         if self.resumption is None and relay is not None and relay.script is not None:
             self.resumption = Resumption.of(self, relay, self.hub.clock())
-        if self.resumption is None:
+        if self.resumption is None or not self.resumption.can_go_on(self.body):
             return event
         self.resumption.lost_s = self.hub.clock()
         return msgspec.structs.replace(event, resumable=True)

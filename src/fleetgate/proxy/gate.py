@@ -106,6 +106,12 @@ def admit(head: RequestHead, hub: "Hub") -> Admitted:
         allow = b"allow: %b\r\n" % methods
         method, known = head.method.decode(), methods.decode()
         raise Denied(405, "invalid_request", f"{method} is not possible here; use {known}", extra=allow + cors)
+    encoding = head.headers.get(b"content-encoding", b"").strip().lower()
+    if encoding not in (b"", b"identity"):
+        # Never inflated: a small body may become a very large one. FAULTS.md row 39.
+        shown = encoding.decode("ascii", "replace")[:40]
+        message = f"content-encoding {shown!r} is not taken here; send the body uncompressed, without that header"
+        raise Denied(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
     admitted = Admitted(head, tables, site, key)
     admitted.answer_headers = cors
     return admitted

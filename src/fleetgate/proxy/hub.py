@@ -236,6 +236,8 @@ class Hub:
                 self.ward.cool(place, now_ms / 1000)
             if whole:
                 place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
+                marks = {board.signal(peer.endpoint.slot, Signal.TOKENS) for peer in place.peers}
+                place.token_mark = marks.pop() if len(marks) == 1 and not marks <= {0, 1} else 0
             if whole or (place.fit, place.foreign) != before:
                 self.learning.renew(place, now_ms)
 

@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING
 
 from fleetgate.protocols.openai import Operation
 from fleetgate.protocols.resume import Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.protocols.resume_responses import ResponseSeam, ResponseTranscript, response_ways_of
+from fleetgate.protocols.resume_tokens import COMPLETIONS, TokenSeam, tokens_body
 from fleetgate.proxy.transport.continuation import Continuation
 from fleetgate.proxy.transport.relay import Names, Owner, Relay
 
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
-    from fleetgate.proxy.tables import LaneState, Tables
+    from fleetgate.proxy.tables import LaneState, Place, Tables
+
+
+NOBODYS_IDS = 1  # the mark of ids that no other engine is known to take: a replay still compares them
 
 
 def script_of(conversation: "Conversation") -> Transcript | None:
@@ -18,7 +23,24 @@ def script_of(conversation: "Conversation") -> Transcript | None:
     lane, operation = conversation.lane, conversation.request.operation
     if operation is None or not lane.resumes:
         return None
-    return Transcript() if ways_of(conversation.body, operation) & lane.ways else None
+    ways = _ways(conversation.body, operation) & lane.ways
+    if operation.name == "responses":
+        return ResponseTranscript() if ways else None
+    place = conversation.place
+    mark = 0
+    if Way.TOKENS in ways and place is not None:
+        mark = _mark(place, conversation.ask.model) or NOBODYS_IDS
+    return Transcript(mark) if mark > NOBODYS_IDS or ways - {Way.TOKENS} else None
+
+
+def _ways(body: bytes, operation: Operation) -> frozenset[Way]:
+    return response_ways_of(body) if operation.name == "responses" else ways_of(body, operation)
+
+
+def _mark(place: "Place", model: str) -> int:
+    """Whose token ids it gives and takes for this model; the probe asked for the first of its models only."""
+    names = place.upstream_names
+    return place.token_mark if names.get(model) == next(iter(names.values()), None) else 0
 
 
 class Resumption:
@@ -39,15 +61,36 @@ class Resumption:
         transcript, operation = relay.script, conversation.request.operation
         if transcript is None or operation is None:
             return None
-        ways = ways_of(conversation.body, operation)
+        ways = _ways(conversation.body, operation)
         runs = transcript.runs  # reads the last events, which tell whether all of it is known
         if not transcript.whole or not runs:
             return None
         if Way.REPLAY in ways:
             return cls(transcript, Way.REPLAY, relay, conversation.ask.model)
+        if Way.TOKENS in ways and tokens_body(conversation.body, transcript) is not None:
+            made = cls(transcript, Way.TOKENS, relay, conversation.ask.model)
+            if made.has_taker(conversation):
+                return made
         if Way.PREFILL in ways and prefill_body(conversation.body, transcript, "") is not None:
             return cls(transcript, Way.PREFILL, relay, conversation.ask.model)
         return None
+
+    def has_taker(self, conversation: "Conversation") -> bool:
+        """Whether some Deployment that is up could go on with it."""
+        lane, tables = conversation.lane, conversation.hub.tables
+        unfit = frozenset(self.unfit(lane, tables))
+        lost = () if conversation.peer is None else (conversation.peer,)
+        without, now_s = (*conversation.failed_peers, *lost), conversation.hub.clock()
+        slots = [candidate.slot for candidate in lane.candidates if candidate.slot not in unfit]
+        return any(tables.places[slot].choose(now_s, without) is not None for slot in slots)
+
+    def can_go_on(self, body: bytes) -> bool:
+        """Whether what was said by now can be gone on with."""
+        return self.way is Way.REPLAY or self._body(body, "") is not None
+
+    def path(self, asked: bytes) -> bytes:
+        """Where the next engine is asked."""
+        return COMPLETIONS if self.way is Way.TOKENS else asked
 
     def unfit(self, lane: "LaneState", tables: "Tables") -> Iterator[int]:
         """The Deployments that could not go on with it."""
@@ -55,16 +98,33 @@ class Resumption:
             for candidate in lane.candidates:
                 if not tables.places[candidate.slot].prefills:
                     yield candidate.slot
+        elif self.way is Way.TOKENS:
+            for candidate in lane.candidates:
+                if _mark(tables.places[candidate.slot], self._asked_model) != self._transcript.token_mark:
+                    yield candidate.slot
 
     def body(self, body: bytes, engine: str) -> bytes:
         """What this engine is asked."""
         if self.way is Way.REPLAY:
             return body
-        return prefill_body(body, self._transcript, engine) or body
+        going_on = self._body(body, engine)
+        assert going_on is not None, "asked for, and not changed since"
+        return going_on
+
+    def _body(self, body: bytes, engine: str) -> bytes | None:
+        if self.way is Way.TOKENS:
+            return tokens_body(body, self._transcript)
+        return prefill_body(body, self._transcript, engine)
 
     def relay(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> Continuation:
         """Who reads its answer."""
-        seam = Seam(self._transcript, self.way, self._asked_model)
+        seam: Seam
+        if isinstance(self._transcript, ResponseTranscript):
+            seam = ResponseSeam(self._transcript, self._asked_model)
+        elif self.way is Way.TOKENS:
+            seam = TokenSeam(self._transcript, self._asked_model, operation)
+        else:
+            seam = Seam(self._transcript, self.way, self._asked_model)
         relay = Continuation(owner, operation, hide_usage, names, seam, self._transcript)
         relay.event_count = self._seen
         return relay

@@ -19,14 +19,15 @@ ONE_WRITE_BYTES_MAX = 65536  # up to it, joining head and body costs less than a
 
 def request_bytes(conversation: "Conversation", peer: Peer, place: Place, add_usage: bool) -> tuple[bytes, ...]:
     """The request as this Endpoint gets it: its own name for the model, and what was said, if an answer goes on."""
-    ask, body = conversation.ask, conversation.body
+    ask, body, path = conversation.ask, conversation.body, conversation.request.path
     if conversation.resumption is not None:
+        path = conversation.resumption.path(path)
         body = conversation.resumption.body(body, place.deployment.engine)
     upstream_name = place.upstream_names[ask.model]
     if add_usage or upstream_name != ask.model:
         body = openai.rewrite(body, ask, upstream_name, add_usage)
     head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-        place.heads[peer.endpoint.slot][conversation.request.path],
+        place.heads[peer.endpoint.slot][path],
         conversation.request.passed,
         conversation.request_id,
         len(body),

@@ -24,7 +24,7 @@ from fleetgate.proxy.transport.upstream import EgressRule, Peer
 from fleetgate.rules.body import BodyReader
 from fleetgate.rules.ruleset import RuleSet
 
-ANY_ENGINE = frozenset({Way.REPLAY})
+ANY_ENGINE = frozenset({Way.REPLAY, Way.TOKENS})
 EVERY_WAY = frozenset(Way)
 KEYS_MAX = 8192  # budgets of keys, the revoked among them; past it all begin anew
 CARRIED_MIN = 8  # requests that an engine of which nothing is known surely takes
@@ -51,6 +51,7 @@ class Place:
         self.ended, self.proven_s = 0, float("-inf")  # answers that went well, and when one last did
         self.lanes: list[list[Place]] = []  # for each Lane that lists it, the others there
         self.prefills = False  # whether its engine was seen to go on with what another had begun
+        self.token_mark = 0  # whose token ids its engine gives and takes, 0 where that is not known
         self.adds_usage = deployment.engine in USAGE_ENGINES
         self.upstream_names = deployment.models
         names = (msgspec.json.encode(deployment.name), msgspec.json.encode(deployment.region))
@@ -62,7 +63,7 @@ class Place:
 
     def remember(self, before: "Place") -> None:
         """The same Deployment in an older Snapshot: what is known of it."""
-        self.pulse, self.prefills = before.pulse, before.prefills
+        self.pulse, self.prefills, self.token_mark = before.pulse, before.prefills, before.token_mark
         self.cools_until_s, self.cools_told_ms = before.cools_until_s, before.cools_told_ms
         self.carried, self.refusals = before.carried, before.refusals
         self.ended, self.proven_s = before.ended, before.proven_s
