@@ -33,7 +33,8 @@ SEEDS ?= 5
 chaos: setup
 	@for seed in $$(seq 1 $(SEEDS)); do \
 	  echo "seed $$seed"; \
-	  FLEETGATE_SEED=$$seed FLEETGATE_CUTS=$$((10000 / $(SEEDS))) $(BIN)/pytest -q -s tests/faults/test_random_cuts.py || exit 1; \
+	  FLEETGATE_SEED=$$seed FLEETGATE_CUTS=$$((10000 / $(SEEDS))) FLEETGATE_SCHEDULE_S=60 $(BIN)/pytest -q -s \
+	    tests/faults/test_random_cuts.py tests/faults/test_random_schedule.py || exit 1; \
 	  $(BIN)/python -m bench.region_kill --seed $$seed --seconds 60 --kills 6 || exit 1; \
 	done
 

@@ -53,7 +53,7 @@ def judge(port: int, number: int) -> str:
 
 
 @pytest.mark.timeout(120 + CUTS // 4)
-def test_no_cut_is_silent_and_greedy_answers_are_whole(two: Plane) -> None:
+def test_row_11_no_cut_is_silent_and_greedy_answers_are_whole(two: Plane) -> None:
     with Chaos(two.walls[0].port) as chaos:
         one, other = two.deployments({"models": {"m": "well"}}, {"models": {"m": "well"}})
         two.publish([_at(one, chaos.port), other])

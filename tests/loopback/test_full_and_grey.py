@@ -34,7 +34,7 @@ def use(made: Plane, *engines: str, **options: object) -> None:
     made.use(*({"models": {"m": name}, "region": "r"} for name in engines), **options)
 
 
-def test_an_engine_that_asks_to_be_left_alone_is(three: Plane) -> None:
+def test_row_16_an_engine_that_asks_to_be_left_alone_is(three: Plane) -> None:
     use(three, "asks-for-a-minute", "ok")
     for _ in range(8):
         assert three.ask(request("m")).status == 200

@@ -48,7 +48,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_stream_is_relayed_byte_for_byte(two: Plane, name: str) -> None:
+def test_row_13_a_good_stream_is_relayed_byte_for_byte(two: Plane, name: str) -> None:
     two.use({}, SECOND_IS_GOOD)
     with two.client() as client:
         for pace_s in (0, 0.005):  # the second time on whatever the first left in the pool
@@ -79,7 +79,7 @@ BEFORE_CONTENT = [
 
 
 @pytest.mark.parametrize("name", BEFORE_CONTENT)
-def test_before_the_first_content_a_failure_is_invisible(two: Plane, name: str) -> None:
+def test_rows_10_and_24_before_the_first_content_a_failure_is_invisible(two: Plane, name: str) -> None:
     two.use({}, SECOND_IS_GOOD)
     answer = two.ask(request(name, stream=True))
     assert answer.status == 200 and answer.whole
@@ -115,7 +115,7 @@ def interrupted(answer: Answer, name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", AFTER_CONTENT)
-def test_after_content_an_interruption_is_loud(two: Plane, name: str) -> None:
+def test_rows_11_12_14_and_25_after_content_an_interruption_is_loud(two: Plane, name: str) -> None:
     two.use({}, SECOND_IS_GOOD)
     with two.client() as client:
         answer = client.ask(request(name, stream=True))
@@ -143,7 +143,7 @@ def test_a_machine_that_falls_in_the_middle_is_loud_too(two: Plane) -> None:
 
 
 @pytest.mark.parametrize("name", ["malformed", "torn", "torn-marked"])
-def test_an_event_that_is_not_json_is_dropped_and_the_rest_is_whole(two: Plane, name: str) -> None:
+def test_row_23_an_event_that_is_not_json_is_dropped_and_the_rest_is_whole(two: Plane, name: str) -> None:
     """The official SDKs die of such an event with an error that is not theirs."""
     two.use({})
     for pace_s in (0, 0.01):  # read together, and one by one
@@ -153,7 +153,7 @@ def test_an_event_that_is_not_json_is_dropped_and_the_rest_is_whole(two: Plane, 
 
 
 @pytest.mark.parametrize("pace_s", [0, 0.01])
-def test_bytes_that_are_not_text_are_replaced(two: Plane, pace_s: float) -> None:
+def test_row_26_bytes_that_are_not_text_are_replaced(two: Plane, pace_s: float) -> None:
     """Event by event, so that what is well keeps its bytes."""
     two.use({})
     answer = two.ask(request("not-utf8", stream=True, wall={"pace_s": pace_s}))

@@ -37,7 +37,7 @@ def two() -> Iterator[Plane]:
 
 
 @pytest.mark.parametrize(("model", "stream"), [("silent", False), ("silent", True), ("held-early", True)])
-def test_a_silent_engine_is_left_for_another(two: Plane, model: str, stream: bool) -> None:
+def test_rows_6_and_7_a_silent_engine_is_left_for_another(two: Plane, model: str, stream: bool) -> None:
     two.use({}, {"models": {name: "ok" for name in EVERY_MODEL}})
     two.wall.hold()
     answer = two.ask(request(model, stream))
@@ -54,7 +54,7 @@ def test_when_all_are_silent_it_is_504(two: Plane) -> None:
     two.wait_idle()
 
 
-def test_a_stream_that_stalls_ends_loudly(two: Plane) -> None:
+def test_row_8_a_stream_that_stalls_ends_loudly(two: Plane) -> None:
     two.use({})
     two.wall.hold()
     answer = two.ask(request("held", stream=True))

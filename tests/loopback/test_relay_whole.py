@@ -61,7 +61,7 @@ def test_interim_answers_are_dropped_however_many(two: Plane, count: int) -> Non
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_any_fault_moves_invisibly(two: Plane, name: str) -> None:
+def test_rows_10_15_17_18_and_44_any_fault_moves_invisibly(two: Plane, name: str) -> None:
     two.use({}, SECOND_IS_GOOD)
     answer = two.ask(request(name))
     assert answer.status == 200 and answer.whole
@@ -94,7 +94,9 @@ STREAMS = ("error-first", "full-first", "empty")
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_when_every_deployment_fails_the_client_gets_one_clear_error(two: Plane, name: str) -> None:
+def test_rows_17_18_20_and_21_when_all_fail_the_client_gets_one_clear_error(
+    two: Plane, name: str
+) -> None:
     two.use({}, SECOND_IS_THE_SAME)
     status, code = ALONE[name]
     with two.client() as client:
@@ -111,7 +113,7 @@ def test_when_every_deployment_fails_the_client_gets_one_clear_error(two: Plane,
     two.wait_idle()
 
 
-def test_retry_after_of_a_full_upstream_reaches_the_client(two: Plane) -> None:
+def test_row_16_retry_after_of_a_full_upstream_reaches_the_client(two: Plane) -> None:
     two.use({})
     answer = two.ask(request("429"))
     assert answer.headers["retry-after"] == "7" and answer.headers["retry-after-ms"] == "7000"
@@ -126,7 +128,7 @@ def test_an_sdk_that_retries_already_is_told_not_to(two: Plane) -> None:
 
 
 @pytest.mark.parametrize("name", ["400", "422"])
-def test_an_error_that_is_the_clients_goes_back_as_it_is(two: Plane, name: str) -> None:
+def test_row_22_an_error_that_is_the_clients_goes_back_as_it_is(two: Plane, name: str) -> None:
     two.use({}, SECOND_IS_GOOD)
     for _ in range(5):  # and never counts against the Deployment
         answer = two.ask(request(name))
@@ -136,7 +138,7 @@ def test_an_error_that_is_the_clients_goes_back_as_it_is(two: Plane, name: str) 
     assert not two.seen(1)
 
 
-def test_nobody_listens(two: Plane) -> None:
+def test_row_1_nobody_listens(two: Plane) -> None:
     two.use({}, SECOND_IS_GOOD)
     two.wall.fall()
     try:
@@ -148,7 +150,7 @@ def test_nobody_listens(two: Plane) -> None:
     assert not two.seen(0)
 
 
-def test_all_down_is_503_with_retry_after(two: Plane) -> None:
+def test_row_19_all_down_is_503_with_retry_after(two: Plane) -> None:
     two.use({}, {})
     for wall in two.walls:
         wall.fall()
@@ -220,7 +222,7 @@ def test_a_credential_goes_to_its_own_origin_only(two: Plane) -> None:
     assert "authorization" not in two.walls[1].seen[-1].headers
 
 
-def test_the_client_sees_only_what_it_may(two: Plane) -> None:
+def test_row_27_the_client_sees_only_what_it_may(two: Plane) -> None:
     two.use({})
     with two.client() as client:
         for _ in range(2):  # the second answer's head is a remembered one

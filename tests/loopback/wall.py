@@ -8,6 +8,7 @@ import contextlib
 import json
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -158,15 +159,29 @@ def _well(line: Line, seen: Seen) -> None:
     line.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
 
 
+def _on_loopback(port: int) -> socket.socket:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("127.0.0.1", port))
+    return made
+
+
 class Wall:
     """A running wall. Shape: `seen` holds POSTs in the order they came; GETs (probes) are only counted."""
 
-    def __init__(self, replies: dict[str, Reply] | None = None) -> None:
+    def __init__(
+        self,
+        replies: dict[str, Reply] | None = None,
+        listen: Callable[[int], socket.socket] = _on_loopback,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         if replies is None:
             from tests.loopback.wall_replies import REPLIES
 
             replies = REPLIES
         self.replies = dict(replies)
+        self._listen = listen
+        self._tls = tls
         self.on_get: Callable[[Line, Seen], None] = _well
         self.seen: list[Seen] = []
         self.lines: set[Line] = set()
@@ -205,7 +220,7 @@ class Wall:
     async def _open(self, port: int) -> None:
         self.gate = asyncio.Event()
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: Line(self), "127.0.0.1", port, backlog=1024, reuse_address=True
+            lambda: Line(self), sock=self._listen(port), backlog=1024, ssl=self._tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
 

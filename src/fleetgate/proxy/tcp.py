@@ -15,6 +15,10 @@ CLOSE_WAIT = 8  # the peer has sent its FIN, we have not, and it has not answere
 # up to 4 MB: it counts against the memory of the cgroup. FAULTS.md row 5.
 UNSENT_BYTES_MAX = 128 * 1024
 
+# A kept connection may lead into a network that loses everything by now; left alone, the kernel would try to get a
+# request through for a quarter of an hour. FAULTS.md row 55.
+UNHEARD_MS_MAX = 2000  # the kernel takes up to 1.5 s longer, by when it tries again
+
 
 class Link(NamedTuple):
     """One end of a TCP connection. Units: `unacked` in packets."""
@@ -45,3 +49,10 @@ def bound_unsent(listen_fd: int) -> None:
     with socket.socket(fileno=os.dup(listen_fd)) as listener:
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES_MAX)
+
+
+def bound_unheard(transport: asyncio.BaseTransport) -> None:
+    """End a connection whose peer does not acknowledge what it is sent; it is then lost like one that was reset."""
+    peer = transport.get_extra_info("socket")
+    if peer is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD_MS_MAX)

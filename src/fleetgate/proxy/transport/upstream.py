@@ -11,6 +11,7 @@ from fleetgate.core.health import HEALTHY, Breaker, Health, Sign, after, current
 from fleetgate.core.model import Endpoint
 from fleetgate.core.outliers import Slowness
 from fleetgate.protocols.http1 import ResponseMemo
+from fleetgate.proxy import tcp
 from fleetgate.proxy.tls import UpstreamTls
 from fleetgate.proxy.transport.addresses import Addresses, EgressRule, Refused
 from fleetgate.proxy.transport.race import race
@@ -59,6 +60,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        tcp.bound_unheard(transport)
 
     def data_received(self, data: bytes) -> None:
         if self.attempt is None:
