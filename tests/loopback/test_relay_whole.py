@@ -94,9 +94,7 @@ STREAMS = ("error-first", "full-first", "empty")
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_rows_17_18_20_and_21_when_all_fail_the_client_gets_one_clear_error(
-    two: Plane, name: str
-) -> None:
+def test_rows_17_18_20_and_21_when_all_fail_the_client_gets_one_clear_error(two: Plane, name: str) -> None:
     two.use({}, SECOND_IS_THE_SAME)
     status, code = ALONE[name]
     with two.client() as client:

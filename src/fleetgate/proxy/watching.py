@@ -30,9 +30,8 @@ def first_event_s(conversation: "Conversation", booking: Booking | None) -> floa
 def has_more_time(conversation: "Conversation", now_s: float) -> bool:
     """Whether an answer that is not streamed may take longer than the least that each may; it then has that time."""
     place, booking = conversation.place, conversation.booking
-    if conversation.ask.stream or conversation.first_s or place is None:
-        return False
-    if conversation.deadline_s > now_s:  # it is not time that takes it away
+    is_early = conversation.deadline_s > now_s  # its Endpoint was lost, which no more time would bring back
+    if is_early or conversation.ask.stream or conversation.first_s or place is None:
         return False
     first_s = booking.predicted_s if booking is not None else None
     tokens_max = output_tokens_max(conversation.body)
