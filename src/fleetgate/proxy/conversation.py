@@ -339,7 +339,7 @@ class Conversation(Speaker):
             self.resumption = Resumption.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
             return event
-        self.resumption.lost_s = self.hub.clock()
+        self.resumption.broke_off(relay, self.hub.clock())
         return msgspec.structs.replace(event, resumable=True)
 
     def _settle(self, now_s: float) -> None:
@@ -430,7 +430,7 @@ class Conversation(Speaker):
     def _end(self, command: Command) -> None:
         if self.hedge is not None:
             self._end_hedge()
-        if self.attempt:
+        if self.attempt or self.owed is not None:
             self.hub.accounts.end(self, self.attempt, self.relay)
         self._settle(self.seen_s)
         self.write(self.tail)
