@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from fleetgate.control import usage
 from fleetgate.control.store.database import Database
 from fleetgate.control.usage import Ledger
+from fleetgate.core import account
 from fleetgate.proxy import journal as journals
 from fleetgate.proxy.journal import Journal
 from tests.faults.test_accounts import count, ledger_in, line, until
@@ -32,6 +33,14 @@ def add(journal: Journal, *numbers: int) -> None:
 def rows(database: Database) -> list[str]:
     with database.read() as connection:
         return sorted(connection.execute(sa.text("select attempt_id from usage_rows")).scalars())
+
+
+def segments(folder: Path) -> list[Path]:
+    return list(folder.glob("journal/*.0*"))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 class Disk:
@@ -68,7 +77,7 @@ def test_row_68_what_a_broken_disk_may_have_dropped_is_written_again(
         add(journal, 1)
         await until(lambda: journal.is_short)
         add(journal, 2)
-        (segment,) = tmp_path.glob("journal/*.0*")
+        (segment,) = segments(tmp_path)
         with segment.open("r+b") as file:  # the page is gone and what the disk had is read instead
             file.write(b"\0" * 4096)
         journal.look(time.monotonic() + 5)
@@ -81,7 +90,7 @@ def test_row_68_what_a_broken_disk_may_have_dropped_is_written_again(
         add(journal, 3)
         before = disk.asked
         await until(lambda: disk.asked > before)
-        assert journal.lost == 0 and len(list(tmp_path.glob("journal/*.0*"))) == 1, "no file for each attempt"
+        assert journal.lost == 0 and len(segments(tmp_path)) == 1, "no file for each attempt"
         journal.close()
 
     asyncio.run(scene())
@@ -95,15 +104,18 @@ def test_row_68_a_disk_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
     """Rows go on being written at once; neither threads nor descriptors pile up."""
     gate = threading.Event()
 
+    def hangs() -> None:
+        gate.wait(30)
+
     async def scene() -> None:
         journal = Journal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
-        disk = Disk(monkeypatch, lambda: gate.wait(30) and None)
-        before = len(os.listdir("/proc/self/fd"))
+        disk = Disk(monkeypatch, hangs)
+        before = descriptors()
         for number in range(60):
             add(journal, number)
             await asyncio.sleep(0.006)
-        assert disk.asked == 1 and len(os.listdir("/proc/self/fd")) <= before + 2
+        assert disk.asked == 1 and descriptors() <= before + 2
         assert not journal.is_short
         gate.set()
         disk.mend()
@@ -128,7 +140,7 @@ def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
         journal = Journal(tmp_path, told.append)
         journal.begin(asyncio.get_running_loop())
         add(journal, 1)
-        assert journal.is_short and not list(tmp_path.glob("journal/*.0*"))
+        assert journal.is_short and not segments(tmp_path)
         monkeypatch.setattr(journals, "LEFT_BYTES_MIN", 0)
         journal.look(time.monotonic() + 5)
         await until(lambda: not journal.is_short)
@@ -203,7 +215,7 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
     monkeypatch.setattr(journals, "SEGMENT_BYTES", 50_000)
     monkeypatch.setattr(journals, "PREPARE_AT", 25_000)
     sizes: list[int] = []
-    real = usage.entries_in
+    real = account.entries_in
 
     def measured(data: bytes, is_over: bool) -> object:
         sizes.append(len(data))
