@@ -131,6 +131,7 @@ class Cell:
         self.loop = Loop(answer)
         self.hub = WorkerProcess(config).hub
         self.hub.loop = self.loop
+        self.hub.journal.begin(self.loop)
         self.now_s = 1000.0
         self.hub.clock = lambda: self.now_s
         self._version = 0

@@ -40,6 +40,7 @@ from fleetgate.protocols.openai import Ask
 from fleetgate.proxy import accounts, answers, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.hedging import Hedge
+from fleetgate.proxy.idempotency import Claim
 from fleetgate.proxy.resuming import Resumption, script_of
 from fleetgate.proxy.speaking import Speaker
 from fleetgate.proxy.tables import LaneState, Place
@@ -74,6 +75,7 @@ class Conversation(Speaker):
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
+    claim: Claim | None = None  # its client said how it would call it again
     sent_s = 0.0  # when the attempt in hand was sent
     attempt = b""  # its id in the accounts, empty while there is none
     deaths: Mapping[Peer, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
@@ -433,6 +435,8 @@ class Conversation(Speaker):
         if self.attempt or self.owed is not None:
             self.hub.accounts.end(self, self.attempt, self.relay)
         self._settle(self.seen_s)
+        if self.claim is not None:
+            self.claim.end(self)
         self.write(self.tail)
         self.hub.conversations.pop(self, None)
         self.hub.record(self)
