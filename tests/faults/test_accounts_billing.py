@@ -3,7 +3,9 @@
 The engines here tell the same usage whatever they did: 5 prompt and 4 output tokens.
 """
 
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,54 @@ def test_a_kept_connection_that_was_closed_has_a_row_of_its_own(two: Plane, data
     rows = rows_of(two, database, ids[1])
     assert short(rows) == [("stale", "one", 0, 0), ("ok", "one", 5, 3)]
     assert [row["attempt_id"] for row in rows] == [f"{ids[1]}-1", f"{ids[1]}-1.2"]
+
+
+def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(two: Plane, database: Database) -> None:
+    """At least for what it read, and for no more than the engine can have said by the time it was stopped."""
+    use(two, "ok")
+    count, pace_s = 400, 0.005
+
+    def leave(seed: int) -> tuple[str, int]:
+        events = random.Random(seed).randint(1, 150)
+        with two.client() as client:
+            client.send(request("m", stream=True, wall={"count": count, "pace_s": pace_s}))
+            request_id = client.read(head_only=True).headers["x-request-id"]
+            for _ in range(events):
+                client.read_until(b'"content":"')
+            client.read_until(b"\n\n")
+        return request_id, events
+
+    with ThreadPoolExecutor(8) as pool:
+        left = list(pool.map(leave, range(40)))
+    two.wait_idle()
+    for request_id, events in left:
+        (row,) = rows_of(two, database, request_id)
+        assert row["outcome"] == "client_gone" and row["billed_prompt_tokens"] > 0, row
+        assert events - 1 <= row["billed_output_tokens"] < count, (events, row)  # the role's event has no text to bill
+        assert (row["billed_output_tokens"], row["exact"]) == (row["output_tokens"], False)
+    overshoot = sorted(row_billed - events for row_billed, events in _billed(two, database, left))
+    assert overshoot[len(overshoot) // 2] <= 0.5 / pace_s, "half of them by less than half a second"
+
+
+def _billed(made: Plane, database: Database, left: list[tuple[str, int]]) -> Iterator[tuple[int, int]]:
+    for request_id, events in left:
+        (row,) = rows_of(made, database, request_id)
+        yield row["billed_output_tokens"], events
+
+
+def test_row_71_a_stream_whose_worker_is_killed_is_charged_to_within_a_second_or_two(database: Database) -> None:
+    with plane() as one:
+        one.use({"models": {"m": "ok"}})
+        pace_s, events = 0.02, 200
+        with one.client() as client:
+            client.send(request("m", stream=True, wall={"count": 2000, "pace_s": pace_s}))
+            request_id = client.read(head_only=True).headers["x-request-id"]
+            for _ in range(events):
+                client.read_until(b'"content":"')
+            assert not rows_of(one, database, request_id), "it is not over"
+            one.rig.processes[0].kill()
+            one.rig.processes[0].wait(10)
+            (row,) = rows_of(one, database, request_id)
+        assert row["outcome"] == "interrupted" and not row["exact"]
+        assert events - 2.5 / pace_s <= row["billed_output_tokens"] == row["output_tokens"] <= 2000
+        assert row["billed_prompt_tokens"] > 0

@@ -163,6 +163,9 @@ def test_row_68_a_fleet_whose_disk_takes_no_accounts_serves_on_and_says_so(tmp_p
             ids = [up.ask(model="ok").headers["x-request-id"] for _ in range(20)]
             wait_for(lambda: degraded(up))
             assert up.is_ready()
+            metrics = httpx2.get(f"{up.api}/metrics", trust_env=False, timeout=10).text
+            assert 'what="journal",worker="0"} 1.0' in metrics or 'worker="0",what="journal"} 1.0' in metrics
+            assert "fleetgate_journal_rows_lost_total 0.0" in metrics and "fleetgate_journal_bytes 0.0" in metrics
             obstacle.unlink()
             engine = sa.create_engine(f"sqlite:///{up.data_dir / 'fleetgate.db'}")
             with engine.connect() as connection:
