@@ -76,7 +76,7 @@ class FarRegion:
         """A socket that is bound inside."""
 
         def bind() -> socket.socket:
-            made = socket.socket()
+            made = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind((self.host, port))
             return made

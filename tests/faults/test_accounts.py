@@ -260,7 +260,7 @@ def test_row_68_a_disk_that_is_full_stops_nobody_and_costs_no_row(tmp_path: Path
                 journal.add(line("i", number))
                 journal.add(line("s", number))
             assert journal.is_short and journal.lost == 0
-            grow = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=16m", str(mounted))
+            grow = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=64m", str(mounted))
             assert await grow.wait() == 0
             journal.look(time.monotonic() + 5)
             await until(lambda: not journal.is_short)

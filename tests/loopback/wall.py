@@ -160,7 +160,8 @@ def _well(line: Line, seen: Seen) -> None:
 
 
 def _on_loopback(port: int) -> socket.socket:
-    made = socket.socket()
+    # The protocol is named, or asyncio would leave Nagle's algorithm on for what is accepted.
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     made.bind(("127.0.0.1", port))
     return made

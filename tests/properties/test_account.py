@@ -63,9 +63,10 @@ def test_a_journal_that_is_cut_at_any_byte_makes_one_row_of_each_attempt_it_know
 ) -> None:
     text = b"".join(line(entry) for entry in entries)
     cut = text[: data.draw(st.integers(0, len(text)))]
-    whole = cut.count(b"\n")
+    pieces = cut.split(b"\n")
+    whole = len(pieces) - (not pieces[-1].endswith(b"}"))  # only a line feed may be missing
     found, read, damaged = entries_in(cut + b"\0" * 64, True)
-    assert (len(found), damaged) == (whole, int(not cut.endswith(b"\n") and bool(cut)))
+    assert (len(found), damaged) == (whole, int(len(pieces) > whole and pieces[-1] != b""))
     assert read == len(cut) + 64
     fold = Fold()
     rows = [*fold.take(found), *fold.abandon(9)]

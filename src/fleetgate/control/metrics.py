@@ -12,7 +12,8 @@ from prometheus_client.registry import Collector
 from fleetgate.control.api.state import endpoint_up
 from fleetgate.control.context import Control
 from fleetgate.control.series import Labels, Series, read_series
-from fleetgate.control.strain import gauges
+from fleetgate.control.strain import accounts, gauges
+from fleetgate.control.usage import JOURNAL
 from fleetgate.core.board import Board, Signal, Work, Worker
 from fleetgate.core.model import Snapshot
 
@@ -67,6 +68,7 @@ class _BoardCollector(Collector):
             yield from _histograms(series)
             yield from _workers(board)
             yield from gauges(board)
+            yield from accounts(board, self._control.data_dir.path / JOURNAL)
         if snapshot is not None:
             age = GaugeMetricFamily("fleetgate_snapshot_age_seconds", "Seconds since the Snapshot was made.")
             age.add_metric([], max(0.0, time.time() - snapshot.made_at_s))

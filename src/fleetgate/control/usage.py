@@ -7,8 +7,8 @@ end and its writer is on the next one, or dead; a lock that the kernel frees tel
 import asyncio
 import fcntl
 import os
+import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from fleetgate.core.account import Fold, Open, Row, entries_in
 JOURNAL = "journal"
 TAKE_EVERY_S = 1.0
 PRUNE_EVERY = 600  # takes
+PIECE_BYTES = 2 * 1024 * 1024  # of journals at once: after a long absence there may be more than the memory holds
+PIECE_BYTES_MIN = 64 * 1024  # longer than any line
 log = structlog.get_logger()
 
 
@@ -34,6 +36,7 @@ class _Taken(NamedTuple):
     settled: list[str]
     offsets: dict[str, int]
     done: list[Path]
+    left_bytes: int  # that may be read in the same transaction
 
 
 class Ledger:
@@ -47,6 +50,7 @@ class Ledger:
         self._gone: list[str] = []
         self._takes = 0
         self._loaded = False
+        self._lock = threading.Lock()
 
     async def run(self) -> None:
         """Take once a second, for as long as the process lives."""
@@ -67,10 +71,24 @@ class Ledger:
 
         Raises: `OSError`, `Unusable`; nothing is lost then. Cost: 15 µs a row.
         """
+        with self._lock:  # the last take of a process may meet the one before it
+            new, is_more = 0, True
+            while is_more:
+                taken, is_more = self._take_piece()
+                new += taken
+            return new
+
+    def _take_piece(self) -> tuple[int, bool]:
+        """One transaction: how many rows are new, and whether there is more to read."""
         if not self._loaded:
             self._load()
-        files = self._files()
-        taken = [self._read(run, paths) for run, paths in files.items()]
+        taken: list[_Taken] = []
+        left_bytes = PIECE_BYTES
+        for run, paths in self._files().items():
+            if left_bytes <= 0:
+                break
+            taken.append(self._read(run, paths, left_bytes))
+            left_bytes = taken[-1].left_bytes
         new = 0
         if any(one.rows or one.changed or one.offsets for one in taken) or self._gone:
             with self._database.write() as connection:
@@ -89,7 +107,7 @@ class Ledger:
                 path.unlink(missing_ok=True)
                 self._offsets.pop(path.name, None)
                 self._gone.append(path.name)
-        return new
+        return new, left_bytes <= 0
 
     def _load(self) -> None:
         with self._database.read() as connection:
@@ -113,35 +131,36 @@ class Ledger:
                 found.setdefault(run, [])
         return found
 
-    def _read(self, run: str, paths: list[Path]) -> _Taken:
+    def _read(self, run: str, paths: list[Path], left_bytes: int) -> _Taken:
         # Asked before reading: what a worker wrote before it died is then all there.
         dead = self._is_dead(run)
         fold = self._folds.setdefault(run, Fold())
         before = dict(fold.open)
-        rows: list[Row] = []
-        offsets: dict[str, int] = {}
-        done: list[Path] = []
+        taken = _Taken(run, [], [], [], {}, [], left_bytes)
         for number, path in enumerate(paths):
             # Asked before reading, too. The next file may be there long before anything is in it.
             is_over = dead or any(_has_begun(later) for later in paths[number + 1 :])
             at = self._offsets.get(path.name, 0)
-            with path.open("rb") as file:
-                file.seek(at)
-                data = file.read()
+            data, is_all = _piece(path, at, max(PIECE_BYTES_MIN, left_bytes), is_over)
             entries, read, damaged = entries_in(data, is_over)
             if damaged:
                 log.warning("journal_damaged", file=path.name, lines=damaged)
-            rows += fold.take(entries)
-            if read and (entries or not is_over):
-                offsets[path.name] = at + read
+            taken.rows.extend(fold.take(entries))
+            left_bytes -= read
+            if read and (entries or not is_over or not is_all):
+                taken.offsets[path.name] = at + read
+            if not is_all:
+                left_bytes = 0
+                break
             if is_over:
-                done.append(path)
-        if dead:
-            rows += fold.abandon(int(time.time() * 1000))
-            done.append(self._directory / f"{run}.lock")
+                taken.done.append(path)
+        if dead and left_bytes > 0:
+            taken.rows.extend(fold.abandon(int(time.time() * 1000)))
+            taken.done.append(self._directory / f"{run}.lock")
             del self._folds[run]
-        changed = [one for name, one in fold.open.items() if before.get(name) is not one]
-        return _Taken(run, rows, changed, _settled(before, fold), offsets, done)
+        taken.changed.extend(one for name, one in fold.open.items() if before.get(name) is not one)
+        taken.settled.extend(name for name in before if name not in fold.open)
+        return taken._replace(left_bytes=left_bytes)
 
     def _is_dead(self, run: str) -> bool:
         try:
@@ -162,5 +181,13 @@ def _has_begun(path: Path) -> bool:
         return file.read(1) not in (b"", b"\0")
 
 
-def _settled(before: Iterable[str], fold: Fold) -> list[str]:
-    return [name for name in before if name not in fold.open]
+def _piece(path: Path, at: int, most_bytes: int, is_over: bool) -> tuple[bytes, bool]:
+    """Some of a file, cut between two lines, and whether there is no more to read in it now."""
+    with path.open("rb") as file:
+        file.seek(at)
+        data = file.read(most_bytes)
+        is_all = not file.read(1)
+    if is_all or (not is_over and b"\0" in data):
+        return data, True
+    cut = max(data.rfind(b"\n"), data.rfind(b"\0")) + 1
+    return data[: cut or len(data)], False

@@ -1,7 +1,7 @@
 """Every attempt in the journal: an intent before it is sent, progress while it streams, a settlement at its end."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.proxy.journal import Journal
@@ -23,9 +23,32 @@ _SETTLEMENT = (
 _IDLE = {each.value.encode() for each in (Failure.UNREACHABLE, Failure.TLS, Failure.FULL, Failure.CREDENTIAL)} | {
     Failure.MODEL_MISSING.value.encode()
 }
-_BILLED = (Outcome.OK, Outcome.INTERRUPTED, Outcome.CLIENT_GONE)
+_BILLED = (Outcome.OK, Outcome.CLIENT_GONE)
 _OUTCOMES = {outcome: outcome.value.encode() for outcome in Outcome}
 _FREE = {Outcome.CLIENT_ERROR, Outcome.REFUSED}
+
+
+class Tokens(NamedTuple):
+    """What an engine worked for an attempt. Shape: `exact` says that it told so itself, 0 that this is estimated."""
+
+    prompt: int
+    output: int
+    exact: int
+
+
+NOTHING = Tokens(0, 0, 1)
+
+
+class Owed(NamedTuple):
+    """An attempt that broke off after its client had read some of it: another one may answer, or it stays at that.
+
+    Only then is known whom to bill: what goes on elsewhere is billed as one answer. `billed` counts what was read.
+    """
+
+    attempt: bytes
+    how: bytes
+    worked: Tokens
+    billed: tuple[int, int]
 
 
 class Accounts:
@@ -49,44 +72,69 @@ class Accounts:
 
     def again(self, conversation: "Conversation", place: Place, attempt: bytes) -> bytes:
         """It is sent once more, because its connection was closed under it: the engine may have seen it or not."""
-        self._settle(attempt, STALE, (0, 0, 0), (0, 0), 0)
+        self._settle(attempt, STALE, NOTHING, (0, 0), 0)
         attempt += b".2"
         self.begin(conversation, place, attempt)
         return attempt
 
     def progress(self, conversation: "Conversation", relay: Relay) -> None:
-        """How far a stream is."""
-        prompt_tokens = _estimate(conversation)
-        self._journal.add(_PROGRESS % (conversation.attempt, prompt_tokens, relay.event_count))
+        """How far a stream is, once its client reads what this attempt brings."""
+        if conversation.owed is None:
+            self._journal.add(_PROGRESS % (conversation.attempt, _estimate(conversation), relay.event_count))
 
     def lost(self, conversation: "Conversation", attempt: bytes, relay: Relay | None, how: bytes) -> None:
-        """It is over and another one answers, or may: its client is billed nothing for it."""
-        prompt_tokens, output_tokens, exact = (0, 0, 1) if how in _IDLE else _tokens(conversation, relay)
-        self._settle(attempt, how, (prompt_tokens, output_tokens, exact), (0, 0), 0)
+        """It is over and another one answers, or may: its client is billed nothing unless it read some of it."""
+        worked = NOTHING if how in _IDLE else _worked(conversation, relay)
+        if not conversation.first_s or conversation.owed is not None:
+            self._settle(attempt, how, worked, (0, 0), 0)
+            return
+        billed = _read(conversation, relay)
+        conversation.owed = Owed(attempt, how, worked, billed)
+        self._journal.add(_PROGRESS % (attempt, *billed))
+
+    def went_on(self, conversation: "Conversation") -> None:
+        """Another attempt goes on with what one had begun, and is billed for both."""
+        owed, conversation.owed = conversation.owed, None
+        if owed is not None:
+            self._settle(owed.attempt, owed.how, owed.worked, (0, 0), 0)
 
     def end(self, conversation: "Conversation", attempt: bytes, relay: Relay | None) -> None:
-        """It is over and so is its request."""
+        """The request is over, and so is the attempt, if one was in hand; what was read of another is billed now."""
+        owed = conversation.owed
+        if owed is not None:
+            self._settle(owed.attempt, owed.how, owed.worked, owed.billed, conversation.written)
+        if not attempt:
+            return
         outcome = conversation.exchange.outcome or Outcome.FAILED
-        tokens = (0, 0, 1) if outcome in _FREE else _tokens(conversation, relay)
-        billed = tokens[:2] if outcome in _BILLED else (0, 0)
-        self._settle(attempt, _OUTCOMES[outcome], tokens, billed, conversation.written)
+        worked = NOTHING if outcome in _FREE else _worked(conversation, relay)
+        if owed is None and outcome in _BILLED:
+            self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), conversation.written)
+        else:
+            self._settle(attempt, _OUTCOMES[outcome], worked, (0, 0), 0)
 
-    def _settle(
-        self, attempt: bytes, how: bytes, tokens: tuple[int, int, int], billed: tuple[int, int], size_bytes: int
-    ) -> None:
-        self._journal.add(_SETTLEMENT % (attempt, time.time() * 1000, how, *tokens, *billed, size_bytes))
+    def _settle(self, attempt: bytes, how: bytes, worked: Tokens, billed: tuple[int, int], size_bytes: int) -> None:
+        self._journal.add(_SETTLEMENT % (attempt, time.time() * 1000, how, *worked, *billed, size_bytes))
 
 
-def _tokens(conversation: "Conversation", relay: Relay | None) -> tuple[int, int, int]:
-    """Prompt and output tokens, and whether the engine told them."""
-    if relay is not None:
-        usage = relay.usage
-        if usage is not None:
-            prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
-            return prompt_tokens, usage.completion_tokens or usage.output_tokens or 0, 1
-        if relay.stream:
-            return _estimate(conversation), relay.event_count, 0
-    return _estimate(conversation), 0, 0
+def _worked(conversation: "Conversation", relay: Relay | None) -> Tokens:
+    """What this engine worked; one that goes on reads as its prompt what another had said."""
+    if relay is None:
+        return Tokens(_estimate(conversation), 0, 0)
+    told = relay.told or relay.usage
+    if told is not None:
+        return Tokens(told.prompt, told.output, 1)
+    said = relay.inherited
+    return Tokens(_estimate(conversation) + said, relay.event_count - said if relay.stream else 0, 0)
+
+
+def _read(conversation: "Conversation", relay: Relay | None) -> tuple[int, int]:
+    """What the client got of the answer as a whole, whoever said it."""
+    if relay is None:
+        return _estimate(conversation), 0
+    usage = relay.usage
+    if usage is not None:
+        return usage.prompt, usage.output
+    return _estimate(conversation), relay.event_count if relay.stream else 0
 
 
 def _estimate(conversation: "Conversation") -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fleetgate.proxy.speaking import Speaker
 
 _OK = status_line(200)
+JSON = b"content-type: application/json\r\n"
 _CLOSE = b"connection: close\r\n"
 
 MESSAGES = {
@@ -87,7 +88,7 @@ def place_comment(place: Place, attempts: int) -> bytes:
 
 def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     """An error of ours after the core has decided."""
-    extra = b"x-fleetgate-attempts: %d\r\n" % conversation.attempts
+    extra = JSON + b"x-fleetgate-attempts: %d\r\n" % conversation.attempts
     if refuse.retry_after_s:
         wait_s = refuse.retry_after_s
         if refuse.status == 503:
@@ -100,9 +101,9 @@ def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
     return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
 
 
-def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = b"") -> bytes:
-    """A whole JSON answer of ours."""
-    return b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
+def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = JSON) -> bytes:
+    """A whole answer of ours. Shape: `extra` are header lines, with the content type."""
+    return b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
         status_line(status),
         date_line,
         len(body),

@@ -40,6 +40,7 @@ from fleetgate.protocols.openai import Ask
 from fleetgate.proxy import accounts, answers, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.hedging import Hedge
+from fleetgate.proxy.idempotency import Claim
 from fleetgate.proxy.resuming import Resumption, script_of
 from fleetgate.proxy.speaking import Speaker
 from fleetgate.proxy.tables import LaneState, Place
@@ -74,6 +75,7 @@ class Conversation(Speaker):
     booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
+    claim: Claim | None = None  # its client said how it would call it again
     sent_s = 0.0  # when the attempt in hand was sent
     attempt = b""  # its id in the accounts, empty while there is none
     deaths: Mapping[Peer, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
@@ -339,7 +341,7 @@ class Conversation(Speaker):
             self.resumption = Resumption.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
             return event
-        self.resumption.lost_s = self.hub.clock()
+        self.resumption.broke_off(relay, self.hub.clock())
         return msgspec.structs.replace(event, resumable=True)
 
     def _settle(self, now_s: float) -> None:
@@ -430,9 +432,11 @@ class Conversation(Speaker):
     def _end(self, command: Command) -> None:
         if self.hedge is not None:
             self._end_hedge()
-        if self.attempt:
+        if self.attempt or self.owed is not None:
             self.hub.accounts.end(self, self.attempt, self.relay)
         self._settle(self.seen_s)
+        if self.claim is not None:
+            self.claim.end(self)
         self.write(self.tail)
         self.hub.conversations.pop(self, None)
         self.hub.record(self)

@@ -41,6 +41,7 @@ class Admitted:
         "budget",
         "client_retries",
         "head",
+        "idempotency",
         "key",
         "key_json",
         "no_body",
@@ -73,6 +74,7 @@ class Admitted:
         self.budget = site.budget_of(key.name)
         retries = headers.get(b"x-stainless-retry-count", b"")
         self.client_retries = int(retries) if retries.isdigit() and len(retries) < 4 else 0
+        self.idempotency = headers.get(b"idempotency-key", b"")
         self.timeout_s = _timeout_s(headers.get(b"x-fleetgate-timeout-ms", b""))
 
 

@@ -245,6 +245,7 @@ class Hub:
         """An answer that broke off goes on elsewhere."""
         resumption = conversation.resumption
         assert resumption is not None
+        self.accounts.went_on(conversation)
         labels = {"gateway": conversation.lane.site.gateway.name, "way": str(resumption.way)}
         self.telemetry.cells[self.telemetry.counter("fleetgate_resumes_total", labels)] += 1
 

@@ -1,11 +1,12 @@
 """A worker's journal of attempts: memory that is a file, so that what was written outlives the process that wrote it.
 
-A row is a copy into a mapped segment, 0.3 µs; from then on `kill -9` of this process loses nothing. At most 5 ms later
+A row is a copy into a mapped segment, 0.4 µs; from then on `kill -9` of this process loses nothing. At most 5 ms later
 a thread brings it to the disk, for the machine's own end. A disk that is full or broken stops no request: rows wait in
-memory, within bounds, and what does not fit is counted.
+memory, within bounds, and what does not fit is counted. A slow one is asked once at a time.
 """
 
 import asyncio
+import errno
 import fcntl
 import mmap
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 JOURNAL = "journal"
 SEGMENT_BYTES = 4 * 1024 * 1024
 HELD_BYTES_MAX = 8 * 1024 * 1024
+LEFT_BYTES_MIN = 16 * 1024 * 1024  # journals end here: to take them in, the store needs room on the same disk
 COMMIT_S = 0.005
 RETRY_S = 1.0
 SAY_EVERY_S = 10.0
@@ -38,10 +40,20 @@ class _Segment:
                 path.unlink()
             raise
         self.at = 0
+        self.on_disk = 0
+
+    def not_on_disk(self) -> list[bytes]:
+        """The rows of which the disk has not said that it has them."""
+        return self.map[self.on_disk : self.at].splitlines(keepends=True)
+
+    def close(self) -> None:
+        """The file stays."""
+        self.map.close()
+        os.close(self.fd)  # a thread that syncs has a descriptor of its own
 
 
 class Journal:
-    """Append-only. `run` names this process's files; a lock that dies with it tells others that it lives."""
+    """Append-only. A process's own name is in its files' names; a lock that dies with it tells others that it lives."""
 
     def __init__(self, data_dir: Path, on_trouble: Callable[[str], None]) -> None:
         self._directory = data_dir / JOURNAL
@@ -50,8 +62,9 @@ class Journal:
         self._number = 0
         self._segment: _Segment | None = None
         self._next: _Segment | None = None
+        self._doubted: _Segment | None = None  # the disk did not take it; what it may not have is held in memory too
         self._preparing = False
-        self._committing = False
+        self._committing = False  # a timer or a thread is under way
         self._held: deque[bytes] = deque()
         self._held_bytes = 0
         self._tried_s = self._said_s = float("-inf")
@@ -62,10 +75,10 @@ class Journal:
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         """Open the first segment; it waits for the disk this once."""
         self._loop = loop
-        self._tried_s = loop.time()
         try:
             self._segment = self._make()
         except OSError as error:
+            self._tried_s = loop.time()
             self._say(error)
 
     @property
@@ -86,19 +99,25 @@ class Journal:
             self._committing = True
             assert self._loop is not None
             self._loop.call_later(COMMIT_S, self._commit)
-            if end > PREPARE_AT and self._next is None:
+            if end > PREPARE_AT and self._next is None and self._loop.time() - self._tried_s >= RETRY_S:
                 self._prepare()
 
     def look(self, now_s: float) -> None:
         """Once a second: try the disk again where it failed."""
-        if self._segment is None and now_s - self._tried_s >= RETRY_S:
-            self._prepare()
+        if self._segment is None and not self._committing and now_s - self._tried_s >= RETRY_S:
+            self._tried_s = now_s
+            if self._doubted is not None:
+                self._committing = True
+                self._sync(self._doubted)
+            else:
+                self._prepare()
 
     def close(self) -> None:
         """The last rows; the files stay for whoever takes them in."""
-        self._close(self._segment)
-        self._close(self._next)
-        self._segment = self._next = None
+        for segment in (self._segment, self._next, self._doubted):
+            if segment is not None:
+                segment.close()
+        self._segment = self._next = self._doubted = None
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
 
@@ -106,19 +125,32 @@ class Journal:
 
     def _turn(self, row: bytes) -> None:
         """The segment is full: go on in the next one, or in memory until there is one."""
-        self._close(self._segment)
-        self._segment, self._next = self._next, None
+        full, self._segment, self._next = self._segment, self._next, None
+        if full is not None:
+            if full.on_disk < full.at:
+                self._sync(full, last=True)
+            full.close()
         if self._segment is not None:
             self.add(row)
             return
         # From here on all rows are held, the short ones too: they stay in their order.
+        self._hold(row)
+        if full is not None:
+            self._prepare()
+
+    def _hold(self, row: bytes) -> None:
         if self._held_bytes + len(row) > HELD_BYTES_MAX:
             self.lost += 1
             return
         self._held.append(row)
         self._held_bytes += len(row)
-        if len(self._held) == 1:
-            self._prepare()
+
+    def _go_on(self, segment: _Segment) -> None:
+        """The disk takes rows again: first those that waited."""
+        self._segment = segment
+        held, self._held, self._held_bytes = self._held, deque(), 0
+        for row in held:
+            self.add(row)
 
     def _prepare(self) -> None:
         """Make the next segment in a thread; one at a time, and after a failure `look` is who tries again."""
@@ -131,8 +163,16 @@ class Journal:
     def _make(self) -> _Segment:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         if self._lock_fd < 0:
-            self._lock_fd = os.open(self._directory / f"{self._run}.lock", os.O_WRONLY | os.O_CREAT, 0o600)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            # The name is given to what is locked already: who finds a lock free may take its holder for dead.
+            name = self._directory / f"{self._run}.lock"
+            unnamed = name.with_suffix(".new")
+            fd = os.open(unnamed, os.O_WRONLY | os.O_CREAT, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            unnamed.rename(name)
+            self._lock_fd = fd
+        room = os.statvfs(self._directory)
+        if room.f_bavail * room.f_frsize < SEGMENT_BYTES + LEFT_BYTES_MIN:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._number += 1
         return _Segment(self._directory / f"{self._run}.{self._number:06d}")
 
@@ -143,33 +183,53 @@ class Journal:
             self._say(error)
         elif error is not None:
             raise error
-        elif self._segment is not None:
+        elif self._segment is not None or self._doubted is not None:
             self._next = made.result()
         else:
-            self._segment = made.result()
-            held, self._held, self._held_bytes = self._held, deque(), 0
-            for row in held:
-                self.add(row)
-
-    def _close(self, segment: _Segment | None) -> None:
-        if segment is not None:
-            segment.map.close()
-            os.close(segment.fd)  # a commit on its way in a thread has a descriptor of its own
+            self._go_on(made.result())
 
     # --- to the disk ---
 
     def _commit(self) -> None:
-        self._committing = False
-        if self._segment is None or self._loop is None:
-            return
-        self._loop.run_in_executor(None, _sync, os.dup(self._segment.fd)).add_done_callback(self._committed)
+        segment = self._segment
+        if segment is None or segment.on_disk == segment.at:
+            self._committing = False
+        else:
+            self._sync(segment)
 
-    def _committed(self, done: asyncio.Future[None]) -> None:
-        error = done.exception()
-        if isinstance(error, OSError):
-            self._say(error)  # the disk is broken; the rows are in memory, and other processes can read them there
-        elif error is not None:
+    def _sync(self, segment: _Segment, last: bool = False) -> None:
+        """Bring a segment to the disk in a thread, as far as it is written now; the `last` time beside the next one."""
+        assert self._loop is not None
+        try:
+            fd = os.dup(segment.fd)
+        except OSError as error:
+            self._synced(segment, segment.at, last, error)
+            return
+        at = segment.at
+        done = self._loop.run_in_executor(None, _bring_to_disk, fd)
+        done.add_done_callback(lambda ended: self._synced(segment, at, last, ended.exception()))
+
+    def _synced(self, segment: _Segment, at: int, last: bool, error: BaseException | None) -> None:
+        if error is None:
+            segment.on_disk = at
+            if segment is self._doubted:
+                self._doubted = None
+                self._go_on(segment)
+        elif not isinstance(error, OSError):
             raise error
+        else:
+            self._say(error)
+            if segment is self._segment:
+                # What the disk did not take once it may drop, however well the next attempt goes.
+                self._segment, self._doubted = None, segment
+                for row in segment.not_on_disk():
+                    self._hold(row)
+        if not last:
+            assert self._loop is not None
+            now = self._segment
+            self._committing = now is not None and now.at > now.on_disk
+            if self._committing:
+                self._loop.call_later(COMMIT_S, self._commit)
 
     def _say(self, error: OSError) -> None:
         now_s = time.monotonic()
@@ -179,7 +239,7 @@ class Journal:
         self._on_trouble(f"the journal in {self._directory} cannot be written ({error.strerror}); make room there")
 
 
-def _sync(fd: int) -> None:
+def _bring_to_disk(fd: int) -> None:
     try:
         os.fdatasync(fd)
     finally:

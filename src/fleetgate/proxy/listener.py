@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetgate.core.policy import ALLOWED
@@ -12,6 +13,7 @@ from fleetgate.protocols.openai import InvalidBody
 from fleetgate.proxy import answers, tcp
 from fleetgate.proxy.conversation import Conversation
 from fleetgate.proxy.gate import Admitted, Denied, admit
+from fleetgate.proxy.idempotency import Replay, claim
 from fleetgate.proxy.leaving import Leaving
 from fleetgate.proxy.policing import judge
 
@@ -293,12 +295,19 @@ class ClientConnection(asyncio.Protocol):
             if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
                 raise Denied(404, "model_not_found", _no_model(ask.model, admitted), "model")
             judgement = ALLOWED if admitted.site.rules.is_empty else judge(hub, admitted, ask, body)
+            claimed = claim(Path(hub.config.data_dir), admitted, body) if admitted.idempotency else None
         except InvalidBody as error:
             self._deny(Denied(400, error.code, error.message, error.param, admitted.answer_headers))
             return
         except Denied as denied:
-            denied.extra = admitted.answer_headers
+            denied.extra += admitted.answer_headers
             self._deny(denied)
+            return
+        if isinstance(claimed, Replay):
+            hub.record_denied(200, "replayed")
+            extra = claimed.headers + admitted.answer_headers + b"idempotent-replayed: true\r\n"
+            self._write_plain(200, claimed.body, extra, no_body=False)
+            self.ended(hub.clock())
             return
         if admitted.raw:
             self.keep_alive = self.keep_alive and not ask.stream
@@ -306,6 +315,8 @@ class ClientConnection(asyncio.Protocol):
         conversation = self.conversation = Conversation(hub, self, admitted, lane, ask)
         if judgement is not ALLOWED:
             conversation.judgement = judgement
+        if claimed is not None:
+            conversation.claim = claimed
         conversation.start(body, hub.next_id())
 
     def _answer_models(self, admitted: Admitted) -> None:
@@ -315,7 +326,7 @@ class ClientConnection(asyncio.Protocol):
             self._deny(Denied(404, "model_not_found", _no_model(name, admitted), "model"), no_body=admitted.no_body)
             return
         body = openai.model_body(name, "fleetgate") if name else openai.models_body(dict.fromkeys(allowed, "fleetgate"))
-        self._write_plain(200, body, admitted.answer_headers, admitted.no_body)
+        self._write_plain(200, body, answers.JSON + admitted.answer_headers, admitted.no_body)
         self.ended(self._hub.clock())
 
     def ended(self, now_s: float) -> None:
@@ -393,7 +404,7 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write(head + b"\r\n")
         else:
             body = openai.error_body(denied.status, denied.code, denied.message, denied.param)
-            self._write_plain(denied.status, body, denied.extra, no_body)
+            self._write_plain(denied.status, body, answers.JSON + denied.extra, no_body)
 
     def _linger(self) -> None:
         # What still comes is read and dropped for a moment: closing on unread bytes would reset the connection and
@@ -426,7 +437,9 @@ class ClientConnection(asyncio.Protocol):
         hub.record_denied(500, "internal_error")
         if conversation is None or not conversation.written:
             body = openai.error_body(500, "internal_error", MISTAKE)
-            self.transport.write(answers.plain(500, body, hub.date_line, request_id, b"connection: close\r\n"))
+            self.transport.write(
+                answers.plain(500, body, hub.date_line, request_id, answers.JSON + b"connection: close\r\n")
+            )
         elif conversation.request.raw:
             self.transport.abort()  # to HTTP/1.0 a regular close would be a good end
             return

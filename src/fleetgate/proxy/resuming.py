@@ -84,6 +84,12 @@ class Resumption:
         slots = [candidate.slot for candidate in lane.candidates if candidate.slot not in unfit]
         return any(tables.places[slot].choose(now_s, without) is not None for slot in slots)
 
+    def broke_off(self, relay: Relay | None, now_s: float) -> None:
+        """It did, with so much said by then."""
+        self.lost_s = now_s
+        if relay is not None:
+            self._seen = max(self._seen, relay.event_count)
+
     def can_go_on(self, body: bytes) -> bool:
         """Whether what was said by now can be gone on with."""
         return self.way is Way.REPLAY or self._body(body, "") is not None
@@ -127,4 +133,5 @@ class Resumption:
             seam = Seam(self._transcript, self.way, self._asked_model)
         relay = Continuation(owner, operation, hide_usage, names, seam, self._transcript)
         relay.event_count = self._seen
+        relay.inherited = 0 if self.way is Way.REPLAY else self._seen
         return relay

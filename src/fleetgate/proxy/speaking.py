@@ -7,6 +7,7 @@ from fleetgate.proxy import answers
 from fleetgate.proxy.tables import Place
 
 if TYPE_CHECKING:
+    from fleetgate.proxy.accounts import Owed
     from fleetgate.proxy.gate import Admitted
     from fleetgate.proxy.hub import Hub
     from fleetgate.proxy.listener import ClientConnection
@@ -26,6 +27,7 @@ class Speaker:
     place: Place | None = None  # where a reservation is held
     first_s = 0.0
     attempts = 0
+    owed: "Owed | None" = None  # an attempt that broke off half-way, until it is known who goes on
     status = 0
     written = 0
     tail = b""  # the answer's last bytes, written when its place is free again

@@ -25,6 +25,7 @@ from fleetgate.proxy.drain import AT_ONCE, RETIRED, Leave, drain, stopping
 from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.harming import Harming
 from fleetgate.proxy.hub import SWEEP_S, Hub
+from fleetgate.proxy.idempotency import tidy
 from fleetgate.proxy.listener import ClientConnection
 from fleetgate.proxy.ops import HEAD_BYTES_MAX, OpsServer
 from fleetgate.proxy.overlap import Overlap
@@ -38,6 +39,7 @@ from fleetgate.proxy.tls import DevelopmentTls, ServerTls
 from fleetgate.rules import plugins
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
+TIDY_EVERY = 1200  # sweeps: once a minute
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
 EXIT_OTHER_LAYOUT = 3
 
@@ -187,6 +189,8 @@ class WorkerProcess:
             self.hub.guards.sweep()
 
     def _look_at_files(self) -> None:
+        if self._sweeps % TIDY_EVERY == 0 and self._prober.mine:
+            self.hub.loop.run_in_executor(None, tidy, Path(self.config.data_dir))
         self._look_at_keys()
         self._harming.look()
         if self.hub.maker.upstream_tls is not None:

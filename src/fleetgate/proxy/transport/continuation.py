@@ -65,7 +65,7 @@ class Continuation(Relay):
     def _join(self, event: bytes, out: list[bytes]) -> None:
         meaning, usage = openai.understand(event)
         if usage is not None:
-            self.usage = self._seam.counted(usage)
+            self.told, self.usage = usage, self._seam.counted(usage)
         match meaning:
             case Meaning.COMMENT:
                 return

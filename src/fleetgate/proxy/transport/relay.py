@@ -82,6 +82,8 @@ class Relay:
     finish_seen = False
     done_seen = False
     usage: Usage | None = None
+    told: Usage | None = None  # of an answer that goes on, what its own engine says of its part
+    inherited = 0  # events that another engine had said, and that this one was given as its prompt
     script: Transcript | None = None  # of a stream that could go on elsewhere
     wants_whole = False  # the client asked for no stream
     passed = b""  # header lines of the upstream that the client may see
