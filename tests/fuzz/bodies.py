@@ -13,7 +13,7 @@ EXAMPLES = [
     b'{"model": "m", "messages": [{"role": "user", "content": "a \\"model\\": \\u0041\\n"}], "max_tokens": 12}',
     b'{"mod\\u0065l":"m","stream":null,"stream_options":{"include_usage":false,"x":[1,{}]}}',
     b'{"stream_options":{"include_usage":true},"stream":true,"model":"m","temperature":0.5e-3}',
-    b'{"model":"m","stream_options":null,"n":-0.0,"big":123456789012345678901234567890,"huge":1e400}',
+    b'{"model":"m","stream_options":null,"n":-0.0,"big":123456789012345678901234567890,"huge":1e308}',
     b' \r\n\t{ "tools" : [ {"type":"x","function":{"parameters":{"model":{}}}} ] , "model"\n:"m" }\n',
     '{"model":"ünï😀","input":["é","\\ud83d\\ude00","\u2028"],"dimensions":3}'.encode(),
     b'{"prompt":[[1,2,3],[4,5]],"model":"m","stream":false,"logit_bias":{"50256":-100}}',
@@ -131,7 +131,12 @@ def bombs() -> dict[str, tuple[bytes, bool]]:
         "a text of models": (filled(b'\\"model\\"', b'"').replace(b"[", b'["', 1), True),
         "many models below": (filled(b'{"model":0},', size=1_000_000), True),
         "a million token ids": (b'{"model":"m","prompt":[' + b"12345," * 999_000 + b"0]}", True),
+        "50,000 keys": (b'{"model":"m",' + keys[: keys.index(b',"50000"')] + b"}", True),
+        "50,000 keys below": (b'{"model":"m","x":{' + keys[: keys.index(b',"49990"')] + b"}}", True),
         "300,000 objects": (filled(b"{},", b"{}", size=900_000), False),
-        "one number of 20 MiB": (filled(b"1", b""), True),
-        "many exponents": (filled(b"1e999,", size=5 * mib), True),
+        "one number of 20 MiB": (filled(b"1", b""), True),  # of so large a body too
+        "many exponents": (filled(b"1e999,", size=5 * mib), True),  # of so many values none is looked at
+        "some exponents": (filled(b"0,", b"1e999", size=99_000), False),
+        "a large number in a large body": (filled(b"0,", b"1e999", size=990_000), True),
+        "long numbers": (filled(b"1" * 4299 + b",", b"0", size=990_000), True),
     }

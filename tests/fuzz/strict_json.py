@@ -4,9 +4,13 @@ Members of objects stay lists of pairs, so that a key given twice is seen, and n
 """
 
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from fleetgate.protocols.bounds import CONTAINERS_MAX, DEPTH_MAX, VALUES_MAX
+
+DIGITS_MAX = 4300  # of integers: as many as Python reads
 
 
 class Refuse(Exception):
@@ -82,6 +86,8 @@ class Reading:
         value = decode(data)
         if not isinstance(value, Members):
             raise Refuse("not an object")
+        if any(_is_too_large(number) for number in _numbers(value)):
+            raise Refuse("a number is too large")
         self.members = value
         names = value.all_of("model")
         if len(names) != 1:
@@ -90,13 +96,15 @@ class Reading:
             raise Refuse("model is no name")
         self.model = str(names[0])
         streams = value.all_of("stream")
-        if any(not (one is None or isinstance(one, bool)) for one in streams):
+        if streams and not (streams[-1] is None or isinstance(streams[-1], bool)):
             raise Refuse("stream is neither true nor false")
         self.stream = bool(streams and streams[-1])
         self.has_options = bool(value.all_of("stream_options"))
-        self.wants_usage = False
-        for options in value.all_of("stream_options"):
-            self.wants_usage = self._wants_usage(options)
+        *earlier, last = value.all_of("stream_options") or [None]
+        self.wants_usage = self._wants_usage(last)
+        if not self.wants_usage:  # else nothing is written into any of them, and engines read the last one
+            for options in earlier:
+                self._wants_usage(options)
 
     def _wants_usage(self, options: Any) -> bool:
         if options is None:
@@ -107,6 +115,19 @@ class Reading:
         if any(not (one is None or isinstance(one, bool)) for one in wishes):
             raise Refuse("include_usage is neither true nor false")
         return bool(wishes and wishes[-1])
+
+
+def _numbers(value: Any) -> Iterator[Number]:
+    if isinstance(value, Number):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one[1] if isinstance(value, Members) else one)
+
+
+def _is_too_large(number: Number) -> bool:
+    is_whole = number.removeprefix("-").isdigit()
+    return len(number.removeprefix("-")) >= DIGITS_MAX if is_whole else math.isinf(float(number))
 
 
 def _is_text(value: Any) -> bool:

@@ -318,6 +318,16 @@ BAD_BODIES: dict[str, tuple[bytes, str, str | None]] = {
     "a comment": (b'{"model":"ok"/**/}', "invalid_json", None),
     "NaN": (b'{"model":"ok","x":NaN}', "invalid_json", None),
     "Infinity": (b'{"model":"ok","x":-Infinity}', "invalid_json", None),
+    "NaN in a list": (b'{"model":"ok","x":[1, NaN]}', "invalid_json", None),
+    "too large a number": (b'{"model":"ok","temperature":1e400}', "invalid_request", "temperature"),
+    "too small a number": (b'{"model":"ok","x":{"y":[-1E+999]}}', "invalid_request", "x"),
+    "too large and written out": (b'{"model":"ok","x":' + b"9" * 400 + b".5}", "invalid_request", "x"),
+    "too many digits": (b'{"model":"ok","logit_bias":{"5":' + b"1" * 5000 + b"}}", "invalid_request", "logit_bias"),
+    "too large beside options": (
+        b'{"model":"ok","stream_options":{"include_usage":true},"seed":1e400}',
+        "invalid_request",
+        "seed",
+    ),
     "a leading zero": (b'{"model":"ok","x":01}', "invalid_json", None),
     "a byte order mark": (b'\xef\xbb\xbf{"model":"ok"}', "invalid_json", None),
     "UTF-16": ('{"model":"ok"}'.encode("utf-16"), "invalid_json", None),
@@ -380,12 +390,24 @@ def test_odd_bodies_pass_byte_for_byte(edge: Plane) -> None:
         b'{"model":"\\u006fk","x":"\\ud83d\\ude00"}',
         b' \r\n\t{ "stream" : null , "model"\n:\t"ok" } \n',
         '{"model":"ok","x":"é😀\u2028"}'.encode(),
-        b'{"model":"ok","x":1e400,"y":-0.0,"z":123456789012345678901234567890,"stream_options":null}',
+        b'{"model":"ok","x":1e308,"y":-0.0,"z":123456789012345678901234567890,"stream_options":null}',
         b'{"model":"ok","unknown":{"a":[null,true,false]},"wall":{}}',
-        b'{"model":"ok","x":' + b"1" * 5000 + b',"stream_options":{}}',
+        b'{"model":"ok","x":' + b"1" * 4000 + b',"stream_options":{}}',
     ):
         assert edge.ask(post(body)).status == 200, body
         assert edge.wall.seen[-1].body == body
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"model":"ok","temperature":1e400}', "`temperature` holds a number that is too large"),
+        (b'{"model":"ok","temperature":NaN}', "NaN and Infinity are no JSON"),
+        (b'{"model":"ok","temperature":-Infinity}', "NaN and Infinity are no JSON"),
+    ],
+)
+def test_row_37_numbers_that_are_none_are_named(edge: Plane, body: bytes, said: str) -> None:
+    assert said in edge.ask(post(body)).json()["error"]["message"]
 
 
 def test_every_operation_has_its_path(edge: Plane) -> None:

@@ -4,6 +4,9 @@ DEPTH_MAX = 64  # engines in Rust refuse at 128, and no request of any SDK comes
 CONTAINERS_MAX = 100_000  # objects and arrays: a chat of ten thousand messages with all their parts
 VALUES_MAX = 1_000_000  # a prompt may be given as token ids, a million of them for the longest contexts
 
+READ_MAX = 50_000  # values that are decoded to look at each; objects of that many keys of their own take 10 ms
+READ_BYTES_MAX = 1_000_000  # integers of thousands of digits take 25 ms a MB
+
 _BRACKETS = b"[]{}"
 _AFTER_BACKSLASH = b"\\/bfnrtu"  # kept at first, or the quote behind `\n` would look escaped
 _COMMA = b","
@@ -18,6 +21,17 @@ def _all_but(kept: bytes) -> bytes:
 _PROSE = _all_but(_BRACKETS + b'"' + _AFTER_BACKSLASH)
 _PROSE_WITHOUT_COMMAS = _all_but(_BRACKETS + b'"' + _AFTER_BACKSLASH + _COMMA)
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
+
+
+def is_read(body: bytes) -> bool:
+    """Whether each value may be decoded: of larger bodies and of more values only what is asked for is.
+
+    Cost: 1 ms a MB, nothing up to 100 KB, which hold no more values.
+    """
+    size = len(body)
+    if size <= 2 * READ_MAX:
+        return True
+    return size <= READ_BYTES_MAX and body.count(_COMMA) + body.count(b"[") + body.count(b"{") <= READ_MAX
 
 
 def has_too_many_values(body: bytes) -> bool:
