@@ -142,7 +142,7 @@ def test_a_machine_that_falls_in_the_middle_is_loud_too(two: Plane) -> None:
     two.wait_idle()
 
 
-@pytest.mark.parametrize("name", ["malformed", "torn", "torn-marked"])
+@pytest.mark.parametrize("name", ["malformed", "torn", "torn-marked", "damaged", "unquoted", "two-lines"])
 def test_row_23_an_event_that_is_not_json_is_dropped_and_the_rest_is_whole(two: Plane, name: str) -> None:
     """The official SDKs die of such an event with an error that is not theirs."""
     two.use({})

@@ -72,6 +72,16 @@ def test_rows_10_15_17_18_and_44_any_fault_moves_invisibly(two: Plane, name: str
     two.wait_idle()
 
 
+@pytest.mark.parametrize("name", ["torn-end", "error-mid", "damaged", "usage-first"])
+def test_row_11_a_stream_that_nobody_asked_for_moves_invisibly(two: Plane, name: str) -> None:
+    """Its client could not tell a whole one from one that broke off."""
+    two.use({}, SECOND_IS_GOOD)
+    answer = two.ask(request(name))
+    assert answer.status == 200 and answer.whole and answer.json()["model"] == name
+    assert (answer.headers["x-fleetgate-deployment"], answer.headers["x-fleetgate-attempts"]) == ("two", "2")
+    two.wait_idle()
+
+
 ALONE = {
     "rst-before": (502, "upstream_error"),
     "fin-mid": (502, "upstream_error"),

@@ -46,6 +46,7 @@ def relay_for(conversation: "Conversation", owner: Owner, place: Place) -> Relay
         names = Names(msgspec.json.encode(upstream_name), names.asked)
     if conversation.resumption is None:
         relay = Relay(owner, operation, add_usage, names)
+        relay.wants_whole = not ask.stream
     else:
         relay = conversation.resumption.relay(owner, operation, add_usage, names)
     if conversation.request.raw:
