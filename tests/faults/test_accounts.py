@@ -103,6 +103,7 @@ def test_rows_71_and_76_every_attempt_has_one_row_whoever_is_killed(tmp_path: Pa
                 before = crowd.count
                 wait_for(lambda before=before: crowd.count > before + 60)  # type: ignore[misc]
                 time.sleep(chance.random())
+                wait_for(lambda victim=victim: bool(up.children(victim)))  # type: ignore[misc]
                 kill(chance.choice(up.children(victim)))
             wait_for(lambda: len(up.children(WORKER)) == 2)
             before = crowd.count
