@@ -180,9 +180,9 @@ def fill(one: Plane) -> None:
     grown = (peak - before) / count
     print(f"{grown / 1024:.0f} KiB for each of {count}")
     assert grown < 600 * 1024
-    wait_for(lambda: all(seen.gone_s for seen in one.wall.seen), timeout_s=40)
+    wait_for(lambda: all(seen.gone_s for seen in one.wall.seen), timeout_s=70)
     one.wait_idle()
-    wait_for(lambda: one.rig.board.get(0, Worker.CONNECTIONS) == 0, timeout_s=40)
+    wait_for(lambda: one.rig.board.get(0, Worker.CONNECTIONS) == 0, timeout_s=70)
     for client in clients:
         client.socket.close()
 

@@ -49,7 +49,7 @@ def test_a_cut_is_loud_and_only_its_share_is_cut(tmp_path: Path) -> None:
     with running(tmp_path) as up, Load(up.port, short=0, streams=20) as load:
         wait_for(lambda: load.outcomes["stream"] > 10)
         inject(up, "cut", "--deployment", "a", "--share", "0.5", "--stop-below-slo", "0")
-        wait_for(lambda: in_force(up)[0]["struck"] > 10)
+        wait_for(lambda: in_force(up)[0]["struck"] > 3)  # few get there: its breaker opens
         load.stop()
         assert "stream: cut silently" not in load.bad, load.bad
         assert load.outcomes["stream"] > 20

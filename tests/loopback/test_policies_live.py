@@ -70,14 +70,14 @@ def test_the_priority_decides_who_waits_behind_whom_and_who_is_shed(two: Plane) 
     """One place, a full queue of sheddable requests: a critical one takes the place of the last of them."""
     rule = Policy(name="urgent", when="request.headers['x-urgent'] == 'yes'", priority="critical")
     rest = Policy(name="rest", when="request.headers['x-urgent'] != 'yes'", priority="sheddable")
-    one = {"concurrency_max": 1, "concurrency_written": True, "models": {"held-early": "held-early"}}
+    one = {"concurrency_max": 1, "concurrency_written": True, "models": {"held": "held"}}
     two.use(one, admission=Admission(queue_max=2, queue_timeout_s=20.0), **policies(rule, rest))
     two.wall.hold()
     order: list[tuple[str, int]] = []
 
     def ask(name: str, *headers: str) -> threading.Thread:
         def run() -> None:
-            order.append((name, two.ask(request("held-early", headers=headers)).status))
+            order.append((name, two.ask(request("held", headers=headers, note=name)).status))
 
         thread = threading.Thread(target=run)
         thread.start()
@@ -94,6 +94,7 @@ def test_the_priority_decides_who_waits_behind_whom_and_who_is_shed(two: Plane) 
     two.wall.release()
     for thread in threads:
         thread.join(20)
-    served = [name for name, status in order if status == 200]
+    served = [seen.ask["note"] for seen in two.wall.seen]
     assert served[:2] == ["first", "urgent"] and len(served) == 3
+    assert sorted(name for name, status in order if status == 200) == sorted(served)
     two.wait_idle()
