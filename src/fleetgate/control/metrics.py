@@ -13,7 +13,7 @@ from fleetgate.control.api.state import endpoint_up
 from fleetgate.control.context import Control
 from fleetgate.control.series import Labels, Series, read_series
 from fleetgate.control.strain import accounts, gauges
-from fleetgate.control.usage import JOURNAL
+from fleetgate.core.account import JOURNAL
 from fleetgate.core.board import Board, Signal, Work, Worker
 from fleetgate.core.model import Snapshot
 

@@ -17,9 +17,8 @@ import structlog
 from fleetgate.control.datadir import Unusable
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.core.account import Fold, Open, Row, entries_in
+from fleetgate.core.account import JOURNAL, Fold, Open, Row, entries_in
 
-JOURNAL = "journal"
 TAKE_EVERY_S = 1.0
 PRUNE_EVERY = 600  # takes
 PIECE_BYTES = 2 * 1024 * 1024  # of journals at once: after a long absence there may be more than the memory holds

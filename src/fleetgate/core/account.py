@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
+JOURNAL = "journal"  # the directory inside of the data directory, for those who write it and who read it
 INTERRUPTED = "interrupted"  # the worker died before it could settle
 
 

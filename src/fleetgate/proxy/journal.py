@@ -16,7 +16,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-JOURNAL = "journal"
+from fleetgate.core.account import JOURNAL
+
 SEGMENT_BYTES = 4 * 1024 * 1024
 HELD_BYTES_MAX = 8 * 1024 * 1024
 LEFT_BYTES_MIN = 16 * 1024 * 1024  # journals end here: to take them in, the store needs room on the same disk
