@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test chaos fuzz bench lock clean
+.PHONY: setup demo check test explore chaos fuzz bench lock clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -27,6 +27,10 @@ check: setup
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# The properties with new examples, ten times as many as `make test` takes.
+explore: setup
+	FLEETGATE_EXPLORE=1 $(BIN)/pytest -n 2 $(or $(ARGS),tests/properties)
 
 # Longer runs of what `make test` does briefly: SEEDS schedules, 10,000 cuts in all. A seed that fails is in the message.
 SEEDS ?= 5

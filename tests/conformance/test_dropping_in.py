@@ -14,11 +14,12 @@ from fleetgate.core.route import Decision, lanes_of, route
 from fleetgate.core.strategies import NO_TURN, Standing
 from fleetgate.protocols import engines
 from tests.conformance import test_engines, test_strategies
-from tests.loopback.rig import deployment, gateway, wait_for
+from tests.loopback.rig import deployment, gateway
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import plane
 from tests.properties.test_routing import situations
+from tests.waiting import wait_for
 
 STRATEGY = '''"""The last name first."""
 

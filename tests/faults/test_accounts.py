@@ -21,9 +21,10 @@ from fleetgate.control.store.database import Database
 from fleetgate.control.usage import Ledger
 from fleetgate.proxy import journal as journals
 from fleetgate.proxy.journal import Journal
-from tests.loopback.up_rig import Up, deployment, gateway, kill, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway, kill
 from tests.loopback.wall import Wall
 from tests.loopback.wall_replies import REPLIES
+from tests.waiting import wait_for
 
 CONTROL, WORKER = "fleetgate.control.server", "fleetgate.proxy.worker"
 MODELS = [{"name": name} for name in REPLIES]

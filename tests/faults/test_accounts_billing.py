@@ -17,10 +17,10 @@ from fleetgate.control.usage import Ledger
 from fleetgate.core.board import Signal
 from fleetgate.core.hedging import SEEN_MIN
 from fleetgate.core.model import Resilience
-from tests.loopback.rig import wait_for
 from tests.loopback.test_resume import PATIENCE, REPLIES, WORDS, read
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 Row = dict[str, Any]
 

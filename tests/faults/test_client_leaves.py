@@ -12,11 +12,11 @@ import pytest
 
 from fleetgate.core.board import Worker
 from fleetgate.core.model import Resilience
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import Client, post, request
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_replies import stream_of
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 GONE_S_MAX = 0.1  # FAULTS.md section 6
 SLACK_S = 0.15  # this machine is shared

@@ -15,12 +15,12 @@ import pytest
 from fleetgate.core.board import Worker
 from fleetgate.core.shortage import Shortage
 from fleetgate.proxy.memory import Memory
-from tests.loopback.rig import wait_for
 from tests.loopback.test_edge_keys import GOOD, KEYS, SCOPED, publish
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import PATH, Answer, Client, request
 from tests.loopback.wall_replies import CHUNKED, EVENT_STREAM, chunk, role, tokens
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
+from tests.waiting import wait_for
 
 MIB = 1024 * 1024
 GROUPS = Path("/sys/fs/cgroup/memory")

@@ -11,9 +11,9 @@ import pytest
 from fleetgate.core.board import Worker
 from fleetgate.core.standing import strains
 from fleetgate.providers.spool import Spool
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 SECRET = "sk-a-secret-in-a-prompt"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fleetgate.core.board import Worker
-from tests.loopback.rig import wait_for
 from tests.loopback.test_relay_waits import endless
 from tests.loopback.wall_client import PATH, Client, post, request
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
+from tests.waiting import wait_for
 
 MIB = 1024 * 1024
 LORISES = 1_000  # of each kind, in half the descriptors that a test may open

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import plane
+from tests.waiting import wait_for
 
 AFTER_S = 3.0  # since the worker's start
 _TIME = "worker.sys.modules['time']"

@@ -20,8 +20,9 @@ from fleetgate.core import account
 from fleetgate.proxy import journal as journals
 from fleetgate.proxy.journal import Journal
 from tests.faults.test_accounts import count, ledger_in, line, until
-from tests.loopback.up_rig import Up, deployment, gateway, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway
 from tests.loopback.wall import Wall
+from tests.waiting import wait_for
 
 
 def add(journal: Journal, *numbers: int) -> None:

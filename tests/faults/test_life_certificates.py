@@ -15,7 +15,8 @@ import trustme
 
 from tests.faults.life_load import Load
 from tests.loopback.engines import engine
-from tests.loopback.up_rig import Up, deployment, gateway, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway
+from tests.waiting import wait_for
 
 ANSWER = (
     b'{"id":"c","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant",'

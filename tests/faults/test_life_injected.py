@@ -11,7 +11,8 @@ import pytest
 
 from tests.faults.life_load import Load
 from tests.faults.test_life_upgrade import running
-from tests.loopback.up_rig import Up, wait_for
+from tests.loopback.up_rig import Up
+from tests.waiting import wait_for
 
 
 def inject(up: Up, *words: str) -> dict[str, Any]:

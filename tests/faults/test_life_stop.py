@@ -10,7 +10,8 @@ import trustme
 from tests.faults.life_load import Load
 from tests.faults.test_life_upgrade import running
 from tests.loopback.engines import engine
-from tests.loopback.up_rig import Up, deployment, gateway, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway
+from tests.waiting import wait_for
 
 
 def test_row_72_readiness_falls_first_and_nothing_is_refused_or_cut_inside_the_grace(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import httpx2
 
 from tests.faults.life_load import Load
 from tests.loopback.engines import engine
-from tests.loopback.up_rig import Up, deployment, gateway, is_alive, kill, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway, is_alive, kill
+from tests.waiting import wait_for
 
 UPGRADES = int(os.environ.get("FLEETGATE_UPGRADES", "3"))
 STREAMS = 100 if UPGRADES >= 10 else 50

@@ -13,14 +13,14 @@ import pytest
 from fleetgate.core.health import EJECTION_FIRST_S, JITTER
 from fleetgate.proxy.tcp import UNHEARD_MS_MAX
 from tests.faults.far_region import FarRegion, why_not
-from tests.loopback.rig import wait_for
 from tests.loopback.test_resume import PATIENCE, REPLIES, WORDS, events_of, read
 from tests.loopback.wall import Line, Seen, Wall
 from tests.loopback.wall_client import ask, request
 from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, chunk
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.alone]
 
 CONNECT_S = 1.0
 LOOK_S = 1.0  # how often silence is looked for

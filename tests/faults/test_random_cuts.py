@@ -52,7 +52,8 @@ def judge(port: int, number: int) -> str:
     return f"{kind} told" if events and "error" in events[-1] else f"{kind} cut without a word"
 
 
-@pytest.mark.timeout(120 + CUTS // 4)
+@pytest.mark.alone
+@pytest.mark.timeout(300 + CUTS // 4)
 def test_row_11_no_cut_is_silent_and_greedy_answers_are_whole(two: Plane) -> None:
     with Chaos(two.walls[0].port) as chaos:
         one, other = two.deployments({"models": {"m": "well"}}, {"models": {"m": "well"}})

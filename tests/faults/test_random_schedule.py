@@ -17,8 +17,9 @@ import pytest
 from tests.faults.crowd import RETRIES, Crowd, engine, got, out_of_order
 from tests.faults.oracle import Asked, Logged, problems, read_log
 from tests.faults.weather import Weather, play, schedule
-from tests.loopback.up_rig import Up, deployment, gateway, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway
 from tests.loopback.wall import Wall
+from tests.waiting import wait_for
 
 SEED = int(os.environ.get("FLEETGATE_SEED", "1"))
 AGAIN = f"seed {SEED}; again with FLEETGATE_SEED={SEED} pytest -s tests/faults/test_random_schedule.py"
@@ -28,7 +29,7 @@ OUTAGE_S = 6.0
 TOTAL_S = 3.0
 NAMES = ("one", "two", "three")
 
-pytestmark = pytest.mark.timeout(120 + int(SCHEDULE_S))
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300 + int(SCHEDULE_S))]
 
 
 class Fleet(NamedTuple):

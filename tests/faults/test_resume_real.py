@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from fleetgate.core.board import Signal
-from tests.loopback.rig import Rig, deployment, gateway, wait_for
+from tests.loopback.rig import Rig, deployment, gateway
+from tests.waiting import wait_for
 
 MODEL = "smollm2-135m"
 TOKENS_MAX = 48

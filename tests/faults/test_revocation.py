@@ -13,7 +13,8 @@ import httpx2
 import pytest
 
 from tests.loopback.engines import engine, metric
-from tests.loopback.up_rig import Up, deployment, gateway, kill, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway, kill
+from tests.waiting import wait_for
 
 CONTROL, WORKER = "fleetgate.control.server", "fleetgate.proxy.worker"
 SLOW = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0.1")

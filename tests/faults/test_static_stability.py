@@ -15,7 +15,8 @@ import pytest
 
 from fleetgate.providers.signing import LAST_GOOD, SNAPSHOT
 from tests.loopback.engines import engine
-from tests.loopback.up_rig import Up, deployment, free_port, gateway, is_alive, kill, wait_for
+from tests.loopback.up_rig import Up, deployment, free_port, gateway, is_alive, kill
+from tests.waiting import wait_for
 
 QUICK = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0")
 CONTROL, WORKER = "fleetgate.control.server", "fleetgate.proxy.worker"

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 import trustme
 
-from tests.loopback.rig import wait_for
 from tests.loopback.wall import Wall
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 BAD = ("expired", "wrong name", "not yet valid", "untrusted")
 

@@ -4,8 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +16,7 @@ from fleetgate.core.board import Board, Worker
 from fleetgate.core.model import Snapshot, decode_snapshot
 from fleetgate.providers.signing import verified
 from fleetgate.proxy.supervisor import open_listener, shared_memory
+from tests.waiting import wait_for
 
 DEPLOYMENT = {
     "kind": "Deployment",
@@ -129,14 +128,6 @@ class ControlRig:
             return client.get(f"{self.base_url}/healthz", timeout=1.0).status_code == 200
         except httpx2.TransportError:
             return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Return when it holds; fail when it does not in a time that even a busy machine keeps."""
-    end_s = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end_s, "it did not happen"
-        time.sleep(0.02)
 
 
 def board_of(workers: int = 1) -> Board:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +23,7 @@ from fleetgate.core.model import (
 from fleetgate.providers.signing import PUBLIC_KEY, public_key, sign
 from fleetgate.proxy.config import ENV, WorkerConfig
 from fleetgate.proxy.supervisor import open_listeners, shared_memory
+from tests.waiting import wait_for
 
 PEPPER = b"p" * 32
 SIGNING_KEY = b"k" * 32
@@ -138,15 +139,6 @@ def write_snapshot(data_dir: Path, data: bytes) -> None:
 def mapped(board_fd: int, workers: int) -> Board:
     """The board behind an inherited descriptor."""
     return Board(memoryview(mmap.mmap(board_fd, Board.bytes_needed(workers))), workers)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    """Poll until true; a generous limit, because machines are shared."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise AssertionError("timed out waiting")
-        time.sleep(0.01)
 
 
 def deployment(name: str, port: int, slot: int, **options: object) -> Deployment:

@@ -11,11 +11,12 @@ from fleetgate.core.board import WORK_CELLS, Work
 from fleetgate.core.model import Profile, Slo
 from tests.loopback.capacity_rig import Outcome, Shape, engines, refusals, send
 from tests.loopback.engines import metric
-from tests.loopback.rig import Rig, wait_for
+from tests.loopback.rig import Rig
 from tests.loopback.rig import deployment as snapshot_deployment
 from tests.loopback.rig import gateway as snapshot_gateway
 from tests.loopback.test_capacity_predicted import engine_at
 from tests.loopback.up_rig import Up, deployment, free_port, gateway
+from tests.waiting import wait_for
 
 LIMIT = 8
 PICKS = 10_000

@@ -18,9 +18,10 @@ import yaml
 
 from fleetgate.control.asking import Answer, Asker, CannotAsk, Target, reach
 from fleetgate.core.model import Endpoint
-from tests.loopback.control_rig import DEPLOYMENT, ControlRig, wait_for
+from tests.loopback.control_rig import DEPLOYMENT, ControlRig
 from tests.loopback.engines import engine, metric
 from tests.loopback.up_rig import COMMAND, run
+from tests.waiting import wait_for
 
 SMALL = {"requests_max": 60, "tokens_max": 40_000}
 PATH = "/api/v1/deployments/{}/calibrations"

@@ -10,7 +10,8 @@ from typing import Any
 
 from tests.loopback.capacity_rig import Outcome, Shape, engines, events, offer, scrape, value, watch
 from tests.loopback.engines import metric
-from tests.loopback.up_rig import Up, deployment, free_port, gateway, wait_for
+from tests.loopback.up_rig import Up, deployment, free_port, gateway
+from tests.waiting import wait_for
 
 PREFILL_PER_S, BASE_S, PER_SEQUENCE_S = 4000, 0.02, 0.002
 SPEEDS = ("--prefill-tokens-per-s", str(PREFILL_PER_S), "--decode-base-s", str(BASE_S))

@@ -12,7 +12,8 @@ import pytest
 from fleetgate.core.board import Signal
 from fleetgate.core.keys import hmac_hex, parse_key
 from fleetgate.providers.sealing import unseal
-from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig, wait_for
+from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from typing import Any
 import httpx2
 
 from fleetgate.core.model import Deployment
-from tests.loopback.control_rig import GATEWAY, ControlRig, wait_for
+from tests.loopback.control_rig import GATEWAY, ControlRig
+from tests.waiting import wait_for
 
 CLUSTER = {"kind": "Cluster", "name": "home", "provider": "local", "region": "us-east", "labels": {"site": "a"}}
 

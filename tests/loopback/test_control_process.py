@@ -10,7 +10,8 @@ import yaml
 
 from fleetgate.control.loading import check_file
 from fleetgate.core.board import Signal, Worker
-from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig, wait_for
+from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
+from tests.waiting import wait_for
 
 
 def fleet_file(folder: Path, *documents: object) -> str:

@@ -36,7 +36,7 @@ def test_no_request_upsets_the_api(rig: ControlRig, mode: GenerationMode) -> Non
         assert isinstance(found, Ok), found
         operation = found.ok()
 
-        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[*HealthCheck], database=None)
+        @settings(max_examples=EXAMPLES, suppress_health_check=[*HealthCheck], database=None)
         @given(operation.as_strategy(generation_mode=mode))
         def hold(case: "schemathesis.Case[Any]") -> None:
             tried.add(f"{case.method} {case.path}")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import PATH, Client, post, request
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 BODY = b'{"model":"ok","messages":[]}'
 LENGTH = b"Content-Length: %d" % len(BODY)

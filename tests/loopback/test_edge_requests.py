@@ -127,7 +127,7 @@ PIPELINE = [
 WHOLE = b"".join(data for data, _ in PIPELINE)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(1, len(WHOLE) - 1), unique=True, max_size=25).map(sorted))
 def test_any_cut_of_a_pipeline_gives_the_same_answers(edge: Plane, cuts: list[int]) -> None:
     with edge.client() as client:

@@ -6,11 +6,12 @@ import pytest
 
 from fleetgate.core.model import Slo
 from fleetgate.providers.spool import Spool
-from tests.loopback.rig import deployment, wait_for
+from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import request
 from tests.loopback.wall_replies import REPLIES
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 BODY = b'{"error":{"message":"slow down"}}'
 

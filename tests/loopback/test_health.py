@@ -10,11 +10,12 @@ from fleetgate.core.board import Board
 from fleetgate.core.health import BROKEN_IN_A_ROW
 from fleetgate.core.model import Endpoint
 from fleetgate.providers.spool import Spool
-from tests.loopback.rig import deployment, wait_for
+from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_replies import REPLIES
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
+from tests.waiting import wait_for
 
 SLACK_S = 2.0  # on top of a fault's own limit: the machine may be busy
 

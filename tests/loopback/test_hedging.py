@@ -7,10 +7,10 @@ import pytest
 
 from fleetgate.core.hedging import SEEN_MIN
 from fleetgate.core.model import Resilience
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_replies import stream_of
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 LONG_S = 6.0
 

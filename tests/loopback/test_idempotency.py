@@ -9,9 +9,9 @@ import pytest
 
 from fleetgate.core.board import Worker
 from fleetgate.proxy import idempotency
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

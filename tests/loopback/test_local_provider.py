@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from fleetgate.providers.base import (
 )
 from fleetgate.providers.keeper import process_start
 from fleetgate.providers.local import LocalProvider
+from tests.waiting import wait_for
 
 WAIT_S_MAX = 60
 ENGINE = Workload(
@@ -44,14 +44,6 @@ STUBBORN = Workload(
 def spec(replica_id: str, workload: Workload) -> ReplicaSpec:
     """A replica on this machine."""
     return ReplicaSpec(id=replica_id, deployment="m", cluster="here", region="eu", workload=workload)
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    end_s = time.monotonic() + WAIT_S_MAX
-    while not what():
-        assert time.monotonic() < end_s, "it did not come true in time"
-        time.sleep(0.02)
 
 
 async def come(what: Callable[[], bool]) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from fleetgate.core.model import Admission, Policy
 from fleetgate.providers.spool import Spool
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 EU = "deployment.labels.jurisdiction == 'eu'"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from fleetgate.core.model import Admission, Resilience, Slo
-from tests.loopback.rig import wait_for
 from tests.loopback.wall_client import ask, post, request
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_replies import stream_of
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
+from tests.waiting import wait_for
 
 MIB = 1024 * 1024
 

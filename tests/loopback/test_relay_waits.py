@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 from fleetgate.core.board import Worker
-from tests.loopback.rig import wait_for
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import PATH, Client, request
 from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, chunk, finish, role, tokens
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
+from tests.waiting import wait_for
 
 MIB = 1024 * 1024
 PATIENCE = {

@@ -9,7 +9,6 @@ import pytest
 
 from fleetgate.core.board import Signal
 from fleetgate.core.model import Resilience
-from tests.loopback.rig import wait_for
 from tests.loopback.wall import Line, Reply, Seen
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_replies import (
@@ -24,6 +23,7 @@ from tests.loopback.wall_replies import (
     usage_event,
 )
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 WORDS = [
     f"{number} {text}" for number, text in enumerate(["plain ", "é→😀 ", 'a " quote ', "line\nbreak ", "\\u0041 "] * 8)

@@ -9,12 +9,12 @@ import pytest
 
 from fleetgate.core.board import Signal
 from tests.faults.test_random_cuts import NO_BREAKER
-from tests.loopback.rig import wait_for
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall import Seen
 from tests.loopback.wall_client import Answer, post
 from tests.loopback.wall_replies import DONE
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 CUTS = 60
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

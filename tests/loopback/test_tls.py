@@ -10,7 +10,8 @@ import trustme
 from cryptography import x509
 
 from tests.loopback.engines import engine
-from tests.loopback.up_rig import Up, deployment, gateway, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway
+from tests.waiting import wait_for
 
 
 def shown_names(port: int, server_name: str, trust: ssl.SSLContext) -> set[str]:

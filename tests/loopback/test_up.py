@@ -13,7 +13,8 @@ import openai
 import pytest
 
 from tests.loopback.engines import engine, metric
-from tests.loopback.up_rig import Up, deployment, gateway, is_alive, kill, run, wait_for
+from tests.loopback.up_rig import Up, deployment, gateway, is_alive, kill, run
+from tests.waiting import wait_for
 
 QUICK = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0")
 

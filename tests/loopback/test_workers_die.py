@@ -13,12 +13,13 @@ import msgspec
 
 from fleetgate.core.board import Worker
 from fleetgate.core.model import Admission
-from tests.loopback.rig import Rig, wait_for
+from tests.loopback.rig import Rig
 from tests.loopback.wall import Wall
 from tests.loopback.wall_client import request
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_rig import Plane
 from tests.loopback.wall_supervisor import Plan
+from tests.waiting import wait_for
 
 
 class Supervised(Rig):

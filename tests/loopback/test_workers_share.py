@@ -9,10 +9,11 @@ import pytest
 from fleetgate.core.board import Worker
 from fleetgate.core.model import Admission, Snapshot, encode_snapshot
 from fleetgate.providers.signing import sign
-from tests.loopback.rig import SIGNING_KEY, gateway, wait_for, write_snapshot
+from tests.loopback.rig import SIGNING_KEY, gateway, write_snapshot
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_replies import stream_of
 from tests.loopback.wall_rig import Plane, plane
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")

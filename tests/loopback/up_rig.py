@@ -6,14 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx2
 import yaml
+
+from tests.waiting import wait_for
 
 COMMAND = [sys.executable, "-m", "fleetgate.main"]
 
@@ -23,14 +23,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Poll until true; a generous limit, because machines are shared."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "timed out waiting"
-        time.sleep(0.02)
 
 
 def run(*words: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:

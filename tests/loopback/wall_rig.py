@@ -6,10 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fleetgate.core.model import Deployment
-from tests.loopback.rig import Rig, deployment, gateway, wait_for
+from tests.loopback.rig import Rig, deployment, gateway
 from tests.loopback.wall import Wall
 from tests.loopback.wall_client import Answer, Client, ask
 from tests.loopback.wall_replies import REPLIES
+from tests.waiting import wait_for
 
 EVERY_MODEL = {name: name for name in (*REPLIES, "m")}
 NAMES = ("one", "two", "three")

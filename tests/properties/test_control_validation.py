@@ -182,7 +182,7 @@ def test_any_value_in_any_place_is_refused_or_accepted_but_never_a_crash(stored:
             find_problems([documents[path[0]]], world, API)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(broken_fleets())
 def test_a_fleet_is_applied_whole_or_not_at_all(tmp_path: Path, database: Database, documents: list[Any]) -> None:
     changes = Changes(database, open_data_dir(tmp_path), ())

@@ -64,7 +64,7 @@ REFUSED_WHILE_MANY_WAIT = [
 ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(strategies.names()), crowds, st.lists(faults, max_size=3))
 @example("overflow", crowd(60, 0.004, 600, 2), REFUSED_WHILE_MANY_WAIT)
 @example("overflow", crowd(60, 0.004, 600, 2), [Fault("down", "a", 1.02, FOREVER, 1.0)])

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core import strategies
@@ -91,7 +91,6 @@ faults = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted([*BASELINES, *strategies.names()])), arrivals(), st.lists(faults, max_size=3))
 def test_every_request_ends_exactly_once(strategy: str, requests: list[Arrival], happening: list[Fault]) -> None:
     on = fleet(deployment("a", FAST), deployment("b", SLOW, 2, "eu-west"), deployment("c", SLOW, region="eu-west"))
@@ -115,7 +114,6 @@ def test_every_request_ends_exactly_once(strategy: str, requests: list[Arrival],
 
 
 @given(arrivals())
-@settings(deadline=None)
 def test_nothing_is_faster_than_an_idle_engine_and_the_network(requests: list[Arrival]) -> None:
     on = fleet(deployment("a", FAST), deployment("c", SLOW, region="eu-west"))
     world = World(engines_of(on, REGIONS, Rtts(warn=lambda sentence: None)), REGIONS)

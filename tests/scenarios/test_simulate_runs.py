@@ -59,7 +59,7 @@ def test_capacity_is_what_carries_and_one_percent_more_does_not() -> None:
     assert doubled == pytest.approx(2 * rps)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.2, 2.0))
 def test_load_sets_the_work_that_is_offered(load: float) -> None:
     asked = simulation(UNLIKE, TRACE[:200], load=load)
