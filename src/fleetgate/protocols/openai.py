@@ -329,6 +329,7 @@ class _Delta(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     finish_reason: str | None = None
     delta: _Delta | None = None
     text: str | None = None
@@ -344,6 +345,7 @@ class _Event(msgspec.Struct):
 
 class _Answer(msgspec.Struct):
     usage: Usage | None = None
+    error: msgspec.Raw = _NONE
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -351,6 +353,8 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _EMPTY_VALUES = (b"null", b'""', b"[]", b"{}")
 _RESPONSES_ENDS = frozenset({"response.completed", "response.incomplete"})
 _RESPONSES_ERRORS = frozenset({"response.failed", "error"})
+_NO_FINISH = frozenset({"error", "abort"})  # the engine gave up, and SDKs would take it for a good end
+_ERROR_FIELDS = (b"event: error\n", b"event:error\n", b"event: error\r", b"event:error\r")
 
 
 def understand(event: bytes) -> tuple[Meaning, Usage | None]:
@@ -366,7 +370,7 @@ def understand(event: bytes) -> tuple[Meaning, Usage | None]:
         decoded = _decode_event(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Meaning.MALFORMED, None
-    if bytes(decoded.error) != b"null":
+    if bytes(decoded.error) != b"null" or event.startswith(_ERROR_FIELDS):
         return Meaning.ERROR, None
     if decoded.type is not None:
         return _understand_typed(decoded)
@@ -374,7 +378,8 @@ def understand(event: bytes) -> tuple[Meaning, Usage | None]:
     if not decoded.choices:
         return (Meaning.USAGE if usage is not None else Meaning.OTHER), usage
     if any(choice.finish_reason for choice in decoded.choices):
-        return Meaning.FINISH, usage
+        gave_up = any(choice.finish_reason in _NO_FINISH for choice in decoded.choices)
+        return (Meaning.ERROR if gave_up else Meaning.FINISH), usage
     if any(_has_content(choice) for choice in decoded.choices):
         return Meaning.CONTENT, usage
     return Meaning.OTHER, usage
@@ -402,15 +407,39 @@ def _has_content(choice: _Choice) -> bool:
     return bool(delta.reasoning_content or delta.reasoning or delta.refusal)
 
 
-def read_answer(body: bytes) -> Usage | None:
-    """The usage of a whole answer that is not streamed.
+def read_answer(body: bytes) -> tuple[Usage | None, bool]:
+    """The usage of a whole answer that is not streamed, and whether it is an error whatever its status says.
 
     Raises: `Malformed` when it is not a JSON object, which is how a truncated answer looks.
     """
     try:
-        return _decode_answer(body).usage
+        answer = _decode_answer(body)
     except (msgspec.MsgspecError, RecursionError):
         raise Malformed(502, "the upstream's answer is not whole JSON", "upstream_error") from None
+    return answer.usage, bytes(answer.error) != b"null"
+
+
+def note_choices(event: bytes, choices: dict[int, bool]) -> None:
+    """Keep of an answer with several choices which of them have begun, and whether each has ended."""
+    data = sse.data_of(event)
+    for choice in (_decode_event(data).choices if data is not None else None) or ():
+        choices[choice.index] = bool(choice.finish_reason) or choices.get(choice.index, False)
+
+
+class _Several(msgspec.Struct):
+    n: msgspec.Raw = _NONE
+    prompt: msgspec.Raw = _NONE
+
+
+_decode_several = msgspec.json.Decoder(_Several).decode
+
+
+def wants_several(body: bytes, operation: Operation) -> bool:
+    """Whether an answer may have several choices. Cost: one `find`, but for `/v1/completions`, whose prompt is read."""
+    if operation.name != "completions" and body.find(b'"n"') < 0:
+        return False
+    several = _decode_several(body)
+    return bytes(several.n) not in (b"null", b"1") or bytes(several.prompt).startswith(b"[")
 
 
 _MODEL_MEMBER = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')

@@ -125,6 +125,7 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int = 0
+    finish_reason: str | None = None
     delta: _Delta | None = None
     text: str | None = None
     logprobs: msgspec.Raw = _NONE
@@ -221,7 +222,8 @@ class Transcript:
             self.id, self.created, self.fingerprint = event.id, event.created, event.system_fingerprint
         before = self._chars
         for choice in event.choices or ():
-            if choice.index or not _is_comparable(choice):
+            # Behind an end there is nothing to go on with: an engine that is asked to would say more.
+            if choice.index or choice.finish_reason or not _is_comparable(choice):
                 self.whole = False
                 return
             for channel, text in _pieces(choice):
@@ -317,7 +319,7 @@ class Seam:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
         self._shape(event)
-        news = bool(event.get("usage"))
+        news = bool(event.get("usage")) and not event.get("choices")  # engines may tell usage in every event
         for choice in event.get("choices") or ():
             news = self._trim(choice) or news
         if not news:

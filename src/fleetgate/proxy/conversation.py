@@ -408,7 +408,7 @@ class Conversation(Speaker):
             self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
             self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
-        elif relay is not None and not watching.has_more_time(self, now_s):
+        elif relay is not None and not relay.finish() and not watching.has_more_time(self, now_s):
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
 
