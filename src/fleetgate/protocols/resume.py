@@ -125,7 +125,6 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int = 0
-    finish_reason: str | None = None
     delta: _Delta | None = None
     text: str | None = None
     logprobs: msgspec.Raw = _NONE
@@ -222,8 +221,7 @@ class Transcript:
             self.id, self.created, self.fingerprint = event.id, event.created, event.system_fingerprint
         before = self._chars
         for choice in event.choices or ():
-            # Behind an end there is nothing to go on with: an engine that is asked to would say more.
-            if choice.index or choice.finish_reason or not _is_comparable(choice):
+            if choice.index or not _is_comparable(choice):
                 self.whole = False
                 return
             for channel, text in _pieces(choice):

@@ -270,6 +270,8 @@ class Conversation(Speaker):
     def _resumable(self, event: Failed) -> Failed:
         """The same loss, with whether the answer that is half-way out can go on elsewhere."""
         relay = self.relay
+        if relay is not None and relay.finish_seen:
+            return event  # behind an end there is nothing to go on with: an engine that is asked to would say more
         if self.resumption is None and relay is not None and relay.script is not None:
             self.resumption = Resumption.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
