@@ -77,7 +77,7 @@ LOUD: dict[str, dict[str, Any]] = {
     "gave-up": {},
     "aborted": {},
     "event-error": {},
-    "finish-error": {},
+    "finish-error": {"temperature": 0},
 }
 
 
