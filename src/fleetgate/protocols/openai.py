@@ -51,22 +51,27 @@ class _Fields(msgspec.Struct):
     model: str
     stream: bool | None = None
     stream_options: _StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
+    n: msgspec.Raw = msgspec.Raw(b"null")
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What routing needs of a body. Shape: `plain` says that the one `"model"` in the body is the top-level key."""
+    """What routing needs of a body. Shape: `plain` says that the one `"model"` in the body is the top-level key;
+    `several` says that its answer may have more than one choice."""
 
     model: str
     stream: bool
     wants_usage: bool
     has_stream_options: bool
     plain: bool
+    several: bool = False
 
 
 _MODEL = b'"model"'
 _ESCAPED = b"\\u006"  # how every escape of a letter of `model` begins
 _decode_fields = msgspec.json.Decoder(_Fields).decode
 _FLAG = frozenset({bool, type(None)})
+_ONE = (None, 1)
 _decode_whole = msgspec.json.Decoder(dict[str, Any]).decode
 _FIELD_PATH = re.compile(r"at `\$\.?([\w.]*)`|field `(\w+)`")
 
@@ -93,7 +98,7 @@ def read_ask(body: bytes) -> Ask:
     fields: _Fields | None = None
     model: Any = None
     stream: Any = None
-    wants_usage = False
+    wants_usage = several = False
     if not bounds.is_read(body):
         fields = _read_fields(body)
     else:
@@ -103,6 +108,7 @@ def read_ask(body: bytes) -> Ask:
             _read_fields(body)  # has the sentence for everything but numbers
             raise members.too_large(body) from None
         model, stream = whole.get("model"), whole.get("stream")
+        several = whole.get("n") not in _ONE or whole.get("prompt").__class__ is list
         has_options = "stream_options" in whole
         if has_options:  # those that ask for usage are never walked or written again
             options = whole["stream_options"]
@@ -120,7 +126,7 @@ def read_ask(body: bytes) -> Ask:
         _walk(body)
     if not model:
         raise _unnamed()
-    return Ask(model, stream is True, wants_usage, wants_usage, plain)
+    return Ask(model, stream is True, wants_usage, wants_usage, plain, several)
 
 
 def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> Ask:
@@ -131,7 +137,8 @@ def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> Ask:
         _walk(body)
     if not fields.model:
         raise _unnamed()
-    return Ask(fields.model, bool(fields.stream), wants_usage, options is not msgspec.UNSET, plain)
+    several = bytes(fields.n) not in (b"null", b"1") or bytes(fields.prompt).startswith(b"[")
+    return Ask(fields.model, bool(fields.stream), wants_usage, options is not msgspec.UNSET, plain, several)
 
 
 def _unnamed() -> InvalidBody:
@@ -424,22 +431,6 @@ def note_choices(event: bytes, choices: dict[int, bool]) -> None:
     data = sse.data_of(event)
     for choice in (_decode_event(data).choices if data is not None else None) or ():
         choices[choice.index] = bool(choice.finish_reason) or choices.get(choice.index, False)
-
-
-class _Several(msgspec.Struct):
-    n: msgspec.Raw = _NONE
-    prompt: msgspec.Raw = _NONE
-
-
-_decode_several = msgspec.json.Decoder(_Several).decode
-
-
-def wants_several(body: bytes, operation: Operation) -> bool:
-    """Whether an answer may have several choices. Cost: one `find`, but for `/v1/completions`, whose prompt is read."""
-    if operation.name != "completions" and body.find(b'"n"') < 0:
-        return False
-    several = _decode_several(body)
-    return bytes(several.n) not in (b"null", b"1") or bytes(several.prompt).startswith(b"[")
 
 
 _MODEL_MEMBER = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
