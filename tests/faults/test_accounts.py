@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import Ledger
+from fleetgate.control.usage import UsageBook
 from fleetgate.proxy import journal as journals
 from fleetgate.proxy.journal import Journal
 from tests.loopback.up_rig import Up, deployment, gateway, kill
@@ -34,7 +34,7 @@ UNSEEN = ("interrupted", "unreachable", "stale", "client_gone")  # may have ende
 
 
 def rows_of(up: Up) -> list[sa.Row[tuple[object, ...]]]:
-    """The ledger, read beside the control process."""
+    """The usage book, read beside the control process."""
     engine = sa.create_engine(f"sqlite:///{up.data_dir / 'fleetgate.db'}")
     try:
         with engine.connect() as connection:
@@ -90,7 +90,7 @@ def asked_of(walls: list[Wall]) -> Counter[str]:
 
 
 def test_rows_71_and_76_every_attempt_has_one_row_whoever_is_killed(tmp_path: Path) -> None:
-    """Workers and the control process die by kill -9 under load; then the ledger is held against what engines saw."""
+    """Workers and the control process die by kill -9 under load; then the usage book is held against what engines saw."""
     with ExitStack() as stack:
         walls = [stack.enter_context(Wall()) for _ in range(2)]
         documents = [
@@ -180,10 +180,10 @@ def line(kind: str, number: int) -> bytes:
     )
 
 
-def ledger_in(folder: Path) -> tuple[Ledger, Database]:
+def book_in(folder: Path) -> tuple[UsageBook, Database]:
     database = Database(folder / "store.db")
     database.migrate()
-    return Ledger(folder, database), database
+    return UsageBook(folder, database), database
 
 
 def count(database: Database) -> int:
@@ -193,7 +193,7 @@ def count(database: Database) -> int:
 
 def test_segments_follow_each_other_and_go_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small(monkeypatch):
-        ledger, database = ledger_in(tmp_path)
+        book, database = book_in(tmp_path)
 
         async def scene() -> None:
             journal = Journal(tmp_path, lambda sentence: None)
@@ -204,42 +204,42 @@ def test_segments_follow_each_other_and_go_when_they_are_read(tmp_path: Path, mo
                     journal.add(line("s", number - 10))
                 if number % 20 == 0:
                     await asyncio.sleep(0.02)
-                    ledger.take()
+                    book.take()
             await until(lambda: not journal.is_short)
-            assert ledger.take() is not None and count(database) == 390
+            assert book.take() is not None and count(database) == 390
             assert len(list((tmp_path / "journal").iterdir())) <= 4
             assert journal.lost == 0
             journal.close()
 
         asyncio.run(scene())
-        assert ledger.take() == 10  # its writer is gone, so the last ten will not be settled by it
+        assert book.take() == 10  # its writer is gone, so the last ten will not be settled by it
         assert count(database) == 400
         assert not list((tmp_path / "journal").iterdir())
-        assert Ledger(tmp_path, database).take() == 0
+        assert UsageBook(tmp_path, database).take() == 0
         with database.read() as connection:
             sums = connection.execute(sa.text("select hour, attempts, billed_output_tokens from usage_hours")).all()
         assert (1, 390, 390 * 4) in [tuple(row) for row in sums]
 
 
 def test_a_reader_that_dies_between_two_takes_counts_nothing_twice(tmp_path: Path) -> None:
-    ledger, database = ledger_in(tmp_path)
+    book, database = book_in(tmp_path)
 
     async def scene() -> None:
-        nonlocal ledger
+        nonlocal book
         journal = Journal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
         for number in range(30):
             journal.add(line("i", number))
             if number % 3 == 0:
-                ledger.take()
-                ledger = Ledger(tmp_path, database)  # all that it knew by heart is gone
+                book.take()
+                book = UsageBook(tmp_path, database)  # all that it knew by heart is gone
             journal.add(line("s", number))
         await asyncio.sleep(0.05)
-        ledger.take()
+        book.take()
         journal.close()
 
     asyncio.run(scene())
-    ledger.take()
+    book.take()
     assert count(database) == 30
 
 
@@ -270,8 +270,8 @@ def test_row_68_a_disk_that_is_full_stops_nobody_and_costs_no_row(tmp_path: Path
 
         asyncio.run(scene())
         assert len(told) == 1 and os.strerror(errno.ENOSPC) in told[0]
-        _, database = ledger_in(tmp_path)
-        assert Ledger(mounted, database).take() == 200
+        _, database = book_in(tmp_path)
+        assert UsageBook(mounted, database).take() == 200
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
 
@@ -294,8 +294,8 @@ def test_row_68_what_finds_no_room_in_memory_either_is_counted(tmp_path: Path, m
         journal.close()
 
     asyncio.run(scene())
-    _, database = ledger_in(tmp_path)
-    Ledger(tmp_path, database).take()
+    _, database = book_in(tmp_path)
+    UsageBook(tmp_path, database).take()
     assert 0 < count(database) < 201
 
 

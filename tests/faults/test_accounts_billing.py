@@ -13,7 +13,7 @@ import pytest
 
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import Ledger
+from fleetgate.control.usage import UsageBook
 from fleetgate.core.board import Signal
 from fleetgate.core.hedging import SEEN_MIN
 from fleetgate.core.model import Resilience
@@ -51,7 +51,7 @@ def ask(made: Plane, cut: int = 10, **fields: Any) -> Answer:
 
 def rows_of(made: Plane, database: Database, request_id: str) -> list[Row]:
     """The request's attempts, in the order in which they began."""
-    Ledger(made.rig.data_dir, database).take()
+    UsageBook(made.rig.data_dir, database).take()
     with database.read() as connection:
         found = usage.load_attempts(connection, request_id)
     return sorted(found, key=lambda row: str(row["attempt_id"]))

@@ -32,7 +32,7 @@ from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
 from fleetgate.control.revocations import merge_revoked
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import Ledger
+from fleetgate.control.usage import UsageBook
 from fleetgate.control.watching import Watcher, beat, watch
 from fleetgate.core.board import Board
 from fleetgate.providers.base import Settings, discover
@@ -117,9 +117,9 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         replicas.drop_carried(publisher.poke),
         injected.run(),
     ]
-    ledger = Ledger(data_dir.path, database)
+    book = UsageBook(data_dir.path, database)
     if control.board is not None:
-        jobs.append(ledger.run())
+        jobs.append(book.run())
         spool = Spool(data_dir.path)
         jobs.append(beat(control.board))
         jobs.append(merge_revoked(control))
@@ -127,7 +127,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
     with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
-        await asyncio.to_thread(ledger.take)
+        await asyncio.to_thread(book.take)
     log.info("control_stopped")
 
 
