@@ -1,5 +1,6 @@
 """What `fleetgate up` opens and starts: sockets, shared memory, workers and the control process, under a supervisor."""
 
+import fcntl
 import ipaddress
 import os
 import sys
@@ -10,7 +11,7 @@ import msgspec
 
 from fleetgate.control.config import ENV as CONTROL_ENV
 from fleetgate.control.config import ControlConfig
-from fleetgate.control.datadir import Unusable, open_data_dir
+from fleetgate.control.datadir import Unusable, open_data_dir, unusable_sentence
 from fleetgate.core.board import WORKERS_MAX, layout
 from fleetgate.providers.signing import LAST_GOOD
 from fleetgate.providers.spool import Happened, Spool
@@ -29,6 +30,7 @@ from fleetgate.proxy.supervisor import (
 )
 from fleetgate.rules import plugins
 
+LOCK = "up.lock"
 GENERATIONS = 2  # of workers: those that serve, and those that they replace
 LB_GRACE_S = 5.0  # how long load balancers in front may go on sending after readiness fell
 PRIVATE_RANGES = ["127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]
@@ -147,6 +149,7 @@ def run_up(options: UpOptions) -> int:
     files = certificate_files(options.tls)
     try:
         open_data_dir(options.data_dir)
+        held = hold(options.data_dir)
     except Unusable as error:
         raise CannotStart(str(error)) from None
     plugins.load()  # the control process tells of those that cannot be used
@@ -189,6 +192,27 @@ def run_up(options: UpOptions) -> int:
         return Supervisor(children, board, grace_s, say_json, renewal, [*listeners, *tls_listeners]).run()
     finally:
         os.close(life_write)
+        os.close(held)
+
+
+def hold(data_dir: Path) -> int:
+    """Hold the data directory for as long as this process lives; the kernel lets go of it however it ends.
+
+    Raises: `CannotStart` where another has it, for its workers and ours would count the same places; `Unusable`.
+    """
+    try:
+        held = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Unusable(unusable_sentence(data_dir, error)) from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise CannotStart(
+            f"the data directory {data_dir} is in use by another `fleetgate up`; stop that one or give another "
+            "directory with --data-dir"
+        ) from None
+    return held
 
 
 def tell(spool: Spool, sentence: str) -> None:

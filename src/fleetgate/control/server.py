@@ -32,6 +32,7 @@ from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
 from fleetgate.control.revocations import merge_revoked
 from fleetgate.control.store.database import Database
+from fleetgate.control.store.rows import load_world
 from fleetgate.control.usage import UsageBook
 from fleetgate.control.watching import Watcher, beat, watch
 from fleetgate.core.board import Board
@@ -40,6 +41,7 @@ from fleetgate.providers.documents import Unreadable
 from fleetgate.providers.spool import Spool
 from fleetgate.rules import plugins
 
+PREDECESSOR_S_MAX = 5.0  # one whose supervisor was killed puts its things away first
 STOP_S_MAX = 2  # an answer that takes longer belongs to a client that hangs
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - told apart here, not bound
 
@@ -89,7 +91,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)
     replicas = Replicas(reconciler.endpoints)
     if config.config_file:
-        await apply_file(config.config_file, changes)
+        await _apply_config(control, config.config_file)
     replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.board)
     await asyncio.to_thread(publisher.publish)
     control.started = Started(publisher.version, time.monotonic())
@@ -129,6 +131,20 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
         await asyncio.to_thread(book.take)
     log.info("control_stopped")
+
+
+async def _apply_config(control: Control, path: str) -> None:
+    """Apply the file that `up` was given. Raises: `Unreadable` where it is bad and the store has nothing either."""
+    try:
+        await apply_file(path, control.changes)
+    except Unreadable as error:
+        # Whoever edits the file must not lose the API because this process is started again just then.
+        with control.database.read() as connection:
+            if not load_world(connection):
+                raise
+        sentence = f"{path} is not applied, and what the store has stays: {'; '.join(error.messages)}"
+        log.error("config_not_applied", reason=sentence)
+        control.record("Config", Path(path).name, f"{sentence}.")
 
 
 async def _first_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -185,16 +201,25 @@ def _only_one(data_dir: DataDir) -> Iterator[None]:
     except OSError as error:
         raise Unusable(unusable_sentence(data_dir.path, error)) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Unusable(
-                f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
-                f"directory with --data-dir"
-            ) from error
+        deadline_s = time.monotonic() + PREDECESSOR_S_MAX
+        while not _locked(descriptor):
+            if time.monotonic() > deadline_s:
+                raise Unusable(
+                    f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
+                    f"directory with --data-dir"
+                )
+            time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _write_address(data_dir: DataDir, listener: socket.socket) -> None:
