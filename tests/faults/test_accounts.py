@@ -90,7 +90,7 @@ def asked_of(walls: list[Wall]) -> Counter[str]:
 
 
 def test_rows_71_and_76_every_attempt_has_one_row_whoever_is_killed(tmp_path: Path) -> None:
-    """Workers and the control process die by kill -9 under load; then the usage book is held against what engines saw."""
+    """Workers and the control process die by kill -9 under load; then the book is held against what engines saw."""
     with ExitStack() as stack:
         walls = [stack.enter_context(Wall()) for _ in range(2)]
         documents = [

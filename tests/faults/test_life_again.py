@@ -57,7 +57,8 @@ def test_after_kill_9_of_the_supervisor_nothing_is_left_and_the_next_starts_at_o
         up.process.wait(10)
         with up:  # the same directory and ports
             assert not [pid for pid in first if is_alive(pid)]
-            assert not any(rest_of(client).endswith(b"0\r\n\r\n") for client in clients), "none may look whole"
+            for rest in map(rest_of, clients):
+                assert b'"code":"shutting_down"' in rest and not rest.endswith(b"0\r\n\r\n"), "none may look whole"
             wall.release()
             assert up.ask().status_code == 200
             wait_for(lambda: len(rows_of(up)) == 4)
