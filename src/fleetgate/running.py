@@ -5,6 +5,7 @@ import ipaddress
 import os
 import sys
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from fleetgate.rules import plugins
 
 LOCK = "up.lock"
 GENERATIONS = 2  # of workers: those that serve, and those that they replace
+WAIT_S_MAX = 3600.0  # no service manager waits for longer before it kills
 LB_GRACE_S = 5.0  # how long load balancers in front may go on sending after readiness fell
 PRIVATE_RANGES = ["127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]
 
@@ -100,6 +102,11 @@ def check_options(options: UpOptions) -> None:
         raise CannotStart(f"--workers {options.workers} is not from 1 to {WORKERS_MAX}")
     if bool(options.tls_listen) != bool(options.tls):
         raise CannotStart("--tls-listen and --tls belong together; give --tls dev or --tls CERT,KEY")
+    for flag, seconds in (("--lb-grace-s", options.lb_grace_s), ("--grace-s", options.grace_s)):
+        if seconds > WAIT_S_MAX:
+            raise CannotStart(f"{flag} {seconds} is longer than an hour; give at most {WAIT_S_MAX:.0f}")
+    if options.max_stale_s == inf:
+        raise CannotStart("--max-stale-s inf is no number of seconds; 0 is for ever")
     for text in options.egress_allow:
         try:
             ipaddress.ip_network(text)

@@ -70,6 +70,7 @@ def test_a_request_that_moved_is_billed_where_it_was_answered(two: Plane, databa
     rows = rows_of(two, database, answer.headers["x-request-id"])
     assert short(rows) == [("broken", "one", 0, 0), ("ok", "two", 5, 3)]
     assert [row["attempt_id"][-2:] for row in rows] == ["-1", "-2"]
+    assert rows[0]["bytes"] == 0 and rows[1]["bytes"] > len(answer.body)
 
 
 def test_an_answer_that_went_on_elsewhere_is_billed_once_as_a_whole(two: Plane, database: Database) -> None:

@@ -121,6 +121,7 @@ def test_mistakes_are_told_with_their_place(tmp_path: Path) -> None:
             (("explode", "--deployment", "a"), 2, "none of: delay, error, cut"),
             (("cut", "--deployment", "nobody"), 1, "there is no Deployment 'nobody'"),
             (("cut", "--deployment", "a", "--share", "2"), 1, "share"),
+            (("cut", "--deployment", "a", "--share", "nan"), 1, "share: nan cannot be sent; give a number"),
             (("cut", "--deployment", "a", "--for", "2h"), 1, "for_s"),
             (("cut", "--deployment", "a", "--for", "soon"), 2, "not a duration"),
         ):

@@ -125,7 +125,7 @@ def test_row_65_a_key_is_revoked_on_the_machine_while_the_control_plane_is_away(
         assert statuses(up, strict) == {200}
         names = [one["name"] for one in json.loads(up.cli("get", "keys", "-o", "json").stdout)]
         assert sorted(names) == ["fine", "strict"]
-        assert "Key leaked was revoked on the machine by" in up.cli("get", "events").stdout
+        assert "Key leaked was deleted because it was revoked on the machine by" in up.cli("get", "events").stdout
 
 
 def test_row_65_keys_are_good_for_so_long_without_a_control_plane(tmp_path: Path, slow: str) -> None:

@@ -19,9 +19,9 @@ MaxStale = Annotated[
     float, typer.Option(help="Seconds for which API keys stay good without the control plane; 0: for ever.", min=0)
 ]
 LbGrace = Annotated[
-    float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
+    float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.", min=-1)
 ]
-Grace = Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.")]
+Grace = Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.", min=0)]
 RecordFile = Annotated[
     Path | None,
     typer.Option(

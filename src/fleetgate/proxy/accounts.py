@@ -101,14 +101,15 @@ class Accounts:
     def end(self, conversation: "Conversation", attempt: bytes, relay: Relay | None) -> None:
         """The request is over, and so is the attempt, if one was in hand; what was read of another is billed now."""
         owed = conversation.owed
+        size_bytes = conversation.written + len(conversation.tail)  # which is written when the books are done
         if owed is not None:
-            self._settle(owed.attempt, owed.how, owed.worked, owed.billed, conversation.written)
+            self._settle(owed.attempt, owed.how, owed.worked, owed.billed, size_bytes)
         if not attempt:
             return
         outcome = conversation.exchange.outcome or Outcome.FAILED
         worked = NOTHING if outcome in _FREE else _worked(conversation, relay)
         if owed is None and outcome in _BILLED:
-            self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), conversation.written)
+            self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), size_bytes)
         else:
             self._settle(attempt, _OUTCOMES[outcome], worked, (0, 0), 0)
 
