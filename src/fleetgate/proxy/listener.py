@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetgate.core.policy import ALLOWED
@@ -295,7 +294,7 @@ class ClientConnection(asyncio.Protocol):
             if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
                 raise Denied(404, "model_not_found", _no_model(ask.model, admitted), "model")
             judgement = ALLOWED if admitted.site.rules.is_empty else judge(hub, admitted, ask, body)
-            claimed = claim(Path(hub.config.data_dir), admitted, body) if admitted.idempotency else None
+            claimed = claim(hub, admitted, body) if admitted.idempotency else None
         except InvalidBody as error:
             self._deny(Denied(400, error.code, error.message, error.param, admitted.answer_headers))
             return
