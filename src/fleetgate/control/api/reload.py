@@ -38,6 +38,8 @@ def routes(control: Control) -> APIRouter:
             if mistakes:  # the new control process would read it, and go on without
                 raise ApiError(422, "\n".join(["nothing was replaced, because the file has mistakes:", *mistakes]))
         accepting = [worker for worker in board.present() if board.get(worker, Worker.ACCEPTING)]
+        if not accepting:
+            raise ApiError(409, "no worker serves: this machine is starting or stopping; try again when /readyz is 200")
         os.kill(os.getppid(), signal.SIGHUP)
         return ReloadBegun(replaced_pids=[board.get(worker, Worker.PID) for worker in accepting])
 
