@@ -165,8 +165,8 @@ class ClientConnection(asyncio.Protocol):
                 self._buffer = b""
                 self._begin(known, length, data[end:])
                 return
-        while data.startswith(b"\r\n"):  # some clients end a body with an extra line
-            data = data[2:]
+        if data.startswith(b"\r\n"):  # some clients end a body with an extra line or two; more are no request
+            data = data.removeprefix(b"\r\n").removeprefix(b"\r\n")
         end = data.find(http1.HEAD_END)
         if (len(data) if end < 0 else end) > http1.HEAD_BYTES_MAX:
             self._deny_and_close(Denied(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
