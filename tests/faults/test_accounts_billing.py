@@ -37,6 +37,14 @@ def two() -> Iterator[Plane]:
 
 
 @pytest.fixture
+def patient() -> Iterator[Plane]:
+    """An engine that shares its machine with many clients may be slower than others are given time for."""
+    with plane() as made:
+        made.wall.replies.update(REPLIES)
+        yield made
+
+
+@pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     made = Database(tmp_path / "store.db")
     made.migrate()
@@ -155,17 +163,17 @@ def test_a_kept_connection_that_was_closed_has_a_row_of_its_own(two: Plane, data
     assert [row["attempt_id"] for row in rows] == [f"{ids[1]}-1", f"{ids[1]}-1.2"]
 
 
-def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(two: Plane, database: Database) -> None:
+def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(patient: Plane, database: Database) -> None:
     """At least for what it read, and for no more than the engine can have said by the time it was stopped.
 
     `FLEETGATE_LEAVERS=10000` is the long form.
     """
-    use(two, "ok")
+    use(patient, "ok")
     count, pace_s = 400, 0.005
 
     def leave(seed: int) -> tuple[str, int]:
         events = random.Random(seed).randint(1, 150)
-        with two.client() as client:
+        with patient.client() as client:
             client.send(request("m", stream=True, wall={"count": count, "pace_s": pace_s}))
             request_id = client.read(head_only=True).headers["x-request-id"]
             for _ in range(events):
@@ -175,8 +183,8 @@ def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(two:
 
     with ThreadPoolExecutor(8) as pool:
         left = list(pool.map(leave, range(LEAVERS)))
-    two.wait_idle()
-    UsageBook(two.rig.data_dir, database).take()
+    patient.wait_idle()
+    UsageBook(patient.rig.data_dir, database).take()
     overshoot = []
     for request_id, events in left:
         with database.read() as connection:
