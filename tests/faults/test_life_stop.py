@@ -1,13 +1,19 @@
 """Stopping and changing under load: SIGTERM, a new configuration, a new certificate every second."""
 
+import asyncio
+import os
+import socket
 import ssl
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
 import trustme
+import uvloop
 
+from fleetgate.proxy.door import Door
 from tests.faults.life_load import Load
 from tests.faults.test_accounts import rows_of
 from tests.faults.test_life_upgrade import running
@@ -147,3 +153,32 @@ def test_what_has_not_ended_when_the_grace_is_over_ends_loudly(tmp_path: Path) -
             assert up.process.wait(30) == 0
             rows = {row.outcome: row.billed_prompt_tokens for row in rows_of(up)}
             assert set(rows) == {"client_gone", "refused"} and rows["refused"] == 0 and rows["client_gone"] > 0
+
+
+def test_who_waits_at_a_tls_door_with_something_else_does_not_end_the_worker() -> None:
+    """The last worker takes who still waits to be accepted: among them may be a port scan, or one who is silent."""
+    authority = trustme.CA()
+    server, trust = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("door.test").configure_cert(server)
+    authority.configure_trust(trust)
+    made: list[asyncio.Protocol] = []
+
+    class Guest(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(self)
+
+    async def close() -> None:
+        door = Door(os.dup(listener.fileno()), server, Guest)
+        begun_s = time.monotonic()
+        await door.close(last=True)
+        assert time.monotonic() - begun_s < 5
+
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = listener.getsockname()
+        scan, _ = (stack.enter_context(socket.create_connection(address)) for _ in range(2))
+        scan.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        good = stack.enter_context(socket.create_connection(address))
+        threading.Thread(target=lambda: trust.wrap_socket(good, server_hostname="door.test"), daemon=True).start()
+        uvloop.run(close())
+        assert len(made) == 1
