@@ -27,7 +27,7 @@ def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
 # Where it breaks, and whether something of the answer is out by then.
 PLACES = {
     "reading the body": (breaks("listener.openai.read_ask", "b'boom' in self"), False),
-    "picking": (breaks("conversation.Conversation._pick", "b'boom' in self.body"), False),
+    "picking": (breaks("conversation.placing.pick", "b'boom' in self.body"), False),
     "sending": (breaks("conversation.sending.request_bytes", "b'boom' in self.body"), False),
     "the first content": (breaks("conversation.ACTIONS[conversation.Commit]", "b'boom' in self.body"), False),
     "an event": (

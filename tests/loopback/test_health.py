@@ -1,8 +1,10 @@
 """Who is taken out, how soon, for how long, and what clients see of it: nothing, where anybody else is left."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,10 +12,11 @@ from fleetgate.core.board import Board
 from fleetgate.core.health import BROKEN_IN_A_ROW
 from fleetgate.core.model import Endpoint
 from fleetgate.providers.spool import Spool
+from fleetgate.proxy.ward import PANIC_EVERY_S
 from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import Answer, request
-from tests.loopback.wall_replies import REPLIES
+from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, REPLIES, chunk, finish, role, tokens
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
 from tests.waiting import wait_for
 
@@ -160,6 +163,35 @@ def test_row_19_with_everybody_out_requests_fail_at_once_and_few_are_tried(three
         wall.replies["ill"] = wall.replies["ok"]
     wait_for(lambda: three.ask(request("m")).status == 200)
     three.wait_idle()
+
+
+def test_row_19_the_last_falls_while_the_others_are_well_again_but_not_yet_believed(three: Plane) -> None:
+    """Nobody knows of those that they are well until one request tried them; the crowd waits for what that shows."""
+    ill, last = three.walls[:2], three.walls[2]
+    for wall in ill:
+        wall.replies["ill"] = wall.replies["500"]
+    last.replies["ill"] = late
+    use(three, "ill", "ill", "ill")
+    while not (told_out(three, 0) and told_out(three, 1)):
+        three.ask(request("m"))
+    for wall in ill:
+        wall.replies["ill"] = late
+    time.sleep(PANIC_EVERY_S)  # those before may have tried them, in vain
+    last.fall()
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda _: three.ask(request("m", stream=True)), range(96)))
+    assert [answer.status for answer in answers] == [200] * 96
+    last.rise()
+    three.wait_idle()
+
+
+async def late(line: Line, seen: Seen) -> None:
+    """First content after 100 ms, the rest a second later."""
+    await asyncio.sleep(0.1)
+    line.write(EVENT_STREAM + CHUNKED + chunk(role("m")) + b"".join(chunk(one) for one in tokens("m", 3)))
+    await asyncio.sleep(1.0)
+    line.write(chunk(finish("m")) + chunk(DONE))
+    line.write(LAST)
 
 
 # --- poison -----------------------------------------------------------------------------------------------------------

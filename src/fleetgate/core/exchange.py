@@ -247,7 +247,7 @@ class Exchange:
         return Send(event.candidate)
 
     def _no_place(self, event: NotPicked, now_s: float) -> Command:
-        if event.reason is NoPlace.ALL_FULL:
+        if event.reason is NoPlace.ALL_FULL or event.reason is NoPlace.ON_TRIAL:
             self.state = _WAITING
             return WAIT
         if event.reason is NoPlace.DENIED:

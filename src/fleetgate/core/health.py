@@ -22,7 +22,7 @@ RETURNS_MAX = 3  # good requests in a row that one who flaps has to show
 
 
 class Breaker(StrEnum):
-    """The five states. Only `closed` and `half_open` get requests, the latter one at a time."""
+    """The five states. Only `closed` and `half_open` get requests, the latter few at a time."""
 
     CLOSED = "closed"
     OPEN = "open"  # it can be reached, but its answers break

@@ -23,7 +23,7 @@ STATES = {
     Breaker.OPEN: "can be reached, but its answers break: gets none",
     Breaker.DOWN: "cannot be reached: gets none",
     Breaker.DENIED: "refuses the Deployment's credential: gets none; every Endpoint of the Deployment with it",
-    Breaker.HALF_OPEN: "gets one real request at a time",
+    Breaker.HALF_OPEN: "gets one real request, and one more beside it for each that brought content",
 }
 
 SIGNS = {
@@ -36,7 +36,7 @@ SIGNS = {
     Sign.PROBE_WELL: "its probe was answered",
     Sign.PROBE_BROKE: "its probe was not answered, or with 5xx",
     Sign.REGION_LOST: f"others of its region, and at least {REGION_SHARE:.0%} of it, went out within two seconds",
-    Sign.EVERYBODY_OUT: "nobody who could take a request is in, and this one is the least bad; once a second",
+    Sign.EVERYBODY_OUT: "nobody else who could take a request is in, and this one is the least bad; once a second",
     Sign.BACK_OFF_OVER: "its time out is over",
     Sign.NEW_CREDENTIAL: "a Snapshot brought another credential",
 }

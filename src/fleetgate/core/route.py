@@ -18,6 +18,7 @@ class NoPlace(StrEnum):
     NONE_UP = "none_up"
     ALL_FULL = "all_full"
     ALL_TRIED = "all_tried"
+    ON_TRIAL = "on_trial"  # nobody is up, and somebody is being tried out, which will soon show something
     DENIED = "denied"  # all refuse our credential; only who knows why they are out can tell
 
 

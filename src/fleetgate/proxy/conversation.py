@@ -22,11 +22,8 @@ from fleetgate.core.exchange import (
     Finish,
     Gone,
     Interrupt,
-    NotPicked,
     Overdue,
     Pick,
-    Picked,
-    QueueFull,
     Refuse,
     Room,
     Send,
@@ -35,12 +32,11 @@ from fleetgate.core.exchange import (
 )
 from fleetgate.core.health import HEALTHY, Breaker, Sign
 from fleetgate.core.policy import ALLOWED
-from fleetgate.core.route import NoPlace, Rejection
 from fleetgate.protocols import openai
 from fleetgate.protocols.openai import Ask
-from fleetgate.proxy import accounts, answers, sending, watching
+from fleetgate.proxy import accounts, answers, placing, sending, watching
 from fleetgate.proxy.booking import Booking, Wanting
-from fleetgate.proxy.hedging import Hedge
+from fleetgate.proxy.hedging import Hedge, dial_elsewhere
 from fleetgate.proxy.idempotency import Claim
 from fleetgate.proxy.resuming import Resumption, script_of
 from fleetgate.proxy.speaking import Speaker
@@ -53,10 +49,8 @@ if TYPE_CHECKING:
     from fleetgate.proxy.hub import Hub
     from fleetgate.proxy.listener import ClientConnection
 
-COOLS_WAIT_MAX_S = 2.0  # FAULTS.md row 16: in place only for so long
 ROOM = Room()
 CONTENT_OK = Content(200)
-QUEUE_FULL = QueueFull()
 
 ENDED, REFUSED = int(Tally.ENDED), int(Tally.REFUSED)
 
@@ -77,6 +71,7 @@ class Conversation(Speaker):
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
     resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
     claim: Claim | None = None  # its client said how it would call it again
+    on_trial = False  # its attempt is to show whether an Endpoint that was out is well again
     sent_s = 0.0  # when the attempt in hand was sent
     attempt = b""  # its id in the accounts, empty while there is none
     deaths: Mapping[Peer, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
@@ -99,7 +94,7 @@ class Conversation(Speaker):
         self.request_id = request_id
         self.started_s = self.hub.clock()
         self.hub.conversations[self] = None
-        self._pick(self.exchange.start())
+        placing.pick(self, self.exchange.start())
 
     def report(self, event: Event) -> None:
         """Tell the core what happened and do what it says."""
@@ -107,99 +102,17 @@ class Conversation(Speaker):
         command = self.exchange.receive(event, now_s)
         ACTIONS[type(command)](self, command)
 
-    # --- picking and waiting ---
-
-    def _pick(self, command: Pick) -> None:
-        hub = self.hub
-        lane = self.lane
-        if lane.tables is not hub.tables:
-            lane = self.lane = hub.tables.lane_after(lane)
-        lead = lane.lead
-        if lead is not None and not command.tried and not lane.room:
-            place = hub.tables.places[lead.slot]
-            if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
-                self.place = self.last_place = place
-                self.report(Picked(lead))
-                return
-        self._pick_by_route(command, lane)
-
-    def _pick_by_route(self, command: Pick, lane: LaneState) -> None:
-        hub, now_s = self.hub, self.hub.clock()
-        wanting = self.wanting = self.wanting or Wanting(self)
-        first = lane.room.first() if self.ticket is None and not command.tried else None
-        if first is not None and first.priority <= wanting.priority:
-            self.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
-            return
-        tried = self._exhausted(command.tried) if command.tried else ()
-        if lane.missing:
-            tried = [*tried, *lane.lacking(now_s)]
-        if self.resumption is not None:
-            tried = [*tried, *self.resumption.unfit(lane, hub.tables)]
-        wish = wanting.wish(now_s - self.wants_since_s)
-        placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
-        if hub.recorder is not None:
-            hub.recorder.decided(self, wish, tried, placed)
-        if isinstance(placed, Rejection):
-            self.report(NotPicked(lane.why(placed.reason)))
-            return
-        self.place = self.last_place = hub.tables.places[placed.candidate.slot]
-        self.booking = Booking(hub, placed, lane.desk.promised, now_s)
-        lane.affinity.sent(wanting.chain, placed.hold.endpoint_slot)
-        if self.ticket is not None:
-            self._stop_waiting(served=True)
-        self.report(Picked(placed.candidate))
+    # --- waiting ---
 
     @property
     def wants_since_s(self) -> float:
         """Since when it wants the place that it looks for."""
         return self.started_s if self.resumption is None else self.resumption.lost_s
 
-    def _exhausted(self, slots: tuple[int, ...]) -> list[int]:
-        """Those of the Deployments tried that have no other Endpoint to try."""
-        places, now_s = self.hub.tables.places, self.hub.clock()
-        return [slot for slot in slots if slot not in places or not places[slot].choose(now_s, self.failed_peers)]
-
-    def _wait(self, command: Wait) -> None:
-        if self.ticket is not None:
-            return  # woken in vain: it keeps its place in the row
-        hub, lane, wanting = self.hub, self.lane, self.wanting
-        assert wanting is not None
-        gateway = lane.site.gateway
-        cools_s = lane.cools_s(hub.clock())
-        if cools_s > COOLS_WAIT_MAX_S:  # nobody will take it before, so its client hears of it now
-            self.report(Overdue(cools_s))
-            return
-        if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
-            shed = lane.room.latest(wanting.priority, self.request.key.name)
-            if shed is None:
-                self.report(QUEUE_FULL)
-                return
-            hub.waiters[shed].shed()
-        need = wanting.need
-        self.deadline_s = lane.desk.waits_until_s(
-            need, self.wants_since_s, hub.learning.outlooks, self.request.timeout_s
-        )
-        promised = gateway.slo is not None or self.request.timeout_s  # to the client, or by it to somebody
-        expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if promised else 0.0
-        if expected_s > self.deadline_s:  # it would only wait in vain
-            self.report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
-            return
-        self.ticket = Ticket(self.deadline_s, self.request.key.name, need.units, wanting.priority)
-        lane.room.join(self.ticket, ahead=self.exchange.moves > 0)
-        hub.waiters[self.ticket] = self
-        hub.count_waiting(lane, 1)
-
     def shed(self) -> None:
         """The queue is full, and a request of a higher priority wants its place there."""
-        self._stop_waiting()
-        self.report(QUEUE_FULL)
-
-    def _stop_waiting(self, served: bool = False) -> None:
-        ticket, self.ticket = self.ticket, None
-        if ticket is not None:
-            self.lane.room.leave(ticket, served)
-            self.hub.waiters.pop(ticket, None)
-            self.hub.count_waiting(self.lane, -1)
+        placing.stop_waiting(self)
+        self.report(placing.QUEUE_FULL)
 
     def look_again(self) -> bool:
         """There may be room now; True when it found a place (or ended)."""
@@ -208,7 +121,7 @@ class Conversation(Speaker):
 
     def change_lane(self) -> None:
         """A new Snapshot replaced the Lane this request waits in: look for room in the new one, or wait there."""
-        self._stop_waiting()
+        placing.stop_waiting(self)
         self.report(ROOM)
 
     # --- sending ---
@@ -224,7 +137,7 @@ class Conversation(Speaker):
         self.peer = peer
         peer.in_flight += 1
         if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
-            self.hub.tables.try_out(peer, now_s)
+            self.on_trial = self.hub.tables.try_out(peer, now_s)
         self.progress = 0
         self.sent_s = now_s
         self.deadline_s = now_s + watching.first_event_s(self, self.booking)
@@ -244,6 +157,27 @@ class Conversation(Speaker):
             if peer is not None:
                 booking.moved(peer.endpoint.slot)
         return peer
+
+    def dials_long(self, relay: Relay) -> None:
+        """The attempt in hand has no connection yet, and should have: somebody else may be nearer."""
+        exchange = self.exchange
+        if relay is not self.relay or exchange.state is not State.TRYING or exchange.resumes or self.hedge is not None:
+            return
+        self.hedge = dial_elsewhere(self, self.hub.clock())
+        if self.hedge is not None and self.hedge.relay.connection is not None:
+            self.connected(self.hedge.relay)
+
+    def connected(self, relay: Relay) -> None:
+        """One of two attempts has its connection: another that has none is given up before it was sent."""
+        hedge = self.hedge
+        if hedge is None or self.relay is None:
+            return
+        if relay is self.relay and hedge.relay.connection is None:
+            self._end_hedge()
+            self.exchange.sent -= 1
+        elif relay is hedge.relay and self.relay.connection is None:
+            self.adopt(hedge)
+            self.exchange.sent -= 1
 
     # --- what the relay reports ---
 
@@ -282,12 +216,11 @@ class Conversation(Speaker):
 
     def _lost(self, event: Failed) -> None:
         """Settle the attempt's place, tell health, and let the core say what comes next."""
-        meters = self.lane.meters.get(self.place.slot) if self.place is not None else None
-        if meters is not None:
-            self.hub.telemetry.cells[meters.failure(event.failure)] += 1
+        if self.place is not None:
+            self.hub.count_failure(self.lane, self.place, event.failure)
         if self.place is not None and event.failure is Failure.FULL:
             self.hub.tally(self.place.slot, REFUSED)
-            if event.wait_s > COOLS_WAIT_MAX_S:  # what is shorter, engines say of any full queue
+            if event.wait_s > placing.COOLS_WAIT_MAX_S:  # what is shorter, engines say of any full queue
                 self.hub.ward.asked_to_wait(self.place, event.wait_s)
         if self.first_s and event.failure is not Failure.MISMATCH:
             event = self._resumable(event)
@@ -349,7 +282,8 @@ class Conversation(Speaker):
         peer, self.peer = self.peer, None
         if peer is not None:
             peer.in_flight -= 1
-            self.hub.tables.tried_out(peer, now_s)
+            if self.on_trial:
+                self._tried_out(peer, now_s, well=False)
         place, self.place = self.place, None
         if place is not None:
             self.lane.drain.ended(now_s)
@@ -359,6 +293,10 @@ class Conversation(Speaker):
             else:
                 booking.settle()
             self.hub.room_freed(place.slot)
+
+    def _tried_out(self, peer: Peer, now_s: float, well: bool) -> None:
+        self.on_trial = False
+        self.hub.tables.tried_out(peer, now_s, well)
 
     # --- what the core says ---
 
@@ -387,8 +325,8 @@ class Conversation(Speaker):
     def _flow(self, relay: Relay) -> None:
         """From here on the answer goes to the client as it comes."""
         self.deadline_s = self.first_s + watching.stall_s(self)
-        if self.peer is not None:
-            self.hub.tables.tried_out(self.peer, self.first_s)  # others need not wait for the end of a long answer
+        if self.on_trial and self.peer is not None:  # others need not wait for the end of a long answer
+            self._tried_out(self.peer, self.first_s, well=True)
         if self.lane.hedges and self.wanting is not None and relay.stream:
             self.lane.first_tokens.saw(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
         if relay.stream:
@@ -409,7 +347,7 @@ class Conversation(Speaker):
         self.hub.resumed(self)
 
     def _refuse(self, command: Refuse) -> None:
-        self._stop_waiting()
+        placing.stop_waiting(self)
         self.status = command.status
         if self.early_attempts:
             self._break_off(command.code, command)
@@ -419,7 +357,7 @@ class Conversation(Speaker):
 
     def _interrupt(self, command: Interrupt) -> None:
         """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
-        self._stop_waiting()
+        placing.stop_waiting(self)
         if self.request.raw and not self.ask.stream:
             self.client.transport.abort()  # to HTTP/1.0 a regular close would be a good end
         self._break_off("upstream_interrupted", command)
@@ -450,7 +388,7 @@ class Conversation(Speaker):
         """The client left: cancel upstream, in whatever phase."""
         if self.exchange.state is State.ENDED:
             return
-        self._stop_waiting()
+        placing.stop_waiting(self)
         if self.relay is not None:
             self.relay.cancel()
         self.report(event)
@@ -459,7 +397,7 @@ class Conversation(Speaker):
         """A deadline passed: of waiting, of the first event, or of the next one."""
         relay = self.relay
         if self.exchange.state is State.WAITING:
-            self._stop_waiting()
+            placing.stop_waiting(self)
             ahead = max(1, len(self.lane.room))
             self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
@@ -482,8 +420,8 @@ class Conversation(Speaker):
 
 
 ACTIONS: dict[type, Callable[..., None]] = {
-    Pick: Conversation._pick,
-    Wait: Conversation._wait,
+    Pick: placing.pick,
+    Wait: placing.wait,
     Send: Conversation._send,
     Commit: Conversation._commit,
     Continue: Conversation._continue,

@@ -1,4 +1,7 @@
-"""A second attempt beside a slow first one: whoever brings the first content answers, the other is cancelled."""
+"""A second attempt beside a slow first one: whoever brings the first content answers, the other is cancelled.
+
+Where the first has no connection yet, whoever is connected first gets the request, and the other never does.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +10,7 @@ from fleetgate.core.exchange import Failed
 from fleetgate.core.hedging import has_room_to_spare, may_hedge
 from fleetgate.proxy import sending
 from fleetgate.proxy.accounts import HEDGED
-from fleetgate.proxy.booking import Booking
+from fleetgate.proxy.booking import Booking, Wanting
 from fleetgate.proxy.tables import Place
 from fleetgate.proxy.transport.relay import Relay
 from fleetgate.proxy.transport.upstream import Peer
@@ -88,6 +91,25 @@ def try_hedge(conversation: "Conversation", now_s: float) -> Hedge | None:
     lane.desk.scene.set(hub.learning.outlooks, hub.books, now_s)
     if not has_room_to_spare(lane.desk.scene.load.values()) or not conversation.request.budget.take(now_s):
         return None
+    return _beside(conversation, wanting, now_s)
+
+
+def dial_elsewhere(conversation: "Conversation", now_s: float) -> Hedge | None:
+    """Dial somebody else too: whoever has a connection first gets the request, so that no engine gets more of them.
+
+    As a first move does, the first of these comes out of no budget.
+    """
+    exchange = conversation.exchange
+    if exchange.moves and not conversation.request.budget.take(now_s):
+        return None
+    wanting = conversation.wanting = conversation.wanting or Wanting(conversation)
+    hedge = _beside(conversation, wanting, now_s)
+    exchange.moves += hedge is not None
+    return hedge
+
+
+def _beside(conversation: "Conversation", wanting: Wanting, now_s: float) -> Hedge | None:
+    hub, lane = conversation.hub, conversation.lane
     wish = wanting.wish(0.0)  # a new attempt has its whole TTFT before it
     placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, conversation.exchange.tried)
     if not isinstance(placed, Placed):

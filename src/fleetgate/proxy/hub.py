@@ -13,7 +13,7 @@ import msgspec
 from fleetgate.core.admission import Ticket
 from fleetgate.core.board import TALLY_CELLS, Board, Signal, Worker
 from fleetgate.core.books import Books
-from fleetgate.core.exchange import Outcome
+from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.core.learn import Lengths
 from fleetgate.core.ledger import Ledger
 from fleetgate.providers.spool import Happened, Spool
@@ -317,6 +317,12 @@ class Hub:
                     output_tokens,
                 )
             )
+
+    def count_failure(self, lane: LaneState, place: Place, failure: Failure) -> None:
+        """Count an attempt that was lost."""
+        meters = lane.meters.get(place.slot)
+        if meters is not None:
+            self.telemetry.cells[meters.failure(failure)] += 1
 
     def _meters_of(self, lane: LaneState, place: Place | None) -> Meters:
         if place is None:

@@ -67,19 +67,27 @@ async def _connect(conversation: "Conversation", peer: Peer, place: Place, relay
     """Make a connection and send on it; why that failed goes to the log, that it did to who owns the attempt."""
     hub = conversation.hub
     timeout_s = conversation.lane.site.gateway.resilience.connect_timeout_s
+    slow = hub.loop.call_later(peer.slow_dial_s(timeout_s), conversation.dials_long, relay)
+    failure = None
     try:
         connection = await peer.connect(hub.loop, timeout_s)
     except ssl.SSLError as error:
-        hub.note_upstream_trouble(place, f"TLS: {error.reason or error}")
-        relay.not_connected(Failure.TLS)
-        return
+        failure, why = Failure.TLS, f"TLS: {error.reason or error}"
     except (OSError, TimeoutError, Refused) as error:
-        hub.note_upstream_trouble(place, str(error) or "connect timed out")
-        relay.not_connected(Failure.UNREACHABLE)
+        failure, why = Failure.UNREACHABLE, str(error) or "connect timed out"
+    finally:
+        slow.cancel()
+    if failure is not None:
+        hub.note_upstream_trouble(place, why)
+        if relay.over:  # somebody else was quicker; that nobody can be reached here is worth knowing all the same
+            hub.ward.unreachable(conversation.lane, place, peer, failure)
+        else:
+            relay.not_connected(failure)
         return
-    if relay.over:  # the client left meanwhile, or the deadline passed
+    if relay.over:  # somebody else was quicker, the client left, or the deadline passed
         peer.keep(connection, hub.clock())
         return
+    conversation.connected(relay)
     _carry(conversation, connection, relay, request_bytes(conversation, peer, place, relay.hide_usage))
 
 

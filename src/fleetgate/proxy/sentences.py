@@ -36,7 +36,7 @@ def lacks_sentence(deployment: Deployment, model: str) -> str:
 
 def panic_sentence(gateway: str, model: str) -> str:
     """Why requests fail at once."""
-    return f"every Deployment for model {model} of Gateway {gateway} is out; the least bad is tried once a second"
+    return f"every Deployment for model {model} of Gateway {gateway} is out; each is tried once a second"
 
 
 def poison_sentence(request_id: str, origins: list[str]) -> str:

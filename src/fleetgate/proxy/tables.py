@@ -1,6 +1,6 @@
 """A Snapshot made ready for requests: every look-up a dict, every head a template."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -27,6 +27,7 @@ from fleetgate.rules.ruleset import RuleSet
 ANY_ENGINE = frozenset({Way.REPLAY, Way.TOKENS})
 EVERY_WAY = frozenset(Way)
 KEYS_MAX = 8192  # budgets of keys, the revoked among them; past it all begin anew
+HOPE_S = 1.0  # with nobody up, a request waits so long for what a trial shows. FAULTS.md row 19
 CARRIED_MIN = 8  # requests that an engine of which nothing is known surely takes
 
 
@@ -139,8 +140,14 @@ class LaneState:
             self.lead = self._lead(self.tables)
         return list(self.missing) if len(self.missing) < len(self.candidates) else []
 
-    def why(self, reason: NoPlace) -> NoPlace:
-        """Why nobody can take a request, told by somebody who knows what those who are out did."""
+    def why(self, reason: NoPlace, tried: Collection[int], since_s: float, now_s: float) -> NoPlace:
+        """Why nobody can take a request that came at `since_s`, told by somebody who knows of those who are out."""
+        if reason is NoPlace.ALL_FULL:
+            return reason
+        after_s = now_s - HOPE_S
+        for place in self.places if since_s > after_s else ():
+            if place.slot not in tried and any(peer.trials and peer.trial_s > after_s for peer in place.peers):
+                return NoPlace.ON_TRIAL
         denied = reason is NoPlace.NONE_UP and all(place.is_denied for place in self.places)
         return NoPlace.DENIED if denied and self.places else reason
 
@@ -253,16 +260,20 @@ class Tables:
             for place in lane.places:
                 place.lanes.append([other for other in lane.places if other is not place])
 
-    def try_out(self, peer: Peer, now_s: float) -> None:
-        """An Endpoint that was out gets one real request, and no other until that one's first content is here."""
-        peer.trial = current(peer.health, now_s) is Breaker.HALF_OPEN
+    def try_out(self, peer: Peer, now_s: float) -> bool:
+        """A real request goes to an Endpoint that was out; whether that one is half open, and this its trial."""
+        if current(peer.health, now_s) is not Breaker.HALF_OPEN:
+            return False
+        peer.trials += 1
+        peer.trial_s = now_s
         self.renew_fit(peer, now_s)
+        return True
 
-    def tried_out(self, peer: Peer, now_s: float) -> None:
-        """That one brought content, or ended: the next may go there."""
-        if peer.trial:
-            peer.trial = False
-            self.renew_fit(peer, now_s)
+    def tried_out(self, peer: Peer, now_s: float, well: bool) -> None:
+        """A trial has brought content, or ended without any: the next may go there."""
+        peer.trials -= 1
+        peer.shown += well
+        self.renew_fit(peer, now_s)
 
     def renew_fit(self, peer: Peer, now_s: float) -> None:
         """A Peer's breaker or trial changed."""

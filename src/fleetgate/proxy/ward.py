@@ -1,7 +1,7 @@
 """The health of every Endpoint in one worker: what attempts, probes, looks and other workers tell, put together."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from fleetgate.core import outliers
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fleetgate.proxy.hub import Hub
 
 LACKS_S = 30.0  # a model that an engine says it does not have is asked of it again after so long
-PANIC_EVERY_S = 1.0  # with everybody out, one request so often tries the least bad
+PANIC_EVERY_S = 1.0  # with everybody out, each is tried so often by one request, the least bad first
 TELL_EVERY_S = 30.0  # an Event of one kind of one Deployment
 PROVEN_S = 10.0  # an engine that answered so lately does accept our credential: a 403 may be about the prompt
 REFUSALS_MAX = 3  # such 403s in a row, and it does not
@@ -59,6 +59,11 @@ class Ward:
                 self._refused_credential(place)
             elif failure is Failure.MODEL_MISSING:
                 self._lacks(conversation.lane, place)
+
+    def unreachable(self, lane: LaneState, place: Place, peer: Peer, failure: Failure) -> None:
+        """A connection that nobody waits for any more could not be made."""
+        self._hub.count_failure(lane, place, failure)
+        self.saw(peer, SIGNS[failure])
 
     def saw(self, peer: Peer, sign: Sign) -> None:
         """Feed one sign to an Endpoint's breaker."""
@@ -219,18 +224,24 @@ class Ward:
 
     # --- nobody left ---
 
-    def _panic(self, lane: LaneState, now_s: float) -> None:
-        """Everybody is out: the rest fails at once, and now and then one request tries the least bad. Row 19."""
-        peers = [peer for place in lane.places for peer in place.peers]
-        if any(now_s - peer.panicked_s < PANIC_EVERY_S for peer in peers):
-            return
+    def try_least_bad(self, lane: LaneState, now_s: float, without: Collection[int] = ()) -> bool:
+        """Everybody else is out: whether one request may try the least bad, which each is now and then. Row 19.
+
+        Shape: `without` the Deployments of these slots.
+        """
+        places = [place for place in lane.places if place.slot not in without]
+        peers = (peer for place in places for peer in place.peers if now_s - peer.panicked_s >= PANIC_EVERY_S)
         peer = least_bad(peers)
         if peer is None:
-            return
+            return False
         peer.panicked_s = now_s
-        gateway = lane.site.gateway.name
-        self.tell(lane.places[0], f"panic {gateway} {lane.model}", sentences.panic_sentence(gateway, lane.model))
         self.saw(peer, Sign.EVERYBODY_OUT)
+        return True
+
+    def _panic(self, lane: LaneState, now_s: float) -> None:
+        if self.try_least_bad(lane, now_s):
+            gateway = lane.site.gateway.name
+            self.tell(lane.places[0], f"panic {gateway} {lane.model}", sentences.panic_sentence(gateway, lane.model))
 
     # --- Snapshots and Events ---
 

@@ -14,6 +14,7 @@ from fleetgate.protocols.http1 import ResponseMemo
 from fleetgate.proxy import tcp
 from fleetgate.proxy.tls import UpstreamTls
 from fleetgate.proxy.transport.addresses import Addresses, EgressRule, Refused
+from fleetgate.proxy.transport.race import AFTER_S as RACE_AFTER_S
 from fleetgate.proxy.transport.race import race
 
 __all__ = ["Attempt", "EgressRule", "Harm", "Peer", "Refused", "UpstreamConnection"]
@@ -21,6 +22,8 @@ __all__ = ["Attempt", "EgressRule", "Harm", "Peer", "Refused", "UpstreamConnecti
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512
 TLS_CONNECT_EXTRA_S = 1.0  # FAULTS.md row 2: connect 1 s, with TLS 2 s
+DIAL_SLOW_TIMES = 3.0  # a dial that takes so many times what dials here usually take is slow
+DIAL_SLOW_SHARE = 0.5  # and so is one that takes this part of its limit
 
 
 class Attempt(Protocol):
@@ -104,7 +107,9 @@ class Peer:
         self.endpoint = endpoint
         self.health: Health = HEALTHY
         self.in_flight = 0
-        self.trial = False  # half open and its one real request is under way
+        self.trials = 0  # half open: real requests under way that have brought nothing yet
+        self.trial_s = float("-inf")  # when the last of them was sent
+        self.shown = 0  # half open: how many have brought content
         self.connects = 0
         self.probe_seen_ms = 0
         self.adopted = 0  # the last that another worker told of it, or this one the others
@@ -119,17 +124,22 @@ class Peer:
         check = allow.check if allow is not None else _anywhere
         self.addresses = Addresses(endpoint.host, endpoint.port, check)
         self._answered_at = ""
+        self._dial_s = 0.0  # what a dial lately took, 0 while none succeeded
         self.harm: Harm | None = None
 
     # --- health ---
 
     def fitness(self, now_s: float) -> float:
-        """0 to 1: closed in its slow start, or half open with its trial still to come."""
+        """0 to 1: closed in its slow start, or half open and open to one more trial.
+
+        One at first; each that brings content makes room for one more, so that an Endpoint that is needed at once and
+        does answer is not held to the pace of its first tokens.
+        """
         match current(self.health, now_s):
             case Breaker.CLOSED:
                 return slow_start(now_s - self.health.recovered_at_s)
             case Breaker.HALF_OPEN:
-                return 0.0 if self.trial else SLOW_START_MIN
+                return SLOW_START_MIN if self.trials <= self.shown else 0.0
             case _:
                 return 0.0
 
@@ -137,7 +147,10 @@ class Peer:
         """Feed the breaker; True when its state changed."""
         before = self.health
         self.health = after(before, sign, now_s, entropy)
-        return self.health.breaker is not before.breaker
+        if self.health.breaker is before.breaker:
+            return False
+        self.shown = 0
+        return True
 
     def slowness_of(self, size: int) -> Slowness:
         """Whether it is slower than usual: its tokens (0), or its first tokens for requests of so many bits."""
@@ -203,7 +216,7 @@ class Peer:
     ) -> UpstreamConnection:
         """A connection as `make` makes it. Raises: as `connect`."""
         self.connects += 1
-        limit_s = timeout_s + (TLS_CONNECT_EXTRA_S if self._tls else 0.0)
+        began_s, limit_s = loop.time(), self._dial_max_s(timeout_s)
         addresses = await self.addresses.get(loop.time(), timeout_s)
         # The one that answered last is the first to be asked.
         addresses = sorted(addresses, key=lambda address: address != self._answered_at)
@@ -217,7 +230,16 @@ class Peer:
             self.addresses.refresh(loop.time(), at_once=True)
             raise
         self._answered_at = connection.address
+        self._dial_s += 0.25 * (loop.time() - began_s - self._dial_s) if self._dial_s else loop.time() - began_s
         return connection
+
+    def slow_dial_s(self, timeout_s: float) -> float:
+        """After how long a dial is slow, and somebody else worth dialling beside it."""
+        most_s = DIAL_SLOW_SHARE * self._dial_max_s(timeout_s)
+        return min(max(RACE_AFTER_S, DIAL_SLOW_TIMES * self._dial_s), most_s) if self._dial_s else most_s
+
+    def _dial_max_s(self, timeout_s: float) -> float:
+        return timeout_s + (TLS_CONNECT_EXTRA_S if self._tls else 0.0)
 
     async def _dial_at(
         self, loop: asyncio.AbstractEventLoop, address: str, limit_s: float, make: Callable[[], UpstreamConnection]
