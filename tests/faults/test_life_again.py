@@ -1,5 +1,7 @@
 """A machine that is started again: beside itself, after kill -9 of everything, with a file that is being edited."""
 
+import json
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -66,6 +68,36 @@ def test_after_kill_9_of_the_supervisor_nothing_is_left_and_the_next_starts_at_o
             assert len({name.partition(".")[0] for name in journal_files(up)}) == 2
 
 
+def serving(up: Up) -> str:
+    return up.ask().headers["x-fleetgate-deployment"]
+
+
+def test_row_47_a_control_process_that_dies_takes_no_change_back(tmp_path: Path) -> None:
+    """The file is applied when an operator says so, by a start or a reload, and by nothing that happens at night."""
+    with Wall() as wall:
+        url = f"http://127.0.0.1:{wall.port}/v1"
+        written = [deployment("a", url), deployment("b", url), gateway("chat", "a", "b")]
+        with Up(tmp_path, written, "--auth", "none") as up:
+            assert serving(up) == "a"
+            changed = tmp_path / "changed.json"
+            changed.write_text(json.dumps([gateway("chat", "b", "a")]))
+            assert up.cli("apply", "-f", str(changed)).returncode == 0
+            wait_for(lambda: serving(up) == "b")
+            restarted(up)
+            assert "(generation 2)" in up.cli("get", "events").stdout
+            assert "(generation 3)" not in up.cli("get", "events").stdout
+            assert serving(up) == "b"
+            assert up.cli("reload").returncode == 0
+            wait_for(lambda: serving(up) == "a")
+
+
+def restarted(up: Up) -> None:
+    """Kill the control process, and wait for the next."""
+    (control,) = up.children(CONTROL)
+    kill(control)
+    wait_for(lambda: control not in up.children(CONTROL) and up.is_ready())
+
+
 def test_a_file_that_is_being_edited_costs_nobody_the_api(tmp_path: Path) -> None:
     with Wall() as wall, made(tmp_path, wall) as up:
         good = up.config.read_text()
@@ -75,10 +107,9 @@ def test_a_file_that_is_being_edited_costs_nobody_the_api(tmp_path: Path) -> Non
         assert told.returncode == 1 and "nothing was replaced" in told.stderr
         assert "fleet.yaml: Gateway/second: strateggy" in told.stderr and "`strategy`" in told.stderr
         assert up.children(WORKER) == before
+        restarted(up)
         (control,) = up.children(CONTROL)
-        kill(control)
+        up.process.send_signal(signal.SIGHUP)  # nobody asks here whether the file is good
         wait_for(lambda: control not in up.children(CONTROL) and up.is_ready())
         assert "is not applied, and what the store has stays" in up.cli("get", "events").stdout
         assert up.ask().status_code == 200
-        up.config.write_text(good)
-        assert up.cli("reload").returncode == 0

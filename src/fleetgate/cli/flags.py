@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-ConfigFile = Annotated[Path | None, typer.Option(help="YAML file to apply at start; a file alone runs a Gateway.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML file to apply at start and at a reload; a file alone runs a Gateway.")
+]
 DataDir = Annotated[Path, typer.Option(help="Where state is kept: database, secrets, Snapshot.")]
 ApiListen = Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")]
 Cors = Annotated[list[str] | None, typer.Option(help="Origin of web pages that may call; * for all. Repeatable.")]

@@ -35,7 +35,7 @@ from fleetgate.control.store.database import Database
 from fleetgate.control.store.rows import load_world
 from fleetgate.control.usage import UsageBook
 from fleetgate.control.watching import Watcher, beat, watch
-from fleetgate.core.board import Board
+from fleetgate.core.board import Board, Plane
 from fleetgate.providers.base import Settings, discover
 from fleetgate.providers.documents import Unreadable
 from fleetgate.providers.spool import Spool
@@ -90,7 +90,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     providers = {name: make(settings) for name, make in discover().items()}
     reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)
     replicas = Replicas(reconciler.endpoints)
-    if config.config_file:
+    if config.config_file and not (control.board is not None and control.board.plane[Plane.CONFIGURED]):
         await _apply_config(control, config.config_file)
     replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.board)
     await asyncio.to_thread(publisher.publish)
@@ -134,11 +134,16 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
 
 
 async def _apply_config(control: Control, path: str) -> None:
-    """Apply the file that `up` was given. Raises: `Unreadable` where it is bad and the store has nothing either."""
+    """Apply the file that `up` was given, at its start and after a reload: what was changed since stays else.
+
+    Raises: `Unreadable` where it is bad and the store has nothing either.
+    """
     try:
         await apply_file(path, control.changes)
+        if control.board is not None:
+            control.board.plane[Plane.CONFIGURED] = 1
     except Unreadable as error:
-        # Whoever edits the file must not lose the API because this process is started again just then.
+        # Whoever edits the file must not lose the API because the workers are replaced just then.
         with control.database.read() as connection:
             if not load_world(connection):
                 raise

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fleetgate.core.board import Board, Worker
+from fleetgate.core.board import Board, Plane, Worker
 from fleetgate.proxy.child import Child
 from fleetgate.proxy.config import RETIRE
 from fleetgate.proxy.succession import Hands, Renewal, Succession
@@ -213,9 +213,9 @@ class Supervisor:
         child.beat = beat
         return child.still >= HUNG_LOOKS
 
-    @staticmethod
-    def _renew(child: Child) -> None:
-        """End a process that has no successor beside it, to start it with the code on disk."""
+    def _renew(self, child: Child) -> None:
+        """End a process that has no successor beside it, to start it with the code and the file on disk."""
+        self._board.plane[Plane.CONFIGURED] = 0
         child.essential = False  # bad code must not end what serves
         if child.process is not None:
             child.renewing = True
