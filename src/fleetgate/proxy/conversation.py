@@ -20,6 +20,7 @@ from fleetgate.core.exchange import (
     Failed,
     Failure,
     Finish,
+    Gone,
     Interrupt,
     Overdue,
     Pick,
@@ -225,7 +226,7 @@ class Conversation(Speaker):
             event = self._resumable(event)
         if self.peer is not None:
             self.blame(self.peer, event.failure)
-        self._account(event.failure.value.encode())
+        self.account(event.failure.value.encode())
         self._settle(self.hub.clock())
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
@@ -233,7 +234,7 @@ class Conversation(Speaker):
         elif not self.hub.suspects.holds(self, event):
             self.report(event)
 
-    def _account(self, how: bytes) -> None:
+    def account(self, how: bytes) -> None:
         """The attempt in hand is over, but not its request."""
         attempt, self.attempt = self.attempt, b""
         if attempt:
@@ -254,7 +255,7 @@ class Conversation(Speaker):
         now_s = self.hub.clock()
         if self.relay is not None:
             self.relay.cancel()
-        self._account(accounts.HEDGED)
+        self.account(accounts.HEDGED)
         self._settle(now_s)
         self.hedge, self.attempt = None, hedge.attempt
         self.place = self.last_place = hedge.place
@@ -385,21 +386,14 @@ class Conversation(Speaker):
 
     # --- what ends it from outside ---
 
-    def client_gone(self) -> None:
+    def client_gone(self, event: Gone = GONE) -> None:
         """The client left: cancel upstream, in whatever phase."""
         if self.exchange.state is State.ENDED:
             return
         placing.stop_waiting(self)
         if self.relay is not None:
             self.relay.cancel()
-        self.report(GONE)
-
-    def cut_off(self) -> None:
-        """Its key was revoked: end as if the client had left, and tell it why where it can still be told."""
-        if self.ask.stream and (self.first_s or self.early_attempts):
-            self.write_event(openai.error_event("invalid_api_key", answers.MESSAGES["invalid_api_key"]))
-        self.client.keep_alive = False
-        self.client_gone()
+        self.report(event)
 
     def overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""
