@@ -271,6 +271,8 @@ class Conversation(Speaker):
     def _resumable(self, event: Failed) -> Failed:
         """The same loss, with whether the answer that is half-way out can go on elsewhere."""
         relay = self.relay
+        if relay is not None and relay.finish_seen:
+            return event  # behind an end there is nothing to go on with: an engine that is asked to would say more
         if self.resumption is None and relay is not None and relay.script is not None:
             self.resumption = Resumption.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
@@ -402,7 +404,7 @@ class Conversation(Speaker):
             self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
             self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
-        elif relay is not None and not watching.has_more_time(self, now_s):
+        elif relay is not None and not relay.finish() and not watching.has_more_time(self, now_s):
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
 
