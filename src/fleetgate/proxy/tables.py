@@ -359,6 +359,7 @@ def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
     """The head of a request to an Endpoint, up to what differs from request to request.
 
     The one place where a credential is attached: to the head of the origin it belongs to. FAULTS.md row 79.
+    The type is ours and not the client's: every body was read as JSON, `curl -d` calls it a form, and vLLM then refuses.
     """
     default = {"http": 80, "https": 443}[endpoint.scheme]
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -367,5 +368,5 @@ def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
     authorization = f"authorization: Bearer {credential}\r\n" if credential else ""
     return (
         f"POST {endpoint.base_path}{path.decode()} HTTP/1.1\r\nhost: {host}\r\nuser-agent: fleetgate\r\n"
-        f"accept-encoding: identity\r\n{authorization}"
+        f"accept-encoding: identity\r\ncontent-type: application/json\r\n{authorization}"
     ).encode()
