@@ -359,7 +359,7 @@ def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
     """The head of a request to an Endpoint, up to what differs from request to request.
 
     The one place where a credential is attached: to the head of the origin it belongs to. FAULTS.md row 79.
-    The type is ours and not the client's: every body was read as JSON, `curl -d` calls it a form, and vLLM then refuses.
+    The type is ours, not the client's: each body was read as JSON, and `curl -d` calls it a form, which vLLM refuses.
     """
     default = {"http": 80, "https": 443}[endpoint.scheme]
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
