@@ -189,6 +189,7 @@ def _whole(events: list[bytes]) -> bool:
         ({"temperature": 0, "logprobs": True}, set()),
         ({"temperature": 0, "modalities": ["text", "audio"]}, set()),
         ({"temperature": "hot"}, set()),
+        ({"temperature": 0.7, "return_token_ids": True}, {Way.TOKENS}),  # text cut anew would have other ids
     ],
 )
 def test_what_a_request_allows(wish: dict[str, Any], ways: set[Way]) -> None:

@@ -93,10 +93,12 @@ def ways_of(body: bytes, operation: Operation) -> frozenset[Way]:
         ways.add(Way.REPLAY)
     guided = any(bytes(getattr(wants, name)) not in _NO for name in _GUIDES)
     listed = operation.name == "completions" and not bytes(wants.prompt).startswith(b'"')
-    if not guided and not listed and not wants.echo:
+    if wants.return_token_ids:
+        # Text that is cut into tokens anew would not go on with the ids that the client has: never by prefill.
+        if not guided and not wants.echo:
+            ways.add(Way.TOKENS)
+    elif not guided and not listed and not wants.echo:
         ways.add(Way.PREFILL)
-    if wants.return_token_ids and not guided and not wants.echo:
-        ways.add(Way.TOKENS)
     return frozenset(ways)
 
 
