@@ -245,3 +245,19 @@ def test_tokens_without_text_of_their_own_are_counted_with_the_character_they_be
     assert json.loads(prefill_body(json.dumps(asked).encode(), transcript, "vllm") or b"")["max_tokens"] == 6
     usage = Seam(transcript, Way.PREFILL, "asked").counted(Usage(prompt_tokens=24, completion_tokens=6))
     assert (usage.prompt_tokens, usage.completion_tokens) == (20, 10)
+
+
+def test_usage_that_comes_with_every_event_does_not_run_backwards() -> None:
+    """vLLM's `continuous_usage_stats`: what is left out because it was read takes its usage along."""
+
+    def made(name: str) -> list[bytes]:
+        deltas = [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}, {"content": "c"}]
+        rows = [{"id": name, "choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        return [
+            b"data: %b\n\n" % json.dumps({**row, "usage": {"completion_tokens": at}}).encode()
+            for at, row in enumerate(rows)
+        ]
+
+    first, second = made("first"), made("second")
+    left = joined(Seam(written_down(first[:3]), Way.REPLAY, "m"), second)
+    assert [json.loads(event[6:])["usage"]["completion_tokens"] for event in [*first[:3], *left]] == [0, 1, 2, 3]

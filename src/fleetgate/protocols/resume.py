@@ -356,7 +356,7 @@ class Seam:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
         self._shape(event)
-        news = bool(event.get("usage"))
+        news = bool(event.get("usage")) and (self.caught_up or not event.get("choices"))
         for choice in event.get("choices") or ():
             news = self._trim(choice) or news
         if not news:
