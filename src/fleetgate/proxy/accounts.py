@@ -1,6 +1,6 @@
 """Every attempt in the journal: an intent before it is sent, progress while it streams, a settlement at its end."""
 
-import time
+from time import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fleetgate.core.exchange import Failure, Outcome
@@ -26,6 +26,7 @@ _IDLE = {each.value.encode() for each in (Failure.UNREACHABLE, Failure.TLS, Fail
 _BILLED = (Outcome.OK, Outcome.CLIENT_GONE)
 _OUTCOMES = {outcome: outcome.value.encode() for outcome in Outcome}
 _FREE = {Outcome.CLIENT_ERROR, Outcome.REFUSED}
+_OK = Outcome.OK  # a member read off its enum costs 70 ns each time
 
 
 class Tokens(NamedTuple):
@@ -52,23 +53,15 @@ class Owed(NamedTuple):
 
 
 class Accounts:
-    """One worker's accounts. Cost: 1 µs when an attempt begins and 1.5 µs when it is over."""
+    """One worker's accounts. Cost: 1 µs when an attempt begins and when it is over."""
 
     def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+        self._add = journal.add
 
     def begin(self, conversation: "Conversation", place: Place, attempt: bytes) -> None:
         """It is about to be sent: from here on it will have a row, whatever happens."""
-        self._journal.add(
-            _INTENT
-            % (
-                attempt,
-                time.time() * 1000,
-                conversation.request.key_json,
-                conversation.lane.log_names,
-                place.log_names,
-            )
-        )
+        names = conversation.request.key_json, conversation.lane.log_names, place.log_names
+        self._add(_INTENT % (attempt, time() * 1000, *names))
 
     def again(self, conversation: "Conversation", place: Place, attempt: bytes) -> bytes:
         """It is sent once more, because its connection was closed under it: the engine may have seen it or not."""
@@ -80,7 +73,7 @@ class Accounts:
     def progress(self, conversation: "Conversation", relay: Relay) -> None:
         """How far a stream is, once its client reads what this attempt brings."""
         if conversation.owed is None:
-            self._journal.add(_PROGRESS % (conversation.attempt, _estimate(conversation), relay.event_count))
+            self._add(_PROGRESS % (conversation.attempt, _estimate(conversation), relay.event_count))
 
     def lost(self, conversation: "Conversation", attempt: bytes, relay: Relay | None, how: bytes) -> None:
         """It is over and another one answers, or may: its client is billed nothing unless it read some of it."""
@@ -90,7 +83,7 @@ class Accounts:
             return
         billed = _read(conversation, relay)
         conversation.owed = Owed(attempt, how, worked, billed)
-        self._journal.add(_PROGRESS % (attempt, *billed))
+        self._add(_PROGRESS % (attempt, *billed))
 
     def went_on(self, conversation: "Conversation") -> None:
         """Another attempt goes on with what one had begun, and is billed for both."""
@@ -100,12 +93,17 @@ class Accounts:
 
     def end(self, conversation: "Conversation", attempt: bytes, relay: Relay | None) -> None:
         """The request is over, and so is the attempt, if one was in hand; what was read of another is billed now."""
-        owed = conversation.owed
+        owed, outcome = conversation.owed, conversation.exchange.outcome or Outcome.FAILED
+        usage = relay.usage if relay is not None and relay.told is None else None
+        if usage is not None and outcome is _OK and owed is None:  # as nearly all end: what follows says the same
+            prompt, output = usage.prompt_tokens or usage.prompt, usage.completion_tokens or usage.output
+            row = attempt, time() * 1000, b"ok", prompt, output, 1, prompt, output, conversation.written
+            self._add(_SETTLEMENT % row)
+            return
         if owed is not None:
             self._settle(owed.attempt, owed.how, owed.worked, owed.billed, conversation.written)
         if not attempt:
             return
-        outcome = conversation.exchange.outcome or Outcome.FAILED
         worked = NOTHING if outcome in _FREE else _worked(conversation, relay)
         if owed is None and outcome in _BILLED:
             self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), conversation.written)
@@ -113,7 +111,7 @@ class Accounts:
             self._settle(attempt, _OUTCOMES[outcome], worked, (0, 0), 0)
 
     def _settle(self, attempt: bytes, how: bytes, worked: Tokens, billed: tuple[int, int], size_bytes: int) -> None:
-        self._journal.add(_SETTLEMENT % (attempt, time.time() * 1000, how, *worked, *billed, size_bytes))
+        self._add(_SETTLEMENT % (attempt, time() * 1000, how, *worked, *billed, size_bytes))
 
 
 def _worked(conversation: "Conversation", relay: Relay | None) -> Tokens:
