@@ -15,7 +15,7 @@ from fleetgate.providers.spool import Spool
 from fleetgate.proxy.ward import PANIC_EVERY_S
 from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
-from tests.loopback.wall_client import Answer, request
+from tests.loopback.wall_client import Answer, post, request
 from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, REPLIES, chunk, finish, role, tokens
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
 from tests.waiting import wait_for
@@ -134,6 +134,20 @@ def test_row_20_a_model_that_an_engine_lacks_is_asked_of_others_and_the_rest_sta
     for _ in range(3):
         answer = three.ask(request("m"))
         assert (answer.status, answer.code) == (404, "model_not_found")
+
+
+def test_a_path_that_an_engine_lacks_says_nothing_about_the_others(three: Plane) -> None:
+    """vLLM with a chat model answers 404 at `/v1/embeddings`: a client that asks there moves nobody's chat."""
+
+    async def chats_only(line: Line, seen: Seen) -> None:
+        await three.wall.replies["ok" if seen.path == "/v1/chat/completions" else "404"](line, seen)
+
+    three.wall.replies["chat"] = chats_only
+    use(three, "chat", "ok")
+    for _ in range(3):
+        assert by(three.ask(post(b'{"model": "m", "input": "x"}', path="/v1/embeddings"))) == "two"
+        assert by(three.ask(request("m"))) == "one"
+    assert [seen.path for seen in three.wall.seen].count("/v1/embeddings") == 1
 
 
 # --- nobody left ------------------------------------------------------------------------------------------------------

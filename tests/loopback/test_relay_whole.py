@@ -216,6 +216,15 @@ def test_the_upstream_sees_only_what_it_may(two: Plane) -> None:
     assert b"client-secret" not in two.wall.seen[-1].head
 
 
+@pytest.mark.parametrize(
+    "kind", [[], ["Content-Type: application/x-www-form-urlencoded"], ["Content-Type: text/plain"]]
+)
+def test_the_upstream_is_told_that_it_gets_json(two: Plane, kind: list[str]) -> None:
+    """`curl -d` names a form, which vLLM refuses."""
+    two.use({})
+    assert two.ask(request("ok", headers=kind)).status == 200
+
+
 def test_a_credential_goes_to_its_own_origin_only(two: Plane) -> None:
     key = b"s" * 32
     two.use(

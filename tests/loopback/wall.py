@@ -111,6 +111,8 @@ class Line(asyncio.Protocol):
     async def _answer(self, seen: Seen) -> None:
         if seen.method == "GET":
             self.wall.on_get(self, seen)
+        elif seen.headers.get("content-type") != ["application/json"]:
+            self.write(_UNREADABLE)
         else:
             reply = self.wall.replies.get(seen.model.partition("@")[0], self.wall.replies["ok"])
             await reply(self, seen)
@@ -153,6 +155,7 @@ class Line(asyncio.Protocol):
 
 
 Reply = Callable[[Line, Seen], Awaitable[None]]
+_UNREADABLE = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"  # vLLM's answer to a type that is not JSON
 
 
 def _well(line: Line, seen: Seen) -> None:

@@ -189,6 +189,7 @@ def _whole(events: list[bytes]) -> bool:
         ({"temperature": 0, "logprobs": True}, set()),
         ({"temperature": 0, "modalities": ["text", "audio"]}, set()),
         ({"temperature": "hot"}, set()),
+        ({"temperature": 0.7, "return_token_ids": True}, {Way.TOKENS}),  # text cut anew would have other ids
     ],
 )
 def test_what_a_request_allows(wish: dict[str, Any], ways: set[Way]) -> None:
@@ -203,27 +204,60 @@ def test_a_completion_goes_on_from_a_prompt_that_is_text() -> None:
     assert Way.PREFILL not in ways_of(b'{"prompt":"a","echo":true}', COMPLETIONS)
 
 
-@given(st.lists(texts, min_size=1, max_size=8), st.integers(1, 20))
-def test_an_engine_that_goes_on_is_asked_for_the_rest(parts: list[str], more: int) -> None:
-    events = [event_of({"content": part}, "first") for part in parts]
-    transcript = written_down(events)
-    asked: dict[str, Any] = {
-        "model": "m",
-        "messages": [{"role": "user", "content": "q"}],
-        "max_tokens": len(parts) + more,
-    }
+@given(st.lists(texts, min_size=1, max_size=8), st.integers(1, 20), st.sampled_from((None, [], "stop", ["stop"])))
+def test_an_engine_that_goes_on_is_asked_for_the_rest(parts: list[str], more: int, stop: Any) -> None:
+    """It says again what no prefix ends with: white space, which templates strip, and half words ahead of a stop."""
+    transcript, text = written_down([event_of({"content": part}, "first") for part in parts]), "".join(parts)
+    question = {"role": "user", "content": "q"}
+    asked: dict[str, Any] = {"model": "m", "messages": [question], "max_tokens": len(parts) + more, "stop": stop}
     body = prefill_body(json.dumps(asked).encode(), transcript, "vllm")
+    head = text[: max(text.rfind(" "), text.rfind("\n"), 0)].rstrip() if stop else text.rstrip()
+    if not head:
+        assert body is None, "nothing to go on from"
+        return
     assert body is not None
-    sent = json.loads(body)
-    assert sent["messages"] == [*asked["messages"], {"role": "assistant", "content": "".join(parts)}]
-    assert sent["max_tokens"] == more and sent["continue_final_message"] and not sent["add_generation_prompt"]
+    again, sent = text[len(head) :], json.loads(body)
+    tokens = sum(len("".join(parts[: at + 1])) <= len(head) for at in range(len(parts)))
+    assert sent["messages"] == [question, {"role": "assistant", "content": head}]
+    assert sent["max_tokens"] == asked["max_tokens"] - tokens
+    assert sent["continue_final_message"] and not sent["add_generation_prompt"]
     assert "continue_final_message" not in json.loads(
         prefill_body(json.dumps(asked).encode(), transcript, "llamacpp") or b""
     )
-    assert prefill_body(json.dumps({**asked, "max_tokens": len(parts)}).encode(), transcript, "vllm") is None
+    if tokens:
+        assert prefill_body(json.dumps({**asked, "max_tokens": tokens}).encode(), transcript, "vllm") is None
     seam = Seam(transcript, Way.PREFILL, "asked")
-    assert said(
-        joined(seam, [event_of({"role": "assistant", "content": ""}, "b"), event_of({"content": "x"}, "b")])
-    ) == [("content", "x")]
-    usage = seam.counted(Usage(prompt_tokens=9 + len(parts), completion_tokens=3))
-    assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3 + len(parts))
+    rest = [event_of({"role": "assistant", "content": ""}, "b"), *(event_of({"content": c}, "b") for c in again + "x")]
+    assert said(joined(seam, rest)) == [("content", "x")]
+    if again:
+        with pytest.raises(Mismatch):
+            joined(Seam(transcript, Way.PREFILL, "asked"), [event_of({"content": "?" + again}, "b")])
+    usage = seam.counted(Usage(prompt_tokens=9 + tokens, completion_tokens=3))
+    assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3 + tokens)
+
+
+def test_tokens_without_text_of_their_own_are_counted_with_the_character_they_begin() -> None:
+    """vLLM sends an event for each token, and the text of a character with its last."""
+    role, quiet = {"role": "assistant", "content": ""}, {"content": ""}
+    deltas = [role, quiet, quiet, {"content": "🌟"}, {"content": "!"}, quiet]
+    transcript = written_down([event_of(delta, "first") for delta in deltas])
+    asked: dict[str, Any] = {"messages": [], "max_tokens": 10}
+    assert json.loads(prefill_body(json.dumps(asked).encode(), transcript, "vllm") or b"")["max_tokens"] == 6
+    usage = Seam(transcript, Way.PREFILL, "asked").counted(Usage(prompt_tokens=24, completion_tokens=6))
+    assert (usage.prompt_tokens, usage.completion_tokens) == (20, 10)
+
+
+def test_usage_that_comes_with_every_event_does_not_run_backwards() -> None:
+    """vLLM's `continuous_usage_stats`: what is left out because it was read takes its usage along."""
+
+    def made(name: str) -> list[bytes]:
+        deltas = [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}, {"content": "c"}]
+        rows = [{"id": name, "choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        return [
+            b"data: %b\n\n" % json.dumps({**row, "usage": {"completion_tokens": at}}).encode()
+            for at, row in enumerate(rows)
+        ]
+
+    first, second = made("first"), made("second")
+    left = joined(Seam(written_down(first[:3]), Way.REPLAY, "m"), second)
+    assert [json.loads(event[6:])["usage"]["completion_tokens"] for event in [*first[:3], *left]] == [0, 1, 2, 3]

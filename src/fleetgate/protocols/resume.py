@@ -93,10 +93,12 @@ def ways_of(body: bytes, operation: Operation) -> frozenset[Way]:
         ways.add(Way.REPLAY)
     guided = any(bytes(getattr(wants, name)) not in _NO for name in _GUIDES)
     listed = operation.name == "completions" and not bytes(wants.prompt).startswith(b'"')
-    if not guided and not listed and not wants.echo:
+    if wants.return_token_ids:
+        # Text that is cut into tokens anew would not go on with the ids that the client has: never by prefill.
+        if not guided and not wants.echo:
+            ways.add(Way.TOKENS)
+    elif not guided and not listed and not wants.echo:
         ways.add(Way.PREFILL)
-    if wants.return_token_ids and not guided and not wants.echo:
-        ways.add(Way.TOKENS)
     return frozenset(ways)
 
 
@@ -114,6 +116,7 @@ class _ToolCall(msgspec.Struct):
 
 
 class _Delta(msgspec.Struct):
+    role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -150,18 +153,22 @@ class Transcript:
     Shape: `runs` are channel and text, in order; `whole` is False once something came that cannot be compared.
     Shape: with a `token_mark`, which says whose tokens they are, `prompt_ids` and `ids` are kept too; `settled` ids
     have said all that they stand for, -1 where nobody can tell. A mark of 0 says that ids are not known.
-    Units: `tokens` are content events, which is what engines send one of for each token.
+    Units: `tokens` are events with text, `quiet_tokens` those without, ahead of some with: engines send one for each
+    token, and no text where it is the begin of a character, or while they look for a stop.
     """
 
     __slots__ = (
         "_chars",
         "_pending",
+        "_quiet",
         "_runs",
         "created",
         "fingerprint",
+        "holds_back",
         "id",
         "ids",
         "prompt_ids",
+        "quiet_tokens",
         "settled",
         "token_mark",
         "tokens",
@@ -179,7 +186,8 @@ class Transcript:
         self.id: str | None = None
         self.created: int | None = None
         self.fingerprint: str | None = None
-        self.tokens = 0
+        self.tokens = self.quiet_tokens = self._quiet = 0
+        self.holds_back = False  # its engine looks for a stop, so that what came may end anywhere in a word
         self.whole = True
 
     def keep(self, event: bytes) -> None:
@@ -211,6 +219,26 @@ class Transcript:
         if not self.whole:
             self._runs = []
 
+    def prefix(self) -> tuple[str, str, int]:
+        """What an engine can go on from, what it then has to say again, and the tokens of the first.
+
+        Templates strip a message, and the begin of a word is not cut into tokens as the word is: neither ends a prefix.
+        """
+        runs = self.runs
+        channel, text = runs[-1]
+        head = text
+        if self.holds_back:
+            head = text[: max(text.rfind(" "), text.rfind("\n"), 0)]
+        if channel != "text":
+            head = head.rstrip()
+        again, tokens = len(text) - len(head), self.tokens + (0 if self.holds_back else self.quiet_tokens)
+        for part in reversed(self._runs[-1][1]):
+            if again <= 0:
+                break
+            again -= len(part)
+            tokens -= 1
+        return head, text[len(head) :], tokens
+
     def _read(self, data: bytes) -> None:
         try:
             event = _decode_event(data)
@@ -230,7 +258,10 @@ class Transcript:
                     self._runs[-1][1].append(text)
                 else:
                     self._runs.append((channel, [text]))
-        self.tokens += self._chars > before
+        if self._chars > before:
+            self.tokens, self.quiet_tokens, self._quiet = self.tokens + 1, self.quiet_tokens + self._quiet, 0
+        elif any(map(_is_quiet, event.choices or ())):
+            self._quiet += 1
         if self.token_mark:
             try:
                 self._count(event, self._chars > before)
@@ -258,6 +289,11 @@ def _is_comparable(choice: _Choice) -> bool:
     delta = choice.delta
     spoken = delta is not None and (bytes(delta.function_call) != b"null" or bytes(delta.audio) != b"null")
     return not spoken and bytes(choice.logprobs) == b"null"
+
+
+def _is_quiet(choice: _Choice) -> bool:
+    delta = choice.delta
+    return choice.text == "" or (delta is not None and delta.content == "" and delta.role is None)
 
 
 def _pieces(choice: _Choice) -> Iterator[tuple[str, str]]:
@@ -294,7 +330,10 @@ class Seam:
     def __init__(self, transcript: Transcript, way: Way, model: str) -> None:
         self._runs = transcript.runs if way is Way.REPLAY else []
         self._said = {channel for channel, _ in self._runs}
-        self._prefilled_tokens = transcript.tokens if way is Way.PREFILL else 0
+        self._prefilled_tokens = 0
+        if way is Way.PREFILL:
+            _, again, self._prefilled_tokens = transcript.prefix()
+            self._runs = [(transcript.runs[-1][0], again)] if again else []
         self._transcript = transcript
         self._counts_ids = way is not Way.PREFILL and transcript.token_mark != 0
         self._owed = list(transcript.ids) if way is Way.REPLAY and self._counts_ids else []
@@ -317,7 +356,7 @@ class Seam:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
         self._shape(event)
-        news = bool(event.get("usage")) and not event.get("choices")  # engines may tell usage in every event
+        news = bool(event.get("usage")) and (self.caught_up or not event.get("choices"))
         for choice in event.get("choices") or ():
             news = self._trim(choice) or news
         if not news:
@@ -431,14 +470,18 @@ def prefill_body(body: bytes, transcript: Transcript, engine: str) -> bytes | No
     if not transcript.whole or len(runs) != 1 or runs[0][0] not in ("content", "text"):
         return None
     try:
-        text, asked = runs[0][1], msgspec.json.decode(body)
+        asked = msgspec.json.decode(body)
     except msgspec.MsgspecError:  # a number that is none, say
+        return None
+    transcript.holds_back = bool(asked.get("stop"))
+    text, _, tokens = transcript.prefix()
+    if not text:
         return None
     for name in _LENGTHS:
         if asked.get(name) is not None:
-            if type(asked[name]) is not int or asked[name] <= transcript.tokens:
+            if type(asked[name]) is not int or asked[name] <= tokens:
                 return None
-            asked[name] -= transcript.tokens
+            asked[name] -= tokens
     if runs[0][0] == "text":
         if not isinstance(asked.get("prompt"), str):
             return None

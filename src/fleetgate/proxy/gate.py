@@ -66,9 +66,7 @@ class Admitted:
         self.operation = openai.OPERATIONS.get(head.path)
         self.no_body = head.method == b"HEAD"
         self.raw = head.http10
-        self.passed = b"content-type: %b\r\n" % headers.get(b"content-type", b"application/json") + b"".join(
-            b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers
-        )
+        self.passed = b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
         self.session = headers.get(b"x-session-id", b"")[:SESSION_BYTES_MAX]
         self.answer_headers = b""
         self.budget = site.budget_of(key.name)

@@ -40,7 +40,7 @@ def _pick_by_route(conversation: "Conversation", command: Pick, lane: LaneState)
         return
     tried = _exhausted(conversation, command.tried, now_s) if command.tried else ()
     if lane.missing:
-        tried = [*tried, *lane.lacking(now_s)]
+        tried = [*tried, *lane.lacking(conversation.request.path, now_s)]
     if conversation.resumption is not None:
         tried = [*tried, *conversation.resumption.unfit(lane, hub.tables)]
     wish = wanting.wish(now_s - conversation.wants_since_s)

@@ -25,12 +25,12 @@ def out_sentence(endpoint: Endpoint, health: Health, sign: Sign, now_s: float) -
     return f"{endpoint.origin} is out for {for_s:.1f} s: {_BECAUSE.get(sign, 'its answers break')}"
 
 
-def lacks_sentence(deployment: Deployment, model: str) -> str:
+def lacks_sentence(deployment: Deployment, model: str, path: str) -> str:
     """Why a Deployment is not asked for one of its models."""
     upstream = deployment.models.get(model, model)
     return (
-        f"{deployment.name} answers 404 for model {model} (asked for as {upstream}) and is not asked for it "
-        "while others serve it; correct its `models`"
+        f"{deployment.name} answers 404 for model {model} (asked for as {upstream}) at {path} and is not asked for it "
+        "there while others serve it; correct its `models`, unless its engine only lacks that path"
     )
 
 

@@ -117,7 +117,8 @@ class LaneState:
         self.room = self.desk.room
         self.candidates = lane.candidates
         self.places = [tables.places[candidate.slot] for candidate in lane.candidates]
-        self.missing: dict[int, float] = {}  # who turned out not to have the model, and until when that is believed
+        # Who turned out not to have the model at a path, and until when that is believed: no engine has all paths.
+        self.missing: dict[tuple[int, bytes], float] = {}
         self.hedges = site.gateway.resilience.hedge != "off"
         self.lead = self._lead(tables)
         # With a single Endpoint there is nobody to prefer, and nothing worth remembering of a prompt.
@@ -128,17 +129,18 @@ class LaneState:
         self.drain = DrainRate()
         self.meters: dict[int, Meters] = {}
 
-    def lacks(self, slot: int, until_s: float) -> None:
-        """A Deployment says that it does not have this model."""
-        self.missing[slot] = until_s
+    def lacks(self, slot: int, path: bytes, until_s: float) -> None:
+        """A Deployment says that it does not have this model, or this path."""
+        self.missing[slot, path] = until_s
         self.lead = None  # it is asked no more without a look at who is left
 
-    def lacking(self, now_s: float) -> list[int]:
-        """Who is not asked for this model; nobody, where that would leave nobody."""
-        self.missing = {slot: until_s for slot, until_s in self.missing.items() if until_s > now_s}
+    def lacking(self, path: bytes, now_s: float) -> list[int]:
+        """Who is not asked for this model there; nobody, where that would leave nobody."""
+        self.missing = {what: until_s for what, until_s in self.missing.items() if until_s > now_s}
         if not self.missing:
             self.lead = self._lead(self.tables)
-        return list(self.missing) if len(self.missing) < len(self.candidates) else []
+        slots = [slot for slot, lacked in self.missing if lacked == path]
+        return slots if len(slots) < len(self.candidates) else []
 
     def why(self, reason: NoPlace, tried: Collection[int], since_s: float, now_s: float) -> NoPlace:
         """Why nobody can take a request that came at `since_s`, told by somebody who knows of those who are out."""
@@ -359,6 +361,7 @@ def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
     """The head of a request to an Endpoint, up to what differs from request to request.
 
     The one place where a credential is attached: to the head of the origin it belongs to. FAULTS.md row 79.
+    The type is ours, not the client's: each body was read as JSON, and `curl -d` calls it a form, which vLLM refuses.
     """
     default = {"http": 80, "https": 443}[endpoint.scheme]
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -367,5 +370,5 @@ def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
     authorization = f"authorization: Bearer {credential}\r\n" if credential else ""
     return (
         f"POST {endpoint.base_path}{path.decode()} HTTP/1.1\r\nhost: {host}\r\nuser-agent: fleetgate\r\n"
-        f"accept-encoding: identity\r\n{authorization}"
+        f"accept-encoding: identity\r\ncontent-type: application/json\r\n{authorization}"
     ).encode()

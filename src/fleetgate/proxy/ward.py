@@ -58,7 +58,7 @@ class Ward:
                 conversation.failed_peers = (*conversation.failed_peers, *place.peers)  # all would get the same one
                 self._refused_credential(place)
             elif failure is Failure.MODEL_MISSING:
-                self._lacks(conversation.lane, place)
+                self._lacks(conversation.lane, place, conversation.request.path)
 
     def unreachable(self, lane: LaneState, place: Place, peer: Peer, failure: Failure) -> None:
         """A connection that nobody waits for any more could not be made."""
@@ -106,10 +106,10 @@ class Ward:
         for peer in place.peers:
             self.saw(peer, Sign.DENIED)
 
-    def _lacks(self, lane: LaneState, place: Place) -> None:
+    def _lacks(self, lane: LaneState, place: Place, path: bytes) -> None:
         """This Deployment does not have this model, whatever its entry says; others of its models it may. Row 20."""
-        lane.lacks(place.slot, self._hub.clock() + LACKS_S)
-        self.tell(place, "model_missing", sentences.lacks_sentence(place.deployment, lane.model))
+        lane.lacks(place.slot, path, self._hub.clock() + LACKS_S)
+        self.tell(place, "model_missing", sentences.lacks_sentence(place.deployment, lane.model, path.decode()))
 
     # --- full ---
 
