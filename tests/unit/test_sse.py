@@ -35,6 +35,8 @@ def test_an_event_may_be_as_long_as_the_limit_and_no_longer() -> None:
     assert events.feed(b"\n\n") == [exact + b"\n\n"]
     with pytest.raises(EventTooLong):
         Events().feed(exact + b"x")
+    with pytest.raises(EventTooLong):
+        Events().feed(exact + b"three\n\n")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ class Events:
             events = [event + b"\n\n" for event in events]
         if len(rest) > EVENT_BYTES_MAX:
             raise EventTooLong
+        # What became too long and ended within one read is too long as well; its end may be two CR LF.
+        if len(buffer) > EVENT_BYTES_MAX and any(len(event) > EVENT_BYTES_MAX + 4 for event in events):
+            raise EventTooLong
         self.partial = rest
         return events
 
