@@ -136,15 +136,16 @@ def test_row_20_a_model_that_an_engine_lacks_is_asked_of_others_and_the_rest_sta
         assert (answer.status, answer.code) == (404, "model_not_found")
 
 
-def test_a_path_that_an_engine_lacks_says_nothing_about_the_others(three: Plane) -> None:
-    """vLLM with a chat model answers 404 at `/v1/embeddings`: a client that asks there moves nobody's chat."""
+@pytest.mark.parametrize("status", ["404", "405", "501"])
+def test_a_path_that_an_engine_lacks_says_nothing_about_the_others(three: Plane, status: str) -> None:
+    """vLLM with a chat model answers 404 at `/v1/embeddings`, llama.cpp 501: who asks there moves nobody's chat."""
 
     async def chats_only(line: Line, seen: Seen) -> None:
-        await three.wall.replies["ok" if seen.path == "/v1/chat/completions" else "404"](line, seen)
+        await three.wall.replies["ok" if seen.path == "/v1/chat/completions" else status](line, seen)
 
     three.wall.replies["chat"] = chats_only
     use(three, "chat", "ok")
-    for _ in range(3):
+    for _ in range(5):
         assert by(three.ask(post(b'{"model": "m", "input": "x"}', path="/v1/embeddings"))) == "two"
         assert by(three.ask(request("m"))) == "one"
     assert [seen.path for seen in three.wall.seen].count("/v1/embeddings") == 1

@@ -461,6 +461,8 @@ REPLIES: dict[str, Reply] = {
     "401": _status(b"401 Unauthorized"),
     "403": _status(b"403 Forbidden"),
     "404": _status(b"404 Not Found"),
+    "405": _status(b"405 Method Not Allowed"),
+    "501": _status(b"501 Not Implemented"),
     "400": _status(b"400 Bad Request", b"set-cookie: a=b\r\n"),
     "422": _status(b"422 Unprocessable Entity"),
     "302": _status(b"302 Found", b"location: http://127.0.0.1:1/\r\n"),

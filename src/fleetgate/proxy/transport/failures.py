@@ -22,7 +22,7 @@ def failure_of(status: int, headers: dict[bytes, bytes]) -> Failure | None:
         return Failure.FULL if b"retry-after" in headers else Failure.BROKEN
     if status in (401, 403):
         return Failure.CREDENTIAL
-    if status == 404:
+    if status in (404, 405, 501):  # llama.cpp without `--embedding` says 501 to who asks for some: it is not broken
         return Failure.MODEL_MISSING
     if status >= 500 or status == 408:
         return Failure.BROKEN
