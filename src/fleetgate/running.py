@@ -1,16 +1,18 @@
 """What `fleetgate up` opens and starts: sockets, shared memory, workers and the control process, under a supervisor."""
 
+import fcntl
 import ipaddress
 import os
 import sys
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import msgspec
 
 from fleetgate.control.config import ENV as CONTROL_ENV
 from fleetgate.control.config import ControlConfig
-from fleetgate.control.datadir import Unusable, open_data_dir
+from fleetgate.control.datadir import Unusable, open_data_dir, unusable_sentence
 from fleetgate.core.board import WORKERS_MAX, layout
 from fleetgate.providers.signing import LAST_GOOD
 from fleetgate.providers.spool import Happened, Spool
@@ -29,7 +31,9 @@ from fleetgate.proxy.supervisor import (
 )
 from fleetgate.rules import plugins
 
+LOCK = "up.lock"
 GENERATIONS = 2  # of workers: those that serve, and those that they replace
+WAIT_S_MAX = 3600.0  # no service manager waits for longer before it kills
 LB_GRACE_S = 5.0  # how long load balancers in front may go on sending after readiness fell
 PRIVATE_RANGES = ["127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]
 
@@ -98,6 +102,11 @@ def check_options(options: UpOptions) -> None:
         raise CannotStart(f"--workers {options.workers} is not from 1 to {WORKERS_MAX}")
     if bool(options.tls_listen) != bool(options.tls):
         raise CannotStart("--tls-listen and --tls belong together; give --tls dev or --tls CERT,KEY")
+    for flag, seconds in (("--lb-grace-s", options.lb_grace_s), ("--grace-s", options.grace_s)):
+        if seconds > WAIT_S_MAX:
+            raise CannotStart(f"{flag} {seconds} is longer than an hour; give at most {WAIT_S_MAX:.0f}")
+    if options.max_stale_s == inf:
+        raise CannotStart("--max-stale-s inf is no number of seconds; 0 is for ever")
     for text in options.egress_allow:
         try:
             ipaddress.ip_network(text)
@@ -147,6 +156,7 @@ def run_up(options: UpOptions) -> int:
     files = certificate_files(options.tls)
     try:
         open_data_dir(options.data_dir)
+        held = hold(options.data_dir)
     except Unusable as error:
         raise CannotStart(str(error)) from None
     plugins.load()  # the control process tells of those that cannot be used
@@ -189,6 +199,27 @@ def run_up(options: UpOptions) -> int:
         return Supervisor(children, board, grace_s, say_json, renewal, [*listeners, *tls_listeners]).run()
     finally:
         os.close(life_write)
+        os.close(held)
+
+
+def hold(data_dir: Path) -> int:
+    """Hold the data directory for as long as this process lives; the kernel lets go of it however it ends.
+
+    Raises: `CannotStart` where another has it, for its workers and ours would count the same places; `Unusable`.
+    """
+    try:
+        held = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Unusable(unusable_sentence(data_dir, error)) from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise CannotStart(
+            f"the data directory {data_dir} is in use by another `fleetgate up`; stop that one or give another "
+            "directory with --data-dir"
+        ) from None
+    return held
 
 
 def tell(spool: Spool, sentence: str) -> None:

@@ -3,6 +3,7 @@
 The engines here tell the same usage whatever they did: 5 prompt and 4 output tokens.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import Ledger
+from fleetgate.control.usage import UsageBook
 from fleetgate.core.board import Signal
 from fleetgate.core.hedging import SEEN_MIN
 from fleetgate.core.model import Resilience
@@ -24,12 +25,22 @@ from tests.waiting import wait_for
 
 Row = dict[str, Any]
 
+LEAVERS = int(os.environ.get("FLEETGATE_LEAVERS", "40"))
+
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Plane]:
     with plane(walls=2, patience=PATIENCE) as made:
         for wall in made.walls:
             wall.replies.update(REPLIES)
+        yield made
+
+
+@pytest.fixture
+def patient() -> Iterator[Plane]:
+    """An engine that shares its machine with many clients may be slower than others are given time for."""
+    with plane() as made:
+        made.wall.replies.update(REPLIES)
         yield made
 
 
@@ -51,7 +62,7 @@ def ask(made: Plane, cut: int = 10, **fields: Any) -> Answer:
 
 def rows_of(made: Plane, database: Database, request_id: str) -> list[Row]:
     """The request's attempts, in the order in which they began."""
-    Ledger(made.rig.data_dir, database).take()
+    UsageBook(made.rig.data_dir, database).take()
     with database.read() as connection:
         found = usage.load_attempts(connection, request_id)
     return sorted(found, key=lambda row: str(row["attempt_id"]))
@@ -70,6 +81,7 @@ def test_a_request_that_moved_is_billed_where_it_was_answered(two: Plane, databa
     rows = rows_of(two, database, answer.headers["x-request-id"])
     assert short(rows) == [("broken", "one", 0, 0), ("ok", "two", 5, 3)]
     assert [row["attempt_id"][-2:] for row in rows] == ["-1", "-2"]
+    assert rows[0]["bytes"] == 0 and rows[1]["bytes"] > len(answer.body)
 
 
 def test_an_answer_that_went_on_elsewhere_is_billed_once_as_a_whole(two: Plane, database: Database) -> None:
@@ -151,14 +163,17 @@ def test_a_kept_connection_that_was_closed_has_a_row_of_its_own(two: Plane, data
     assert [row["attempt_id"] for row in rows] == [f"{ids[1]}-1", f"{ids[1]}-1.2"]
 
 
-def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(two: Plane, database: Database) -> None:
-    """At least for what it read, and for no more than the engine can have said by the time it was stopped."""
-    use(two, "ok")
+def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(patient: Plane, database: Database) -> None:
+    """At least for what it read, and for no more than the engine can have said by the time it was stopped.
+
+    `FLEETGATE_LEAVERS=10000` is the long form.
+    """
+    use(patient, "ok")
     count, pace_s = 400, 0.005
 
     def leave(seed: int) -> tuple[str, int]:
         events = random.Random(seed).randint(1, 150)
-        with two.client() as client:
+        with patient.client() as client:
             client.send(request("m", stream=True, wall={"count": count, "pace_s": pace_s}))
             request_id = client.read(head_only=True).headers["x-request-id"]
             for _ in range(events):
@@ -167,21 +182,20 @@ def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(two:
         return request_id, events
 
     with ThreadPoolExecutor(8) as pool:
-        left = list(pool.map(leave, range(40)))
-    two.wait_idle()
+        left = list(pool.map(leave, range(LEAVERS)))
+    patient.wait_idle()
+    UsageBook(patient.rig.data_dir, database).take()
+    overshoot = []
     for request_id, events in left:
-        (row,) = rows_of(two, database, request_id)
+        with database.read() as connection:
+            (row,) = usage.load_attempts(connection, request_id)
         assert row["outcome"] == "client_gone" and row["billed_prompt_tokens"] > 0, row
         assert events - 1 <= row["billed_output_tokens"] < count, (events, row)  # the role's event has no text to bill
         assert (row["billed_output_tokens"], row["exact"]) == (row["output_tokens"], False)
-    overshoot = sorted(row_billed - events for row_billed, events in _billed(two, database, left))
+        overshoot.append(row["billed_output_tokens"] - events)
+    overshoot.sort()
+    print(f"{len(left)} left; billed beyond what they read: median {overshoot[len(left) // 2]}, most {overshoot[-1]}")
     assert overshoot[len(overshoot) // 2] <= 0.5 / pace_s, "half of them by less than half a second"
-
-
-def _billed(made: Plane, database: Database, left: list[tuple[str, int]]) -> Iterator[tuple[int, int]]:
-    for request_id, events in left:
-        (row,) = rows_of(made, database, request_id)
-        yield row["billed_output_tokens"], events
 
 
 def test_row_71_a_stream_whose_worker_is_killed_is_charged_to_within_a_second_or_two(database: Database) -> None:

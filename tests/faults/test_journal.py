@@ -15,11 +15,11 @@ import sqlalchemy as sa
 
 from fleetgate.control import usage
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import Ledger
+from fleetgate.control.usage import UsageBook
 from fleetgate.core import account
 from fleetgate.proxy import journal as journals
 from fleetgate.proxy.journal import Journal
-from tests.faults.test_accounts import count, ledger_in, line, until
+from tests.faults.test_accounts import book_in, count, line, until
 from tests.loopback.up_rig import Up, deployment, gateway
 from tests.loopback.wall import Wall
 from tests.waiting import wait_for
@@ -96,8 +96,8 @@ def test_row_68_what_a_broken_disk_may_have_dropped_is_written_again(
 
     asyncio.run(scene())
     assert len(told) == 1 and os.strerror(errno.EIO) in told[0]
-    ledger, database = ledger_in(tmp_path)
-    ledger.take()
+    book, database = book_in(tmp_path)
+    book.take()
     assert rows(database) == ["r-1", "r-2", "r-3"]
 
 
@@ -126,8 +126,8 @@ def test_row_68_a_disk_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
         journal.close()
 
     asyncio.run(scene())
-    ledger, _ = ledger_in(tmp_path)
-    assert ledger.take() == 60
+    book, _ = book_in(tmp_path)
+    assert book.take() == 60
 
 
 def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
@@ -149,8 +149,8 @@ def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
 
     asyncio.run(scene())
     assert len(told) == 1 and os.strerror(errno.ENOSPC) in told[0]
-    ledger, _ = ledger_in(tmp_path)
-    assert ledger.take() == 1
+    book, _ = book_in(tmp_path)
+    assert book.take() == 1
 
 
 def test_row_68_a_fleet_whose_disk_takes_no_accounts_serves_on_and_says_so(tmp_path: Path) -> None:
@@ -184,28 +184,28 @@ def degraded(up: Up) -> bool:
 def test_row_76_a_worker_that_is_just_starting_is_not_taken_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ledger looks at each moment of a journal's first steps; later it must find what is written then."""
-    ledger, database = ledger_in(tmp_path)
+    """The book looks at each moment of a journal's first steps; later it must find what is written then."""
+    book, database = book_in(tmp_path)
     real = fcntl.flock
 
     def flock(fd: int, how: int) -> None:
-        if how == fcntl.LOCK_EX:  # the worker's own, not the ledger's try
-            ledger.take()
+        if how == fcntl.LOCK_EX:  # the worker's own, not the book's try
+            book.take()
         real(fd, how)
         if how == fcntl.LOCK_EX:
-            ledger.take()
+            book.take()
 
     async def scene() -> None:
         journal = Journal(tmp_path, lambda sentence: None)
         monkeypatch.setattr(fcntl, "flock", flock)
         journal.begin(asyncio.get_running_loop())
         monkeypatch.setattr(fcntl, "flock", real)
-        ledger.take()
-        ledger.take()
+        book.take()
+        book.take()
         add(journal, *range(50))
-        ledger.take()
+        book.take()
         add(journal, *range(50, 100))
-        ledger.take()
+        book.take()
         assert count(database) == 100
         journal.close()
 
@@ -242,14 +242,14 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
         await write(0, True)
         await write(1000, True)
         living = await write(2000, False)
-        ledger, database = ledger_in(tmp_path)
+        book, database = book_in(tmp_path)
         for _ in range(5):
-            ledger._take_piece()
-            ledger = Ledger(tmp_path, database)  # it is killed after each of these
-        ledger.take()
+            book._take_piece()
+            book = UsageBook(tmp_path, database)  # it is killed after each of these
+        book.take()
         assert count(database) == 1500 and max(sizes) <= 10_000 and len(sizes) > 20
         living.close()
-        ledger.take()
+        book.take()
         assert count(database) == 1500 and not list((tmp_path / "journal").iterdir())
 
     asyncio.run(scene())

@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from fleetgate.control.context import Control
+from fleetgate.control.faults import Faults
+from fleetgate.core.injection import Fault, Kind
 from tests.faults.life_load import Load
 from tests.faults.test_life_upgrade import running
 from tests.loopback.up_rig import Up
@@ -121,9 +126,46 @@ def test_mistakes_are_told_with_their_place(tmp_path: Path) -> None:
             (("explode", "--deployment", "a"), 2, "none of: delay, error, cut"),
             (("cut", "--deployment", "nobody"), 1, "there is no Deployment 'nobody'"),
             (("cut", "--deployment", "a", "--share", "2"), 1, "share"),
+            (("cut", "--deployment", "a", "--share", "nan"), 1, "share: nan cannot be sent; give a number"),
             (("cut", "--deployment", "a", "--for", "2h"), 1, "for_s"),
             (("cut", "--deployment", "a", "--for", "soon"), 2, "not a duration"),
         ):
             answer = up.cli("fault", "inject", *words)
             assert answer.returncode == code, answer.stderr
             assert told in answer.stderr.replace("\n", " "), answer.stderr
+
+
+def test_faults_begin_and_end_while_they_are_watched(tmp_path: Path) -> None:
+    """The look once a second runs in a thread of its own, and writes the same file."""
+    control = SimpleNamespace(
+        data_dir=SimpleNamespace(path=tmp_path),
+        board=None,
+        publisher=SimpleNamespace(current=None),
+        record=lambda kind, name, sentence: None,
+    )
+    faults, stop, trouble = Faults(cast(Control, control)), threading.Event(), []
+
+    def watch() -> None:
+        while not stop.is_set():
+            try:
+                faults._look()
+            except Exception as error:
+                trouble.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for number in range(200):
+            now_s = time.time()
+            name = f"cut-{number}"
+            faults.begin(
+                Fault(
+                    name=name, kind=Kind.CUT, deployment="a", share=0.1, begins_s=now_s, ends_s=now_s + 60,
+                    stop_below_slo=0.5,
+                )
+            )  # fmt: skip
+            assert faults.end(name, "the test is over") is not None
+    finally:
+        stop.set()
+        watcher.join(10)
+    assert not trouble, trouble[:3]

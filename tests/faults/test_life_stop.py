@@ -1,16 +1,26 @@
 """Stopping and changing under load: SIGTERM, a new configuration, a new certificate every second."""
 
+import asyncio
+import os
+import socket
 import ssl
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2
 import trustme
+import uvloop
 
+from fleetgate.proxy.door import Door
 from tests.faults.life_load import Load
+from tests.faults.test_accounts import rows_of
 from tests.faults.test_life_upgrade import running
 from tests.loopback.engines import engine
 from tests.loopback.up_rig import Up, deployment, gateway
+from tests.loopback.wall import Wall
+from tests.loopback.wall_client import Client, request
 from tests.waiting import wait_for
 
 
@@ -106,3 +116,69 @@ def test_row_67_our_certificate_changes_every_second_under_load(tmp_path: Path) 
             assert load.opened > 100
             assert len(shown) >= 8, len(shown)
             print(f"{load.opened} handshakes over 11 certificates, {load.outcomes}")
+
+
+def test_what_has_not_ended_when_the_grace_is_over_ends_loudly(tmp_path: Path) -> None:
+    """Also to HTTP/1.0, where the end of the connection is all that tells a whole answer from half of one."""
+    with Wall() as wall:
+        wall.hold()
+        models = [{"name": name} for name in ("held", "silent")]
+        documents = [deployment("a", f"http://127.0.0.1:{wall.port}/v1", models=models), gateway("chat", "a")]
+        with Up(tmp_path, documents, "--auth", "none", "--grace-s", "1") as up, ExitStack() as stack:
+            asks = {
+                "stream": request("held", stream=True),
+                "old stream": request("held", stream=True).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+                "not begun": request("held"),
+                "stream not begun": request("silent", stream=True),
+            }
+            clients = {name: stack.enter_context(Client(up.port)) for name in asks}
+            for name, ask in asks.items():
+                clients[name].send(ask)
+            for name in ("stream", "old stream"):
+                clients[name].read_until(b"tok")
+            wait_for(lambda: len(wall.seen) == 4)
+            up.process.terminate()
+            for name, client in clients.items():
+                if "not begun" in name:
+                    answer = client.read()
+                    assert (answer.status, answer.code) == (503, "shutting_down"), name
+                    assert answer.headers["x-should-retry"] == "true" and "retry-after" in answer.headers
+                    assert answer.headers["connection"] == "close"
+                    continue
+                rest = b""
+                while data := client.socket.recv(1 << 16):
+                    rest += data
+                assert b'"code":"shutting_down"' in rest and b"[DONE]" not in rest, name
+                assert not rest.endswith(b"0\r\n\r\n")
+            assert up.process.wait(30) == 0
+            rows = {row.outcome: row.billed_prompt_tokens for row in rows_of(up)}
+            assert set(rows) == {"client_gone", "refused"} and rows["refused"] == 0 and rows["client_gone"] > 0
+
+
+def test_who_waits_at_a_tls_door_with_something_else_does_not_end_the_worker() -> None:
+    """The last worker takes who still waits to be accepted: among them may be a port scan, or one who is silent."""
+    authority = trustme.CA()
+    server, trust = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("door.test").configure_cert(server)
+    authority.configure_trust(trust)
+    made: list[asyncio.Protocol] = []
+
+    class Guest(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.append(self)
+
+    async def close() -> None:
+        door = Door(os.dup(listener.fileno()), server, Guest)
+        begun_s = time.monotonic()
+        await door.close(last=True)
+        assert time.monotonic() - begun_s < 5
+
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = listener.getsockname()
+        scan, _ = (stack.enter_context(socket.create_connection(address)) for _ in range(2))
+        scan.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        good = stack.enter_context(socket.create_connection(address))
+        threading.Thread(target=lambda: trust.wrap_socket(good, server_hostname="door.test"), daemon=True).start()
+        uvloop.run(close())
+        assert len(made) == 1

@@ -4,6 +4,8 @@ Every attack is followed on the same connection by a good request. A parser that
 wall's request count is the oracle, not the answer.
 """
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -310,6 +312,18 @@ def test_what_is_odd_but_legal_passes(edge: Plane) -> None:
             assert answer.status == 200, (name, answer.body)
             assert edge.wall.seen[-1].body == BODY, name
             assert client.ask(request("ok")).status == 200, f"{name}: the connection goes on"
+
+
+def test_lines_with_nothing_in_them_hold_up_nobody(edge: Plane) -> None:
+    """Each read of them once cost seconds of the loop's time."""
+    with edge.client() as flood, edge.client() as other:
+        sending = threading.Thread(target=flood.send, args=(b"\r\n" * 2_000_000,))
+        sending.start()
+        began_s = time.monotonic()
+        assert flood.read().status == 400
+        assert [other.ask(request("ok")).status for _ in range(10)] == [200] * 10
+        assert time.monotonic() - began_s < 5
+        sending.join(30)
 
 
 def test_early_refusal_with_an_unread_body_closes(edge: Plane) -> None:

@@ -119,6 +119,22 @@ def test_a_key_taken_away_is_refused_on_the_connection_it_used(edge: Plane) -> N
         assert client.ask(data).status == 200
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_row_64_a_key_taken_away_while_a_body_is_coming_is_refused(edge: Plane, known: bool) -> None:
+    """A body may take its time, and a key must not be good for longer because of that."""
+    publish(edge, KEYS)
+    ask = request("ok", headers=[f"Authorization: Bearer {GOOD}"])
+    with edge.client() as client:
+        if known:
+            assert client.ask(ask).status == 200
+        client.send(ask[:-5])
+        time.sleep(0.2)
+        publish(edge, KEYS[1:])
+        client.send(ask[-5:])
+        assert client.read().status == 401
+    assert edge.wall.seen == []
+
+
 def test_a_key_expires_on_the_connection_it_used(edge: Plane) -> None:
     text, key = minted(7 << 50, expires_s=time.time() + 1.0)
     publish(edge, (*KEYS, key))

@@ -80,6 +80,7 @@ def test_a_stream_that_ended_whole_is_not_worked_again_and_one_that_broke_is(two
     assert two_workers.ask(named("e", stream=True)).whole
     again = two_workers.ask(named("e", stream=True))
     assert again.status == 409 and "not kept" in again.json()["error"]["message"]
+    assert again.headers["x-should-retry"] == "false"
     two_workers.ask(named("f", "rst-mid", stream=True, temperature=1))
     two_workers.ask(named("f", "rst-mid", stream=True, temperature=1))
     assert two_workers.seen().count("rst-mid") == 2
@@ -131,3 +132,19 @@ def test_old_and_surplus_answers_are_removed(two_workers: Plane, monkeypatch: py
     idempotency.tidy(two_workers.rig.data_dir)
     assert len(list(folder.iterdir())) == 3
     assert two_workers.ask(named("k4")).headers["idempotent-replayed"] == "true"
+
+
+def test_row_68_where_the_disk_keeps_nothing_the_request_is_worked_as_without_the_header(two_workers: Plane) -> None:
+    two_workers.use({})
+    assert two_workers.ask(named("l")).status == 200
+    folder = two_workers.rig.data_dir / idempotency.DIRECTORY
+    kept = folder.rename(folder.with_name("kept"))
+    folder.write_text("in the way")
+    try:
+        for _ in range(4):
+            answer = two_workers.ask(named("l"))
+            assert answer.status == 200 and "idempotent-replayed" not in answer.headers
+    finally:
+        folder.unlink()
+        kept.rename(folder)
+    assert two_workers.ask(named("l")).headers["idempotent-replayed"] == "true"

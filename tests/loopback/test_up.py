@@ -224,6 +224,7 @@ def test_mistakes_at_the_start_are_one_clear_sentence_each(tmp_path: Path, quick
             ("--workers", "99"): "--workers",
             ("--egress-allow", "ten"): "--egress-allow",
             ("--listen", "nowhere"): "--listen",
+            ("--grace-s", "inf"): "--grace-s",
             ("--data-dir", "/proc/nothing"): "/proc/nothing",
         }
         for flags, named in cases.items():

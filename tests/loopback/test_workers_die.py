@@ -153,3 +153,13 @@ def test_workers_do_not_outlive_a_killed_supervisor() -> None:
         os.close(write_end)
         assert rig.processes[0].wait(20) == 0
     os.close(read_end)
+
+
+def test_row_74_a_worker_that_stands_still_for_good_is_replaced() -> None:
+    """Until then it holds up whoever the kernel gives to it, and nothing else would end that."""
+    with supervised(2) as (made, rig):
+        before = rig.pid(0)
+        os.kill(before, signal.SIGSTOP)
+        wait_for(lambda: rig.pid(0) not in (0, before))
+        rig.wait_until_used()
+        assert [made.ask(request("ok")).status for _ in range(12)] == [200] * 12

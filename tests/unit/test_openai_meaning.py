@@ -38,7 +38,7 @@ MEANINGS: dict[str, tuple[bytes, Meaning]] = {
     "refusal": (choice(refusal="no"), Meaning.CONTENT),
     "finish": (choice("stop"), Meaning.FINISH),
     "finish with content": (choice("length", content="a"), Meaning.FINISH),
-    "finish error": (choice("error"), Meaning.FINISH),
+    "finish error": (choice("error"), Meaning.ERROR),
     "text of completions": (event(choices=[{"index": 0, "text": "a", "finish_reason": None}]), Meaning.CONTENT),
     "usage": (event(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 2}), Meaning.USAGE),
     "no choices": (event(choices=[], prompt_filter_results=[]), Meaning.OTHER),
@@ -72,7 +72,8 @@ def test_usage_under_either_name() -> None:
     assert usage is not None and (usage.prompt, usage.output) == (3, 4)
     _, usage = understand(event(type="response.completed", response={"usage": {"input_tokens": 5, "output_tokens": 6}}))
     assert usage is not None and (usage.prompt, usage.output) == (5, 6)
-    assert read_answer(b'{"usage":null}') is None
+    assert read_answer(b'{"usage":null}') == (None, False)
+    assert read_answer(b'{"error":{"code":500}}') == (None, True)
 
 
 def test_the_fast_mark_is_in_content_only() -> None:

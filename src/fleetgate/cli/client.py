@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -73,6 +74,9 @@ class Client:
         self._http.close()
 
     def _ask(self, method: str, path: str, body: Any = None, params: dict[str, str | int] | None = None) -> Any:
+        for name, value in body.items() if isinstance(body, dict) else ():
+            if isinstance(value, float) and not isfinite(value):
+                raise Failed([f"{name}: {value} cannot be sent; give a number"])
         try:
             answer = self._http.request(method, f"{self.base_url}{path}", json=body, params=params)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-ConfigFile = Annotated[Path | None, typer.Option(help="YAML file to apply at start; a file alone runs a Gateway.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="YAML file to apply at start and at a reload; a file alone runs a Gateway.")
+]
 DataDir = Annotated[Path, typer.Option(help="Where state is kept: database, secrets, Snapshot.")]
 ApiListen = Annotated[str, typer.Option(help="HOST:PORT for API, console and metrics; keep it private.")]
 Cors = Annotated[list[str] | None, typer.Option(help="Origin of web pages that may call; * for all. Repeatable.")]
@@ -19,9 +21,9 @@ MaxStale = Annotated[
     float, typer.Option(help="Seconds for which API keys stay good without the control plane; 0: for ever.", min=0)
 ]
 LbGrace = Annotated[
-    float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.")
+    float, typer.Option(help="Seconds between failing readiness and refusing; -1: 0 on loopback, else 5.", min=-1)
 ]
-Grace = Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.")]
+Grace = Annotated[float, typer.Option(help="Seconds that running answers get at shutdown.", min=0)]
 RecordFile = Annotated[
     Path | None,
     typer.Option(

@@ -19,8 +19,13 @@ def revoke_here(data_dir: Path, name: str) -> None:
     key = _find(data_dir, name, public_key(signing_key))
     try:
         revoke(data_dir / REVOKED, signing_key, Revocation(key.id, key.name, _user(), time.time()))
-    except (OSError, NotSigned) as error:
-        raise Failed([f"{data_dir / REVOKED} cannot be written: {error}"]) from None
+    except NotSigned as error:
+        raise Failed(
+            [f"{data_dir / REVOKED} is damaged ({error}); remove it, then revoke all that was on it"]
+        ) from None
+    except OSError as error:
+        reason = f"{data_dir / REVOKED} cannot be written ({error.strerror})"
+        raise Failed([f"{reason}; make room there, or run this as the user of `fleetgate up`"]) from None
     sys.stdout.write(f"key {key.name} is revoked on this machine; the store learns of it from the control process\n")
 
 

@@ -129,7 +129,9 @@ class Changes:
             writer = _Writer(connection, self._data_dir, origin, dry_run)
             return [writer.write(draft, world, checked.looked_up) for draft in checked.drafts]
 
-    def delete(self, kind: str, name: str, generation: int | None = None, confirmed: bool = False) -> Applied | None:
+    def delete(
+        self, kind: str, name: str, generation: int | None = None, confirmed: bool = False, origin: Origin = API
+    ) -> Applied | None:
         """Delete a resource; None when there is none.
 
         Raises: `Refused` naming the resources that still use it, `Stale` for another generation, `Unconfirmed` as
@@ -154,7 +156,7 @@ class Changes:
                 kept = {identity: document for identity, document in documents.items() if identity != (kind, name)}
                 ask_first(loss(documents, kept))
             rows.remove(connection, kind, name)
-            rows.add_event(connection, time.time(), kind, name, f"{kind} {name} was deleted through the API.")
+            rows.add_event(connection, time.time(), kind, name, f"{kind} {name} was deleted {origin.says}.")
             return Applied(kind, name, "deleted", stored.generation)
 
 

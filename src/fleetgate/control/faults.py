@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -37,25 +38,28 @@ class Faults:
         self._path: Path = control.data_dir.path / FILE
         self._faults: dict[str, Fault] = {fault.name: fault for fault in self._load()}
         self._seen: dict[str, deque[Seen]] = {}
+        self._lock = threading.RLock()  # requests and the look once a second come from several threads
 
     def all(self) -> list[Fault]:
         """Those in force, in the order in which they began."""
         now_s = time.time()
-        return [fault for fault in self._faults.values() if now_s < fault.ends_s]
+        with self._lock:
+            return [fault for fault in self._faults.values() if now_s < fault.ends_s]
 
     def begin(self, fault: Fault) -> None:
         """Put one in force.
 
         Raises: `Exists`; `Unusable` when the disk does not take it.
         """
-        if fault.name in self._faults:
-            raise Exists(fault.name)
-        self._faults[fault.name] = fault
-        try:
-            self._write()
-        except Unusable:
-            del self._faults[fault.name]
-            raise
+        with self._lock:
+            if fault.name in self._faults:
+                raise Exists(fault.name)
+            self._faults[fault.name] = fault
+            try:
+                self._write()
+            except Unusable:
+                del self._faults[fault.name]
+                raise
         bound = f", or until under {fault.stop_below_slo:.0%} of requests are inside the SLO"
         self._tell(
             fault,
@@ -65,11 +69,12 @@ class Faults:
 
     def end(self, name: str, because: str) -> Fault | None:
         """Take one out of force, and say why; None where there is none. Raises: `Unusable`."""
-        fault = self._faults.pop(name, None)
-        if fault is None:
-            return None
-        self._seen.pop(name, None)
-        self._write()
+        with self._lock:
+            fault = self._faults.pop(name, None)
+            if fault is None:
+                return None
+            self._seen.pop(name, None)
+            self._write()
         self._tell(fault, f"Fault {name} ended: {because}. It struck {self.strikes(name)} requests.")
         return fault
 
@@ -97,8 +102,9 @@ class Faults:
             if must_stop(fault, seen):
                 share = f"{seen.share_inside:.1%} of {seen.well + seen.lost} requests were inside the SLO"
                 self.end(fault.name, f"{share}, under its bound of {fault.stop_below_slo:.0%}")
-        if any(fault.stop_below_slo for fault in self._faults.values()):
-            self._write()
+        with self._lock:
+            if any(fault.stop_below_slo for fault in self._faults.values()):
+                self._write()
 
     def _since_then(self, fault: Fault, series: Series) -> Seen:
         """What the Gateways that use its Deployment gave their clients in the last seconds."""

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import structlog
 
+from fleetgate.control.applying import Origin
 from fleetgate.control.context import Control
 from fleetgate.control.datadir import Unusable
 from fleetgate.control.store import rows
@@ -47,6 +48,7 @@ def _delete(control: Control, listed: tuple[Revocation, ...]) -> None:
         names = {key.id: name for name, key in rows.load_keys(connection).items()}
     for revocation in listed:
         name = names.get(revocation.id)
-        if name is not None and control.changes.delete("Key", name, confirmed=True) is not None:
+        if name is not None:
             at = datetime.fromtimestamp(revocation.at_s, UTC).isoformat(timespec="seconds")
-            control.record("Key", name, f"Key {name} was revoked on the machine by {revocation.by} at {at}.")
+            said = f"because it was revoked on the machine by {revocation.by} at {at}"
+            control.changes.delete("Key", name, confirmed=True, origin=Origin(said))

@@ -32,14 +32,16 @@ from fleetgate.control.reconciler import Reconciler
 from fleetgate.control.replicas import Replicas
 from fleetgate.control.revocations import merge_revoked
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import Ledger
+from fleetgate.control.store.rows import load_world
+from fleetgate.control.usage import UsageBook
 from fleetgate.control.watching import Watcher, beat, watch
-from fleetgate.core.board import Board
+from fleetgate.core.board import Board, Plane
 from fleetgate.providers.base import Settings, discover
 from fleetgate.providers.documents import Unreadable
 from fleetgate.providers.spool import Spool
 from fleetgate.rules import plugins
 
+PREDECESSOR_S_MAX = 5.0  # one whose supervisor was killed puts its things away first
 STOP_S_MAX = 2  # an answer that takes longer belongs to a client that hangs
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - told apart here, not bound
 
@@ -88,8 +90,8 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     providers = {name: make(settings) for name, make in discover().items()}
     reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)
     replicas = Replicas(reconciler.endpoints)
-    if config.config_file:
-        await apply_file(config.config_file, changes)
+    if config.config_file and not (control.board is not None and control.board.plane[Plane.CONFIGURED]):
+        await _apply_config(control, config.config_file)
     replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.board)
     await asyncio.to_thread(publisher.publish)
     control.started = Started(publisher.version, time.monotonic())
@@ -117,9 +119,9 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         replicas.drop_carried(publisher.poke),
         injected.run(),
     ]
-    ledger = Ledger(data_dir.path, database)
+    book = UsageBook(data_dir.path, database)
     if control.board is not None:
-        jobs.append(ledger.run())
+        jobs.append(book.run())
         spool = Spool(data_dir.path)
         jobs.append(beat(control.board))
         jobs.append(merge_revoked(control))
@@ -127,8 +129,27 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
     with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
-        await asyncio.to_thread(ledger.take)
+        await asyncio.to_thread(book.take)
     log.info("control_stopped")
+
+
+async def _apply_config(control: Control, path: str) -> None:
+    """Apply the file that `up` was given, at its start and after a reload: what was changed since stays else.
+
+    Raises: `Unreadable` where it is bad and the store has nothing either.
+    """
+    try:
+        await apply_file(path, control.changes)
+        if control.board is not None:
+            control.board.plane[Plane.CONFIGURED] = 1
+    except Unreadable as error:
+        # Whoever edits the file must not lose the API because the workers are replaced just then.
+        with control.database.read() as connection:
+            if not load_world(connection):
+                raise
+        sentence = f"{path} is not applied, and what the store has stays: {'; '.join(error.messages)}"
+        log.error("config_not_applied", reason=sentence)
+        control.record("Config", Path(path).name, f"{sentence}.")
 
 
 async def _first_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -185,16 +206,25 @@ def _only_one(data_dir: DataDir) -> Iterator[None]:
     except OSError as error:
         raise Unusable(unusable_sentence(data_dir.path, error)) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Unusable(
-                f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
-                f"directory with --data-dir"
-            ) from error
+        deadline_s = time.monotonic() + PREDECESSOR_S_MAX
+        while not _locked(descriptor):
+            if time.monotonic() > deadline_s:
+                raise Unusable(
+                    f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
+                    f"directory with --data-dir"
+                )
+            time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _write_address(data_dir: DataDir, listener: socket.socket) -> None:

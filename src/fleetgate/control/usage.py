@@ -1,4 +1,4 @@
-"""Journals of workers become the ledger: once a second, each attempt once, whoever dies in between.
+"""Journals of workers become the usage book: once a second, each attempt once, whoever dies in between.
 
 Rows, sums, open attempts and how far each file is read change in one transaction. A file goes when it is read to its
 end and its writer is on the next one, or dead; a lock that the kernel frees tells which.
@@ -38,7 +38,7 @@ class _Taken(NamedTuple):
     left_bytes: int  # that may be read in the same transaction
 
 
-class Ledger:
+class UsageBook:
     """Takes journals in. Only one process does, which the store's own lock sees to."""
 
     def __init__(self, data_dir: Path, database: Database) -> None:
@@ -66,7 +66,7 @@ class Ledger:
             await asyncio.sleep(TAKE_EVERY_S)
 
     def take(self) -> int:
-        """Bring the ledger up to date; how many rows are new.
+        """Bring the book up to date; how many rows are new.
 
         Raises: `OSError`, `Unusable`; nothing is lost then. Cost: 15 µs a row.
         """

@@ -59,7 +59,7 @@ _decode = msgspec.json.Decoder(Entry).decode
 
 
 class Row(NamedTuple):
-    """One attempt in the ledger."""
+    """One attempt in the usage book."""
 
     attempt_id: str
     began_ms: int

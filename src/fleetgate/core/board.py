@@ -58,6 +58,7 @@ class Plane(IntEnum):
     """What is known of the control plane, kept by whoever speaks for it on this machine."""
 
     HEARTBEAT_MS = 0
+    CONFIGURED = 1  # the file that `up` was given is applied; from then on what the store has goes before it
 
 
 PLANE_CELLS = 4

@@ -110,7 +110,9 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 class Gone(msgspec.Struct, frozen=True):
-    """The client left."""
+    """The client left, or we end it as if it had: `outcome` is how it counts."""
+
+    outcome: Outcome = Outcome.CLIENT_GONE
 
 
 Event = Picked | NotPicked | QueueFull | Room | Overdue | Content | Failed | Finished | Gone
@@ -309,8 +311,8 @@ class Exchange:
 
     def _leave(self, event: Gone, now_s: float) -> Command:
         self.state = _ENDED
-        self.outcome = Outcome.CLIENT_GONE
-        return Finish(Outcome.CLIENT_GONE)
+        self.outcome = event.outcome
+        return Finish(event.outcome)
 
     def _break_off(self, failure: Failure) -> Interrupt:
         self.state = _ENDED

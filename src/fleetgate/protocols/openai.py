@@ -51,22 +51,27 @@ class _Fields(msgspec.Struct):
     model: str
     stream: bool | None = None
     stream_options: _StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
+    n: msgspec.Raw = msgspec.Raw(b"null")
+    prompt: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What routing needs of a body. Shape: `plain` says that the one `"model"` in the body is the top-level key."""
+    """What routing needs of a body. Shape: `plain` says that the one `"model"` in the body is the top-level key;
+    `several` says that its answer may have more than one choice."""
 
     model: str
     stream: bool
     wants_usage: bool
     has_stream_options: bool
     plain: bool
+    several: bool = False
 
 
 _MODEL = b'"model"'
 _ESCAPED = b"\\u006"  # how every escape of a letter of `model` begins
 _decode_fields = msgspec.json.Decoder(_Fields).decode
 _FLAG = frozenset({bool, type(None)})
+_ONE = (None, 1)
 _decode_whole = msgspec.json.Decoder(dict[str, Any]).decode
 _FIELD_PATH = re.compile(r"at `\$\.?([\w.]*)`|field `(\w+)`")
 
@@ -93,7 +98,7 @@ def read_ask(body: bytes) -> Ask:
     fields: _Fields | None = None
     model: Any = None
     stream: Any = None
-    wants_usage = False
+    wants_usage = several = False
     if not bounds.is_read(body):
         fields = _read_fields(body)
     else:
@@ -103,6 +108,7 @@ def read_ask(body: bytes) -> Ask:
             _read_fields(body)  # has the sentence for everything but numbers
             raise members.too_large(body) from None
         model, stream = whole.get("model"), whole.get("stream")
+        several = whole.get("n") not in _ONE or whole.get("prompt").__class__ is list
         has_options = "stream_options" in whole
         if has_options:  # those that ask for usage are never walked or written again
             options = whole["stream_options"]
@@ -120,7 +126,7 @@ def read_ask(body: bytes) -> Ask:
         _walk(body)
     if not model:
         raise _unnamed()
-    return Ask(model, stream is True, wants_usage, wants_usage, plain)
+    return Ask(model, stream is True, wants_usage, wants_usage, plain, several)
 
 
 def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> Ask:
@@ -131,7 +137,8 @@ def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> Ask:
         _walk(body)
     if not fields.model:
         raise _unnamed()
-    return Ask(fields.model, bool(fields.stream), wants_usage, options is not msgspec.UNSET, plain)
+    several = bytes(fields.n) not in (b"null", b"1") or bytes(fields.prompt).startswith(b"[")
+    return Ask(fields.model, bool(fields.stream), wants_usage, options is not msgspec.UNSET, plain, several)
 
 
 def _unnamed() -> InvalidBody:
@@ -329,6 +336,7 @@ class _Delta(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     finish_reason: str | None = None
     delta: _Delta | None = None
     text: str | None = None
@@ -344,6 +352,7 @@ class _Event(msgspec.Struct):
 
 class _Answer(msgspec.Struct):
     usage: Usage | None = None
+    error: msgspec.Raw = _NONE
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -351,6 +360,8 @@ _decode_answer = msgspec.json.Decoder(_Answer).decode
 _EMPTY_VALUES = (b"null", b'""', b"[]", b"{}")
 _RESPONSES_ENDS = frozenset({"response.completed", "response.incomplete"})
 _RESPONSES_ERRORS = frozenset({"response.failed", "error"})
+_NO_FINISH = frozenset({"error", "abort"})  # the engine gave up, and SDKs would take it for a good end
+_ERROR_FIELDS = (b"event: error\n", b"event:error\n", b"event: error\r", b"event:error\r")
 
 
 def understand(event: bytes) -> tuple[Meaning, Usage | None]:
@@ -366,7 +377,7 @@ def understand(event: bytes) -> tuple[Meaning, Usage | None]:
         decoded = _decode_event(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Meaning.MALFORMED, None
-    if bytes(decoded.error) != b"null":
+    if bytes(decoded.error) != b"null" or event.startswith(_ERROR_FIELDS):
         return Meaning.ERROR, None
     if decoded.type is not None:
         return _understand_typed(decoded)
@@ -374,7 +385,8 @@ def understand(event: bytes) -> tuple[Meaning, Usage | None]:
     if not decoded.choices:
         return (Meaning.USAGE if usage is not None else Meaning.OTHER), usage
     if any(choice.finish_reason for choice in decoded.choices):
-        return Meaning.FINISH, usage
+        gave_up = any(choice.finish_reason in _NO_FINISH for choice in decoded.choices)
+        return (Meaning.ERROR if gave_up else Meaning.FINISH), usage
     if any(_has_content(choice) for choice in decoded.choices):
         return Meaning.CONTENT, usage
     return Meaning.OTHER, usage
@@ -402,15 +414,23 @@ def _has_content(choice: _Choice) -> bool:
     return bool(delta.reasoning_content or delta.reasoning or delta.refusal)
 
 
-def read_answer(body: bytes) -> Usage | None:
-    """The usage of a whole answer that is not streamed.
+def read_answer(body: bytes) -> tuple[Usage | None, bool]:
+    """The usage of a whole answer that is not streamed, and whether it is an error whatever its status says.
 
     Raises: `Malformed` when it is not a JSON object, which is how a truncated answer looks.
     """
     try:
-        return _decode_answer(body).usage
+        answer = _decode_answer(body)
     except (msgspec.MsgspecError, RecursionError):
         raise Malformed(502, "the upstream's answer is not whole JSON", "upstream_error") from None
+    return answer.usage, bytes(answer.error) != b"null"
+
+
+def note_choices(event: bytes, choices: dict[int, bool]) -> None:
+    """Keep of an answer with several choices which of them have begun, and whether each has ended."""
+    data = sse.data_of(event)
+    for choice in (_decode_event(data).choices if data is not None else None) or ():
+        choices[choice.index] = bool(choice.finish_reason) or choices.get(choice.index, False)
 
 
 _MODEL_MEMBER = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')

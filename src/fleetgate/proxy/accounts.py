@@ -94,19 +94,20 @@ class Accounts:
     def end(self, conversation: "Conversation", attempt: bytes, relay: Relay | None) -> None:
         """The request is over, and so is the attempt, if one was in hand; what was read of another is billed now."""
         owed, outcome = conversation.owed, conversation.exchange.outcome or Outcome.FAILED
+        size_bytes = conversation.written + len(conversation.tail)  # which is written when the books are done
         usage = relay.usage if relay is not None and relay.told is None else None
         if usage is not None and outcome is _OK and owed is None:  # as nearly all end: what follows says the same
             prompt, output = usage.prompt_tokens or usage.prompt, usage.completion_tokens or usage.output
-            row = attempt, time() * 1000, b"ok", prompt, output, 1, prompt, output, conversation.written
+            row = attempt, time() * 1000, b"ok", prompt, output, 1, prompt, output, size_bytes
             self._add(_SETTLEMENT % row)
             return
         if owed is not None:
-            self._settle(owed.attempt, owed.how, owed.worked, owed.billed, conversation.written)
+            self._settle(owed.attempt, owed.how, owed.worked, owed.billed, size_bytes)
         if not attempt:
             return
         worked = NOTHING if outcome in _FREE else _worked(conversation, relay)
         if owed is None and outcome in _BILLED:
-            self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), conversation.written)
+            self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), size_bytes)
         else:
             self._settle(attempt, _OUTCOMES[outcome], worked, (0, 0), 0)
 

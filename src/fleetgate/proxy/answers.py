@@ -28,7 +28,8 @@ MESSAGES = {
     "upstream_timeout": "no Deployment began to answer in time",
     "poison_request": "this request ended the engine that served it, twice; it is not tried again",
     "model_not_found": "no Deployment behind this Gateway has this model at this path now",
-    "invalid_api_key": "the API key was revoked while this answer was running; the answer above is incomplete",
+    "invalid_api_key": "the API key was revoked while this request was running; any answer above is incomplete",
+    "shutting_down": "this gateway had to stop before the answer was whole; any answer above is incomplete",
     "upstream_interrupted": "the Deployment that was answering was lost; the answer above is incomplete",
 }
 

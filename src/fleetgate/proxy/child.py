@@ -20,6 +20,8 @@ class Child(msgspec.Struct, kw_only=True):
     started_s: float = 0.0
     restarts_in_a_row: int = 0
     start_at_s: float = 0.0
+    beat: int = 0  # a worker's heartbeat at the last look
+    still: int = 0  # looks since it changed
     renewing: bool = False  # it was asked to end, to be started again at once
 
 

@@ -20,6 +20,7 @@ from fleetgate.core.exchange import (
     Failed,
     Failure,
     Finish,
+    Gone,
     Interrupt,
     Overdue,
     Pick,
@@ -225,7 +226,7 @@ class Conversation(Speaker):
             event = self._resumable(event)
         if self.peer is not None:
             self.blame(self.peer, event.failure)
-        self._account(event.failure.value.encode())
+        self.account(event.failure.value.encode())
         self._settle(self.hub.clock())
         if self.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
@@ -233,7 +234,7 @@ class Conversation(Speaker):
         elif not self.hub.suspects.holds(self, event):
             self.report(event)
 
-    def _account(self, how: bytes) -> None:
+    def account(self, how: bytes) -> None:
         """The attempt in hand is over, but not its request."""
         attempt, self.attempt = self.attempt, b""
         if attempt:
@@ -254,7 +255,7 @@ class Conversation(Speaker):
         now_s = self.hub.clock()
         if self.relay is not None:
             self.relay.cancel()
-        self._account(accounts.HEDGED)
+        self.account(accounts.HEDGED)
         self._settle(now_s)
         self.hedge, self.attempt = None, hedge.attempt
         self.place = self.last_place = hedge.place
@@ -270,6 +271,8 @@ class Conversation(Speaker):
     def _resumable(self, event: Failed) -> Failed:
         """The same loss, with whether the answer that is half-way out can go on elsewhere."""
         relay = self.relay
+        if relay is not None and relay.finish_seen:
+            return event  # behind an end there is nothing to go on with: an engine that is asked to would say more
         if self.resumption is None and relay is not None and relay.script is not None:
             self.resumption = Resumption.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
@@ -383,21 +386,14 @@ class Conversation(Speaker):
 
     # --- what ends it from outside ---
 
-    def client_gone(self) -> None:
+    def client_gone(self, event: Gone = GONE) -> None:
         """The client left: cancel upstream, in whatever phase."""
         if self.exchange.state is State.ENDED:
             return
         placing.stop_waiting(self)
         if self.relay is not None:
             self.relay.cancel()
-        self.report(GONE)
-
-    def cut_off(self) -> None:
-        """Its key was revoked: end as if the client had left, and tell it why where it can still be told."""
-        if self.ask.stream and (self.first_s or self.early_attempts):
-            self.write_event(openai.error_event("invalid_api_key", answers.MESSAGES["invalid_api_key"]))
-        self.client.keep_alive = False
-        self.client_gone()
+        self.report(event)
 
     def overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""
@@ -408,7 +404,7 @@ class Conversation(Speaker):
             self.report(Overdue(self.lane.drain.wait_s(ahead)))
         elif relay is not None and relay.paused:
             self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
-        elif relay is not None and not watching.has_more_time(self, now_s):
+        elif relay is not None and not relay.finish() and not watching.has_more_time(self, now_s):
             relay.cancel()
             self._lost(Failed(Failure.TIMEOUT))
 

@@ -5,8 +5,10 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 
 HANDSHAKE_MAX_S = 10.0  # FAULTS.md row 4: it is part of the time a client has for its first head
+LAST_S_MAX = 2.0  # for the handshakes of those who were waiting when the last worker went
 SHUTDOWN_MAX_S = 2.0  # for the answer to our close_notify, which many never send
 BACKLOG = 4096
 
@@ -62,10 +64,20 @@ class Door:
         if last:
             listener = socket.socket(fileno=os.dup(self._fd))
             listener.setblocking(False)
+            coming = []
             with listener:
                 while (waiting := _next(listener)) is not None:
-                    await asyncio.get_running_loop().connect_accepted_socket(self._make, waiting, ssl=self._tls)
+                    coming.append(asyncio.get_running_loop().create_task(self._let_in(waiting)))
+            if coming:
+                await asyncio.wait(coming, timeout=LAST_S_MAX)
         os.close(self._fd)
+
+    async def _let_in(self, waiting: socket.socket) -> None:
+        handshake_s = HANDSHAKE_MAX_S if self._tls else None
+        with suppress(OSError):  # who does not speak TLS, or has left, is not let in
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._make, waiting, ssl=self._tls, ssl_handshake_timeout=handshake_s
+            )
 
 
 def _next(listener: socket.socket) -> socket.socket | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from fleetgate.core.board import Worker
+from fleetgate.proxy.cutting import SHUTTING_DOWN, cut_off
 from fleetgate.proxy.door import Door
 from fleetgate.proxy.hub import SWEEP_S, Hub
 from fleetgate.proxy.listener import ClientConnection
@@ -62,6 +63,8 @@ async def drain(hub: Hub, doors: list[Door], order: Callable[[], Leave]) -> None
                 break
         await asyncio.sleep(SWEEP_S)
     for client in hub.connections:
+        if client.conversation is not None:
+            cut_off(client.conversation, SHUTTING_DOWN)
         client.transport.close()
     await asyncio.sleep(SWEEP_S)
 

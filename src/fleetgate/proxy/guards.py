@@ -134,7 +134,7 @@ class Guards:
     def hold_body(self, more_bytes: int) -> bool:
         """Take bytes of the budget for bodies that do not come in one read; False if there are none left."""
         if self._held_bytes + more_bytes > self.body_budget_bytes:
-            self._say("bodies", f"request bodies hold their {self.body_budget_bytes >> 20} MiB; more get 503")
+            self.say("bodies", f"request bodies hold their {self.body_budget_bytes >> 20} MiB; more get 503")
             return False
         self._held_bytes += more_bytes
         return True
@@ -193,9 +193,9 @@ class Guards:
         short += Shortage.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
         hub.board.set(hub.config.index, Worker.SHORT, short)
         if by_memory > 0:
-            self._say("memory", f"memory runs short: {by_memory:.0%} of new requests get 503, running answers go on")
+            self.say("memory", f"memory runs short: {by_memory:.0%} of new requests get 503, running answers go on")
         if full >= TIGHT:
-            self._say("connections", f"connections are at {full:.0%} of what there may be; idle ones close")
+            self.say("connections", f"connections are at {full:.0%} of what there may be; idle ones close")
 
     # --- what should not happen ---
 
@@ -235,9 +235,9 @@ class Guards:
         cells[self._lag_ms] += lag_ms
         hub.board.set(index, Worker.LAG_MS, lag_ms)
         hub.board.set(index, Worker.LAG_AT_MS, int(hub.clock() * 1000))
-        self._say("lag", f"the event loop stood still for {lag_ms} ms: {where}")
+        self.say("lag", f"the event loop stood still for {lag_ms} ms: {where}")
 
-    def _say(self, what: str, sentence: str) -> None:
+    def say(self, what: str, sentence: str) -> None:
         """A line in the log, and an Event, each now and then."""
         now_s = self._hub.clock()
         if now_s - self._said.get(what, float("-inf")) >= LINE_EVERY_S:

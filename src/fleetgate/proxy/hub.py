@@ -23,6 +23,7 @@ from fleetgate.proxy.auth import Gatekeeper
 from fleetgate.proxy.booking import Booking
 from fleetgate.proxy.config import WorkerConfig
 from fleetgate.proxy.conversation import Conversation
+from fleetgate.proxy.cutting import REVOKED, cut_off
 from fleetgate.proxy.freshness import Freshness
 from fleetgate.proxy.guards import Guards
 from fleetgate.proxy.journal import Journal
@@ -217,7 +218,7 @@ class Hub:
         gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in tables.keys}
         if gone:
             for conversation in [one for one in self.conversations if one.request.key.id in gone]:
-                conversation.cut_off()
+                cut_off(conversation, REVOKED)
 
     # --- what requests read ---
 

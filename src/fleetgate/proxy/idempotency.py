@@ -19,6 +19,7 @@ from fleetgate.proxy.gate import Admitted, Denied
 
 if TYPE_CHECKING:
     from fleetgate.proxy.conversation import Conversation
+    from fleetgate.proxy.hub import Hub
 
 DIRECTORY = "idempotency"
 KEPT_S = 86_400.0
@@ -95,18 +96,25 @@ class Claim:
         self._close()
 
 
-def claim(data_dir: Path, admitted: Admitted, body: bytes) -> Claim | Replay:
-    """The right to answer, or the answer that is kept. Cost: 60 µs, for requests with the header only.
+def claim(hub: "Hub", admitted: Admitted, body: bytes) -> Claim | Replay | None:
+    """The right to answer, or the answer that is kept; None where the disk keeps nothing. FAULTS.md row 68.
 
     Raises: `Denied` with 400 for a name that is none, 409 while another answers it or where its answer is not kept, 422
-    where the same name was given to another request.
+    where the same name was given to another request. Cost: 60 µs, for requests with the header only.
     """
     name = admitted.idempotency
     if len(name) > NAME_BYTES_MAX or not name.isascii():
         raise Denied(400, "invalid_request", f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters")
     owner = f"{admitted.site.gateway.name}\0{admitted.key.id or admitted.key.name}\0".encode()
-    path = data_dir / DIRECTORY / sha256(owner + name).hexdigest()
-    fingerprint = sha256(admitted.path + b"\0" + body).hexdigest()
+    path = Path(hub.config.data_dir) / DIRECTORY / sha256(owner + name).hexdigest()
+    try:
+        return _claim(path, sha256(admitted.path + b"\0" + body).hexdigest())
+    except OSError as error:
+        hub.guards.say("idempotency", f"{path.parent} cannot be used ({error.strerror}): Idempotency-Key has no effect")
+        return None
+
+
+def _claim(path: Path, fingerprint: str) -> Claim | Replay:
     fd = _open(path)
     if fd < 0:
         raise Denied(409, "invalid_request", _BUSY, extra=b"retry-after: 1\r\n")
@@ -119,11 +127,12 @@ def claim(data_dir: Path, admitted: Admitted, body: bytes) -> Claim | Replay:
             raise Denied(422, "invalid_request", _OTHER)
         if kept.state == WHOLE:
             return Replay(kept.headers, answer)
-        raise Denied(409, "invalid_request", _STREAM if kept.state == STREAM else _LARGE)
+        raise Denied(409, "invalid_request", _STREAM if kept.state == STREAM else _LARGE, extra=_FOR_GOOD)
     finally:
         os.close(fd)
 
 
+_FOR_GOOD = b"x-should-retry: false\r\n"  # the official SDKs would ask twice more
 _BUSY = "a request with this Idempotency-Key is being answered; ask again when it has ended"
 _OTHER = "this Idempotency-Key was used for another request in the last 24 hours; give each request its own"
 _STREAM = "a stream with this Idempotency-Key was answered whole, and streams are not kept; use a new key to ask again"

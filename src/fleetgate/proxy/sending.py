@@ -47,6 +47,8 @@ def relay_for(conversation: "Conversation", owner: Owner, place: Place) -> Relay
     if conversation.resumption is None:
         relay = Relay(owner, operation, add_usage, names)
         relay.wants_whole = not ask.stream
+        if ask.several and ask.stream:
+            relay.choices, relay.operation = {}, msgspec.structs.replace(operation, fast_mark=b"\x00")  # each is read
     else:
         relay = conversation.resumption.relay(owner, operation, add_usage, names)
     if conversation.request.raw:

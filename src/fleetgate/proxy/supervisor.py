@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fleetgate.core.board import Board, Worker
+from fleetgate.core.board import Board, Plane, Worker
 from fleetgate.proxy.child import Child
 from fleetgate.proxy.config import RETIRE
 from fleetgate.proxy.succession import Hands, Renewal, Succession
@@ -26,6 +26,9 @@ RESTART_FIRST_S = 0.2
 RESTART_MAX_S = 10.0
 STEADY_S = 30.0  # a child that ran this long starts its back-off anew
 POLL_S = 0.1
+# A worker whose loop never goes round again holds up whoever the kernel gives to it. Counted in looks, not in seconds:
+# a machine that was suspended accuses nobody.
+HUNG_LOOKS = 100
 KILL_AFTER_S = 5.0  # beyond the grace that the child was given
 
 
@@ -179,6 +182,9 @@ class Supervisor:
             return 0
         code = process.poll()
         if code is None:
+            if self._is_hung(child):
+                self._say(f"{child.name} stood still for {HUNG_LOOKS * POLL_S:.0f} s and is killed")
+                process.kill()
             return 0
         child.process = None
         if child.renewing:
@@ -198,9 +204,18 @@ class Supervisor:
         self._say(f"{child.name} ended ({how}){held}; starting it again in {pause_s:.1f} s")
         return 0
 
-    @staticmethod
-    def _renew(child: Child) -> None:
-        """End a process that has no successor beside it, to start it with the code on disk."""
+    def _is_hung(self, child: Child) -> bool:
+        if child.worker < 0 or not self._board.get(child.worker, Worker.ACCEPTING):
+            child.still = 0
+            return False
+        beat = self._board.get(child.worker, Worker.HEARTBEAT_MS)
+        child.still = child.still + 1 if beat == child.beat else 0
+        child.beat = beat
+        return child.still >= HUNG_LOOKS
+
+    def _renew(self, child: Child) -> None:
+        """End a process that has no successor beside it, to start it with the code and the file on disk."""
+        self._board.plane[Plane.CONFIGURED] = 0
         child.essential = False  # bad code must not end what serves
         if child.process is not None:
             child.renewing = True

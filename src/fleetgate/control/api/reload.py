@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
 from fleetgate.control.context import Control
+from fleetgate.control.loading import check_file
 from fleetgate.control.resources import Part
 from fleetgate.core.board import Worker
 
@@ -32,7 +33,13 @@ def routes(control: Control) -> APIRouter:
         board = control.board
         if board is None or not control.config.supervised:
             raise ApiError(409, "this control process has no supervisor; it was not started by `fleetgate up`")
+        if control.config.config_file:
+            mistakes = check_file(control.config.config_file, control.data_dir.path)
+            if mistakes:  # the new control process would read it, and go on without
+                raise ApiError(422, "\n".join(["nothing was replaced, because the file has mistakes:", *mistakes]))
         accepting = [worker for worker in board.present() if board.get(worker, Worker.ACCEPTING)]
+        if not accepting:
+            raise ApiError(409, "no worker serves: this machine is starting or stopping; try again when /readyz is 200")
         os.kill(os.getppid(), signal.SIGHUP)
         return ReloadBegun(replaced_pids=[board.get(worker, Worker.PID) for worker in accepting])
 

@@ -1,4 +1,4 @@
-"""The ledger in the store: rows of attempts, their sums by the hour, and how far the journals are read."""
+"""The usage book in the store: rows of attempts, their sums by the hour, and how far the journals are read."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any

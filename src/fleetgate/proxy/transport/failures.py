@@ -1,5 +1,11 @@
 """What an upstream's error says about it: full, broken, or something of ours."""
 
+import re
+import time
+from email.utils import parsedate_to_datetime
+
+import msgspec
+
 from fleetgate.core.exchange import Failure
 
 
@@ -23,18 +29,51 @@ def failure_of(status: int, headers: dict[bytes, bytes]) -> Failure | None:
     return None
 
 
+_SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
+
+
 def retry_after_s(headers: dict[bytes, bytes]) -> float:
     """How long an upstream asks to be left alone, 0 where it does not say."""
     value = headers.get(b"retry-after-ms", b"")
-    if value.isdigit():
-        return int(value) / 1000
+    if _SECONDS.fullmatch(value):
+        return float(value) / 1000
     value = headers.get(b"retry-after", b"")
-    return float(value) if value.isdigit() and len(value) < 6 else 0.0
+    return float(value) if _SECONDS.fullmatch(value) else _until_s(value, headers.get(b"date", b""))
 
 
-def failure_of_event(event: bytes) -> Failure:
-    """An error as the first event counts as the status it names. FAULTS.md row 24."""
-    for text, failure in ((b"429", Failure.FULL), (b"529", Failure.FULL), (b"401", Failure.CREDENTIAL)):
-        if b'"code":' + text in event or b'"code": ' + text in event:
-            return failure
-    return Failure.BROKEN
+def _until_s(value: bytes, date: bytes) -> float:
+    """A wait that is given as a date, by the clock of whom it came from where that is told."""
+    try:
+        until_s = parsedate_to_datetime(value.decode("latin-1")).timestamp()
+        now_s = parsedate_to_datetime(date.decode("latin-1")).timestamp() if date else time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return max(0.0, until_s - now_s)
+
+
+class _Inner(msgspec.Struct):
+    code: int | str | None = None
+    type: str | None = None
+
+
+class _Outer(msgspec.Struct):
+    error: _Inner | None = None
+    response: "_Outer | None" = None
+
+
+_decode_outer = msgspec.json.Decoder(_Outer).decode
+_STATUSES = {"invalid_request_error": 400, "BadRequestError": 400, "rate_limit_error": 429, "rate_limit_exceeded": 429}
+
+
+def status_of_error(data: bytes) -> int:
+    """The status that an error names whose own status was 200; 500 where it names none."""
+    try:
+        outer = _decode_outer(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return 500
+    error = outer.error or (outer.response and outer.response.error) or _Inner()
+    code = error.code
+    if isinstance(code, str):
+        code = int(code) if code.isdigit() and len(code) == 3 else _STATUSES.get(code)
+    code = code or _STATUSES.get(error.type or "", 500)
+    return code if 400 <= code < 600 else 500

@@ -7,22 +7,20 @@ content goes on as the same bytes object, once it is known to be JSON (0.3 µs).
 from collections.abc import Callable
 from typing import Protocol
 
-import msgspec
-
 from fleetgate.core.exchange import Failed, Failure
 from fleetgate.protocols import http1, openai
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
 from fleetgate.protocols.openai import Meaning, Operation, Usage
 from fleetgate.protocols.resume import Transcript
-from fleetgate.protocols.sse import Events, EventTooLong
-from fleetgate.proxy.transport.failures import failure_of, failure_of_event, retry_after_s
+from fleetgate.protocols.sse import Events, EventTooLong, data_of
+from fleetgate.proxy.transport.failures import failure_of, retry_after_s, status_of_error
+from fleetgate.proxy.transport.looks import as_text, is_json, is_plain, is_text
 from fleetgate.proxy.transport.remainder import Remainder
 from fleetgate.proxy.transport.upstream import UpstreamConnection
 
 BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a whole answer is held back and checked up to this; DESIGN.md section 5
 HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is no answer
 RETRY_AFTER_DEFAULT_S = 1.0
-_skim = msgspec.json.Decoder(msgspec.Raw).decode  # whether something is JSON, without making anything of it
 
 # What an answer may hold before its first content; it is kept until the request can no longer move.
 _NOT_YET = frozenset({Meaning.OTHER, Meaning.USAGE, Meaning.COMMENT})
@@ -86,6 +84,7 @@ class Relay:
     inherited = 0  # events that another engine had said, and that this one was given as its prompt
     script: Transcript | None = None  # of a stream that could go on elsewhere
     wants_whole = False  # the client asked for no stream
+    choices: dict[int, bool] | None = None  # of an answer that may have several: which have begun, and ended
     passed = b""  # header lines of the upstream that the client may see
     _buffer = b""
     _chunked: ChunkedBody | None = None
@@ -121,6 +120,8 @@ class Relay:
             return
         head = self.head
         delimited_by_close = head is not None and self._chunked is None and self._left < 0
+        if self.finish():
+            return
         if delimited_by_close and error is None:
             try:
                 self._end_of_body()
@@ -139,6 +140,14 @@ class Relay:
         if not self._closed:
             self._closed = True
             self.owner.on_failed(self, Failed(failure, sent=False))
+
+    def finish(self) -> bool:
+        """End an answer of which only usage and `[DONE]` may be missing; False where it is not that far."""
+        if not self.finish_seen or not self.stream or self.choices is not None:
+            return False
+        self._events.partial = b""
+        self._end_of_stream([])
+        return True
 
     @property
     def over(self) -> bool:
@@ -202,7 +211,7 @@ class Relay:
             self.held = []
             self._events = Events()
             self._state = self._peek
-            if rest:
+            if rest or self._left == 0:
                 self._peek(rest)
             return
         if head.status in (204, 304):
@@ -244,6 +253,8 @@ class Relay:
     def _left_kept(self, more: int) -> None:
         self.event_count += more  # of an answer that is not streamed, the bytes: what the stall watch looks at
         if self.event_count > BODY_KEPT_BYTES_MAX:
+            if (self._chunked is None and self._left < 0) or not self.wants_whole:
+                raise Malformed(502, "too much to check whether it is whole, or no stream where one was asked for")
             self.held, self._body = self._body, []
             self.owner.on_first(self)
             if not self._closed:
@@ -268,9 +279,14 @@ class Relay:
 
     def _whole_body(self, body: bytes) -> None:
         if self.status < 300:
-            if not body.isascii() and not _is_text(body):
+            if not body.isascii() and not is_text(body):
                 raise Malformed(502, "the upstream's answer is not UTF-8")
-            self.usage = openai.read_answer(body)
+            self.usage, is_error = openai.read_answer(body)
+            if is_error:
+                self._fail_as_told(body)
+                return
+            if not self.wants_whole and self.operation.name != "embeddings":  # SDKs would read a stream of nothing
+                raise Malformed(502, "no stream where one was asked for")
             self._learn_name(body)
         if self._rename is not None:
             body = openai.rename_model(body, *self._rename)
@@ -279,16 +295,29 @@ class Relay:
         self.owner.on_first(self)  # keeps head and body for the end, which is now
         self._finish(b"")
 
+    def _fail_as_told(self, body: bytes) -> None:
+        """An error behind a status 200 counts as the status it names. FAULTS.md rows 22 and 24."""
+        status = status_of_error(body)
+        failure = failure_of(status, {})
+        if failure is not None:
+            self._fail(failure)
+            return
+        self.status, self.stream, self.held = status, False, [body]
+        self.passed = b"content-type: application/json\r\n"
+        self.finish_seen = True
+        self.owner.on_first(self)
+        self._finish(b"")
+
     # --- a stream before its first content ---
 
     def _peek(self, data: bytes) -> None:
         events = self._events.feed(self._payload(data))
         meaning: Meaning | None = None
-        for position, event in enumerate(map(_as_text, events)):
+        for position, event in enumerate(map(as_text, events)):
             meaning, usage = openai.understand(event)
             self.usage = usage or self.usage
             if meaning is Meaning.ERROR:
-                self._fail(failure_of_event(event))
+                self._fail_as_told(data_of(event) or b"")
                 return
             if meaning is Meaning.DONE:
                 break  # nothing was said: an empty stream, which may still move
@@ -298,6 +327,8 @@ class Relay:
             if meaning is Meaning.USAGE and self.hide_usage:
                 continue
             self._learn_name(event)
+            if self.choices is not None:
+                openai.note_choices(event, self.choices)
             if meaning in _NOT_YET:
                 self.held.append(self._named(event))
                 continue
@@ -359,17 +390,17 @@ class Relay:
             == len(data) - 2  # a CR is a line end too: two would be an event of their own
             and data.endswith(b"}\n\n\r\n")
             and data.startswith(_PLAIN_BEGINS, line + 2)
-            and (data.isascii() or _is_text(data))
+            and (data.isascii() or is_text(data))
             and data.find(self.operation.fast_mark, line) > 0
             and data[:line] == b"%x" % length
-            and _is_json(data[brace:-4])
+            and is_json(data[brace:-4])
         )
 
     def _sort(self, events: list[bytes], out: list[bytes]) -> None:
         """Put what the client shall see into `out`."""
         mark = self.operation.fast_mark
-        for event in map(_as_text, events):
-            if event.find(mark) >= 0 and event.startswith(b"data: {") and _is_plain(event):
+        for event in map(as_text, events):
+            if event.find(mark) >= 0 and event.startswith(b"data: {") and is_plain(event):
                 self.event_count += 1
                 out.append(self._named(event))
                 continue
@@ -393,6 +424,9 @@ class Relay:
                 self.event_count += 1
             elif meaning is Meaning.USAGE and self.hide_usage:
                 continue
+            if self.choices is not None:
+                openai.note_choices(event, self.choices)
+                self.finish_seen = self.finish_seen and all(self.choices.values())
             out.append(self._named(event))
 
     def _end_of_stream(self, last: list[bytes]) -> None:
@@ -452,32 +486,6 @@ class Relay:
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
     """The upstream's headers that the client may see. FAULTS.md row 27."""
     return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
-
-
-def _is_plain(event: bytes) -> bool:
-    """Whether its first line is all of it, and JSON: a line end, which JSON allows, would end the data too."""
-    return event.find(b"\n") == len(event) - 2 and event.find(b"\r") < 0 and _is_json(event[6:-2])
-
-
-def _is_json(data: bytes) -> bool:
-    try:
-        _skim(data)
-    except (msgspec.MsgspecError, RecursionError):
-        return False
-    return True
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _as_text(event: bytes) -> bytes:
-    """The event with what is not UTF-8 replaced: the official SDKs die of such bytes. FAULTS.md row 26."""
-    return event if event.isascii() or _is_text(event) else event.decode(errors="replace").encode()
 
 
 def _ignore(data: bytes) -> None:
