@@ -36,7 +36,7 @@ def print_yaml(documents: Sequence[Any]) -> None:
 def print_table(plural: str, documents: Sequence[Mapping[str, Any]], live: Mapping[str, Any]) -> None:
     """Print for people; `live` is the API's state, by which Deployments and Gateways show how they are."""
     if not documents:
-        sys.stdout.write(f"There are no {plural} yet.\n")
+        sys.stdout.write(f"Nothing to show: no {plural} yet.\n")
         return
     states = {entry["name"]: entry for entry in live.get(plural, [])}
     rows = [_row(plural, document, states.get(document.get("name"), {})) for document in documents]

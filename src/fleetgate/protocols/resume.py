@@ -356,7 +356,7 @@ class Seam:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
         self._shape(event)
-        news = bool(event.get("usage")) and (self.caught_up or not event.get("choices"))
+        news = bool(event.get("usage")) and not event.get("choices")  # engines may tell usage in every event
         for choice in event.get("choices") or ():
             news = self._trim(choice) or news
         if not news:
