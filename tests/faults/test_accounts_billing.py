@@ -137,7 +137,8 @@ def test_an_engine_that_was_given_what_another_said_worked_only_for_the_rest(two
     first, second = rows_of(two, database, answer.headers["x-request-id"])
     assert (first["outcome"], first["billed_output_tokens"], first["output_tokens"]) == ("broken", 0, 11)
     assert (second["prompt_tokens"], second["output_tokens"]) == (5, 4), "as its engine said"
-    assert second["billed_output_tokens"] == 4 + 11, "as one answer, whoever said it"
+    # As one answer, whoever said it; of the eleventh the white space at its end was said again.
+    assert second["billed_output_tokens"] == 4 + 10
 
 
 def test_of_two_attempts_beside_each_other_the_quicker_is_billed(two: Plane, database: Database) -> None:

@@ -18,7 +18,6 @@ from tests.waiting import wait_for
 MIB = 1024 * 1024
 LORISES = 1_000  # of each kind, in half the descriptors that a test may open
 PATIENCE = {
-    "conversation.STALL_MAX_S": 2.0,
     "listener.HEAD_WAIT_MAX_S": 1.5,
     "listener.BODY_GRACE_S": 1.0,
     "listener.IDLE_MAX_S": 3.0,
@@ -156,9 +155,10 @@ def test_row_4_a_thousand_of_them_hold_up_nobody(one: Plane, kind: str) -> None:
 # --- who reads slowly -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_row_5_memory_is_flat_under_many_that_do_not_read() -> None:
     """Each holds at most 256 KiB here and some in the kernel; engines are held up, and freed when patience ends."""
-    with plane(patience=PATIENCE) as made:
+    with plane(patience={"listener.UNREAD_MAX_S": 2.0}) as made:  # a busy machine takes its time to send a head
         fill(made)
 
 
@@ -168,9 +168,10 @@ def fill(one: Plane) -> None:
     one.use({"models": {**EVERY_MODEL, "endless": "endless"}})
     count = 100
     before = resident_bytes(one)
-    clients = [one.client(receive_bytes=4096) for _ in range(count)]
-    for client in clients:
-        client.send(request("endless", stream=True))
+    clients = []
+    for _ in range(count):
+        clients.append(one.client(receive_bytes=4096))
+        clients[-1].send(request("endless", stream=True))
     wait_for(lambda: len(one.wall.seen) == count)
     peak = 0
     begun_s = time.monotonic()

@@ -181,7 +181,11 @@ def test_ctrl_c_cancels_and_leaves_nothing(rig: ControlRig, client: httpx2.Clien
     deploy(client, "slow", slow_engine)
     count = len(client.get(PATH.format("slow")).json()["items"])
     words = [*COMMAND, "calibrate", "slow", "--data-dir", str(rig.data_dir)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+    def as_in_a_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells take it from what they run in the background
+
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal)
 
     def jobs() -> list[dict[str, Any]]:
         return list(client.get(PATH.format("slow")).json()["items"])[count:]
