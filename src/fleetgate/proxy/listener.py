@@ -165,7 +165,7 @@ class ClientConnection(asyncio.Protocol):
                 self._buffer = b""
                 self._begin(known, length, data[end:])
                 return
-        data = data.removeprefix(b"\r\n").removeprefix(b"\r\n")  # some clients end a body with an extra line or two
+        data = http1.without_empty_lines(data)
         end = data.find(http1.HEAD_END)
         if (len(data) if end < 0 else end) > http1.HEAD_BYTES_MAX:
             self._deny_and_close(Denied(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
