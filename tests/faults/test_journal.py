@@ -130,6 +130,32 @@ def test_row_68_a_disk_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
     assert book.take() == 60
 
 
+def test_a_segment_that_is_full_just_as_it_is_to_be_committed_ends_no_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = journals._Segment.at
+    closed: list[object] = []
+
+    def at(segment: journals._Segment) -> int:
+        if threading.current_thread().name == "journal" and not closed:
+            closed.append(segment)
+            raise ValueError("mmap closed or invalid")
+        return int(real.__get__(segment))
+
+    async def scene() -> None:
+        monkeypatch.setattr(journals._Segment, "at", property(at))
+        journal = Journal(tmp_path, lambda sentence: None)
+        journal.begin(asyncio.get_running_loop())
+        disk = Disk(monkeypatch, lambda: None)
+        add(journal, 1)
+        await until(lambda: bool(closed))
+        add(journal, 2)
+        await until(lambda: disk.asked == 1)
+        journal.close()
+
+    asyncio.run(scene())
+
+
 def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

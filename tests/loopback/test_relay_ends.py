@@ -7,35 +7,23 @@ from typing import Any
 import pytest
 
 from tests.loopback.test_resume import PATIENCE
-from tests.loopback.wall import Line, Reply, Seen
+from tests.loopback.wall import Reply
 from tests.loopback.wall_client import post, request
-from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, answer, chunk, finish, stream_of
+from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, answer, chunk, finish, raw, stream_of
 from tests.loopback.wall_rig import Plane, plane
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 NO_STREAM = answer("m")
 
 
-def sends(data: bytes, then: str = "") -> Reply:
-    """Bytes as they are, then perhaps an end of the connection."""
-
-    async def reply(line: Line, seen: Seen) -> None:
-        line.write(data)
-        await line.flush()
-        if then:
-            getattr(line, then)()
-
-    return reply
-
-
 def whole(body: bytes) -> Reply:
     """A status 200 with this body."""
-    return sends(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+    return raw(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
 
 
 def streams(*events: bytes, last: bytes = LAST, then: str = "") -> Reply:
     """These events, each in its chunk."""
-    return sends(EVENT_STREAM + CHUNKED + b"".join(map(chunk, events)) + last, then)
+    return raw(EVENT_STREAM + CHUNKED + b"".join(map(chunk, events)) + last, then)
 
 
 def said(index: int, text: str = "", end: str | None = None) -> bytes:
@@ -65,8 +53,8 @@ REPLIES = {
     "error-500": whole(error(500)),
     "error-code": whole(error("engine_lost")),
     "no-stream": whole(NO_STREAM),
-    "no-length": sends(EVENT_STREAM + b"content-length: 0\r\n\r\n"),
-    "large-close": sends(HEAD + b'\r\n{"data":"' + b"x" * (9 << 20), "close"),
+    "no-length": raw(EVENT_STREAM + b"content-length: 0\r\n\r\n"),
+    "large-close": raw(HEAD + b'\r\n{"data":"' + b"x" * (9 << 20), "close"),
     "error-400": whole(error(400)),
     "first-400": streams(b"data: " + error(400) + b"\n\n", DONE),
     "first-name": streams(b'data: {"error":{"message":"no","type":"invalid_request_error"}}\n\n'),
@@ -149,7 +137,7 @@ def test_row_16_retry_after_in_every_form(two: Plane, value: str) -> None:
     """A date is read by the clock of the engine that wrote it."""
     date = b"date: Mon, 01 Jan 2024 00:00:00 GMT\r\n"
     head = b"HTTP/1.1 429 Too Many Requests\r\n" + date + b"retry-after: %b\r\ncontent-length: 2\r\n\r\n{}"
-    two.wall.replies["later"] = sends(head % value.encode())
+    two.wall.replies["later"] = raw(head % value.encode())
     two.use({"models": {"m": "later"}})
     got = two.ask(request("m"))
     assert got.status == 429 and got.headers["retry-after"] == str(WAITS[value])

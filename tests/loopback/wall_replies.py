@@ -110,7 +110,7 @@ def _status(status: bytes, extra: bytes = b"", body: bytes = b'{"error":{"messag
     return reply
 
 
-def _raw(data: bytes, then: str = "") -> Reply:
+def raw(data: bytes, then: str = "") -> Reply:
     """Bytes as they are, then perhaps an end of the connection."""
 
     async def reply(line: Line, seen: Seen) -> None:
@@ -407,8 +407,8 @@ REPLIES: dict[str, Reply] = {
     "extra-bytes": extra_bytes,
     "evil-headers": evil_headers,
     # ends that are no ends
-    "rst-before": _raw(b"", "reset"),
-    "fin-before": _raw(b"", "close"),
+    "rst-before": raw(b"", "reset"),
+    "fin-before": raw(b"", "close"),
     "rst-mid": half_then_reset,
     "fin-mid": half_then_fin,
     "truncated-json": truncated_json,
@@ -439,14 +439,14 @@ REPLIES: dict[str, Reply] = {
     "usage-first": _stream_of("usage", "role", "token", "finish", "done"),
     "comment-first": _stream_of("comment", "role", "token", "finish", "done"),
     # heads that are not HTTP
-    "garbage": _raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
-    "two-lengths": _raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{} "),
-    "length-and-chunks": _raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n{}"),
-    "bad-chunk": _raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"),
-    "bare-lf": _raw(b"HTTP/1.1 200 OK\ncontent-length: 2\n\n{}" + b"\r\n\r\n"),
-    "tiny-chunks": _raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 20_000),
-    "huge-head": _raw(b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 40_000),
-    "switch": _raw(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"),
+    "garbage": raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"),
+    "two-lengths": raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{} "),
+    "length-and-chunks": raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n{}"),
+    "bad-chunk": raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n"),
+    "bare-lf": raw(b"HTTP/1.1 200 OK\ncontent-length: 2\n\n{}" + b"\r\n\r\n"),
+    "tiny-chunks": raw(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 20_000),
+    "huge-head": raw(b"HTTP/1.1 200 OK\r\nx-a: " + b"a" * 40_000),
+    "switch": raw(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"),
     "empty-json": _status(b"200 OK", body=b""),
     "not-text": _status(b"200 OK", body=b'{"choices":[{"message":{"content":"\xff\xfe"}}]}'),
     "not-json": _status(b"200 OK", body=b"<html>hello</html>"),
@@ -466,8 +466,8 @@ REPLIES: dict[str, Reply] = {
     "400": _status(b"400 Bad Request", b"set-cookie: a=b\r\n"),
     "422": _status(b"422 Unprocessable Entity"),
     "302": _status(b"302 Found", b"location: http://127.0.0.1:1/\r\n"),
-    "304": _raw(b"HTTP/1.1 304 Not Modified\r\n\r\n"),
-    "204": _raw(b"HTTP/1.1 204 No Content\r\n\r\n"),
+    "304": raw(b"HTTP/1.1 304 Not Modified\r\n\r\n"),
+    "204": raw(b"HTTP/1.1 204 No Content\r\n\r\n"),
     # time
     "stale": stale,
     "silent": silent,

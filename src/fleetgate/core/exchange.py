@@ -227,6 +227,10 @@ class Exchange:
         self.tried = (*self.tried, candidate.slot)
         self.sent += 1
 
+    def not_sent(self) -> None:
+        """One of two attempts was given up before its request went out, so that it counts against no bound."""
+        self.sent -= 1
+
     def receive(self, event: Event, now_s: float) -> Command:
         """What to do now that this happened.
 

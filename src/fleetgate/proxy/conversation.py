@@ -174,10 +174,10 @@ class Conversation(Speaker):
             return
         if relay is self.relay and hedge.relay.connection is None:
             self._end_hedge()
-            self.exchange.sent -= 1
+            self.exchange.not_sent()
         elif relay is hedge.relay and self.relay.connection is None:
             self.adopt(hedge)
-            self.exchange.sent -= 1
+            self.exchange.not_sent()
 
     # --- what the relay reports ---
 

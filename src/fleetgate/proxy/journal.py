@@ -221,10 +221,12 @@ class Journal:
             segment = self._segment
             if segment is None:
                 continue
-            at = segment.at
             try:
+                at = segment.at
                 os.fdatasync(segment.fd)
                 segment.on_disk = at
+            except ValueError:  # it was full just now, and `_turn`, which closed it, has asked for it
+                pass
             except OSError as error:
                 assert self._loop is not None
                 with suppress(RuntimeError):  # the loop has ended
