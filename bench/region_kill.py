@@ -47,7 +47,7 @@ class Region:
 
     def start(self) -> None:
         """Start it, where it was before if it was."""
-        argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", self._address, "--model", "m"]
+        argv = [sys.executable, "-m", "fleetgate.engine", "--listen", self._address, "--model", "m"]
         options = ["--region", self.name, "--decode-base-s", str(DECODE_STEP_S), "--slots", str(ENGINE_SLOTS)]
         self._process = subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert self._process.stdout is not None

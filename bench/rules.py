@@ -7,11 +7,11 @@ import timeit
 from collections.abc import Callable
 
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Snapshot, Upstream
-from fleetgate.core.policy import Facts
-from fleetgate.core.route import lanes_of, route
-from fleetgate.core.strategies import NO_TURN, Standing
-from fleetgate.rules.body import BodyReader
-from fleetgate.rules.ruleset import RuleSet
+from fleetgate.core.routing.policy_decision import Facts
+from fleetgate.core.routing.route import lanes_of, route
+from fleetgate.core.routing.strategies import NO_TURN, Standing
+from fleetgate.policies.body_fields import BodyReader
+from fleetgate.policies.policy_set import RuleSet
 
 ROUNDS, REPEATS = 20_000, 5
 DEPLOYMENTS = tuple(

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "fleetgate"
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 60
 PARAMETERS_MAX = 6
-ONE_FILE_EACH = ("core/strategies", "protocols/engines", "providers")
+ONE_FILE_EACH = ("core/routing/strategies", "protocols/engines", "providers")
 
 
 def python_files() -> list[Path]:
@@ -52,7 +52,15 @@ def test_functions_are_short() -> None:
 
 def test_functions_take_few_parameters() -> None:
     """Commands of the CLI are exempt: their parameters are the flags that a user sees."""
-    exempt = (SOURCE / "cli", SOURCE / "main.py", SOURCE / "simulator" / "engine.py", ROOT / "tests", ROOT / "bench")
+    exempt = (
+        SOURCE / "cli",
+        SOURCE / "demo",
+        SOURCE / "simulator" / "command.py",
+        SOURCE / "main.py",
+        SOURCE / "engine" / "main.py",
+        ROOT / "tests",
+        ROOT / "bench",
+    )
     many = [
         f"{path}:{node.name}"
         for path in python_files()

@@ -19,8 +19,8 @@ import msgspec
 
 from bench.routing.bars import Findings, bars
 from bench.routing.runs import Case, Point, run_case, window
-from fleetgate.control.paper import read_fleet
-from fleetgate.core import strategies
+from fleetgate.control.snapshot.offline import read_fleet
+from fleetgate.core.routing import strategies
 from fleetgate.simulator.baselines import BASELINES
 from fleetgate.simulator.fleet import Fleet, fleet_of
 from fleetgate.simulator.traces import read_trace

@@ -5,16 +5,16 @@ import time
 from collections import deque
 from functools import partial
 
-from fleetgate.core import strategies
-from fleetgate.core.board import Board
-from fleetgate.core.books import Books, Hold
-from fleetgate.core.desk import Desk, Placed, Wish
-from fleetgate.core.estimate import Estimate, Sighting
-from fleetgate.core.forecast import Need
-from fleetgate.core.ledger import Ledger
+from fleetgate.core.admission.ledger import Ledger
+from fleetgate.core.admission.work_ledger import Books, Hold
+from fleetgate.core.capacity.deployment_view import Outlook, Seat
+from fleetgate.core.capacity.latency_model import Need
+from fleetgate.core.capacity.online_estimate import Estimate, Sighting
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Profile, Slo, Snapshot, Upstream
-from fleetgate.core.outlook import Outlook, Seat
-from fleetgate.core.route import lanes_of
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.route import lanes_of
+from fleetgate.core.routing.scheduler import Desk, Placed, Wish
+from fleetgate.ipc.shared_memory import Board
 
 PROFILE = Profile(
     name="h100",

@@ -7,12 +7,12 @@ from statistics import median
 
 import msgspec
 
-from fleetgate.core.affinity import COLD, Affinity, Warm
+from fleetgate.core.routing.prefix_affinity import COLD, Affinity, Warm
 from fleetgate.simulator.faults import Fault
 from fleetgate.simulator.fleet import Fleet
-from fleetgate.simulator.scoring import good
-from fleetgate.simulator.shell import Shell
-from fleetgate.simulator.simulate import Outcome, Setting, Simulation
+from fleetgate.simulator.proxy_model import Shell
+from fleetgate.simulator.score import good
+from fleetgate.simulator.simulation import Outcome, Setting, Simulation
 from fleetgate.simulator.world import Arrival, Balancer, World
 
 WINDOW_SHARE = 0.5  # of the trace that one seed sees; seeds begin evenly spaced, so that they overlap

@@ -10,15 +10,15 @@ import typer
 
 from fleetgate import __version__
 from fleetgate.cli import flags
-from fleetgate.cli.app import app
 from fleetgate.cli.client import DEFAULT_DATA_DIR
-from fleetgate.cli.demo import run_demo
-from fleetgate.providers.documents import Unreadable
-from fleetgate.proxy.supervisor import CannotStart
-from fleetgate.rules import plugins
-from fleetgate.running import UpOptions, run_up
-from fleetgate.simulator.command import SETTINGS as ENGINE_SETTINGS
-from fleetgate.simulator.command import engine
+from fleetgate.cli.commands import app
+from fleetgate.demo.command import run_demo
+from fleetgate.engine.command import SETTINGS as ENGINE_SETTINGS
+from fleetgate.engine.command import engine
+from fleetgate.manifests import Unreadable
+from fleetgate.policies import plugins
+from fleetgate.supervisor.supervisor import CannotStart
+from fleetgate.supervisor.up import UpOptions, run_up
 
 WORKERS_DEFAULT_MAX = 8  # beyond that one machine's network is the limit, not its cores
 
@@ -152,8 +152,8 @@ def simulate(
     `fleetgate simulate --fleet fleet.yaml --trace conv.csv.gz --region-phase us-east=0,eu-west=8 --plot day.svg`
     """
     # Imported here: validation and the simulator take half a second that other commands need not wait for.
-    from fleetgate.control.paper import read_fleet
-    from fleetgate.simulator import simulating
+    from fleetgate.control.snapshot.offline import read_fleet
+    from fleetgate.simulator import command as simulating
 
     plugins.load()
     wanted = tuple(name.strip() for text in strategy or [] for name in text.split(",") if name.strip())
@@ -194,8 +194,8 @@ def replay(
     `fleetgate replay records.jsonl --fleet fleet.yaml --against cheaper.yaml -o json`
     """
     # Imported here: validation and the simulator take half a second that other commands need not wait for.
-    from fleetgate.control.paper import read_fleet
-    from fleetgate.simulator import replaying
+    from fleetgate.control.snapshot.offline import read_fleet
+    from fleetgate.simulator.replay import command as replaying
 
     plugins.load()
     try:

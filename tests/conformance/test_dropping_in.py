@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import fleetgate
-from fleetgate.core import strategies
 from fleetgate.core.model import Snapshot
-from fleetgate.core.route import Decision, lanes_of, route
-from fleetgate.core.strategies import NO_TURN, Standing
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.route import Decision, lanes_of, route
+from fleetgate.core.routing.strategies import NO_TURN, Standing
 from fleetgate.protocols import engines
 from tests.conformance import test_engines, test_strategies
 from tests.loopback.rig import deployment, gateway
@@ -25,7 +25,7 @@ STRATEGY = '''"""The last name first."""
 
 from collections.abc import Sequence
 
-from fleetgate.core.strategies import Candidate, Load, Ranking, Turn
+from fleetgate.core.routing.strategies import Candidate, Load, Ranking, Turn
 
 
 def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
@@ -106,7 +106,7 @@ def test_a_worker_routes_and_probes_with_dropped_in_files(tmp_path: Path, monkey
     source = Path(fleetgate.__file__).parent
     copy = tmp_path / "fleetgate"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "core" / "strategies" / "last_name.py").write_text(STRATEGY)
+    (copy / "core" / "routing" / "strategies" / "last_name.py").write_text(STRATEGY)
     (copy / "protocols" / "engines" / "my_engine.py").write_text(ENGINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with plane(walls=2) as made:

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Snapshot, Upstream
-from fleetgate.core.policy import Facts, Judgement
-from fleetgate.core.route import lanes_of
-from fleetgate.core.strategies import Candidate, Load, Ranking, Turn
-from fleetgate.rules import plugins
-from fleetgate.rules.ruleset import RuleSet
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.policy_decision import Facts, Judgement
+from fleetgate.core.routing.route import lanes_of
+from fleetgate.core.routing.strategies import Candidate, Load, Ranking, Turn
+from fleetgate.policies import plugins
+from fleetgate.policies.policy_set import RuleSet
 from tests.conformance.test_strategies import Situation, check_answer, check_long_run, check_order_of_writing
 from tests.properties.test_routing import situations
 

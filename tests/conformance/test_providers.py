@@ -25,7 +25,7 @@ from fleetgate.providers.base import (
 
 READY_S_MAX = 60
 WORKLOAD = Workload(
-    command=(sys.executable, "-m", "fleetgate.simulator.engine"),
+    command=(sys.executable, "-m", "fleetgate.engine"),
     args=("--listen", "127.0.0.1:{port}"),
     health="/health",
 )

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
-from fleetgate.core.route import Decision, Lane, route
-from fleetgate.core.strategies import NO_TURN, Candidate, Ranking, Standing, Strategy, Turn
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.route import Decision, Lane, route
+from fleetgate.core.routing.strategies import NO_TURN, Candidate, Ranking, Standing, Strategy, Turn
 from tests.properties.test_routing import has_place, situations
 
 Situation = tuple[tuple[Candidate, ...], dict[int, Standing], Turn]

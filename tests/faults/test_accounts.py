@@ -18,15 +18,15 @@ import pytest
 import sqlalchemy as sa
 
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import UsageBook
-from fleetgate.proxy import journal as journals
-from fleetgate.proxy.journal import Journal
+from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.ipc import usage_journal as journals
+from fleetgate.ipc.usage_journal import Journal
 from tests.loopback.up_rig import Up, deployment, gateway, kill
 from tests.loopback.wall import Wall
 from tests.loopback.wall_replies import REPLIES
 from tests.waiting import wait_for
 
-CONTROL, WORKER = "fleetgate.control.server", "fleetgate.proxy.worker"
+CONTROL, WORKER = "fleetgate.control.process", "fleetgate.proxy.worker"
 KILLS = int(os.environ.get("FLEETGATE_KILLS", "5"))
 MODELS = [{"name": name} for name in REPLIES]
 GOOD = ("ok", "at-once", "in-pieces", "slow", "slow")

@@ -14,10 +14,10 @@ import pytest
 
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import UsageBook
-from fleetgate.core.board import Signal
-from fleetgate.core.hedging import SEEN_MIN
+from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.core.health.hedge_policy import SEEN_MIN
 from fleetgate.core.model import Resilience
+from fleetgate.ipc.shared_memory import Signal
 from tests.loopback.test_resume import PATIENCE, REPLIES, WORDS, read
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_rig import Plane, plane

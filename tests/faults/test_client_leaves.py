@@ -11,8 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from fleetgate.core.board import Worker
 from fleetgate.core.model import Resilience
+from fleetgate.ipc.shared_memory import Worker
 from tests.loopback.wall_client import Client, post, request
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_replies import stream_of

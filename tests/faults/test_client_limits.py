@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.core.board import Worker
-from fleetgate.core.shortage import Shortage
-from fleetgate.proxy.memory import Memory
+from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shortage import Shortage
+from fleetgate.proxy.overload.memory_pressure import Memory
 from tests.loopback.test_edge_keys import GOOD, KEYS, SCOPED, publish
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import PATH, Answer, Client, request

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from fleetgate.core.board import Worker
-from fleetgate.core.standing import strains
-from fleetgate.providers.spool import Spool
+from fleetgate.ipc.event_spool import Spool
+from fleetgate.ipc.machine_status import strains
+from fleetgate.ipc.shared_memory import Worker
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_rig import Plane, plane
 from tests.waiting import wait_for
@@ -24,17 +24,18 @@ def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
     return {name: wrapped}  # type: ignore[dict-item]
 
 
+HANDLER = "fleetgate.proxy.request.handler"
 # Where it breaks, and whether something of the answer is out by then.
 PLACES = {
-    "reading the body": (breaks("listener.openai.read_ask", "b'boom' in self"), False),
-    "picking": (breaks("conversation.placing.pick", "b'boom' in self.body"), False),
-    "sending": (breaks("conversation.sending.request_bytes", "b'boom' in self.body"), False),
-    "the first content": (breaks("conversation.ACTIONS[conversation.Commit]", "b'boom' in self.body"), False),
+    "reading the body": (breaks("fleetgate.protocols.clients.openai.read_ask", "b'boom' in self"), False),
+    "picking": (breaks("fleetgate.proxy.request.placement.pick", "b'boom' in self.body"), False),
+    "sending": (breaks("fleetgate.proxy.request.attempt.request_bytes", "b'boom' in self.body"), False),
+    "the first content": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.Commit]", "b'boom' in self.body"), False),
     "an event": (
-        breaks("conversation.Conversation.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
+        breaks(f"{HANDLER}.Conversation.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
     ),
-    "the end": (breaks("conversation.Conversation.on_ended", "b'boom' in self.body and self.ask.stream"), True),
-    "the watch": (breaks("conversation.watching.watch", "b'boom' in self.body"), False),
+    "the end": (breaks(f"{HANDLER}.Conversation.on_ended", "b'boom' in self.body and self.ask.stream"), True),
+    "the watch": (breaks("fleetgate.proxy.request.deadlines.watch", "b'boom' in self.body"), False),
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
 
 def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pytest.CaptureFixture[str]) -> None:
     """Nobody knows there whose request it is, but its connection ends, and that is a lost attempt like any other."""
-    name = "conversation.Relay._read_head"
+    name = "fleetgate.proxy.transport.response_relay.Relay._read_head"
     with plane(patience=breaks(name, "b'boom' in self.owner.body")) as made:
         made.use({})
         for stream in (True, False):
@@ -108,7 +109,9 @@ def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.Capt
 
 def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.CaptureFixture[str]) -> None:
     """One second of sleep in a request: a metric, the board for readiness, an Event, a line that names the place."""
-    sleeps = breaks("listener.openai.read_ask", "b'boom' in self and __import__('time').sleep(1.0)", "0")
+    sleeps = breaks(
+        "fleetgate.protocols.clients.openai.read_ask", "b'boom' in self and __import__('time').sleep(1.0)", "0"
+    )
     with plane(patience=sleeps) as made:
         made.use({})
         done = threading.Event()
@@ -132,7 +135,7 @@ def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.Ca
         assert made.ask(request("ok")).status == 200
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     told = [line for line in lines if line["event"] == "lag"]
-    assert told and "proxy/listener.py" in told[-1]["message"] and "_serve" in told[-1]["message"], told
+    assert told and "downstream/client_connection.py" in told[-1]["message"] and "_serve" in told[-1]["message"], told
 
 
 def test_row_74_a_quiet_loop_is_not_accused(capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.core.board import Worker
+from fleetgate.ipc.shared_memory import Worker
 from tests.loopback.test_relay_waits import endless
 from tests.loopback.wall_client import PATH, Client, post, request
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
@@ -18,11 +18,11 @@ from tests.waiting import wait_for
 MIB = 1024 * 1024
 LORISES = 1_000  # of each kind, in half the descriptors that a test may open
 PATIENCE = {
-    "listener.HEAD_WAIT_MAX_S": 1.5,
-    "listener.BODY_GRACE_S": 1.0,
-    "listener.IDLE_MAX_S": 3.0,
-    "listener.BODY_SLACK_MAX_S": 2.0,
-    "listener.UNREAD_MAX_S": 2.0,
+    "fleetgate.proxy.downstream.client_connection.HEAD_WAIT_MAX_S": 1.5,
+    "fleetgate.proxy.downstream.client_connection.BODY_GRACE_S": 1.0,
+    "fleetgate.proxy.downstream.client_connection.IDLE_MAX_S": 3.0,
+    "fleetgate.proxy.downstream.client_connection.BODY_SLACK_MAX_S": 2.0,
+    "fleetgate.proxy.downstream.client_connection.UNREAD_MAX_S": 2.0,
 }
 
 
@@ -158,7 +158,9 @@ def test_row_4_a_thousand_of_them_hold_up_nobody(one: Plane, kind: str) -> None:
 @pytest.mark.alone
 def test_row_5_memory_is_flat_under_many_that_do_not_read() -> None:
     """Each holds at most 256 KiB here and some in the kernel; engines are held up, and freed when patience ends."""
-    with plane(patience={"listener.UNREAD_MAX_S": 2.0}) as made:  # a busy machine takes its time to send a head
+    with plane(
+        patience={"fleetgate.proxy.downstream.client_connection.UNREAD_MAX_S": 2.0}
+    ) as made:  # a busy machine takes its time to send a head
         fill(made)
 
 

@@ -13,12 +13,12 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from fleetgate.control import usage
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage import UsageBook
-from fleetgate.core import account
-from fleetgate.proxy import journal as journals
-from fleetgate.proxy.journal import Journal
+from fleetgate.control.usage import ingest as usage
+from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.core import usage_record as account
+from fleetgate.ipc import usage_journal as journals
+from fleetgate.ipc.usage_journal import Journal
 from tests.faults.test_accounts import book_in, count, line, until
 from tests.loopback.up_rig import Up, deployment, gateway
 from tests.loopback.wall import Wall

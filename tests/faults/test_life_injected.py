@@ -13,7 +13,7 @@ import pytest
 
 from fleetgate.control.context import Control
 from fleetgate.control.faults import Faults
-from fleetgate.core.injection import Fault, Kind
+from fleetgate.core.fault_injection import Fault, Kind
 from tests.faults.life_load import Load
 from tests.faults.test_life_upgrade import running
 from tests.loopback.up_rig import Up
@@ -65,7 +65,7 @@ def test_a_fault_ends_when_its_time_is_over_although_everybody_else_is_dead(tmp_
     with running(tmp_path) as up, Load(up.port, short=6, streams=0) as load:
         inject(up, "error", "--deployment", "a", "--share", "1", "--for", "4s", "--stop-below-slo", "0")
         begun_s = time.monotonic()
-        (control,) = up.children("fleetgate.control.server")
+        (control,) = up.children("fleetgate.control.process")
         os.kill(control, signal.SIGSTOP)
         try:
             time.sleep(max(0.0, 4.5 - (time.monotonic() - begun_s)))
@@ -82,7 +82,7 @@ def test_a_fault_ends_when_its_time_is_over_although_everybody_else_is_dead(tmp_
 def test_a_fault_with_a_bound_ends_when_nobody_watches_it(tmp_path: Path) -> None:
     with running(tmp_path) as up:
         inject(up, "error", "--deployment", "a", "--share", "1", "--for", "1h")
-        (control,) = up.children("fleetgate.control.server")
+        (control,) = up.children("fleetgate.control.process")
         os.kill(control, signal.SIGSTOP)
         try:
             struck = up.data_dir / "faults.json"

@@ -13,7 +13,7 @@ import httpx2
 import trustme
 import uvloop
 
-from fleetgate.proxy.door import Door
+from fleetgate.proxy.downstream.listener import Door
 from tests.faults.life_load import Load
 from tests.faults.test_accounts import rows_of
 from tests.faults.test_life_upgrade import running

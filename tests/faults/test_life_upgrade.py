@@ -121,12 +121,12 @@ def test_row_71_a_killed_worker_breaks_its_own_streams_only(tmp_path: Path) -> N
 
 def test_the_command_reloads_workers_and_control_process(tmp_path: Path) -> None:
     with running(tmp_path) as up, Load(up.port, short=4, streams=4) as load:
-        workers, control = set(up.children(WORKER)), set(up.children("fleetgate.control.server"))
+        workers, control = set(up.children(WORKER)), set(up.children("fleetgate.control.process"))
         told = up.cli("reload")
         assert told.returncode == 0, told.stderr
         assert "2 new workers serve" in told.stdout
         wait_for(lambda: not workers & set(up.children(WORKER)), 60)
-        wait_for(lambda: not control & set(up.children("fleetgate.control.server")))
+        wait_for(lambda: not control & set(up.children("fleetgate.control.process")))
         wait_for(up.is_ready)
         wait_for(lambda: "all workers are new ones" in up.cli("get", "events").stdout)
         assert "was started again" not in up.cli("get", "events").stdout

@@ -10,9 +10,9 @@ import pytest
 import uvloop
 
 from fleetgate.core.model import Endpoint
-from fleetgate.proxy.transport import addresses
-from fleetgate.proxy.transport.addresses import EgressRule, Refused
-from fleetgate.proxy.transport.upstream import Peer, UpstreamConnection
+from fleetgate.proxy.transport import dns as addresses
+from fleetgate.proxy.transport.connection_pool import Peer, UpstreamConnection
+from fleetgate.proxy.transport.dns import EgressRule, Refused
 
 
 class Names:

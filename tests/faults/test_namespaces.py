@@ -10,9 +10,9 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from fleetgate.core.health import EJECTION_FIRST_S, JITTER
-from fleetgate.proxy.tcp import UNHEARD_MS_MAX
-from fleetgate.proxy.transport.upstream import DIAL_SLOW_SHARE
+from fleetgate.core.health.circuit_breaker import EJECTION_FIRST_S, JITTER
+from fleetgate.proxy.transport.connection_pool import DIAL_SLOW_SHARE
+from fleetgate.proxy.transport.tcp_info import UNHEARD_MS_MAX
 from tests.faults.far_region import FarRegion, why_not
 from tests.loopback.test_resume import PATIENCE, REPLIES, WORDS, events_of, read
 from tests.loopback.wall import Line, Seen, Wall

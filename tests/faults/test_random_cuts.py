@@ -23,9 +23,9 @@ CUTS = int(os.environ.get("FLEETGATE_CUTS", "300"))
 SEED = int(os.environ.get("FLEETGATE_SEED", "1"))
 ANSWER_BYTES = 9000
 CLIENTS = 16
-QUICK = {"watching.patience.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
+QUICK = {"fleetgate.core.health.timeouts.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
 # A breaker would soon leave nothing to cut.
-_MOVES = "worker.sys.modules['fleetgate.core.health'].MOVES"
+_MOVES = "fleetgate.core.health.circuit_breaker.MOVES"
 NO_BREAKER: dict[str, float | str] = {_MOVES: f"{{move: to._replace(after=10**9) for move, to in {_MOVES}.items()}}"}
 
 

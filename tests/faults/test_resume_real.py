@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from fleetgate.core.board import Signal
+from fleetgate.ipc.shared_memory import Signal
 from tests.loopback.rig import Rig, deployment, gateway
 from tests.waiting import wait_for
 
@@ -23,7 +23,7 @@ QUESTION = "Write a short story about a lighthouse keeper: é, ü and 😀 may b
 @contextmanager
 def killable() -> Iterator[tuple[int, int]]:
     """A real engine: its process and port. It may be gone at the end."""
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:0", "--llamacpp", "smollm2"]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", "--llamacpp", "smollm2"]
     process = subprocess.Popen([*argv, "--slots", "2"], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     try:

@@ -16,7 +16,7 @@ from tests.loopback.engines import engine, metric
 from tests.loopback.up_rig import Up, deployment, gateway, kill
 from tests.waiting import wait_for
 
-CONTROL, WORKER = "fleetgate.control.server", "fleetgate.proxy.worker"
+CONTROL, WORKER = "fleetgate.control.process", "fleetgate.proxy.worker"
 SLOW = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0.1")
 
 

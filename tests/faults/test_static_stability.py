@@ -13,13 +13,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from fleetgate.providers.signing import LAST_GOOD, SNAPSHOT
+from fleetgate.ipc.signed_file import LAST_GOOD, SNAPSHOT
 from tests.loopback.engines import engine
 from tests.loopback.up_rig import Up, deployment, free_port, gateway, is_alive, kill
 from tests.waiting import wait_for
 
 QUICK = ("--model", "m", "--prefill-tokens-per-s", "0", "--decode-base-s", "0")
-CONTROL, WORKER = "fleetgate.control.server", "fleetgate.proxy.worker"
+CONTROL, WORKER = "fleetgate.control.process", "fleetgate.proxy.worker"
 OUTAGE_S = 6.0  # longer than the silence that counts as an outage
 
 

@@ -3,8 +3,8 @@
 import random
 from typing import Any
 
-from fleetgate.protocols.bounds import DEPTH_MAX
-from fleetgate.protocols.openai import InvalidBody, output_tokens_max, read_ask, rewrite
+from fleetgate.protocols.clients.openai import InvalidBody, output_tokens_max, read_ask, rewrite
+from fleetgate.protocols.json_checks import DEPTH_MAX
 from tests.fuzz.mutation import Mutator
 from tests.fuzz.strict_json import Members, Number, Reading, Refuse, decode
 

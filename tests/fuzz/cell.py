@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.providers.signing import public_key
-from fleetgate.proxy.config import WorkerConfig
-from fleetgate.proxy.listener import ClientConnection
-from fleetgate.proxy.supervisor import shared_memory
-from fleetgate.proxy.tables import Tables
-from fleetgate.proxy.transport.upstream import Peer
-from fleetgate.proxy.worker import WorkerProcess
+from fleetgate.ipc.signed_file import public_key
+from fleetgate.proxy.downstream.client_connection import ClientConnection
+from fleetgate.proxy.routing.routing_table import Tables
+from fleetgate.proxy.transport.connection_pool import Peer
+from fleetgate.proxy.worker.config import WorkerConfig
+from fleetgate.proxy.worker.worker import WorkerProcess
+from fleetgate.supervisor.supervisor import shared_memory
 
 CALLS_MAX = 100_000  # of one input; more is a loop without end
 

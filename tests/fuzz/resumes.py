@@ -2,11 +2,11 @@
 
 import random
 
+from fleetgate.protocols.clients.openai import OPERATIONS, InvalidBody, Meaning, read_ask, understand
 from fleetgate.protocols.http1 import Malformed
-from fleetgate.protocols.openai import OPERATIONS, InvalidBody, Meaning, read_ask, understand
-from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way, prefill_body, ways_of
-from fleetgate.protocols.resume_responses import ResponseSeam, ResponseTranscript, response_ways_of
-from fleetgate.protocols.resume_tokens import TokenSeam, tokens_body
+from fleetgate.protocols.resume.responses import ResponseSeam, ResponseTranscript, response_ways_of
+from fleetgate.protocols.resume.token_ids import TokenSeam, tokens_body
+from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way, prefill_body, ways_of
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from tests.fuzz import strict_json
 from tests.fuzz.mutation import Mutator

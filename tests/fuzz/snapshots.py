@@ -4,7 +4,6 @@ import random
 
 import msgspec
 
-from fleetgate.core.board import Board
 from fleetgate.core.model import (
     DEPLOYMENTS_MAX,
     ENDPOINTS_MAX,
@@ -18,9 +17,10 @@ from fleetgate.core.model import (
     decode_snapshot,
     encode_snapshot,
 )
-from fleetgate.providers.sealing import CannotUnseal, seal
-from fleetgate.proxy.tables import Maker, Tables
-from fleetgate.proxy.telemetry import Telemetry
+from fleetgate.ipc.sealed_secret import CannotUnseal, seal
+from fleetgate.ipc.shared_memory import Board
+from fleetgate.proxy.routing.routing_table import Maker, Tables
+from fleetgate.proxy.telemetry.metrics import Telemetry
 from tests.fuzz.mutation import Mutator
 from tests.loopback.rig import deployment, gateway
 

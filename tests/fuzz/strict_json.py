@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from fleetgate.protocols.bounds import CONTAINERS_MAX, DEPTH_MAX, VALUES_MAX
+from fleetgate.protocols.json_checks import CONTAINERS_MAX, DEPTH_MAX, VALUES_MAX
 
 DIGITS_MAX = 4300  # of integers: as many as Python reads
 

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
-from fleetgate.protocols import bounds
-from fleetgate.protocols.openai import InvalidBody, Meaning, read_ask, top_level, understand
-from fleetgate.protocols.resume import Mismatch, Seam, Transcript, Way, prefill_body
+from fleetgate.protocols import json_checks as bounds
+from fleetgate.protocols.clients.openai import InvalidBody, Meaning, read_ask, top_level, understand
+from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way, prefill_body
 from tests.loopback.rig import deployment, gateway
 from tests.loopback.wall_rig import Plane, plane
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.protocols.openai import InvalidBody, read_ask
+from fleetgate.protocols.clients.openai import InvalidBody, read_ask
 from tests.fuzz.__main__ import TARGETS
 from tests.fuzz.bodies import bombs
 from tests.fuzz.target import attack

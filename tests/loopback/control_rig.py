@@ -12,10 +12,10 @@ import httpx2
 import msgspec
 
 from fleetgate.control.config import ENV, ControlConfig
-from fleetgate.core.board import Board, Worker
 from fleetgate.core.model import Snapshot, decode_snapshot
-from fleetgate.providers.signing import verified
-from fleetgate.proxy.supervisor import open_listener, shared_memory
+from fleetgate.ipc.shared_memory import Board, Worker
+from fleetgate.ipc.signed_file import verified
+from fleetgate.supervisor.supervisor import open_listener, shared_memory
 from tests.waiting import wait_for
 
 DEPLOYMENT = {
@@ -62,7 +62,7 @@ class ControlRig:
         )
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
         fds = [self.board_fd, config.api_fd, self._life_read]
-        command = [sys.executable, "-m", "fleetgate.control.server"]
+        command = [sys.executable, "-m", "fleetgate.control.process"]
         self.process = subprocess.Popen(command, env=env, pass_fds=fds, stderr=subprocess.PIPE)
         return self.process
 

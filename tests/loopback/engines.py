@@ -10,7 +10,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def engine(*options: str) -> Iterator[str]:
     """A simulated engine in a process of its own; its base URL, with /v1."""
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:0", *options]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", *options]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

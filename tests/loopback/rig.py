@@ -11,7 +11,6 @@ from types import TracebackType
 
 import msgspec
 
-from fleetgate.core.board import Board, Worker
 from fleetgate.core.model import (
     Deployment,
     Endpoint,
@@ -20,9 +19,10 @@ from fleetgate.core.model import (
     Upstream,
     encode_snapshot,
 )
-from fleetgate.providers.signing import PUBLIC_KEY, public_key, sign
-from fleetgate.proxy.config import ENV, WorkerConfig
-from fleetgate.proxy.supervisor import open_listeners, shared_memory
+from fleetgate.ipc.shared_memory import Board, Worker
+from fleetgate.ipc.signed_file import PUBLIC_KEY, public_key, sign
+from fleetgate.proxy.worker.config import ENV, WorkerConfig
+from fleetgate.supervisor.supervisor import open_listeners, shared_memory
 from tests.waiting import wait_for
 
 PEPPER = b"p" * 32
@@ -34,9 +34,7 @@ class Rig:
 
     def __init__(self, data_dir: Path, workers: int = 1, auth: str = "none", **options: object) -> None:
         self.data_dir = data_dir
-        self.patience: Mapping[
-            str, float | str
-        ] = {}  # `module.NAME` under fleetgate.proxy: shorter waits for tests of waits
+        self.patience: Mapping[str, float | str] = {}  # `fleetgate.a.b.NAME`: shorter waits for tests of waits
         self.board_fd, self.board = shared_memory(workers)
         self._listeners = open_listeners("127.0.0.1:0", "--listen", workers)
         self.port: int = self._listeners[0].getsockname()[1]
@@ -82,7 +80,7 @@ class Rig:
         config = self.config(index)
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
-        lines = ["from fleetgate.proxy import conversation, listener, ward, watching, worker"]
+        lines = ["import fleetgate.proxy.worker.worker as worker", "import fleetgate"]
         lines += [f"{name} = {value}" for name, value in self.patience.items()]
         process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fleetgate.core.board import WORK_CELLS, Work
+from fleetgate.core.admission.work_ledger import WORK_CELLS, Work
 from fleetgate.core.model import Profile, Slo
 from tests.loopback.capacity_rig import Outcome, Shape, engines, refusals, send
 from tests.loopback.engines import metric

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 import yaml
 
-from fleetgate.control.asking import Answer, Asker, CannotAsk, Target, reach
+from fleetgate.control.calibration.client import Answer, Asker, CannotAsk, Target, reach
 from fleetgate.core.model import Endpoint
 from tests.loopback.control_rig import DEPLOYMENT, ControlRig
 from tests.loopback.engines import engine, metric

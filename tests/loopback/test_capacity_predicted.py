@@ -101,7 +101,7 @@ def test_a_client_that_cannot_wait_so_long_is_refused_at_once(tmp_path: Path) ->
 @contextlib.contextmanager
 def engine_at(port: int, *options: str) -> Iterator[None]:
     """An engine at a port, so that another may follow it there; it is killed in the middle of whatever it does."""
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", f"127.0.0.1:{port}", "--model", "m"]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", f"127.0.0.1:{port}", "--model", "m"]
     process = subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("listening")

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from fleetgate.core.board import Signal
-from fleetgate.core.keys import hmac_hex, parse_key
-from fleetgate.providers.sealing import unseal
+from fleetgate.core.api_keys import hmac_hex, parse_key
+from fleetgate.ipc.sealed_secret import unseal
+from fleetgate.ipc.shared_memory import Signal
 from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
 from tests.waiting import wait_for
 

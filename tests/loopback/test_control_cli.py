@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fleetgate.core.keys import parse_key
+from fleetgate.core.api_keys import parse_key
 from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
 
 
@@ -23,7 +23,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlRig]:
 def run(*words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FLEETGATE_")}
     done = subprocess.run(
-        [sys.executable, "-m", "fleetgate.cli.app", *words],
+        [sys.executable, "-m", "fleetgate.cli.commands", *words],
         input=stdin,
         env={**clean, **env},
         capture_output=True,

@@ -14,7 +14,7 @@ CLUSTER = {"kind": "Cluster", "name": "home", "provider": "local", "region": "us
 
 
 def managed(replicas: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:{port}", "--model", "llama"]
+    command = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:{port}", "--model", "llama"]
     return {
         "kind": "Deployment",
         "name": "own",

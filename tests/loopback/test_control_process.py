@@ -8,8 +8,8 @@ import httpx2
 import pytest
 import yaml
 
-from fleetgate.control.loading import check_file
-from fleetgate.core.board import Signal, Worker
+from fleetgate.control.resources.config_file import check_file
+from fleetgate.ipc.shared_memory import Signal, Worker
 from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
 from tests.waiting import wait_for
 

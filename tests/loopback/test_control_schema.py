@@ -15,7 +15,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from fleetgate.control.resources import KINDS
+from fleetgate.control.resources.schema import KINDS
 from tests.loopback.control_rig import ControlRig
 
 EXAMPLES = 8  # of each of 28 operations, right and wrong ones

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fleetgate.cli.demo_fleet import REGIONS, documents
-from fleetgate.control.loading import check_file
+from fleetgate.control.resources.config_file import check_file
+from fleetgate.demo.fleet import REGIONS, documents
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -22,7 +22,7 @@ def test_the_fleet_file_has_no_mistakes(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_the_tour_holds_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    script = "import sys; from fleetgate.cli.demo import run_demo; sys.exit(run_demo(True, None))"
+    script = "import sys; from fleetgate.demo.command import run_demo; sys.exit(run_demo(True, None))"
     marked = {**os.environ, "TMPDIR": str(tmp_path), "DEMO_UNDER_TEST": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=marked
@@ -37,7 +37,7 @@ def test_the_tour_holds_and_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_what_is_missing_is_one_sentence() -> None:
     script = (
         "import sys; sys.modules['openai'] = None; "
-        "from fleetgate.cli.demo import run_demo; sys.exit(run_demo(True, None))"
+        "from fleetgate.demo.command import run_demo; sys.exit(run_demo(True, None))"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1

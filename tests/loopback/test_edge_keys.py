@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.core.keys import hmac_hex, mint_key, parse_key
+from fleetgate.core.api_keys import hmac_hex, mint_key, parse_key
 from fleetgate.core.model import Key
 from tests.loopback.rig import PEPPER, gateway
 from tests.loopback.wall_client import Answer, request

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleetgate.protocols.openai import OPERATIONS
+from fleetgate.protocols.clients.openai import OPERATIONS
 from tests.loopback.rig import gateway
 from tests.loopback.wall_client import PATH, Answer, Client, post, request
 from tests.loopback.wall_replies import answer as answer_of

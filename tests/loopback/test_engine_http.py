@@ -118,7 +118,7 @@ def test_many_streams_run_together() -> None:
     ],
 )
 def test_wrong_usage_is_one_clear_sentence(options: tuple[str, ...], code: int, told: str) -> None:
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:0", *options]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", *options]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == code
     assert told in run.stderr
@@ -127,7 +127,7 @@ def test_wrong_usage_is_one_clear_sentence(options: tuple[str, ...], code: int, 
 
 def test_a_taken_port_is_one_clear_sentence(base_url: str) -> None:
     address = base_url.removeprefix("http://").removesuffix("/v1")
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", address]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", address]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert "choose another --listen" in run.stderr

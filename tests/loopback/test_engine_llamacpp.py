@@ -37,7 +37,7 @@ def test_a_real_model_answers_through_the_sdk_and_tells_its_load() -> None:
 def test_without_its_parts_it_says_how_to_get_them() -> None:
     hide = (
         "import sys; sys.modules['xllamacpp'] = None; "
-        "from fleetgate.simulator.engine import main; sys.exit(main(sys.argv[1:]))"
+        "from fleetgate.engine.main import main; sys.exit(main(sys.argv[1:]))"
     )
     argv = [sys.executable, "-c", hide, "--listen", "127.0.0.1:0", "--llamacpp", "smollm2"]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
@@ -47,7 +47,7 @@ def test_without_its_parts_it_says_how_to_get_them() -> None:
 
 
 def test_sigterm_ends_it_while_it_answers() -> None:
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:0", "--llamacpp", "smollm2"]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", "--llamacpp", "smollm2"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as out:

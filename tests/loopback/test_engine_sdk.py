@@ -7,7 +7,7 @@ import openai
 import pydantic
 import pytest
 
-from fleetgate.simulator.words import Voice
+from fleetgate.engine.text_generator import Voice
 from tests.loopback.engines import engine, metric
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]

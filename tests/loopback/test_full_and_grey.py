@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from fleetgate.core.model import Slo
-from fleetgate.providers.spool import Spool
+from fleetgate.ipc.event_spool import Spool
 from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import request

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fleetgate.core.board import Board
-from fleetgate.core.health import BROKEN_IN_A_ROW
+from fleetgate.core.health.circuit_breaker import BROKEN_IN_A_ROW
 from fleetgate.core.model import Endpoint
-from fleetgate.providers.spool import Spool
-from fleetgate.proxy.ward import PANIC_EVERY_S
+from fleetgate.ipc.event_spool import Spool
+from fleetgate.ipc.shared_memory import Board
+from fleetgate.proxy.health.passive_health import PANIC_EVERY_S
 from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import Answer, post, request
@@ -332,7 +332,7 @@ class Load:
 
 def test_rows_9_and_57_a_brownout_moves_the_traffic_within_ten_seconds() -> None:
     """Tokens that took 20 ms take ten times as long: nothing breaks, and yet the other Deployment gets the work."""
-    with plane(walls=2, patience={"ward.outliers.USUAL_LOOKS": 4}) as made:
+    with plane(walls=2, patience={"fleetgate.core.health.outlier_detection.USUAL_LOOKS": 4}) as made:
         pace_s = [0.02]
         usual = made.wall.replies["ok"]
 

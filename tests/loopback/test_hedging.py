@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.core.hedging import SEEN_MIN
+from fleetgate.core.health.hedge_policy import SEEN_MIN
 from fleetgate.core.model import Resilience
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_replies import stream_of

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.core.board import Worker
-from fleetgate.proxy import idempotency
+from fleetgate.ipc.shared_memory import Worker
+from fleetgate.proxy.downstream import idempotency
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_rig import Plane, plane
 from tests.waiting import wait_for

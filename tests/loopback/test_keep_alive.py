@@ -26,7 +26,10 @@ async def refuses_late(line: Line, seen: Seen) -> None:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Plane]:
-    patience = {"watching.COMMENT_EVERY_S": 1.0, "watching.patience.FIRST_UNKNOWN_S": 4.0}
+    patience = {
+        "fleetgate.proxy.request.deadlines.COMMENT_EVERY_S": 1.0,
+        "fleetgate.core.health.timeouts.FIRST_UNKNOWN_S": 4.0,
+    }
     with plane(walls=2, patience=patience) as made:
         for wall in made.walls:
             wall.replies["refuses-late"] = refuses_late

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.control.reconciler import Reconciler
+from fleetgate.control.reconciler.reconciler import Reconciler
 from fleetgate.providers.base import (
     BadSpec,
     ManagedDeployment,
@@ -24,13 +24,13 @@ from fleetgate.providers.base import (
     Settings,
     Workload,
 )
-from fleetgate.providers.keeper import process_start
 from fleetgate.providers.local import LocalProvider
+from fleetgate.providers.local_shim import process_start
 from tests.waiting import wait_for
 
 WAIT_S_MAX = 60
 ENGINE = Workload(
-    command=(sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:{port}"), args=("--slots", "2")
+    command=(sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:{port}"), args=("--slots", "2")
 )
 STUBBORN = Workload(
     command=(

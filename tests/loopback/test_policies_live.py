@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from fleetgate.core.model import Admission, Policy
-from fleetgate.providers.spool import Spool
+from fleetgate.ipc.event_spool import Spool
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import Plane, plane
 from tests.waiting import wait_for

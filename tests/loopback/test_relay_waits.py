@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.core.board import Worker
+from fleetgate.ipc.shared_memory import Worker
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import PATH, Client, request
 from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, chunk, finish, role, tokens
@@ -19,14 +19,14 @@ from tests.waiting import wait_for
 
 MIB = 1024 * 1024
 PATIENCE = {
-    "watching.patience.FIRST_UNKNOWN_S": 2.0,
-    "watching.WHOLE_ANSWER_MAX_S": 2.0,
-    "watching.patience.STALL_UNKNOWN_S": 3.0,
-    "watching.patience.STALL_MIN_S": 3.0,
-    "listener.HEAD_WAIT_MAX_S": 0.5,
-    "listener.BODY_GRACE_S": 0.5,
-    "listener.IDLE_MAX_S": 1.0,
-    "listener.UNREAD_MAX_S": 4.0,
+    "fleetgate.core.health.timeouts.FIRST_UNKNOWN_S": 2.0,
+    "fleetgate.proxy.request.deadlines.WHOLE_ANSWER_MAX_S": 2.0,
+    "fleetgate.core.health.timeouts.STALL_UNKNOWN_S": 3.0,
+    "fleetgate.core.health.timeouts.STALL_MIN_S": 3.0,
+    "fleetgate.proxy.downstream.client_connection.HEAD_WAIT_MAX_S": 0.5,
+    "fleetgate.proxy.downstream.client_connection.BODY_GRACE_S": 0.5,
+    "fleetgate.proxy.downstream.client_connection.IDLE_MAX_S": 1.0,
+    "fleetgate.proxy.downstream.client_connection.UNREAD_MAX_S": 4.0,
 }
 
 
@@ -157,7 +157,7 @@ def test_requests_that_never_end_are_408_and_idle_connections_close(two: Plane) 
 
 def test_an_answer_that_is_not_streamed_has_the_time_that_such_answers_take() -> None:
     """Once it is known how long they take here, a silent engine is left long before the SDKs' ten minutes."""
-    with plane(walls=2, patience={"watching.patience.WHOLE_MIN_S": 1.0}) as made:
+    with plane(walls=2, patience={"fleetgate.core.health.timeouts.WHOLE_MIN_S": 1.0}) as made:
         made.use({}, {"models": {name: "ok" for name in EVERY_MODEL}})
         for _ in range(25):
             assert made.ask(request("ok", max_tokens=20)).status == 200

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from fleetgate.core.model import Endpoint
-from fleetgate.providers.sealing import seal
+from fleetgate.ipc.sealed_secret import seal
 from tests.loopback.wall_client import request
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fleetgate.core.board import Signal
 from fleetgate.core.model import Resilience
+from fleetgate.ipc.shared_memory import Signal
 from tests.loopback.wall import Line, Reply, Seen
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_replies import (
@@ -28,7 +28,7 @@ from tests.waiting import wait_for
 WORDS = [
     f"{number} {text}" for number, text in enumerate(["plain ", "é→😀 ", 'a " quote ', "line\nbreak ", "\\u0041 "] * 8)
 ]
-PATIENCE = {"watching.patience.STALL_UNKNOWN_S": 1.0, "watching.patience.STALL_MIN_S": 1.0}
+PATIENCE = {"fleetgate.core.health.timeouts.STALL_UNKNOWN_S": 1.0, "fleetgate.core.health.timeouts.STALL_MIN_S": 1.0}
 ENDS = ("rst", "fin", "clean", "stall", "error", "malformed")
 
 

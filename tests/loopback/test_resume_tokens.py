@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fleetgate.core.board import Signal
+from fleetgate.ipc.shared_memory import Signal
 from tests.faults.test_random_cuts import NO_BREAKER
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall import Seen

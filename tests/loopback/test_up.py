@@ -113,11 +113,11 @@ def test_traffic_goes_on_without_the_control_process_and_a_worker_comes_back(tmp
     with Up(tmp_path, [deployment("a", quick), gateway("chat", "a")]) as up:
         key = up.new_key("load")
         with Traffic(up, key) as traffic:
-            (control,) = up.children("fleetgate.control.server")
+            (control,) = up.children("fleetgate.control.process")
             kill(control)
             seen = traffic.count
             wait_for(lambda: traffic.count > seen + 200)
-            wait_for(lambda: up.children("fleetgate.control.server") not in ([], [control]))
+            wait_for(lambda: up.children("fleetgate.control.process") not in ([], [control]))
             wait_for(up.is_ready)
         assert not traffic.bad
         worker = up.children("fleetgate.proxy.worker")[0]
@@ -129,7 +129,7 @@ def test_traffic_goes_on_without_the_control_process_and_a_worker_comes_back(tmp
 
 def test_nothing_outlives_a_supervisor_that_was_killed(tmp_path: Path, quick: str) -> None:
     with Up(tmp_path, [deployment("a", quick), gateway("chat", "a")]) as up:
-        children = [*up.children("fleetgate.proxy.worker"), *up.children("fleetgate.control.server")]
+        children = [*up.children("fleetgate.proxy.worker"), *up.children("fleetgate.control.process")]
         assert len(children) == 3
         kill(up.process.pid)
         up.process.wait()
@@ -149,7 +149,7 @@ def test_a_running_answer_ends_before_a_stopped_gateway_does(tmp_path: Path) -> 
 
 
 def test_the_first_region_dies_and_no_request_fails(tmp_path: Path, quick: str) -> None:
-    argv = [sys.executable, "-m", "fleetgate.simulator.engine", "--listen", "127.0.0.1:0", *QUICK]
+    argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", *QUICK]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         url = first.stdout.readline().split()[-1]

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 
-from fleetgate.core.board import Worker
 from fleetgate.core.model import Admission
+from fleetgate.ipc.shared_memory import Worker
 from tests.loopback.rig import Rig
 from tests.loopback.wall import Wall
 from tests.loopback.wall_client import request

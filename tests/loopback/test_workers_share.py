@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.core.board import Worker
 from fleetgate.core.model import Admission, Snapshot, encode_snapshot
-from fleetgate.providers.signing import sign
+from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.signed_file import sign
 from tests.loopback.rig import SIGNING_KEY, gateway, write_snapshot
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_replies import stream_of

@@ -55,6 +55,7 @@ class Up:
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.api = f"http://127.0.0.1:{self.api_port}"
         self._flags = flags
+        self.env: dict[str, str] = {}  # added to this process's own
         self.write(documents)
         self.process: subprocess.Popen[bytes]
 
@@ -68,7 +69,7 @@ class Up:
         if "--tls" in self._flags:
             words += ["--tls-listen", f"127.0.0.1:{self.tls_port}"]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log)
+            self.process = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log, env={**os.environ, **self.env})
         try:
             wait_for(lambda: self.process.poll() is not None or self.is_ready())
             assert self.process.poll() is None, self.log.read_text()

@@ -5,10 +5,10 @@ import sys
 
 import msgspec
 
-from fleetgate.core.board import Board
-from fleetgate.proxy.child import Child, python_child
-from fleetgate.proxy.config import ENV, WorkerConfig
-from fleetgate.proxy.supervisor import Supervisor, say_json
+from fleetgate.ipc.shared_memory import Board
+from fleetgate.proxy.worker.config import ENV, WorkerConfig
+from fleetgate.supervisor.child_process import Child, python_child
+from fleetgate.supervisor.supervisor import Supervisor, say_json
 from tests.loopback.rig import mapped
 
 

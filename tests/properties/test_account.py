@@ -4,7 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.account import INTERRUPTED, Entry, Fold, Intent, Progress, Row, Settlement, entries_in
+from fleetgate.core.usage_record import INTERRUPTED, Entry, Fold, Intent, Progress, Row, Settlement, entries_in
 
 
 def intent(number: int) -> Intent:

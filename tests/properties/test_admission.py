@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.admission import Priority, Ticket, WaitingRoom
+from fleetgate.core.admission.request_queue import Priority, Ticket, WaitingRoom
 
 TICKETS = st.builds(
     Ticket,

@@ -5,11 +5,11 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
-from fleetgate.core.affinity import Affinity
-from fleetgate.core.route import Decision, Lane, route
-from fleetgate.core.strategies import NO_TURN, Candidate, Standing, Turn
-from fleetgate.protocols.prefix import BLOCK_BYTES, BLOCKS_MAX, chain_of
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.prefix_affinity import Affinity
+from fleetgate.core.routing.route import Decision, Lane, route
+from fleetgate.core.routing.strategies import NO_TURN, Candidate, Standing, Turn
+from fleetgate.protocols.prompt_prefix import BLOCK_BYTES, BLOCKS_MAX, chain_of
 
 
 def body_of(text: str, **fields: object) -> bytes:

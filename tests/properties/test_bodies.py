@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.protocols.openai import InvalidBody, read_ask, rename_model, rewrite, top_level, understand
+from fleetgate.protocols.clients.openai import InvalidBody, read_ask, rename_model, rewrite, top_level, understand
 
 NAMES = st.sampled_from(["m", "meta/llama-3", 'quo"te', "back\\slash", "ünï😀", "model", "a b"])
 TEXTS = st.text(max_size=12) | st.sampled_from(['"model":"x"', "\\", "\u2028", '{"model"', "model"])

@@ -3,9 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetgate.core.admission.retry_budget import (
+    RETRY_FLOOR_PER_S,
+    SPREAD,
+    TOKENS_MAX,
+    KeyBudget,
+    RetryBudget,
+    spread_s,
+)
 from fleetgate.core.exchange import Exchange, Failed, Failure, Pick, Picked, Refuse
-from fleetgate.core.limits import RETRY_FLOOR_PER_S, SPREAD, TOKENS_MAX, KeyBudget, RetryBudget, spread_s
-from fleetgate.core.strategies import Candidate
+from fleetgate.core.routing.strategies import Candidate
 
 RATIO = 0.1
 steps = st.lists(st.tuples(st.sampled_from(["request", "again", "take"]), st.floats(0, 0.5)), max_size=200)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fleetgate.core import calibration, capacity
-from fleetgate.core.calibration import Budget, Round, Single, Targets, Wave
+from fleetgate.core.capacity import calibration
+from fleetgate.core.capacity import units as capacity
+from fleetgate.core.capacity.calibration import Budget, Round, Single, Targets, Wave
 from fleetgate.core.model import Profile
 
 SPEEDS = st.builds(

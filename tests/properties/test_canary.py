@@ -4,7 +4,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.canary import (
+from fleetgate.core.canary_analysis import (
     BASIS_MIN,
     FAILED_MIN,
     HELP_S,

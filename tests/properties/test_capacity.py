@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core import capacity
-from fleetgate.core.board import Board
-from fleetgate.core.books import Books, Hold
-from fleetgate.core.estimate import Estimate
-from fleetgate.core.forecast import STEADY, Need, Pace, TokenWork, fit, idle_ttft_s
-from fleetgate.core.ledger import Ledger, SettledTwice
+from fleetgate.core.admission.ledger import Ledger, SettledTwice
+from fleetgate.core.admission.work_ledger import Books, Hold, TokenWork
+from fleetgate.core.capacity import units as capacity
+from fleetgate.core.capacity.deployment_view import Lessons, speed_of
+from fleetgate.core.capacity.latency_model import STEADY, Need, Pace, fit, idle_ttft_s
+from fleetgate.core.capacity.online_estimate import Estimate
 from fleetgate.core.model import Deployment, Endpoint, Profile, Slo
-from fleetgate.core.outlook import Lessons, speed_of
+from fleetgate.ipc.shared_memory import Board
 
 PROFILES = st.builds(
     Profile,

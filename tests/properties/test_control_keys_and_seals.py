@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.keys import ID_BYTES, SECRET_BYTES, hmac_hex, mint_key, parse_key
-from fleetgate.providers.sealing import CannotUnseal, seal, unseal
+from fleetgate.core.api_keys import ID_BYTES, SECRET_BYTES, hmac_hex, mint_key, parse_key
+from fleetgate.ipc.sealed_secret import CannotUnseal, seal, unseal
 
 ENVS = st.from_regex(r"[a-z0-9]{1,16}", fullmatch=True)
 IDS = st.binary(min_size=ID_BYTES, max_size=ID_BYTES)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Connection, create_engine
 
-from fleetgate.control.store import slots
+from fleetgate.control.store import slot_allocator as slots
 from fleetgate.control.store.schema import metadata
 
 ROUNDS = st.lists(st.sets(st.sampled_from("abcdefgh"), max_size=6), max_size=20)

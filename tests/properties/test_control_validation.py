@@ -10,16 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fleetgate.control.applying import API, CONFIG, Changes, find_problems
-from fleetgate.control.datadir import open_data_dir
-from fleetgate.control.parsing import parse_documents
-from fleetgate.control.problems import Refused
-from fleetgate.control.publisher import Publisher
-from fleetgate.control.store import rows
+from fleetgate.control.data_dir import open_data_dir
+from fleetgate.control.resources.apply import API, CONFIG, Changes, find_problems
+from fleetgate.control.resources.parser import parse_documents
+from fleetgate.control.resources.problems import Refused
+from fleetgate.control.snapshot.publisher import Publisher
+from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.core.model import decode_snapshot
-from fleetgate.core.route import lanes_of
-from fleetgate.providers.signing import public_key, verified
+from fleetgate.core.routing.route import lanes_of
+from fleetgate.ipc.signed_file import public_key, verified
 
 GOOD: list[dict[str, Any]] = [
     {

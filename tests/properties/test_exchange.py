@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetgate.core.admission.retry_budget import RETRY_FLOOR_PER_S, RetryBudget
 from fleetgate.core.exchange import (
     FINISHED,
     GONE,
@@ -33,9 +34,8 @@ from fleetgate.core.exchange import (
     Wait,
     verdict,
 )
-from fleetgate.core.limits import RETRY_FLOOR_PER_S, RetryBudget
-from fleetgate.core.route import NoPlace
-from fleetgate.core.strategies import Candidate
+from fleetgate.core.routing.route import NoPlace
+from fleetgate.core.routing.strategies import Candidate
 
 DEPLOYMENTS = 6
 failures = st.sampled_from([failure for failure in Failure if failure is not Failure.POISON])

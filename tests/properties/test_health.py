@@ -3,7 +3,7 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fleetgate.core.health import (
+from fleetgate.core.health.circuit_breaker import (
     BROKEN_IN_A_ROW,
     EJECTION_FIRST_S,
     EJECTION_MAX_S,

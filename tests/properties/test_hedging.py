@@ -3,9 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.admission import Priority
-from fleetgate.core.hedging import SEEN_MIN, SLOW_QUANTILE, USE_MAX, FirstTokens, has_room_to_spare, may_hedge
-from fleetgate.core.strategies import Standing
+from fleetgate.core.admission.request_queue import Priority
+from fleetgate.core.health.hedge_policy import (
+    SEEN_MIN,
+    SLOW_QUANTILE,
+    USE_MAX,
+    FirstTokens,
+    has_room_to_spare,
+    may_hedge,
+)
+from fleetgate.core.routing.strategies import Standing
 
 times_s = st.floats(0.001, 200.0)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.injection import (
+from fleetgate.core.fault_injection import (
     LASTS_S_MAX,
     REQUESTS_MIN,
     WATCHED_S,

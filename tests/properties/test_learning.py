@@ -4,8 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.forecast import STEADY, Pace
-from fleetgate.core.learn import MARGIN_MAX, MARGIN_MIN, Bounds, Counts, Lengths, LimitLearner, PaceLearner, Signals
+from fleetgate.core.capacity.adaptive_limit import (
+    MARGIN_MAX,
+    MARGIN_MIN,
+    Bounds,
+    Counts,
+    Lengths,
+    LimitLearner,
+    PaceLearner,
+    Signals,
+)
+from fleetgate.core.capacity.latency_model import STEADY, Pace
 
 QUIET = Signals()
 COUNTS = st.builds(

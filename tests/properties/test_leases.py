@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.lease import LOST_SHARE, SLOTS_LEAST, Lease, Wanted, divide
+from fleetgate.core.admission.lease import LOST_SHARE, SLOTS_LEAST, Lease, Wanted, divide
 
 NAMES = st.text(alphabet="abcdef", min_size=1, max_size=4)
 WISHES = st.dictionaries(

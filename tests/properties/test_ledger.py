@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fleetgate.core.board import Board
-from fleetgate.core.ledger import Ledger, SettledTwice
+from fleetgate.core.admission.ledger import Ledger, SettledTwice
+from fleetgate.ipc.shared_memory import Board
 
 SLOTS = 3
 

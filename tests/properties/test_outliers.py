@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.outliers import (
+from fleetgate.core.health.outlier_detection import (
     RESULTS_MIN,
     SLOW_LOOKS,
     USUAL_LOOKS,

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.patience import (
+from fleetgate.core.health.timeouts import (
     FIRST_ALIVE_S,
     FIRST_FACTOR,
     FIRST_MAX_S,

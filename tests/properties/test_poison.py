@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.poison import TOGETHER_S, Loss, is_poison, is_suspicious
+from fleetgate.core.health.poison_request import TOGETHER_S, Loss, is_poison, is_suspicious
 
 losses = st.builds(Loss, st.booleans(), st.integers(0, 5), st.booleans(), st.floats(0, 100))
 

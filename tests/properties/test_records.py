@@ -5,11 +5,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
-from fleetgate.core.admission import Priority
-from fleetgate.core.desk import Considered, Wish, limit_for, preferred_first
-from fleetgate.core.forecast import Need
-from fleetgate.core.record import (
+from fleetgate.core.admission.request_queue import Priority
+from fleetgate.core.capacity.latency_model import Need
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.decision_record import (
     Ended,
     Recorded,
     Whose,
@@ -21,8 +20,9 @@ from fleetgate.core.record import (
     record_of,
     same,
 )
-from fleetgate.core.route import Decision, Lane, route
-from fleetgate.core.strategies import Candidate, Load, Turn
+from fleetgate.core.routing.route import Decision, Lane, route
+from fleetgate.core.routing.scheduler import Considered, Wish, limit_for, preferred_first
+from fleetgate.core.routing.strategies import Candidate, Load, Turn
 from tests.properties.test_routing import every_strategy, situations
 
 WHOSE = Whose(1.0, "req_1", "g", "m", "k", "eu", 1)

@@ -8,17 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
+from fleetgate.protocols.clients.openai import OPERATIONS, Usage
 from fleetgate.protocols.http1 import chunk
-from fleetgate.protocols.openai import OPERATIONS, Usage
-from fleetgate.protocols.resume import (
-    KEPT_CHARS_MAX,
-    Mismatch,
-    Seam,
-    Transcript,
-    Way,
-    prefill_body,
-    ways_of,
-)
+from fleetgate.protocols.resume.transcript import KEPT_CHARS_MAX, Mismatch, Seam, Transcript, Way, prefill_body, ways_of
 
 CHAT, COMPLETIONS = OPERATIONS[b"/v1/chat/completions"], OPERATIONS[b"/v1/completions"]
 Run = tuple[str, str]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
-from fleetgate.protocols.openai import OPERATIONS, Operation
-from fleetgate.protocols.resume import Transcript, Way, ways_of
-from fleetgate.protocols.resume_tokens import TokenSeam, mark_of, tokens_body
+from fleetgate.protocols.clients.openai import OPERATIONS, Operation
+from fleetgate.protocols.resume.token_ids import TokenSeam, mark_of, tokens_body
+from fleetgate.protocols.resume.transcript import Transcript, Way, ways_of
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall_replies import DONE
 

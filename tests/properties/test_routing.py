@@ -6,11 +6,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
-from fleetgate.core.capacity import spill_limit
-from fleetgate.core.forecast import Fit
-from fleetgate.core.route import Decision, Lane, NoPlace, Rejection, route
-from fleetgate.core.strategies import NO_TURN, Candidate, Load, Standing, Turn
+from fleetgate.core.capacity.latency_model import Fit
+from fleetgate.core.capacity.units import spill_limit
+from fleetgate.core.routing import strategies
+from fleetgate.core.routing.route import Decision, Lane, NoPlace, Rejection, route
+from fleetgate.core.routing.strategies import NO_TURN, Candidate, Load, Standing, Turn
 
 
 @st.composite

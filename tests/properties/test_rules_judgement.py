@@ -7,14 +7,14 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.admission import PRIORITIES
+from fleetgate.core.admission.request_queue import PRIORITIES
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Upstream
-from fleetgate.core.policy import Facts
-from fleetgate.rules import engine
-from fleetgate.rules.body import BodyReader
-from fleetgate.rules.checking import check
-from fleetgate.rules.grammar import CHARS_MAX, Mistake
-from fleetgate.rules.ruleset import RuleSet
+from fleetgate.core.routing.policy_decision import Facts
+from fleetgate.policies import evaluator as engine
+from fleetgate.policies.body_fields import BodyReader
+from fleetgate.policies.cel_parser import CHARS_MAX, Mistake
+from fleetgate.policies.policy_set import RuleSet
+from fleetgate.policies.type_checker import check
 
 NAMES = ("jurisdiction", "team", "a.b/c")
 labels = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["eu", "us", "", "5", "é"]) | st.text(max_size=5))

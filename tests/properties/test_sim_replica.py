@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.forecast import CHUNK_TOKENS
+from fleetgate.core.capacity.latency_model import CHUNK_TOKENS
 from fleetgate.core.model import Profile
 from fleetgate.simulator.replica import BLOCK_TOKENS, Job, Replica
 

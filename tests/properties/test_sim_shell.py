@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
+from fleetgate.core.routing import strategies
 from fleetgate.simulator.faults import Fault, arrange
 from fleetgate.simulator.fleet import Fleet, engines_of
-from fleetgate.simulator.rtt import Rtts
-from fleetgate.simulator.shell import Shell
+from fleetgate.simulator.proxy_model import Shell
+from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.world import Arrival, World
 from tests.scenarios.paper_fleets import SLOW, deployment, fleet
 

@@ -5,13 +5,13 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
+from fleetgate.core.routing import strategies
 from fleetgate.simulator.baseline import Truth
 from fleetgate.simulator.baselines import BASELINES
 from fleetgate.simulator.faults import Fault, arrange
 from fleetgate.simulator.fleet import Fleet, engines_of
-from fleetgate.simulator.rtt import Rtts
-from fleetgate.simulator.shell import Shell
+from fleetgate.simulator.proxy_model import Shell
+from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.world import Arrival, Balancer, World
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet
 

@@ -4,7 +4,7 @@ from random import Random
 
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Price, Profile, Slo, Snapshot, Upstream
 from fleetgate.simulator.fleet import Fleet, fleet_of
-from fleetgate.simulator.simulate import Outcome, Setting, Simulation
+from fleetgate.simulator.simulation import Outcome, Setting, Simulation
 from fleetgate.simulator.world import Arrival
 
 FAST = Profile(

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from fleetgate.simulator import shell
+from fleetgate.simulator import proxy_model as shell
 from fleetgate.simulator.faults import parse_fault
 from fleetgate.simulator.world import Arrival
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet, run, trace

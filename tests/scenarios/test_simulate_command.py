@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from fleetgate.cli.app import app
+from fleetgate.cli.commands import app
 from fleetgate.main import main as registers_every_command  # noqa: F401
 from fleetgate.simulator.baselines import BASELINES
 from tests.scenarios.paper_fleets import trace

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetgate.core import strategies
 from fleetgate.core.model import Price
+from fleetgate.core.routing import strategies
 from fleetgate.simulator.baseline import Truth
 from fleetgate.simulator.baselines import BASELINES, RoundRobin
-from fleetgate.simulator.calibration import inside_share
 from fleetgate.simulator.faults import BadFault, parse_fault
 from fleetgate.simulator.fleet import BadFleet, UnclearGateway, engines_of, fleet_of
-from fleetgate.simulator.phases import BadPhase, busy_at, parse_phases
-from fleetgate.simulator.rtt import Rtts
-from fleetgate.simulator.scoring import good, jain
+from fleetgate.simulator.region_phases import BadPhase, busy_at, parse_phases
+from fleetgate.simulator.region_rtt import Rtts
+from fleetgate.simulator.score import good, jain
+from fleetgate.simulator.trace_capacity import inside_share
 from fleetgate.simulator.world import Arrival, Balancer, Forgotten, World
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet, run, simulation, snapshot_of, trace
 

@@ -3,7 +3,7 @@
 from itertools import count
 
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Price, Tier, Upstream
-from fleetgate.rules.ruleset import RuleSet
+from fleetgate.policies.policy_set import RuleSet
 
 RICH = Deployment(
     slot=0,

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.control.context import Started
-from fleetgate.control.readiness import reasons_against
-from fleetgate.control.replicas import Replicas
-from fleetgate.control.series import Histogram, parse_name, read_series
-from fleetgate.control.watching import Watcher
-from fleetgate.core.board import Signal, Worker
+from fleetgate.control.snapshot.replica_endpoints import Replicas
+from fleetgate.control.telemetry.event_recorder import Watcher
+from fleetgate.control.telemetry.readiness import reasons_against
+from fleetgate.control.telemetry.series import Histogram, parse_name, read_series
 from fleetgate.core.model import Deployment, Endpoint, Snapshot
+from fleetgate.ipc.shared_memory import Signal, Worker
 from fleetgate.providers.base import ManagedDeployment, Workload
-from fleetgate.proxy.telemetry import Telemetry, series_name
+from fleetgate.proxy.telemetry.metrics import Telemetry, series_name
 from tests.loopback.control_rig import board_of
 
 LABELS = st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text(max_size=8), max_size=3)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.control.loading import check_file, load_documents
-from fleetgate.providers.documents import Unreadable, parse, read_file, resolve_value
+from fleetgate.control.resources.config_file import check_file, load_documents
+from fleetgate.manifests import Unreadable, parse, read_file, resolve_value
 
 
 def refused(data: bytes) -> str:

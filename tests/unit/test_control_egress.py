@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fleetgate.control.egress import judge, literal_refusal, parse_ranges, refusal
+from fleetgate.control.resources.egress import judge, literal_refusal, parse_ranges, refusal
 
 ALLOWED = parse_ranges(["127.0.0.0/8", "10.0.0.0/8", "::1/128"])
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from fleetgate.control.applying import API, CONFIG, find_problems
-from fleetgate.control.problems import path_of
+from fleetgate.control.resources.apply import API, CONFIG, find_problems
+from fleetgate.control.resources.problems import path_of
 
 CLUSTER: dict[str, Any] = {"kind": "Cluster", "name": "home", "provider": "local", "region": "us-east"}
 DEPLOYMENT: dict[str, Any] = {

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-from fleetgate.control.api.describe import description
-from fleetgate.control.resources import KINDS
+from fleetgate.control.api.openapi_file import description
+from fleetgate.control.resources.schema import KINDS
 
 FILE = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
 
 
 def test_the_file_is_up_to_date() -> None:
     assert FILE.read_text() == description(), (
-        "run: python -m fleetgate.control.api.describe > docs/reference/openapi.json"
+        "run: python -m fleetgate.control.api.openapi_file > docs/reference/openapi.json"
     )
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from fleetgate.control import profiles
-from fleetgate.control.building import build, parts_of
-from fleetgate.control.store.rows import Stored
-from fleetgate.core import capacity, model
+from fleetgate.control.snapshot import profiles
+from fleetgate.control.snapshot.builder import build, parts_of
+from fleetgate.control.store.repository import Stored
+from fleetgate.core import model
+from fleetgate.core.capacity import units as capacity
 
 CLUSTER: dict[str, Any] = {
     "kind": "Cluster",

@@ -8,8 +8,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from fleetgate.control.datadir import Unusable
-from fleetgate.control.store import rows
+from fleetgate.control.data_dir import Unusable
+from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.schema import metadata
 

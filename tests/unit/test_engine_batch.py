@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.simulator.batch import NEVER_S, Batch, Sequence, Speeds
+from fleetgate.engine.batch import NEVER_S, Batch, Sequence, Speeds
 
 SPEEDS = st.builds(
     Speeds,

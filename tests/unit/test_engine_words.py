@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.simulator.asks import BadAsk, Habits, read_chat, read_completion, read_embedding, read_response
-from fleetgate.simulator.schemas import Schema, matching
-from fleetgate.simulator.words import Voice
+from fleetgate.engine.json_schema import Schema, matching
+from fleetgate.engine.request_parser import BadAsk, Habits, read_chat, read_completion, read_embedding, read_response
+from fleetgate.engine.text_generator import Voice
 
 SIMPLE = st.one_of(
     st.just({"type": "string"}),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fleetgate.core.health import MOVES, Breaker, Sign
+from fleetgate.core.health.circuit_breaker import MOVES, Breaker, Sign
 from fleetgate.core.health_page import SIGNS, STATES, page
 
 FILE = Path(__file__).parents[2] / "docs" / "reference" / "health.md"

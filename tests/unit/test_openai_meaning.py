@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fleetgate.protocols.openai import (
+from fleetgate.protocols.clients.openai import (
     OPERATIONS,
     InvalidBody,
     Meaning,

@@ -7,7 +7,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.control.reconciler import (
+from fleetgate.control.reconciler.reconciler import (
     NEVER_S,
     RETRY_MAX_S,
     STEADY_S,

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.core.board import Worker
-from fleetgate.core.canary import HELP_S, LOOK_S, PROBATION_S, RETRY_FIRST_S
+from fleetgate.core.canary_analysis import HELP_S, LOOK_S, PROBATION_S, RETRY_FIRST_S
 from fleetgate.core.model import Key, Snapshot, encode_snapshot
-from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key, sign
-from fleetgate.proxy.rollout import FOLLOW_S_MAX, Rollout
-from fleetgate.proxy.snapshots import SnapshotFile
-from fleetgate.proxy.telemetry import Telemetry
+from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key, sign
+from fleetgate.proxy.snapshot.rollout import FOLLOW_S_MAX, Rollout
+from fleetgate.proxy.snapshot.snapshot_file import SnapshotFile
+from fleetgate.proxy.telemetry.metrics import Telemetry
 from tests.loopback.control_rig import board_of
 from tests.loopback.rig import deployment, gateway
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fleetgate.control import references, resources
-from fleetgate.control.building import gateway_of
-from fleetgate.control.parsing import parse_documents
-from fleetgate.control.policies import POLICIES_MAX, STORED
+from fleetgate.control.resources import references
+from fleetgate.control.resources import schema as resources
+from fleetgate.control.resources.parser import parse_documents
+from fleetgate.control.resources.policy_fields import POLICIES_MAX, STORED
+from fleetgate.control.snapshot.builder import gateway_of
 from fleetgate.core.model import Policy
 
 DEPLOYMENT = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fleetgate.core.policy import BodyPath, Facts
-from fleetgate.rules.checking import check
-from fleetgate.rules.grammar import CHARS_MAX, DEPTH_MAX, NODES_MAX, Mistake
+from fleetgate.core.routing.policy_decision import BodyPath, Facts
+from fleetgate.policies.cel_parser import CHARS_MAX, DEPTH_MAX, NODES_MAX, Mistake
+from fleetgate.policies.type_checker import check
 from tests.unit.rules_rig import key, policy, rules
 
 

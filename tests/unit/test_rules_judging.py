@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from fleetgate.core.model import Deployment, Key, Policy
-from fleetgate.core.policy import ALLOWED, Facts, Judgement, PythonPolicy
-from fleetgate.protocols.openai import InvalidBody
-from fleetgate.rules import plugins
-from fleetgate.rules.body import BodyReader
-from fleetgate.rules.notices import Notices
+from fleetgate.core.routing.policy_decision import ALLOWED, Facts, Judgement, PythonPolicy
+from fleetgate.policies import plugins
+from fleetgate.policies.body_fields import BodyReader
+from fleetgate.protocols.clients.openai import InvalidBody
+from fleetgate.proxy.downstream.policy_notices import Notices
 from tests.unit.rules_rig import BARE, RICH, compiled, key, policy, rules
 
 EU_STAYS = policy(when='key.labels.jurisdiction == "eu"', require='deployment.labels.jurisdiction == "eu"')

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.control.shrinking import ENDPOINTS_ASKED, SHARE_ASKED, loss
+from fleetgate.control.resources.removal_guard import ENDPOINTS_ASKED, SHARE_ASKED, loss
 
 Documents = dict[tuple[str, str], dict[str, Any]]
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, encode_snapshot
-from fleetgate.providers.signing import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, public_key, sign, verified
-from fleetgate.proxy.snapshots import SnapshotFile
+from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, public_key, sign, verified
+from fleetgate.proxy.snapshot.snapshot_file import SnapshotFile
 from tests.loopback.rig import deployment, gateway
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32

@@ -5,7 +5,7 @@ import multiprocessing
 import time
 from pathlib import Path
 
-from fleetgate.providers.spool import BYTES_MAX, SPOOL, Happened, Spool
+from fleetgate.ipc.event_spool import BYTES_MAX, SPOOL, Happened, Spool
 
 
 def add_many(data_dir: Path, name: str, count: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import trustme
 from cryptography import x509
 
-from fleetgate.proxy.tls import ServerTls
+from fleetgate.proxy.downstream.server_tls import ServerTls
 
 DAY_S = 86_400
 

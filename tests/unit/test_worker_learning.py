@@ -2,13 +2,13 @@
 
 import msgspec
 
-from fleetgate.core.board import Board
-from fleetgate.core.books import Books
-from fleetgate.core.ledger import Ledger
+from fleetgate.core.admission.ledger import Ledger
+from fleetgate.core.admission.work_ledger import Books
 from fleetgate.core.model import Deployment, Endpoint, Snapshot
-from fleetgate.proxy.learning import Learning
-from fleetgate.proxy.tables import Place
-from fleetgate.proxy.transport.upstream import Peer
+from fleetgate.ipc.shared_memory import Board
+from fleetgate.proxy.routing.capacity_tracker import Learning
+from fleetgate.proxy.routing.routing_table import Place
+from fleetgate.proxy.transport.connection_pool import Peer
 
 ENDPOINT = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=1, base_path="/v1")
 SMALL = Deployment(

@@ -1,0 +1,1 @@
+"""The `fleetgate` commands: a client of the API."""

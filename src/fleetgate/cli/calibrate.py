@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fleetgate.cli.client import Client, Failed, resource_path
-from fleetgate.cli.printing import Output, console, print_json, print_yaml
+from fleetgate.cli.output import Output, console, print_json, print_yaml
 
 LOOK_EVERY_S = 0.25
 

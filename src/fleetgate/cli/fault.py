@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from fleetgate.cli.client import Client, resource_path
-from fleetgate.cli.printing import Output, print_json, print_yaml
+from fleetgate.cli.output import Output, print_json, print_yaml
 
 KINDS = ("delay", "error", "cut", "stall", "refuse")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")

@@ -9,8 +9,8 @@ import msgspec
 
 from fleetgate.cli.client import Failed
 from fleetgate.core.model import Key, decode_snapshot
-from fleetgate.providers.revoking import REVOKED, Revocation, revoke
-from fleetgate.providers.signing import LAST_GOOD, SNAPSHOT, NotSigned, public_key, verified
+from fleetgate.ipc.revocation_list import REVOKED, Revocation, revoke
+from fleetgate.ipc.signed_file import LAST_GOOD, SNAPSHOT, NotSigned, public_key, verified
 
 
 def revoke_here(data_dir: Path, name: str) -> None:

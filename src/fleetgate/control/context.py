@@ -6,13 +6,13 @@ import time
 import msgspec
 import structlog
 
-from fleetgate.control.applying import Applied, Changes
 from fleetgate.control.config import ControlConfig
-from fleetgate.control.datadir import DataDir, Unusable
-from fleetgate.control.publisher import Publisher
-from fleetgate.control.store import rows
+from fleetgate.control.data_dir import DataDir, Unusable
+from fleetgate.control.resources.apply import Applied, Changes
+from fleetgate.control.snapshot.publisher import Publisher
+from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
-from fleetgate.core.board import Board, Worker
+from fleetgate.ipc.shared_memory import Board, Worker
 
 KEYS_S_MAX = 0.5  # DESIGN.md section 3: a change of keys returns when this machine's workers have it, or after this
 CHANGE_S_MAX = 2.0  # other changes go to one worker first; on a busy machine that takes longer

@@ -11,9 +11,9 @@ import msgspec
 import structlog
 
 from fleetgate.control.context import Control
-from fleetgate.control.datadir import Unusable, unusable_sentence, write_whole
-from fleetgate.control.series import Histogram, Series, read_series
-from fleetgate.core.injection import Fault, Injected, Seen, decode_injected, encode_injected, must_stop
+from fleetgate.control.data_dir import Unusable, unusable_sentence, write_whole
+from fleetgate.control.telemetry.series import Histogram, Series, read_series
+from fleetgate.core.fault_injection import Fault, Injected, Seen, decode_injected, encode_injected, must_stop
 from fleetgate.core.model import Gateway, Slo
 
 FILE = "faults.json"

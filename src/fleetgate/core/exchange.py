@@ -10,9 +10,9 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
-from fleetgate.core.limits import KeyBudget, RetryBudget
-from fleetgate.core.route import NoPlace
-from fleetgate.core.strategies import Candidate
+from fleetgate.core.admission.retry_budget import KeyBudget, RetryBudget
+from fleetgate.core.routing.route import NoPlace
+from fleetgate.core.routing.strategies import Candidate
 
 RETRY_AFTER_MAX_S = 60.0  # official SDKs do not wait longer than 120 s, and a client should come back while it cares
 RETRY_AFTER_NONE_UP_S = 5.0

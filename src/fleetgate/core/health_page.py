@@ -2,8 +2,8 @@
 
 from textwrap import wrap
 
-from fleetgate.core.capacity import SLOW_START_MIN, SLOW_START_S
-from fleetgate.core.health import (
+from fleetgate.core.capacity.units import SLOW_START_MIN, SLOW_START_S
+from fleetgate.core.health.circuit_breaker import (
     BROKEN_IN_A_ROW,
     DENIED_FIRST_S,
     EJECTION_FIRST_S,
@@ -16,7 +16,7 @@ from fleetgate.core.health import (
     Move,
     Sign,
 )
-from fleetgate.core.outliers import BROKEN_SHARE, REGION_SHARE, RESULTS_MIN, RESULTS_S, SLOW_FACTOR
+from fleetgate.core.health.outlier_detection import BROKEN_SHARE, REGION_SHARE, RESULTS_MIN, RESULTS_S, SLOW_FACTOR
 
 STATES = {
     Breaker.CLOSED: "gets requests; after a return by slow start",
@@ -52,7 +52,8 @@ def _head() -> list[str]:
         "# Health",
         "",
         "One circuit breaker for each Endpoint, in each worker, fed by real requests and by probes alike. This page is",
-        "drawn from the table in `core/health.py`; what is not listed changes nothing. Being full is no ill health.",
+        "drawn from the table in `core/health/circuit_breaker.py`; what is not listed changes nothing. Being full is no",
+        "ill health.",
         "",
     ]
 

@@ -1,0 +1,1 @@
+"""The kinds of place that can run replicas, one file each."""

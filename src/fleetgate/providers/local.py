@@ -23,7 +23,7 @@ from fleetgate.providers.base import (
     ReplicaState,
     Settings,
 )
-from fleetgate.providers.keeper import TERM_GRACE_S, process_start, signal_group
+from fleetgate.providers.local_shim import TERM_GRACE_S, process_start, signal_group
 
 NAME = "local"
 HEALTH_TIMEOUT_S = 1.0
@@ -157,7 +157,7 @@ class LocalProvider:
     def _spawn(self, job: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         try:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "fleetgate.providers.keeper"],
+                [sys.executable, "-m", "fleetgate.providers.local_shim"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(self._life_fd,) if self._life_fd >= 0 else (),

@@ -6,7 +6,7 @@ But for the last they have no admission: whatever comes is sent at once, as prox
 from collections.abc import Callable
 
 from fleetgate.simulator.baseline import Baseline, Truth
-from fleetgate.simulator.clairvoyant import Clairvoyant, ClairvoyantNoShed
+from fleetgate.simulator.oracle import Clairvoyant, ClairvoyantNoShed
 from fleetgate.simulator.world import Arrival, World
 
 

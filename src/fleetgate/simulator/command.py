@@ -1,13 +1,140 @@
-"""`fleetgate engine` for the command line's tree; its own arguments are read by `engine.main`."""
+"""`fleetgate simulate` behind its flags: reads the trace, runs every strategy with a progress bar, reports."""
 
-import typer
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
 
-from fleetgate.simulator.engine import main
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-# Everything after the command's name, --help included, is the engine's: one list of options for both ways to start it.
-SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+from fleetgate.core.model import Snapshot
+from fleetgate.simulator.faults import BadFault, check_name, parse_fault
+from fleetgate.simulator.fleet import BadFleet, UnclearGateway, fleet_of
+from fleetgate.simulator.region_phases import BadPhase, parse_phases
+from fleetgate.simulator.report import json_text, print_tables
+from fleetgate.simulator.simulation import NotPossible, Outcome, Setting, Simulation, known_strategies
+from fleetgate.simulator.traces import BadTrace, read_trace
+
+PLOT_SUFFIXES = (".svg", ".png")
 
 
-def engine(context: typer.Context) -> None:
-    """Run a simulated inference server (or with --llamacpp a real one) behind the OpenAI protocol."""
-    raise typer.Exit(main(context.args))
+class WrongUsage(Exception):
+    """Flags that cannot be meant; the text names the flag and the fix."""
+
+
+class Failed(Exception):
+    """The simulation could not be done; the text says why."""
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """The flags. Shape: 0 and empty mean not given."""
+
+    trace: Path
+    gateway: str = ""
+    load: float | None = None
+    rate_rps: float | None = None
+    strategies: tuple[str, ...] = ()
+    region_phase: str = ""
+    proxies: int = 0
+    faults: tuple[str, ...] = ()
+    seed: int = 0
+    limit: int = 0
+    json: bool = False
+    plot: Path | None = None
+
+
+def check(ask: Ask) -> None:
+    """Refuse what can be refused before anything is read. Raises: `WrongUsage`, `Failed`."""
+    if ask.load is not None and ask.rate_rps is not None:
+        raise WrongUsage("--load and --rate both say how much comes; give one of them")
+    for flag, value in (("--load", ask.load), ("--rate", ask.rate_rps)):
+        if value is not None and not 0.0 < value < 1e6:
+            raise WrongUsage(f"{flag} {value:g} is not a number above 0")
+    for flag, count in (("--proxies", ask.proxies), ("--limit", ask.limit)):
+        if count < 0:
+            raise WrongUsage(f"{flag} {count} is below 0")
+    for name in ask.strategies:
+        if name not in known_strategies():
+            close = get_close_matches(name, known_strategies(), n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise WrongUsage(f"--strategy {name!r} is not known; {hint}there are: {', '.join(known_strategies())}")
+    if ask.plot is not None:
+        if ask.plot.suffix not in PLOT_SUFFIXES:
+            raise WrongUsage(f"--plot {ask.plot} must end in {' or '.join(PLOT_SUFFIXES)}")
+        if not ask.plot.absolute().parent.is_dir():
+            raise WrongUsage(f"--plot {ask.plot}: there is no such folder; create it first")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise Failed("--plot needs matplotlib; install it with `pip install 'fleetgate[plot]'`")
+
+
+def simulate(ask: Ask, snapshot: Snapshot) -> None:
+    """Run and report, on standard output. Raises: `WrongUsage`, `Failed`."""
+    try:
+        fleet = fleet_of(snapshot, ask.gateway)
+        setting = Setting(
+            strategies=ask.strategies or (fleet.gateway.strategy,),
+            load=ask.load,
+            rate_rps=ask.rate_rps,
+            seed=ask.seed,
+            proxies=ask.proxies,
+            phases=parse_phases(ask.region_phase),
+            faults=tuple(parse_fault(mark) for mark in ask.faults),
+        )
+        for fault in setting.faults:
+            check_name(fault, fleet)
+    except (UnclearGateway, BadPhase, BadFault) as error:
+        raise WrongUsage(str(error)) from None
+    except BadFleet as error:
+        raise Failed(str(error)) from None
+    try:
+        trace = read_trace(ask.trace, ask.limit)
+        with _bar() as bar:
+            task = bar.add_task("capacity")
+            simulation = Simulation(
+                fleet, trace, setting, _warn, lambda name: bar.update(task, description=f"capacity of {name}")
+            )
+            bar.remove_task(task)
+            outcomes = [_run(simulation, strategy, bar, len(trace)) for strategy in setting.strategies]
+    except (BadTrace, NotPossible) as error:
+        raise Failed(str(error)) from None
+    scores = [outcome.score for outcome in outcomes]
+    if ask.json:
+        sys.stdout.write(json_text(scores))
+    else:
+        print_tables(fleet, trace, simulation.capacities, scores)
+    if ask.plot is not None:
+        _draw(ask.plot, simulation, outcomes)
+
+
+def _run(simulation: Simulation, strategy: str, bar: Progress, total: int) -> Outcome:
+    task = bar.add_task(strategy, total=total)
+    return simulation.run(strategy, lambda done: bar.update(task, completed=done))
+
+
+def _draw(path: Path, simulation: Simulation, outcomes: Sequence[Outcome]) -> None:
+    # Imported here: it takes a second, and most never draw.
+    from fleetgate.simulator.plot import draw
+
+    draw(path, simulation.fleet, simulation.work, {outcome.score.strategy: outcome.arrivals for outcome in outcomes})
+    sys.stderr.write(f"{path} drawn\n")
+
+
+def _warn(sentence: str) -> None:
+    sys.stderr.write(f"warning: {sentence}\n")
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar

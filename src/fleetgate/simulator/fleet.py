@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import msgspec
 
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Slo, Snapshot
+from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.replica import Replica
-from fleetgate.simulator.rtt import Rtts
 from fleetgate.simulator.world import Engine
 
 MODEL = "*"  # a trace names no model: every Deployment of the Gateway serves it

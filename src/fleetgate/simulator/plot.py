@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from fleetgate.simulator.fleet import Fleet
-from fleetgate.simulator.scoring import good
+from fleetgate.simulator.score import good
 from fleetgate.simulator.world import Arrival
 
 BUCKETS = 60  # of the time axis

@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from math import floor
 from typing import NamedTuple
 
-from fleetgate.core.forecast import CHUNK_TOKENS
+from fleetgate.core.capacity.latency_model import CHUNK_TOKENS
 from fleetgate.core.model import Profile
 
 BLOCK_TOKENS = 512

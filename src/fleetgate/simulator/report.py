@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleetgate.simulator.fleet import Fleet
-from fleetgate.simulator.scoring import Score
+from fleetgate.simulator.score import Score
 from fleetgate.simulator.world import Arrival
 
 PIPE_WIDTH = 200  # nothing is cut where a program reads

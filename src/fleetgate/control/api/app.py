@@ -6,12 +6,24 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from fleetgate.control.api import apply, calibrations, errors, faults, ops, reload, resources, state, usage
-from fleetgate.control.api.guard import Guard
-from fleetgate.control.calibrating import Calibrations
+from fleetgate.control.api import (
+    apply,
+    calibrations,
+    errors,
+    faults,
+    ops,
+    reload,
+    resources,
+    usage,
+)
+from fleetgate.control.api import (
+    live_state as state,
+)
+from fleetgate.control.api.auth_middleware import Guard
+from fleetgate.control.calibration.jobs import Calibrations
 from fleetgate.control.context import Control
 from fleetgate.control.faults import Faults
-from fleetgate.control.resources import KINDS
+from fleetgate.control.resources.schema import KINDS
 
 OPENAPI_PATH = "/api/v1/openapi.json"
 _SCHEMAS = "#/components/schemas/{model}"

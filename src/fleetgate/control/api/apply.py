@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from fleetgate.control.api import shown
-from fleetgate.control.api.bodies import read_json
+from fleetgate.control.api import views as shown
 from fleetgate.control.api.errors import ApiError
+from fleetgate.control.api.request_bodies import read_json
 from fleetgate.control.api.resources import ERRORS, outcome
-from fleetgate.control.applying import API
 from fleetgate.control.context import Control, changed_anything
-from fleetgate.control.store import rows
+from fleetgate.control.resources.apply import API
+from fleetgate.control.store import repository as rows
 
 EVENTS_MAX = 1_000
 

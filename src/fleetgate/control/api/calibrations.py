@@ -8,10 +8,10 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.calibrating import Calibrations, Job, Order, Plan
-from fleetgate.control.fields import Name
-from fleetgate.control.resources import Part
-from fleetgate.core.calibration import Budget
+from fleetgate.control.calibration.jobs import Calibrations, Job, Order, Plan
+from fleetgate.control.resources.field_types import Name
+from fleetgate.control.resources.schema import Part
+from fleetgate.core.capacity.calibration import Budget
 
 _DEFAULT = Budget()
 Seconds = Annotated[float, Field(gt=0, le=3600)]

@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from fleetgate.control.applying import Stale
-from fleetgate.control.datadir import Unusable
-from fleetgate.control.problems import Problem, Refused, path_of
-from fleetgate.control.shrinking import Unconfirmed
+from fleetgate.control.data_dir import Unusable
+from fleetgate.control.resources.apply import Stale
+from fleetgate.control.resources.problems import Problem, Refused, path_of
+from fleetgate.control.resources.removal_guard import Unconfirmed
 
 log = structlog.get_logger()
 

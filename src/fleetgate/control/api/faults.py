@@ -9,12 +9,12 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.api.shown import moment
+from fleetgate.control.api.views import moment
 from fleetgate.control.context import Control
 from fleetgate.control.faults import Exists, Faults, new_name
-from fleetgate.control.fields import Name
-from fleetgate.control.resources import Part
-from fleetgate.core.injection import LASTS_S_MAX, Fault, Kind
+from fleetgate.control.resources.field_types import Name
+from fleetgate.control.resources.schema import Part
+from fleetgate.core.fault_injection import LASTS_S_MAX, Fault, Kind
 
 ADOPTED_S = 0.15  # workers look ten times a second
 

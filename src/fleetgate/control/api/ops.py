@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from fleetgate.control.context import Control
-from fleetgate.control.metrics import exposition
-from fleetgate.control.readiness import reasons_against, shortcomings
+from fleetgate.control.telemetry.metrics import exposition
+from fleetgate.control.telemetry.readiness import reasons_against, shortcomings
 
 _STATIC = Path(__file__).parent.parent / "static"
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}

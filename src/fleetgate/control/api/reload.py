@@ -8,9 +8,9 @@ from fastapi import APIRouter
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
 from fleetgate.control.context import Control
-from fleetgate.control.loading import check_file
-from fleetgate.control.resources import Part
-from fleetgate.core.board import Worker
+from fleetgate.control.resources.config_file import check_file
+from fleetgate.control.resources.schema import Part
+from fleetgate.ipc.shared_memory import Worker
 
 
 class ReloadBegun(Part):

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from fleetgate.control.api import shown
-from fleetgate.control.api.bodies import if_match, read_document
+from fleetgate.control.api import views as shown
 from fleetgate.control.api.errors import ApiError, ErrorAnswer
-from fleetgate.control.api.state import takes
-from fleetgate.control.applying import API, Applied
+from fleetgate.control.api.live_state import takes
+from fleetgate.control.api.request_bodies import if_match, read_document
 from fleetgate.control.context import Control, changed_anything
-from fleetgate.control.store import rows
+from fleetgate.control.resources.apply import API, Applied
+from fleetgate.control.store import repository as rows
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 404, 409, 413, 421, 422, 503)

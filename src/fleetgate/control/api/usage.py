@@ -8,9 +8,9 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.api.shown import moment
+from fleetgate.control.api.views import moment
 from fleetgate.control.context import Control
-from fleetgate.control.resources import Part
+from fleetgate.control.resources.schema import Part
 from fleetgate.control.store import usage
 
 By = Literal["hour", "key", "gateway", "model", "deployment"]

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from fleetgate.control.datadir import Unusable
+from fleetgate.control.data_dir import Unusable
 
 BUSY_TIMEOUT_MS = 5_000  # longer than any of our own transactions; a stuck backup tool should not fail a write at once
 _MIGRATIONS = Path(__file__).parent / "migrations"

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert
 
 from fleetgate.control.store.schema import usage_hours, usage_open, usage_read, usage_rows
-from fleetgate.core.account import Intent, Open, Progress, Row
+from fleetgate.core.usage_record import Intent, Open, Progress, Row
 
 ROWS_KEPT = 1_000_000
 HOUR_MS = 3_600_000

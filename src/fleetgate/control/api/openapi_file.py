@@ -1,0 +1,31 @@
+"""The OpenAPI document as a file: `python -m fleetgate.control.api.openapi_file > docs/reference/openapi.json`."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from fleetgate.control.api.app import create_app
+from fleetgate.control.config import ControlConfig
+from fleetgate.control.context import Control
+from fleetgate.control.data_dir import open_data_dir
+from fleetgate.control.resources.apply import Changes
+from fleetgate.control.snapshot.publisher import Publisher
+from fleetgate.control.store.database import Database
+
+
+def description() -> str:
+    """The document's text, the same for the same code."""
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = open_data_dir(Path(folder))
+        database = Database(data_dir.database)
+        publisher = Publisher(database, data_dir, (), dict)
+        config = ControlConfig(data_dir=folder, api_fd=-1, board_fd=-1, workers=1)
+        control = Control(config, data_dir, database, Changes(database, data_dir), publisher)
+        described = create_app(control, []).openapi()
+        database.close()
+    return json.dumps(described, indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(description())

@@ -1,0 +1,46 @@
+"""Resources as the API answers them."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from fleetgate.control.resources.apply import full, parse_stored
+from fleetgate.control.resources.field_types import expires_at_s
+from fleetgate.control.resources.schema import Key
+from fleetgate.control.store.repository import Event, Stored, StoredKey
+
+
+def document(stored: Stored, key: StoredKey | None = None) -> dict[str, Any]:
+    """A resource with its defaults filled in, its generation and its dates; never a secret."""
+    resource = parse_stored(stored)
+    fields = full(resource)
+    fields.pop("value", None)
+    shown = {"kind": fields.pop("kind"), "name": fields.pop("name"), **fields}
+    match resource:
+        case Key(expires=expires):
+            ends_s = expires_at_s(expires, stored.created_s)
+            if ends_s:
+                shown["expires_at"] = moment(ends_s)
+            if key is not None:
+                shown["id"] = key.id
+    return {
+        **shown,
+        "generation": stored.generation,
+        "created_at": moment(stored.created_s),
+        "updated_at": moment(stored.updated_s),
+    }
+
+
+def event(kept: Event) -> dict[str, Any]:
+    """An Event."""
+    return {
+        "kind": "Event",
+        "id": kept.id,
+        "at": moment(kept.at_s),
+        "object": {"kind": kept.kind, "name": kept.name},
+        "sentence": kept.sentence,
+    }
+
+
+def moment(at_s: float) -> str:
+    """RFC 3339 in UTC."""
+    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

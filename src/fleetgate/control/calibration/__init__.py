@@ -1,0 +1,1 @@
+"""`fleetgate calibrate`: a load sweep against a live Deployment that measures its Profile."""

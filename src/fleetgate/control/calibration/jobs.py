@@ -1,0 +1,335 @@
+"""`fleetgate calibrate`: sweeps as jobs of the control process, each ending in a Profile or in nothing."""
+
+import asyncio
+import re
+import secrets
+from typing import Any
+
+import msgspec
+import structlog
+
+from fleetgate.control.api.live_state import endpoint_up
+from fleetgate.control.calibration.client import Asker, CannotAsk, Target, reach
+from fleetgate.control.calibration.load_sweep import Findings, Progress, Sweep, Traffic
+from fleetgate.control.context import Control
+from fleetgate.control.data_dir import Unusable
+from fleetgate.control.resources import schema as resources
+from fleetgate.control.resources.apply import Origin, Stale, parse_stored
+from fleetgate.control.resources.egress import parse_ranges
+from fleetgate.control.resources.problems import Refused, one_of
+from fleetgate.control.snapshot import profiles
+from fleetgate.control.store import repository as rows
+from fleetgate.core import model
+from fleetgate.core.capacity import calibration
+from fleetgate.core.capacity.calibration import Budget, CannotTell, Round, Targets, TooLittle
+from fleetgate.core.capacity.online_estimate import GUESS
+from fleetgate.ipc.sealed_secret import CannotUnseal, unseal
+
+ORIGIN = Origin("by a calibration")
+JOBS_KEPT = 32
+UNKNOWN_SKU = "unknown"
+NAME_CHARS_MAX = 63
+
+log = structlog.get_logger()
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be calibrated, and how. Shape: empty or None where the default is meant."""
+
+    model: str = ""
+    profile: str = ""
+    budget: Budget = Budget()
+    tpot_s: float | None = None
+    ttft_s: float | None = None
+    force: bool = False
+    use: bool = False
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a calibration would send, and what it would write."""
+
+    deployment: model.Deployment
+    model: str
+    profile: str
+    accelerator: resources.Accelerator
+    generation: int
+    document: dict[str, Any]
+    engines: int
+    targets: Targets
+    rounds: tuple[Round, ...]
+
+    @property
+    def requests_max(self) -> int:
+        """The most requests it sends."""
+        return sum(one.at_once for one in self.rounds)
+
+    @property
+    def tokens_max(self) -> int:
+        """The most tokens it sends and asks for."""
+        return sum(one.tokens for one in self.rounds)
+
+    @property
+    def expected_s(self) -> float:
+        """About how long it takes."""
+        return calibration.expected_s(self.rounds, self.deployment.profile or GUESS, self.engines)
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """One calibration. Shape: `state` is running, done, failed or cancelled; `sentence` says how it ended."""
+
+    id: str
+    plan: Plan
+    order: Order
+    progress: Progress = msgspec.field(default_factory=Progress)
+    state: str = "running"
+    sentence: str = ""
+    profile: dict[str, Any] | None = None
+    saving: bool = False
+    task: "asyncio.Task[None] | None" = None
+
+
+class Calibrations:
+    """The jobs of this process; those that ended are kept for a while, and all are forgotten with it."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._jobs: dict[str, Job] = {}
+
+    def of(self, deployment: str) -> list[Job]:
+        """The jobs of a Deployment, oldest first."""
+        return [job for job in self._jobs.values() if job.plan.deployment.name == deployment]
+
+    def get(self, deployment: str, job_id: str) -> Job | None:
+        """One job."""
+        job = self._jobs.get(job_id)
+        return job if job is not None and job.plan.deployment.name == deployment else None
+
+    async def plan(self, deployment: str, order: Order) -> Plan | None:
+        """What would be sent; None for an unknown Deployment.
+
+        Raises: `Refused`.
+        """
+        snapshot = self._control.publisher.current
+        found = next((one for one in snapshot.deployments if one.name == deployment), None) if snapshot else None
+        with self._control.database.read() as connection:
+            stored = rows.load_one(connection, "Deployment", deployment)
+        if snapshot is None or found is None or stored is None:
+            return None
+        asked = order.model or next(iter(found.models))
+        if asked not in found.models:
+            raise Refused(f"Deployment {deployment} does not serve {asked[:80]!r}; {one_of(asked, found.models)}")
+        engines = found.endpoints[0].engines if found.endpoints else 1
+        try:
+            rounds = calibration.plan(order.budget, engines)
+        except TooLittle as error:
+            raise Refused(f"{error}; raise --max-requests and --max-tokens") from error
+        plan = Plan(
+            deployment=found,
+            model=asked,
+            profile=order.profile or profile_name(deployment, asked),
+            accelerator=_accelerator(stored),
+            generation=stored.generation,
+            document=stored.document,
+            engines=engines,
+            targets=_targets(snapshot, deployment, order),
+            rounds=rounds,
+        )
+        # With any figures, so that a Profile that could not be written in the end is refused before anything is sent.
+        trial = calibration.Measured(prefill_tokens_per_s=1.0, base_s=1.0, per_sequence_s=1.0)
+        await self._control.changes.check(_documents(plan, order, trial, 0), ORIGIN)
+        return plan
+
+    async def start(self, plan: Plan, order: Order) -> Job:
+        """Begin a job.
+
+        Raises: `Refused`, also while the Deployment serves traffic or is being calibrated.
+        """
+        name = plan.deployment.name
+        if any(job.state == "running" for job in self.of(name)):
+            raise Refused(f"Deployment {name} is being calibrated already; wait for it or cancel it", conflict=True)
+        job = Job(id=secrets.token_hex(6), plan=plan, order=order)
+        self._jobs[job.id] = job  # before the first await, so that no second one begins meanwhile
+        try:
+            asker = await self._asker(plan, order)
+        except BaseException:
+            del self._jobs[job.id]
+            raise
+        job.task = asyncio.create_task(self._run(job, asker))
+        while len(self._jobs) > JOBS_KEPT and (old := next(iter(self._jobs.values()))).state != "running":
+            del self._jobs[old.id]
+        return job
+
+    async def cancel(self, job: Job) -> None:
+        """End a job and return when it has ended; one that is just being written is let through."""
+        if job.task is None:
+            return
+        if not job.saving:
+            job.task.cancel()
+        await asyncio.gather(job.task, return_exceptions=True)
+
+    async def _asker(self, plan: Plan, order: Order) -> Asker:
+        """A client of the Deployment's Endpoint, if it is there and idle. Raises: `Refused`."""
+        name, board = plan.deployment.name, self._control.board
+        endpoint = next((one for one in plan.deployment.endpoints if endpoint_up(board, one.slot)), None)
+        if endpoint is None:
+            raise Refused(
+                f"Deployment {name} has no ready Endpoint; see `fleetgate describe deployment {name}`", conflict=True
+            )
+        in_flight = self._in_flight(plan)
+        if in_flight and not order.force:
+            raise _busy(name, f"{in_flight} requests are in flight")
+        target = Target(
+            endpoint=endpoint,
+            engine=plan.deployment.engine,
+            upstream_model=plan.deployment.models[plan.model],
+            credential=self._credential(plan.deployment),
+            ranges=parse_ranges(self._control.config.egress_allow) if plan.deployment.egress_checked else None,
+        )
+        try:
+            asker = Asker(target, await reach(target))
+        except CannotAsk as error:
+            raise Refused(f"Deployment {name} cannot be calibrated: {error}", conflict=True) from error
+        load = await asker.load()
+        at_work = (load.running or 0) + (load.waiting or 0) if load is not None else 0
+        if at_work and not order.force:
+            await asker.close()
+            raise _busy(name, f"its engine has {at_work} requests")
+        return asker
+
+    async def _run(self, job: Job, asker: Asker) -> None:
+        plan, name = job.plan, job.plan.deployment.name
+        traffic = None if job.order.force else lambda: self._in_flight(plan)
+        sweep = Sweep(asker, plan.engines, plan.targets, job.order.budget, traffic)
+        job.progress = sweep.progress
+        try:
+            findings = await sweep.run(plan.rounds)
+            job.saving = True
+            await self._save(job, findings)
+        except asyncio.CancelledError:
+            self._end(job, "cancelled", f"The calibration of Deployment {name} was cancelled; nothing was written.")
+            raise
+        except (CannotAsk, Traffic, CannotTell, Refused, Stale, Unusable) as error:
+            hint = "; wait until it is idle or give --force" if type(error) is Traffic else ""
+            text = f"The calibration of Deployment {name} was stopped: {_reason(error)}{hint}. Nothing was written."
+            self._end(job, "failed", text)
+        except BaseException:
+            self._end(job, "failed", f"The calibration of Deployment {name} met a fault in Fleetgate; see the log.")
+            log.exception("calibration_failed", deployment=name)
+            raise
+        finally:
+            await asker.close()
+
+    async def _save(self, job: Job, findings: Findings) -> None:
+        """Write the Profile, and with `use` the Deployment that names it, in one step. Raises: as `Changes` does."""
+        documents = _documents(job.plan, job.order, findings.measured, findings.kv_tokens)
+        changes = self._control.changes
+        checked = await changes.check(documents, ORIGIN)
+        await asyncio.to_thread(changes.apply, checked, ORIGIN)
+        await self._control.adopted()
+        job.profile = documents[0]
+        self._end(job, "done", _told(job, findings))
+
+    def _end(self, job: Job, state: str, sentence: str) -> None:
+        job.state, job.sentence = state, sentence
+        self._control.record("Deployment", job.plan.deployment.name, sentence)
+
+    def _in_flight(self, plan: Plan) -> int:
+        board = self._control.board
+        return board.in_flight_total(plan.deployment.slot) if board is not None else 0
+
+    def _credential(self, deployment: model.Deployment) -> str:
+        if not deployment.credential:
+            return ""
+        try:
+            return unseal(deployment.credential, self._control.data_dir.seal_key, deployment.name)
+        except CannotUnseal as error:
+            raise Refused(f"{error}; apply the Secret again", conflict=True) from error
+
+
+def profile_name(deployment: str, asked_model: str) -> str:
+    """The name a Profile gets where none is given."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{deployment}-{asked_model}".lower())
+    return slug[:NAME_CHARS_MAX].strip("-")
+
+
+def _targets(snapshot: model.Snapshot, deployment: str, order: Order) -> Targets:
+    slos = [
+        gateway.slo
+        for gateway in snapshot.gateways
+        if gateway.slo is not None and any(upstream.deployment == deployment for upstream in gateway.upstreams)
+    ]
+    tpot_s = order.tpot_s or profiles.strictest_tpot_s(snapshot.gateways, deployment)
+    return Targets(tpot_s, order.ttft_s or min((slo.ttft_s for slo in slos), default=model.Slo().ttft_s))
+
+
+def _accelerator(stored: rows.Stored) -> resources.Accelerator:
+    """What one replica runs on; of an unknown SKU the Profile can be named, but is no peer of anybody."""
+    match parse_stored(stored):
+        case resources.Deployment(accelerator=resources.Accelerator() as accelerator):
+            return accelerator
+        case _:
+            return resources.Accelerator(sku=UNKNOWN_SKU)
+
+
+def _documents(plan: Plan, order: Order, measured: calibration.Measured, kv_tokens: int) -> list[dict[str, Any]]:
+    """The Profile, and with `use` the Deployment as it was when the job began, now naming it."""
+    profile: dict[str, Any] = {
+        "kind": "Profile",
+        "name": plan.profile,
+        "model": plan.model,
+        "sku": plan.accelerator.sku,
+        "accelerators_per_replica": max(1, plan.accelerator.count),
+        "engine": plan.deployment.engine,
+        "prefill_tokens_per_s": _rounded(measured.prefill_tokens_per_s),
+        "decode_step": {
+            "base_s": _rounded(measured.base_s),
+            "per_sequence_s": _rounded(measured.per_sequence_s),
+        },
+    }
+    optional = {
+        "batch_max": measured.batch_max,
+        "kv_tokens": kv_tokens,
+        "concurrency": measured.concurrency,
+        "units": _rounded(measured.units),
+    }
+    profile |= {field: value for field, value in optional.items() if value}
+    if not order.use:
+        return [profile]
+    return [profile, {**plan.document, "profile": plan.profile, "generation": plan.generation}]
+
+
+def _told(job: Job, findings: Findings) -> str:
+    """The end as a sentence."""
+    plan, found, progress = job.plan, findings.measured, job.progress
+    replicas = " of one replica" if plan.engines > 1 else ""
+    knee = (
+        f"the knee is at {found.concurrency} requests at once and {found.units:.3g} CU"
+        if found.concurrency
+        else "the knee was not reached, so that concurrency and units are derived from the speeds"
+    )
+    estimated = "; the engine tells no token counts, so that they are estimates" if findings.estimated else ""
+    unknown = "; add `accelerator:` to the Deployment so that peers can use it" * (plan.accelerator.sku == UNKNOWN_SKU)
+    return (
+        f"The calibration of Deployment {plan.deployment.name} wrote Profile {plan.profile}{replicas}: prefill "
+        f"{found.prefill_tokens_per_s:,.0f} tokens/s, a decode step {found.base_s * 1e3:.3g} ms + "
+        f"{found.per_sequence_s * 1e3:.3g} ms a sequence; {knee}; {progress.requests} requests and "
+        f"{progress.tokens:,} tokens were sent until {findings.because}{estimated}{unknown}."
+    )
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case Refused(problems=(_, *_) as problems):
+            return "; ".join(problem.sentence() for problem in problems)
+        case _:
+            return str(error)
+
+
+def _rounded(value: float) -> float:
+    """Four digits: no measurement of this kind has more."""
+    return float(f"{value:.4g}")
+
+
+def _busy(name: str, what: str) -> Refused:
+    text = f"Deployment {name} serves traffic ({what}), which would spoil the figures; wait or give --force"
+    return Refused(text, conflict=True)

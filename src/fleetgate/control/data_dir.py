@@ -1,0 +1,127 @@
+"""The data directory: its secrets, made once, and every refusal as one sentence that names the path and the fix."""
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from fleetgate.ipc.revocation_list import REVOKED
+from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key
+
+SECRET_BYTES = 32
+OWNER_TOKEN = "owner-token"  # noqa: S105 - a file's name
+API_ADDRESS = "api-address"
+_DIRECTORY_MODE = 0o700
+_FILE_MODE = 0o600
+
+
+class Unusable(Exception):
+    """The data directory, or something in it, cannot be used; the text names the path and the fix."""
+
+
+class DataDir(msgspec.Struct, frozen=True):
+    """What a control process keeps on disk."""
+
+    path: Path
+    owner_token: str
+    pepper: bytes
+    seal_key: bytes
+    signing_key: bytes
+
+    @property
+    def database(self) -> Path:
+        """The store's file."""
+        return self.path / "fleetgate.db"
+
+    @property
+    def snapshot(self) -> Path:
+        """The Snapshot that workers read."""
+        return self.path / SNAPSHOT
+
+    @property
+    def revoked(self) -> Path:
+        """The list of keys that were revoked on this machine without the control plane."""
+        return self.path / REVOKED
+
+    @property
+    def last_good_snapshot(self) -> Path:
+        """The copy that workers keep of the last one that served well."""
+        return self.path / LAST_GOOD
+
+
+def open_data_dir(path: Path) -> DataDir:
+    """Make or open a data directory with its secrets.
+
+    Raises: `Unusable`.
+    """
+    try:
+        path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+        # An operator's own directory may be open to others; the secrets' own modes hold in any case.
+        if path.stat().st_uid == os.getuid():
+            path.chmod(_DIRECTORY_MODE)
+        return DataDir(
+            path=path,
+            owner_token=_token(path / OWNER_TOKEN),
+            pepper=_secret(path / "pepper"),
+            seal_key=_secret(path / "seal.key"),
+            signing_key=_signing_key(path),
+        )
+    except OSError as error:
+        raise Unusable(unusable_sentence(path, error)) from error
+
+
+def unusable_sentence(path: Path, error: OSError) -> str:
+    """Why the data directory cannot be used, in one sentence."""
+    reason = error.strerror or str(error)
+    return f"the data directory {path} cannot be used ({reason}); give a writable one with --data-dir"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, and a crash at any moment, sees the old or the new one whole.
+
+    Raises: `OSError`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, _FILE_MODE)
+    try:
+        os.fchmod(descriptor, _FILE_MODE)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _secret(path: Path) -> bytes:
+    if not path.exists():
+        write_whole(path, secrets.token_bytes(SECRET_BYTES))
+    data = path.read_bytes()
+    if len(data) != SECRET_BYTES:
+        raise Unusable(f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; put it back from a backup")
+    return data
+
+
+def _signing_key(path: Path) -> bytes:
+    """The key that signs Snapshots; its public half lies beside it, which is all that proxies read."""
+    key = _secret(path / "signing.key")
+    public = path / PUBLIC_KEY
+    if not public.exists() or public.read_bytes() != public_key(key):
+        write_whole(public, public_key(key))
+    return key
+
+
+def _token(path: Path) -> str:
+    if not path.exists():
+        write_whole(path, f"fgo_{secrets.token_urlsafe(SECRET_BYTES)}\n".encode())
+    token = path.read_text("ascii", errors="replace").strip()
+    if len(token) < SECRET_BYTES or not token.isascii():
+        raise Unusable(f"{path} is damaged; remove it and a new owner token is written at the next start")
+    return token

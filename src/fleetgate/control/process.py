@@ -1,0 +1,266 @@
+"""The control process: `python -m fleetgate.control.process`, started by the supervisor."""
+
+import asyncio
+import fcntl
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+import uvicorn
+import uvloop
+
+from fleetgate.control.api.app import create_app
+from fleetgate.control.config import ENV, ControlConfig
+from fleetgate.control.context import Control, Started, newest_in_use
+from fleetgate.control.data_dir import API_ADDRESS, DataDir, Unusable, open_data_dir, unusable_sentence, write_whole
+from fleetgate.control.faults import Faults
+from fleetgate.control.reconciler.reconciler import Reconciler
+from fleetgate.control.resources.apply import Changes
+from fleetgate.control.resources.config_file import apply_file
+from fleetgate.control.resources.egress import parse_ranges
+from fleetgate.control.revocation_sync import merge_revoked
+from fleetgate.control.snapshot.publisher import Publisher
+from fleetgate.control.snapshot.replica_endpoints import Replicas
+from fleetgate.control.store.database import Database
+from fleetgate.control.store.repository import load_world
+from fleetgate.control.telemetry.event_recorder import Watcher, beat, watch
+from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.ipc.event_spool import Spool
+from fleetgate.ipc.shared_memory import Board, Plane
+from fleetgate.manifests import Unreadable
+from fleetgate.policies import plugins
+from fleetgate.providers.base import Settings, discover
+
+PREDECESSOR_S_MAX = 5.0  # one whose supervisor was killed puts its things away first
+STOP_S_MAX = 2  # an answer that takes longer belongs to a client that hangs
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - told apart here, not bound
+
+log = structlog.get_logger()
+
+
+def main() -> int:
+    """Run until SIGTERM or the supervisor's end, and give the exit code: 1 for what cannot work."""
+    _log_as_json()
+    os.umask(0o077)  # whatever is made in the data directory, the database too, is its owner's alone
+    text = os.environ.get(ENV)
+    if text is None:
+        return _fail([f"{ENV} is not set; the control process is started by `fleetgate up`"])
+    try:
+        config = msgspec.json.decode(text, type=ControlConfig)
+        parse_ranges(config.egress_allow)
+    except (msgspec.MsgspecError, ValueError) as error:
+        return _fail([f"{ENV} is not usable ({error}); the control process is started by `fleetgate up`"])
+    try:
+        data_dir = open_data_dir(Path(config.data_dir))
+        with _only_one(data_dir):
+            database = Database(data_dir.database)
+            database.migrate()
+            try:
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(_run(config, data_dir, database))
+            finally:
+                database.close()
+    except Unusable as error:
+        return _fail([str(error)])
+    except Unreadable as error:
+        return _fail(error.messages)
+    return 0
+
+
+async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> None:
+    changes = Changes(database, data_dir, parse_ranges(config.egress_allow))
+    publisher = Publisher(database, data_dir, config.egress_allow, lambda: replicas.ready())
+    control = Control(config, data_dir, database, changes, publisher)
+    control.board = _board(config)
+    publisher.in_use = lambda: newest_in_use(control.board)
+    for problem in plugins.load():
+        log.warning("plugin_unusable", reason=problem)
+        control.record("Plugin", problem.split()[1], problem)
+    settings = Settings(data_dir=data_dir.path, life_fd=config.life_fd)
+    providers = {name: make(settings) for name, make in discover().items()}
+    reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)
+    replicas = Replicas(reconciler.endpoints)
+    if config.config_file and not (control.board is not None and control.board.plane[Plane.CONFIGURED]):
+        await _apply_config(control, config.config_file)
+    replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.board)
+    await asyncio.to_thread(publisher.publish)
+    control.started = Started(publisher.version, time.monotonic())
+    listener = socket.socket(fileno=config.api_fd)
+    _write_address(data_dir, listener)
+    injected = Faults(control)
+    server = _Server(
+        uvicorn.Config(
+            create_app(control, [_host_of(config.api_listen), *config.api_hosts], injected),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=STOP_S_MAX,
+        )
+    )
+    _stop_when_asked(server, config.life_fd)
+    jobs: list[Coroutine[Any, Any, None]] = [
+        server.serve(sockets=[listener]),
+        publisher.run(reconciler.poke),
+        reconciler.run(),
+        replicas.drop_carried(publisher.poke),
+        injected.run(),
+    ]
+    book = UsageBook(data_dir.path, database)
+    if control.board is not None:
+        jobs.append(book.run())
+        spool = Spool(data_dir.path)
+        jobs.append(beat(control.board))
+        jobs.append(merge_revoked(control))
+        jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
+    log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
+    await _first_of(jobs)
+    with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
+        await asyncio.to_thread(book.take)
+    log.info("control_stopped")
+
+
+async def _apply_config(control: Control, path: str) -> None:
+    """Apply the file that `up` was given, at its start and after a reload: what was changed since stays else.
+
+    Raises: `Unreadable` where it is bad and the store has nothing either.
+    """
+    try:
+        await apply_file(path, control.changes)
+        if control.board is not None:
+            control.board.plane[Plane.CONFIGURED] = 1
+    except Unreadable as error:
+        # Whoever edits the file must not lose the API because the workers are replaced just then.
+        with control.database.read() as connection:
+            if not load_world(connection):
+                raise
+        sentence = f"{path} is not applied, and what the store has stays: {'; '.join(error.messages)}"
+        log.error("config_not_applied", reason=sentence)
+        control.record("Config", Path(path).name, f"{sentence}.")
+
+
+async def _first_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run jobs together until one ends. A job that fails ends all, and the supervisor starts afresh."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its own signal handling, which would end the process before it has put things away."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+def _stop_when_asked(server: uvicorn.Server, life_fd: int) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.should_exit = True
+
+    def supervisor_gone() -> None:
+        if not os.read(life_fd, 1):
+            loop.remove_reader(life_fd)
+            stop()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    # Ctrl-C reaches the whole group of processes; the supervisor decides who ends when.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if life_fd >= 0:
+        loop.add_reader(life_fd, supervisor_gone)
+
+
+def _board(config: ControlConfig) -> Board | None:
+    if config.board_fd < 0:
+        return None
+    memory = mmap.mmap(config.board_fd, Board.bytes_needed(config.workers))
+    return Board(memoryview(memory), config.workers)
+
+
+@contextmanager
+def _only_one(data_dir: DataDir) -> Iterator[None]:
+    """Hold the data directory. The kernel lets go of the lock when its holder dies in any way."""
+    path = data_dir.path / "control.lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Unusable(unusable_sentence(data_dir.path, error)) from error
+    try:
+        deadline_s = time.monotonic() + PREDECESSOR_S_MAX
+        while not _locked(descriptor):
+            if time.monotonic() > deadline_s:
+                raise Unusable(
+                    f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
+                    f"directory with --data-dir"
+                )
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_address(data_dir: DataDir, listener: socket.socket) -> None:
+    """Where the API listens, for a CLI that is only given --data-dir."""
+    host, port = listener.getsockname()[:2]
+    host = _WILDCARDS.get(host, host)
+    shown = f"[{host}]" if ":" in host else host
+    try:
+        write_whole(data_dir.path / API_ADDRESS, f"http://{shown}:{port}\n".encode())
+    except OSError as error:
+        raise Unusable(unusable_sentence(data_dir.path, error)) from error
+
+
+def _host_of(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
+
+
+def _log_as_json() -> None:
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+
+
+def _fail(messages: Sequence[str]) -> int:
+    with suppress(BrokenPipeError):
+        for message in messages:
+            sys.stderr.write(f"{message}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Resources as users write them: fields, validation, references, apply."""

@@ -1,0 +1,77 @@
+"""A `--config` file: read, checked and applied. What is removed from the file stays; `fleetgate delete` removes it."""
+
+from pathlib import Path
+
+from fleetgate.control.data_dir import Unusable
+from fleetgate.control.resources.apply import CONFIG, Applied, Changes, find_problems
+from fleetgate.control.resources.problems import Refused
+from fleetgate.control.store import repository as rows
+from fleetgate.control.store.database import Database
+from fleetgate.ipc.signed_file import LAST_GOOD
+from fleetgate.manifests import Unreadable, read_file, resolve_value
+
+
+def load_documents(path: str) -> list[object]:
+    """The documents of a file, with `value_from` resolved.
+
+    Raises: `Unreadable` with every sentence.
+    """
+    documents: list[object] = []
+    messages: list[str] = []
+    for index, value in enumerate(read_file(path)):
+        try:
+            documents.append(resolve_value(value, index))
+        except Unreadable as error:
+            messages += [f"{path}: {message}" for message in error.messages]
+            documents.append(_without_source(value))
+    if messages:
+        problems = find_problems(documents, {}, CONFIG)[1]
+        raise Unreadable(messages + [problem.sentence(path) for problem in problems])
+    return documents
+
+
+def check_file(path: str, data_dir: str | Path) -> list[str]:
+    """Every mistake of a file as a sentence, seen together with what the data directory has; empty when it is good."""
+    try:
+        documents = load_documents(path)
+        world = _world(Path(data_dir) / "fleetgate.db")
+    except Unreadable as error:
+        return error.messages
+    except Unusable as error:
+        # Workers that have something to serve from do not wait for the store: FAULTS.md row 48.
+        return [] if (Path(data_dir) / LAST_GOOD).exists() else [str(error)]
+    return [problem.sentence(path) for problem in find_problems(documents, world, CONFIG)[1]]
+
+
+async def apply_file(path: str, changes: Changes) -> list[Applied]:
+    """Apply a file, all or nothing.
+
+    Raises: `Unreadable` with every sentence.
+    """
+    documents = load_documents(path)
+    try:
+        return changes.apply(await changes.check(documents, CONFIG), CONFIG)
+    except Refused as error:
+        sentences = [problem.sentence(path) for problem in error.problems]
+        raise Unreadable(sentences or [f"{path}: {error.message}"]) from error
+
+
+def _world(database_file: Path) -> rows.World:
+    if not database_file.exists():
+        return {}
+    database = Database(database_file)
+    try:
+        database.migrate()
+        with database.read() as connection:
+            return rows.load_world(connection)
+    finally:
+        database.close()
+
+
+def _without_source(value: object) -> object:
+    """A Secret whose source was bad, with a stand-in for its value, so that its other mistakes are still found."""
+    match value:
+        case {"value_from": _, **rest}:
+            return {**rest, "value": "-"}
+        case _:
+            return value

@@ -1,0 +1,54 @@
+"""Keys that were revoked on this machine while the control plane was away: into the store, then off the list."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import structlog
+
+from fleetgate.control.context import Control
+from fleetgate.control.data_dir import Unusable
+from fleetgate.control.resources.apply import Origin
+from fleetgate.control.store import repository as rows
+from fleetgate.ipc.revocation_list import Revocation, read_revoked, take_off
+from fleetgate.ipc.signed_file import NotSigned, public_key
+
+LOOK_EVERY_S = 1.0
+log = structlog.get_logger()
+
+
+async def merge_revoked(control: Control) -> None:
+    """Look once a second, for as long as the process lives."""
+    trouble = ""
+    while True:
+        try:
+            await _merge(control)
+            trouble = ""
+        except (NotSigned, OSError, Unusable) as error:  # what is listed stays listed, and workers go by it
+            if str(error) != trouble:
+                trouble = str(error)
+                log.error("revoked_not_merged", path=str(control.data_dir.revoked), reason=trouble)
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _merge(control: Control) -> None:
+    data_dir = control.data_dir
+    listed = read_revoked(data_dir.revoked, public_key(data_dir.signing_key))
+    if not listed:
+        return
+    await asyncio.to_thread(_delete, control, listed)
+    version = await control.publisher.settle()
+    # Only what every worker has left behind may go off the list, or the key would be good again for a moment.
+    if control.has_everywhere(version):
+        ids = {revocation.id for revocation in listed}
+        await asyncio.to_thread(take_off, data_dir.revoked, data_dir.signing_key, ids)
+
+
+def _delete(control: Control, listed: tuple[Revocation, ...]) -> None:
+    with control.database.read() as connection:
+        names = {key.id: name for name, key in rows.load_keys(connection).items()}
+    for revocation in listed:
+        name = names.get(revocation.id)
+        if name is not None:
+            at = datetime.fromtimestamp(revocation.at_s, UTC).isoformat(timespec="seconds")
+            said = f"because it was revoked on the machine by {revocation.by} at {at}"
+            control.changes.delete("Key", name, confirmed=True, origin=Origin(said))

@@ -1,0 +1,1 @@
+"""From stored resources to the signed Snapshot that workers use."""

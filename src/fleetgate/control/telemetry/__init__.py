@@ -1,0 +1,1 @@
+"""Metrics, readiness and Events of the control process."""

@@ -1,0 +1,1 @@
+"""Usage journals of the workers, folded into rows."""

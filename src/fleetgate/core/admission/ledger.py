@@ -1,0 +1,91 @@
+"""Who holds how much of a Deployment's concurrency: reserved in one step at pick, settled on every path."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class SettledTwice(RuntimeError):
+    """A reservation was given back that is not held: a bug in the caller, never a state to live with."""
+
+
+def _no_lock(slot: int) -> None:
+    """One worker alone needs no lock."""
+
+
+class InFlightCells(Protocol):
+    """Memory that all workers share. Shape: `in_flight` is [Deployment slot][worker]."""
+
+    @property
+    def workers(self) -> int:
+        """The number of columns."""
+
+    @property
+    def in_flight(self) -> memoryview:
+        """Requests in flight, one signed 64-bit cell a worker."""
+
+
+class Ledger:
+    """One worker's hand on the in-flight counts that all workers of a machine share.
+
+    A worker writes only its own cell; the limit holds over the sum, because sum and write happen under `lock`.
+    Shape: `lock(slot)` and `unlock(slot)` bracket one Deployment; the kernel must free the lock when its holder dies.
+    Cost: 0.3 µs alone, 2 µs with a lock (fcntl, two system calls).
+    """
+
+    __slots__ = ("_alone", "_cells", "_lock", "_unlock", "_worker", "_workers", "first", "last")
+
+    def __init__(
+        self,
+        cells: InFlightCells,
+        worker: int,
+        lock: Callable[[int], None] = _no_lock,
+        unlock: Callable[[int], None] = _no_lock,
+    ) -> None:
+        self._cells = cells.in_flight
+        self._worker = worker
+        self._workers = cells.workers
+        self._lock = lock
+        self._unlock = unlock
+        self.sees(0, cells.workers)
+
+    def sees(self, first: int, last: int) -> None:
+        """Count with the columns from `first` up to, not including, `last`; all others must be nobody's."""
+        self.first, self.last = first, last
+        self._alone = last - first == 1
+
+    def in_flight(self, slot: int) -> int:
+        """Requests in flight to a Deployment over all workers."""
+        at = slot * self._workers
+        if self._alone:
+            return self._cells[at + self._worker]
+        return sum(self._cells[at + self.first : at + self.last])
+
+    def reserve(self, slot: int, limit: int) -> bool:
+        """Take one place in a Deployment, or say that it is full; a limit of 0 means none."""
+        at = slot * self._workers + self._worker
+        if limit <= 0:
+            self._cells[at] += 1
+            return True
+        if self._alone:
+            if self._cells[at] >= limit:
+                return False
+            self._cells[at] += 1
+            return True
+        self._lock(slot)
+        try:
+            if self.in_flight(slot) >= limit:
+                return False
+            self._cells[at] += 1
+            return True
+        finally:
+            self._unlock(slot)
+
+    def settle(self, slot: int) -> None:
+        """Give one place back.
+
+        Raises: `SettledTwice` when this worker holds none.
+        """
+        at = slot * self._workers + self._worker
+        if self._cells[at] <= 0:
+            raise SettledTwice(f"Deployment slot {slot} has no reservation of worker {self._worker} to give back")
+        self._cells[at] -= 1

@@ -1,0 +1,1 @@
+"""What a Deployment can take: capacity units, latency prediction, limits learned online."""

@@ -1,0 +1,263 @@
+"""What traffic teaches: how long answers are, how fast engines are by now, and how much a Deployment really takes.
+
+Everything here is fed by requests that clients asked for, and learns nothing while a Deployment is idle.
+"""
+
+from collections import OrderedDict
+
+import msgspec
+
+from fleetgate.core.capacity.latency_model import Pace
+
+# --- token counts -----------------------------------------------------------------------------------------------------
+
+KEYS_MAX = 4096  # output lengths are remembered for this many keys and models, the least recent are forgotten
+OUTPUT_TOKENS_FIRST = 200.0  # the reference shape, until an answer has told better
+TOKENS_PER_BYTE_FIRST = 0.25  # English text with any current tokenizer, within a third
+LENGTH_SHARE = 0.05  # of a new observation in a running mean: about the last forty count
+
+
+class Lengths:
+    """What a model's answers and prompts usually measure, in tokens."""
+
+    __slots__ = ("_output", "_per_byte")
+
+    def __init__(self) -> None:
+        self._output: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._per_byte: dict[str, float] = {}
+
+    def output_tokens(self, model: str, key: str, tokens_max: int = 0) -> float:
+        """Expected output: what this key, else this model, usually gets, never more than the request allows."""
+        known = self._output.get((model, key)) or self._output.get((model, "")) or OUTPUT_TOKENS_FIRST
+        return min(known, tokens_max) if tokens_max else known
+
+    def prompt_tokens(self, model: str, body_bytes: int) -> float:
+        """Expected prompt tokens of a body."""
+        return body_bytes * self._per_byte.get(model, TOKENS_PER_BYTE_FIRST)
+
+    def saw_output(self, model: str, key: str, tokens: int) -> None:
+        """An answer ended."""
+        for name in ((model, key), (model, "")):
+            before = self._output.pop(name, float(tokens))
+            self._output[name] = before + LENGTH_SHARE * (tokens - before)
+        if len(self._output) > KEYS_MAX:
+            self._output.popitem(last=False)
+
+    def saw_prompt(self, model: str, body_bytes: int, tokens: int) -> None:
+        """A usage came back."""
+        seen = tokens / max(1, body_bytes)
+        before = self._per_byte.get(model, seen)
+        self._per_byte[model] = before + LENGTH_SHARE * (seen - before)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+PACE_MIN, PACE_MAX = 0.1, 10.0
+PACE_SHARE = 0.2  # of one observation: a silent slow-down is believed after about five
+PREFILL_TELLS_S = 0.02  # shorter prefills drown in the network's and the step's own noise
+
+
+class PaceLearner:
+    """How much slower or faster than its Profile a Deployment is, from its own streams."""
+
+    __slots__ = ("pace",)
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+
+    def saw_first(self, predicted_s: float, observed_s: float, prefill_s: float) -> None:
+        """A first token came. Units: `prefill_s` is the part of the prediction that prompts made, at this pace."""
+        if prefill_s < PREFILL_TELLS_S or prefill_s < 0.25 * predicted_s:
+            return
+        ratio = max(0.25, (observed_s - (predicted_s - prefill_s)) / prefill_s)
+        share = PACE_SHARE * min(1.0, prefill_s / 0.2)  # a long prefill tells more than a short one
+        prefill = self.pace.prefill * min(4.0, ratio) ** share
+        self.pace = Pace(min(PACE_MAX, max(PACE_MIN, prefill)), self.pace.decode)
+
+    def saw_decode(self, decode_s: float, step_s: float, steps: int) -> None:
+        """Streams moved for a while. Units: seconds left for decoding, the Profile's step then, and steps done."""
+        if steps < 5 or step_s <= 0.0:
+            return
+        ratio = min(PACE_MAX, max(PACE_MIN, decode_s / (steps * step_s)))
+        decode = self.pace.decode * (ratio / self.pace.decode) ** PACE_SHARE
+        self.pace = Pace(self.pace.prefill, decode)
+
+
+SLOT_SHARE = 0.02  # of an answer in the running sums: about the last fifty count
+SLOT_TELLS = 5  # answers before which a guess is better
+
+
+class SlotPace:
+    """What one place of a Deployment gets done, by Little's law, for engines of which nothing is known.
+
+    It needs no model of the engine: what limits it is in how long its answers hold their places.
+    """
+
+    __slots__ = ("_held_s", "_seen", "_units")
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._units = 0.0
+        self._held_s = 0.0
+
+    def saw_end(self, units: float, held_s: float) -> None:
+        """An answer ended. Units: `units` in CU by its real lengths, `held_s` from sending to the end."""
+        self._seen += 1
+        self._units += units - SLOT_SHARE * self._units
+        self._held_s += held_s - SLOT_SHARE * self._held_s
+
+    @property
+    def units_per_s(self) -> float:
+        """CU a second of one place, 0 where too little was seen."""
+        return self._units / self._held_s if self._seen >= SLOT_TELLS and self._held_s > 0.0 else 0.0
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+LATE_SHARE_MAX = 0.05
+REFUSED_SHARE_MAX = 0.02
+WINDOW_S = 10.0
+BACK_OFF = 0.9
+BACK_OFF_MOST = 0.5
+BACK_OFF_EVERY_S = 2.0
+CREEP_SHARE = 0.01
+MARGIN_BACK_OFF = 0.98
+MARGIN_CREEP = 0.002
+MARGIN_MIN, MARGIN_MAX = 0.6, 1.3
+MARGIN_FIRST = 1.2
+WAITING_POLLS_MAX = 3
+WAITING_SHARE_MAX = 0.05
+TOLD_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
+KV_SHARE_MAX = 0.9
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What a Deployment's requests came to, as counters that only rise."""
+
+    ended: int = 0
+    ttft_late: int = 0
+    tpot_late: int = 0
+    refused: int = 0
+
+    def since(self, before: "Counts") -> "Counts":
+        """What was counted in between; a counter that fell (its worker was started anew) counts from zero."""
+        return Counts(
+            max(0, self.ended - before.ended),
+            max(0, self.ttft_late - before.ttft_late),
+            max(0, self.tpot_late - before.tpot_late),
+            max(0, self.refused - before.refused),
+        )
+
+
+class Signals(msgspec.Struct, frozen=True):
+    """What an engine says of itself; None where it says nothing or nothing fresh."""
+
+    waiting: int | None = None
+    kv_share: float | None = None
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """Where a limit starts, how far it may move, and whether the operator wrote it: then nothing raises it.
+
+    Units: `start` 0 is no limit until the engine refuses or lets requests wait.
+    """
+
+    start: int
+    least: int
+    most: int
+    written: bool = False
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A limit that moved, with its reason as one sentence."""
+
+    before: int
+    after: int
+    because: str
+
+
+class LimitLearner:
+    """One Deployment's limit and TPOT margin: AIMD on what went wrong, once a second, never from idle.
+
+    An engine of which nothing is known has no limit until it refuses, or has requests waiting: then what it carried.
+    Source: ALGORITHMS.md section 8.1; the margin section 9.4.
+    """
+
+    __slots__ = ("_bounds", "_history", "_polls_waiting", "_settled", "_told", "_wait_until_s", "limit", "margin")
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._history: list[tuple[float, Counts]] = []
+        self._polls_waiting = 0
+        self._settled = Counts()
+        self._wait_until_s = float("-inf")
+        self.limit = float(bounds.start)
+        self._told = bounds.start
+        self.margin = MARGIN_FIRST
+
+    def look(self, counts: Counts, in_flight: int, signals: Signals, now_s: float) -> Change | None:
+        """Correct the limit and the margin by the last ten seconds."""
+        self._history.append((now_s, counts))
+        while len(self._history) > 2 and self._history[1][0] <= now_s - WINDOW_S:
+            self._history.pop(0)
+        recent = counts.since(self._history[0][1])
+        # A few always wait for the step under way to end; more than that wait for a place.
+        queues = (signals.waiting or 0) > WAITING_SHARE_MAX * in_flight
+        self._polls_waiting = self._polls_waiting + 1 if queues else 0
+        if now_s <= self._wait_until_s:  # what was sent before the last step down has to end first
+            self._settled, self._polls_waiting = counts, 0
+        before = int(self.limit)
+        self._correct_margin(recent, in_flight)
+        trouble = self._trouble(recent, counts.since(self._settled), signals)
+        if trouble:
+            self._back_off(in_flight, signals.waiting if queues and signals.waiting else 0, now_s)
+        elif in_flight > 0.5 * self.limit and not queues:
+            self._creep()
+        after = int(self.limit)
+        crept = before <= after < self._told * (1.0 + TOLD_SHARE) and after < self._bounds.most
+        if after == self._told or crept:
+            return None
+        told, self._told = self._told, after
+        return Change(told, after, trouble or "it was busy, and nothing came late or was refused")
+
+    def _trouble(self, recent: Counts, settled: Counts, signals: Signals) -> str:
+        """What is wrong, as a sentence, or nothing. Shape: `settled` is counted since the last step down took hold."""
+        ended, refused = min(recent.ended, settled.ended), min(recent.refused, settled.refused)
+        if refused and refused > REFUSED_SHARE_MAX * (ended + refused):
+            return f"the engine refused {refused} of the last {ended + refused} requests"
+        if self._bounds.written:
+            return ""
+        ended, late = recent.ended, max(recent.ttft_late, recent.tpot_late)
+        # Where room is predicted, the margin answers first: it moves what is admitted, not how much.
+        if ended and late > LATE_SHARE_MAX * ended and late > 1 and self.margin <= MARGIN_MIN:
+            what = "TTFT" if recent.ttft_late >= recent.tpot_late else "TPOT"
+            return f"{late} of the last {ended} answers missed their {what} target"
+        if self._polls_waiting >= WAITING_POLLS_MAX:
+            return f"the engine had requests waiting in {self._polls_waiting} polls in a row"
+        if signals.kv_share is not None and signals.kv_share > KV_SHARE_MAX:
+            return f"the engine's KV cache is {signals.kv_share:.0%} full"
+        return ""
+
+    def _back_off(self, in_flight: int, waiting: int, now_s: float) -> None:
+        """A step down: to what the engine carries, where it tells how many wait; else by a tenth."""
+        if now_s <= self._wait_until_s:
+            return
+        self._wait_until_s = now_s + BACK_OFF_EVERY_S
+        carried = float(max(in_flight - waiting, self._bounds.least))
+        before = self.limit or carried
+        after = before * BACK_OFF
+        if waiting and carried > BACK_OFF_MOST * before:  # else the two were not seen at the same time
+            after = min(before - 1.0, carried) if self.limit else carried
+        self.limit = max(float(self._bounds.least), after)
+
+    def _creep(self) -> None:
+        if self.limit:
+            ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
+            self.limit = min(ceiling, self.limit + max(1.0, CREEP_SHARE * self.limit))
+
+    def _correct_margin(self, recent: Counts, in_flight: int) -> None:
+        late = max(recent.ttft_late, recent.tpot_late)
+        if recent.ended and late > LATE_SHARE_MAX * recent.ended:
+            self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)
+        elif in_flight > 0.25 * self.limit:
+            self.margin = min(MARGIN_MAX, self.margin + MARGIN_CREEP)

@@ -1,0 +1,361 @@
+"""What a calibration sends, when it stops, and what its measurements say of one engine.
+
+A sweep has two parts. Single requests with ever longer prompts tell the prefill speed. Waves of requests that start
+together, 1, 2, 4, 8 … of them, tell the decode step against the batch and, by how long a whole wave takes, the knee:
+a wave of `b` requests of `o` output tokens takes `b · prompt / prefill + o · step(b)`, so that `wave / o` is the TPOT
+which `b` requests have that are always in flight, and `b / wave` the rate at which they end.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations, pairwise
+from statistics import fmean, median
+
+import msgspec
+
+from fleetgate.core.capacity.units import LONELY_STEPS, cost_units, step_s
+from fleetgate.core.model import Profile
+
+# Half the reference request: the same knee at half the cost.
+WAVE_PROMPT_TOKENS, WAVE_OUTPUT_TOKENS = 500, 100
+PREFILL_PROMPT_TOKENS = (256, 512, 1024, 2048, 4096)
+PREFILL_REPEATS = 3
+PREFILL_OUTPUT_TOKENS = 4  # some engines hold a first token back until they know more
+PREFILL_TOKENS_SHARE = 0.25  # of the tokens allowed; the waves need the rest
+WAVE_MAX = 512  # of one engine; none is known that still gains beyond it within a SLO
+GAIN_MIN = 0.05
+PREFILL_TOKENS_PER_S_MAX = 1e6  # what is faster is not told apart from the noise
+BASE_S_MIN = 1e-6
+WAITED_PREFILLS = 2.0  # decode steps in between make a prefill longer, but not twice as long at the waves' shape
+SPAN_EVENTS = 8  # a step is timed over so many, because one arrival tells as much of the network as of the engine
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """The most that a calibration may send."""
+
+    requests_max: int = 600
+    tokens_max: int = 400_000
+
+
+class Targets(msgspec.Struct, frozen=True):
+    """What an answer is held to."""
+
+    tpot_s: float = 0.05
+    ttft_s: float = 2.0
+
+
+class Round(msgspec.Struct, frozen=True):
+    """Requests that start together. Shape: `measures` is warm-up, prefill or decode."""
+
+    measures: str
+    at_once: int
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and output tokens of all its requests."""
+        return self.at_once * (self.prompt_tokens + self.output_tokens)
+
+
+class TooLittle(Exception):
+    """A budget does not allow two sizes of prompts and two waves; `least` does."""
+
+    def __init__(self, least: Budget) -> None:
+        super().__init__(f"at least {least.requests_max} requests and {least.tokens_max} tokens are needed")
+        self.least = least
+
+
+class CannotTell(Exception):
+    """There are too few measurements to say anything; the text says which are missing."""
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(budget: Budget, engines: int = 1) -> tuple[Round, ...]:
+    """All that a calibration would send if nothing stopped it earlier; never more than the budget.
+
+    Raises: `TooLittle`.
+    """
+    least = least_budget(engines)
+    if budget.requests_max < least.requests_max or budget.tokens_max < least.tokens_max:
+        raise TooLittle(least)
+    rounds = list(_prefills(2))
+    first_waves = list(_waves(engines))[:2]
+    spare = Budget(
+        budget.requests_max - sum(one.at_once for one in first_waves), budget.tokens_max - _tokens(first_waves)
+    )
+    for sizes in range(3, len(PREFILL_PROMPT_TOKENS) + 1):
+        longer = list(_prefills(sizes))
+        tokens_max = min(spare.tokens_max, PREFILL_TOKENS_SHARE * budget.tokens_max)
+        if _tokens(longer) <= tokens_max and len(longer) <= spare.requests_max:
+            rounds = longer
+    requests, tokens = len(rounds), _tokens(rounds)
+    for wave in _waves(engines):
+        requests, tokens = requests + wave.at_once, tokens + wave.tokens
+        if requests > budget.requests_max or tokens > budget.tokens_max:
+            break
+        rounds.append(wave)
+    return tuple(rounds)
+
+
+def least_budget(engines: int = 1) -> Budget:
+    """What two sizes of prompts and two waves need."""
+    rounds = [*_prefills(2), *list(_waves(engines))[:2]]
+    return Budget(sum(one.at_once for one in rounds), _tokens(rounds))
+
+
+def expected_s(rounds: Iterable[Round], profile: Profile, engines: int = 1) -> float:
+    """About how long rounds take on engines with such speeds."""
+    return sum(
+        one.at_once / engines * one.prompt_tokens / profile.prefill_tokens_per_s
+        + one.output_tokens * step_s(profile, one.at_once / engines)
+        for one in rounds
+    )
+
+
+def _prefills(sizes: int) -> Iterator[Round]:
+    yield Round("warm-up", 1, PREFILL_PROMPT_TOKENS[0], PREFILL_OUTPUT_TOKENS)
+    for prompt_tokens in PREFILL_PROMPT_TOKENS[:sizes]:
+        for _ in range(PREFILL_REPEATS):
+            yield Round("prefill", 1, prompt_tokens, PREFILL_OUTPUT_TOKENS)
+
+
+def _waves(engines: int) -> Iterator[Round]:
+    batch = 1
+    while batch <= WAVE_MAX:
+        yield Round("decode", batch * engines, WAVE_PROMPT_TOKENS, WAVE_OUTPUT_TOKENS)
+        batch *= 2
+
+
+def _tokens(rounds: Iterable[Round]) -> int:
+    return sum(one.tokens for one in rounds)
+
+
+# --- what was seen ----------------------------------------------------------------------------------------------------
+
+
+class Single(msgspec.Struct, frozen=True):
+    """A request that had the engine for itself."""
+
+    uncached_tokens: float
+    ttft_s: float
+
+
+class Wave(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that started together, as one engine saw them.
+
+    Units: `batch` requests of one engine; `step_s` while all of them were decoding, 0 where that never was;
+    `wave_s` from the first sent to the last token; `ttft_s` the median; `running` the most the engine said it had
+    running, 0 where it says nothing.
+    """
+
+    batch: float
+    step_s: float
+    wave_s: float
+    prompt_tokens: float
+    output_tokens: float
+    ttft_s: float
+    queued: bool = False
+    refused: int = 0
+    running: float = 0.0
+
+    @property
+    def tpot_s(self) -> float:
+        """TPOT of so many requests that are always in flight, prefills of others included."""
+        return self.wave_s / self.output_tokens
+
+    @property
+    def requests_per_s(self) -> float:
+        """How many end a second while so many are always in flight."""
+        return self.batch / self.wave_s
+
+    @property
+    def saturated(self) -> bool:
+        """The engine took no more at once."""
+        return self.queued or self.refused > 0
+
+
+def step_of(streams: Sequence[Sequence[float]], tokens_per_event: float) -> float:
+    """Seconds of a decode step while all streams were decoding, 0 where that was too short to tell.
+
+    Shape: of each stream the moments its content events came, in order.
+    """
+    if not streams or not all(streams):
+        return 0.0
+    begin_s, end_s = max(moments[0] for moments in streams), min(moments[-1] for moments in streams)
+    spans = []
+    for moments in streams:
+        inside = [at_s for at_s in moments if begin_s <= at_s <= end_s]
+        spans += [
+            (last_s - first_s) / SPAN_EVENTS
+            for first_s, last_s in zip(inside, inside[SPAN_EVENTS:], strict=False)  # the second is shorter by a span
+        ]
+    return median(spans) / max(tokens_per_event, 1e-9) if spans else 0.0
+
+
+def begun_together(streams: Sequence[Sequence[float]], sent_s: float, prefill_s: float) -> int:
+    """How many streams the engine ran at once: all, or those that began before the first of them ended.
+
+    Units: `prefill_s` is what all the prompts take; where no stream waited much longer than that, none was queued.
+    """
+    if not streams or not all(streams):
+        return 0
+    last_begin_s, first_end_s = max(moments[0] for moments in streams), min(moments[-1] for moments in streams)
+    if last_begin_s < first_end_s or last_begin_s - sent_s < WAITED_PREFILLS * prefill_s:
+        return len(streams)
+    return sum(moments[0] < first_end_s for moments in streams)
+
+
+def stop_reason(waves: Sequence[Wave], targets: Targets) -> str:
+    """Why no larger wave is worth sending, as the end of a sentence; empty while one is."""
+    if not waves:
+        return ""
+    first, last = waves[0], waves[-1]
+    if last.refused:
+        return f"the engine refused {last.refused} of {last.batch:g} requests at once"
+    if last.queued:
+        return f"the engine let some of {last.batch:g} requests wait"
+    tpot_s = max(targets.tpot_s, LONELY_STEPS * first.tpot_s)
+    if last.tpot_s > tpot_s:
+        return f"{last.batch:g} requests at once have a TPOT of {last.tpot_s:.3f} s, over the {tpot_s:.3f} s allowed"
+    ttft_s = max(targets.ttft_s, LONELY_STEPS * first.ttft_s)
+    if last.ttft_s > ttft_s:
+        return f"{last.batch:g} requests at once have a TTFT of {last.ttft_s:.2f} s, over the {ttft_s:.2f} s allowed"
+    if len(waves) > 1 and last.requests_per_s < (1.0 + GAIN_MIN) * waves[-2].requests_per_s:
+        return f"{last.batch:g} requests at once end no faster than {waves[-2].batch:g}"
+    return ""
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sweep says of one engine. Shape: 0 where it could not be measured: it is then derived from the rest."""
+
+    prefill_tokens_per_s: float
+    base_s: float
+    per_sequence_s: float
+    batch_max: int = 0
+    concurrency: int = 0
+    units: float = 0.0
+
+
+def measured(singles: Sequence[Single], waves: Sequence[Wave], targets: Targets) -> Measured:
+    """Put the measurements together.
+
+    Raises: `CannotTell`.
+    """
+    prefill_tokens_per_s = prefill_of(singles)
+    base_s, per_sequence_s = decode_of(waves)
+    profile = Profile(
+        name="measured",
+        prefill_tokens_per_s=prefill_tokens_per_s,
+        base_s=base_s,
+        per_sequence_s=per_sequence_s,
+    )
+    batch_max = int(_places(waves))
+    knee = _knee(waves, targets)
+    concurrency, units = 0, 0.0
+    if knee:
+        batch, requests_per_s = knee
+        concurrency = max(1, int(batch))
+        shape = waves[-1]
+        each = cost_units(profile, targets.tpot_s, shape.prompt_tokens, shape.output_tokens)
+        units = requests_per_s * each
+    return Measured(
+        prefill_tokens_per_s=prefill_tokens_per_s,
+        base_s=base_s,
+        per_sequence_s=per_sequence_s,
+        batch_max=batch_max,
+        concurrency=concurrency,
+        units=units,
+    )
+
+
+def prefill_of(singles: Sequence[Single]) -> float:
+    """Prompt tokens a second, from `TTFT = fixed + tokens / speed`.
+
+    Raises: `CannotTell`.
+    Source: Theil-Sen, the median slope over all pairs, each weighed by its distance: a few late answers do not matter.
+    """
+    slopes = sorted(
+        ((far.ttft_s - near.ttft_s) / (far.uncached_tokens - near.uncached_tokens), weight)
+        for near, far in combinations(singles, 2)
+        if (weight := abs(far.uncached_tokens - near.uncached_tokens)) >= 64
+    )
+    if not slopes:
+        raise CannotTell("no two prompts of different length were answered")
+    half, passed = sum(weight for _, weight in slopes) / 2, 0.0
+    slope = slopes[-1][0]
+    for one, weight in slopes:
+        passed += weight
+        if passed >= half:
+            slope = one
+            break
+    return 1.0 / max(slope, 1.0 / PREFILL_TOKENS_PER_S_MAX)
+
+
+def decode_of(waves: Sequence[Wave]) -> tuple[float, float]:
+    """The step's fixed seconds and those of each sequence, by least squares over what the engine ran at once.
+
+    Raises: `CannotTell`.
+    """
+    seen = [(wave.batch, wave.step_s) for wave in waves if wave.step_s > 0.0 and not wave.saturated]
+    if not seen:
+        raise CannotTell("no answer was long enough to time its tokens")
+    mean_batch, mean_s = fmean(batch for batch, _ in seen), fmean(seconds for _, seconds in seen)
+    spread = sum((batch - mean_batch) ** 2 for batch, _ in seen)
+    slope = sum((batch - mean_batch) * (seconds - mean_s) for batch, seconds in seen) / spread if spread else 0.0
+    base_s = mean_s - slope * mean_batch
+    if slope <= 0.0:  # noise; a step does not get shorter by more work
+        return mean_s, 0.0
+    if base_s < BASE_S_MIN:
+        return BASE_S_MIN, sum(batch * seconds for batch, seconds in seen) / sum(batch**2 for batch, _ in seen)
+    return base_s, slope
+
+
+def _places(waves: Sequence[Wave]) -> float:
+    """How many requests the engine runs at once, 0 where it never had to say no."""
+    full = next((wave for wave in waves if wave.saturated), None)
+    if full is None:
+        return 0.0
+    ran = max((wave.batch for wave in waves if not wave.saturated), default=1.0)
+    took = full.running or full.batch - full.refused
+    return min(full.batch, max(ran, took, 1.0))
+
+
+def _knee(waves: Sequence[Wave], targets: Targets) -> tuple[float, float] | None:
+    """The largest batch within the TPOT target and the requests that end a second there; None if none was too large.
+
+    Between waves, and from the last good one up to the engine's places, `tpot_s` is a straight line.
+    """
+    good = [wave for wave in waves if not wave.saturated]
+    if not good:
+        return None
+    target_s = max(targets.tpot_s, LONELY_STEPS * good[0].tpot_s)
+    for near, far in pairwise(good):
+        if far.tpot_s > target_s:
+            return _at(_crossing(near, far, target_s), near, far)
+    places = _places(waves)
+    if places:
+        if len(good) == 1:
+            return good[0].batch, good[0].requests_per_s
+        near, far = good[-2:]
+        batch = min(places, _crossing(near, far, target_s)) if far.tpot_s > near.tpot_s else places
+        return _at(batch, near, far)
+    if stop_reason(waves, targets):
+        best = max(good, key=lambda wave: wave.requests_per_s * (wave.ttft_s <= targets.ttft_s or wave is good[0]))
+        return best.batch, best.requests_per_s
+    return None
+
+
+def _crossing(near: Wave, far: Wave, tpot_s: float) -> float:
+    """The batch at which the line through two waves reaches a TPOT."""
+    return near.batch + (far.batch - near.batch) * (tpot_s - near.tpot_s) / (far.tpot_s - near.tpot_s)
+
+
+def _at(batch: float, near: Wave, far: Wave) -> tuple[float, float]:
+    """Batch, and requests that end a second there."""
+    tpot_s = near.tpot_s + (far.tpot_s - near.tpot_s) * (batch - near.batch) / (far.batch - near.batch)
+    return batch, batch / (tpot_s * far.output_tokens)

@@ -1,0 +1,1 @@
+"""Circuit breaker, outlier detection and timeouts of Endpoints."""

@@ -1,0 +1,1 @@
+"""Which Deployment takes a request: routes, strategies, affinity, the scheduler."""

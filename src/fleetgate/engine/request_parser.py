@@ -1,0 +1,288 @@
+"""What a client asks of a simulated engine, read from the body of each operation."""
+
+import zlib
+from typing import Any
+
+import msgspec
+
+from fleetgate.engine.json_schema import Schema, matching
+from fleetgate.engine.text_generator import Voice, json_pieces
+
+BYTES_PER_TOKEN = 4
+OUTPUT_TOKENS_MAX = 32_768
+DIMENSIONS_MAX = 4096
+DIMENSIONS = 64
+INPUTS_MAX = 2048
+
+
+class BadAsk(Exception):
+    """The body asks for nothing that can be answered; `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class _Message(msgspec.Struct, frozen=True):
+    role: str
+    content: msgspec.Raw = msgspec.Raw(b"null")
+    tool_calls: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Function(msgspec.Struct, frozen=True):
+    name: str
+    parameters: Schema = Schema()
+
+
+class _Tool(msgspec.Struct, frozen=True):
+    """A tool of chat completions (`function`) or of responses (`name` and `parameters` directly)."""
+
+    type: str = "function"
+    function: _Function | None = None
+    name: str = ""
+    parameters: Schema | None = None
+
+    def flat(self) -> _Function:
+        return self.function or _Function(self.name, self.parameters or Schema())
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    type: str = "function"
+    function: _Function | None = None
+    name: str = ""
+
+
+class _JsonSchema(msgspec.Struct, frozen=True):
+    schema: Schema = Schema(type="object")
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """A `response_format` of chat completions or the `text.format` of responses."""
+
+    type: str = "text"
+    json_schema: _JsonSchema | None = None
+    schema: Schema | None = None
+
+
+class _Text(msgspec.Struct, frozen=True):
+    format: _Format = _Format()
+
+
+class _StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class _Body(msgspec.Struct, frozen=True):
+    model: str
+    stream: bool | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: str | _Choice | None = None
+
+
+class _Sampled(_Body, frozen=True):
+    stream_options: _StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+
+
+class _Chat(_Sampled, frozen=True):
+    messages: list[_Message] = []
+    max_completion_tokens: int | None = None
+    response_format: _Format | None = None
+
+
+class _Completion(_Sampled, frozen=True):
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    response_format: _Format | None = None
+
+
+class _Response(_Body, frozen=True):
+    input: msgspec.Raw = msgspec.Raw(b'""')
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    text: _Text | None = None
+
+
+class _Embedding(msgspec.Struct, frozen=True):
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: str | None = None
+    dimensions: int | None = None
+
+
+class Ask(msgspec.Struct, kw_only=True):
+    """A request for generated tokens. Shape: `pieces` are the tokens of the answer, cut to what the client allows."""
+
+    model: str
+    stream: bool
+    include_usage: bool
+    prompt_tokens: int
+    pieces: list[str]
+    finish_reason: str
+    tool: str = ""
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+        return "".join(self.pieces)
+
+
+class EmbeddingAsk(msgspec.Struct, kw_only=True):
+    """A request for embeddings."""
+
+    model: str
+    inputs: list[bytes]
+    base64: bool
+    dimensions: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all inputs."""
+        return sum(tokens_of(text) for text in self.inputs)
+
+
+class Habits(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine does where a request leaves it open."""
+
+    seed: int = 0
+    output_tokens: int = 64
+
+
+def tokens_of(text: bytes) -> int:
+    """Tokens of a text, estimated from its bytes."""
+    return max(1, -(-len(text) // BYTES_PER_TOKEN))
+
+
+_read_chat = msgspec.json.Decoder(_Chat).decode
+_read_completion = msgspec.json.Decoder(_Completion).decode
+_read_response = msgspec.json.Decoder(_Response).decode
+_read_embedding = msgspec.json.Decoder(_Embedding).decode
+
+
+def read_chat(body: bytes, habits: Habits) -> Ask:
+    """Read a chat completion's body. Raises: `BadAsk`."""
+    chat: _Chat = _read(_read_chat, body)
+    if not chat.messages:
+        raise BadAsk("`messages` is empty; give at least one message", "messages")
+    prompt = b"\n".join(b"%b:%b%b" % (m.role.encode(), bytes(m.content), bytes(m.tool_calls)) for m in chat.messages)
+    limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
+    answered = chat.messages[-1].role == "tool"
+    return _ask(chat, prompt, _Wish(_limit(limit), _floor(chat, limit), chat.response_format, answered), habits)
+
+
+def read_completion(body: bytes, habits: Habits) -> Ask:
+    """Read a legacy completion's body. Raises: `BadAsk`."""
+    completion: _Completion = _read(_read_completion, body)
+    if not bytes(completion.prompt):
+        raise BadAsk("`prompt` is missing; give a text", "prompt")
+    wish = _Wish(
+        _limit(completion.max_tokens), _floor(completion, completion.max_tokens), completion.response_format, False
+    )
+    return _ask(completion, bytes(completion.prompt), wish, habits)
+
+
+def read_response(body: bytes, habits: Habits) -> Ask:
+    """Read the body of the responses API. Raises: `BadAsk`."""
+    response: _Response = _read(_read_response, body)
+    prompt = (response.instructions or "").encode() + bytes(response.input)
+    answered = b'"function_call_output"' in prompt
+    form = response.text.format if response.text else None
+    return _ask(response, prompt, _Wish(_limit(response.max_output_tokens), 0, form, answered), habits)
+
+
+def read_embedding(body: bytes) -> EmbeddingAsk:
+    """Read an embedding's body. Raises: `BadAsk`."""
+    ask: _Embedding = _read(_read_embedding, body)
+    given = ask.input
+    one = isinstance(given, str) or not given or isinstance(given[0], int)  # a text or one list of token ids
+    inputs: list[Any] = [given] if one else list(given)
+    dimensions = ask.dimensions if ask.dimensions is not None else DIMENSIONS
+    if not given or len(inputs) > INPUTS_MAX:
+        raise BadAsk(f"`input` must hold 1 to {INPUTS_MAX} texts", "input")
+    if not 1 <= dimensions <= DIMENSIONS_MAX:
+        raise BadAsk(f"`dimensions` must be 1 to {DIMENSIONS_MAX}", "dimensions")
+    texts = [text.encode() if isinstance(text, str) else repr(text).encode() for text in inputs]
+    return EmbeddingAsk(model=ask.model, inputs=texts, base64=ask.encoding_format == "base64", dimensions=dimensions)
+
+
+class _Wish(msgspec.Struct, frozen=True):
+    """What an operation's own fields come to. Shape: `answered` says that the last message is a tool's result."""
+
+    limit: int | None
+    floor: int
+    form: _Format | None
+    answered: bool
+
+
+def _read(decode: Any, body: bytes) -> Any:
+    try:
+        return decode(body)
+    except msgspec.ValidationError as error:
+        raise BadAsk(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadAsk(f"the request body is not valid JSON: {error}") from None
+
+
+def _limit(tokens: int | None) -> int | None:
+    if tokens is not None and tokens < 1:
+        raise BadAsk("`max_tokens` must be at least 1", "max_tokens")
+    return tokens
+
+
+def _floor(body: _Sampled, limit: int | None) -> int:
+    """The fewest tokens of the answer; an engine told to ignore its end goes on to the limit, where there is one."""
+    return OUTPUT_TOKENS_MAX if body.ignore_eos and limit is not None else body.min_tokens or 0
+
+
+def _ask(body: _Body, prompt: bytes, wish: _Wish, habits: Habits) -> Ask:
+    options = getattr(body, "stream_options", None)
+    voice = Voice(habits.seed, prompt)
+    tool = _tool(body, wish.answered)
+    limit = min(wish.limit if wish.limit is not None else OUTPUT_TOKENS_MAX, OUTPUT_TOKENS_MAX)
+    if tool is not None:
+        pieces = json_pieces(_arguments(tool.parameters, voice))
+    elif wish.form is not None and wish.form.type in ("json_object", "json_schema"):
+        pieces = json_pieces(_structured(wish.form, voice))
+    else:
+        pieces = voice.pieces(min(max(habits.output_tokens, wish.floor), limit + 1))
+    cut = len(pieces) > limit
+    return Ask(
+        model=body.model,
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+        prompt_tokens=tokens_of(prompt),
+        pieces=pieces[:limit],
+        finish_reason="length" if cut else "tool_calls" if tool is not None else "stop",
+        tool=tool.name if tool is not None else "",
+    )
+
+
+def _tool(body: _Body, answered: bool) -> _Function | None:
+    """The tool that the answer calls, if it calls one: asked for by `tool_choice`, and not just answered."""
+    if not body.tools or body.tool_choice in (None, "none") or (answered and body.tool_choice == "auto"):
+        return None
+    tools = [tool.flat() for tool in body.tools if tool.type == "function"]
+    name = ""
+    if isinstance(body.tool_choice, _Choice):
+        name = body.tool_choice.function.name if body.tool_choice.function else body.tool_choice.name
+    chosen = [tool for tool in tools if not name or tool.name == name]
+    if not chosen:
+        raise BadAsk(f"`tool_choice` names {name!r}, which is not among `tools`", "tool_choice")
+    return chosen[0]
+
+
+def _arguments(parameters: Schema, voice: Voice) -> object:
+    return matching(parameters, voice) if parameters.properties else {}
+
+
+def _structured(form: _Format, voice: Voice) -> object:
+    schema = form.schema or (form.json_schema.schema if form.json_schema else None)
+    if form.type == "json_schema" and schema is not None:
+        return matching(schema, voice)
+    return {"answer": " ".join(voice.word(index) for index in range(8))}
+
+
+def answer_id(prefix: str, number: int, body: bytes) -> str:
+    """An id that is the same in every run with the same requests."""
+    return f"{prefix}-{zlib.crc32(body):08x}{number:08x}"

@@ -1,0 +1,1 @@
+"""What processes hand one another: formats and shared memory, whatever carries them."""

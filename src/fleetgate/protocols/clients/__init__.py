@@ -1,0 +1,1 @@
+"""Client protocols, one file each."""

@@ -1,0 +1,1 @@
+"""How an answer that broke off continues at another engine: transcript, comparison, prefill, token ids."""

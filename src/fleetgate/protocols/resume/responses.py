@@ -1,0 +1,195 @@
+"""Going on elsewhere with a stream of `/v1/responses`, by replay (R3): typed, numbered events that build items.
+
+What is compared is the text of the deltas and which items and parts begin and end where; what is kept of the first
+answer are its ids and the count of its events.
+"""
+
+from typing import Any
+
+import msgspec
+
+from fleetgate.protocols.http1 import Malformed
+from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way
+
+_BEGINS = frozenset({"response.created", "response.queued", "response.in_progress"})
+_DELTA = ".delta"
+# What an item is made of. Anything else, a search or an image, was done once and is not done again to compare it.
+_TEXTS = ("output_text", "refusal", "function_call_arguments", "reasoning_text", "reasoning_summary_text")
+_PARTS = ("output_item", "content_part", "reasoning_part", "reasoning_summary_part")
+_DELTAS = frozenset(f"response.{name}{_DELTA}" for name in _TEXTS)
+_MARKS = frozenset(
+    {f"response.{name}.done" for name in (*_TEXTS, *_PARTS)} | {f"response.{name}.added" for name in _PARTS}
+)
+_ITEMS = frozenset({"message", "reasoning", "function_call"})
+_MARK_CHARS = 64  # what a mark counts for the bound on what is kept
+
+_NONE = msgspec.Raw(b"null")
+
+
+class _Tool(msgspec.Struct):
+    type: str = ""
+
+
+class _Wants(msgspec.Struct):
+    temperature: float | None = None
+    tools: list[_Tool] | None = None
+    background: bool | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    previous_response_id: str | None = None
+    conversation: msgspec.Raw = _NONE
+
+
+_decode_wants = msgspec.json.Decoder(_Wants).decode
+
+
+def response_ways_of(body: bytes) -> frozenset[Way]:
+    """How the answer to a request of `/v1/responses` may go on elsewhere: only what is greedy and held by no engine."""
+    try:
+        wants = _decode_wants(body)
+    except msgspec.MsgspecError:
+        return frozenset()
+    held = wants.background or wants.previous_response_id is not None or bytes(wants.conversation) != b"null"
+    acts = any(tool.type != "function" for tool in wants.tools or ())
+    if wants.temperature != 0 or held or acts or wants.include or wants.top_logprobs:
+        return frozenset()
+    return frozenset({Way.REPLAY})
+
+
+class _Item(msgspec.Struct):
+    id: str | None = None
+    type: str = ""
+    call_id: str | None = None
+    name: str | None = None
+
+
+class _Response(msgspec.Struct):
+    id: str | None = None
+    created_at: float | int | None = None
+
+
+class _Event(msgspec.Struct):
+    type: str
+    sequence_number: int | None = None
+    output_index: int | None = None
+    content_index: int | None = None
+    summary_index: int | None = None
+    item: _Item | None = None
+    delta: str | None = None
+    response: _Response | None = None
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
+
+
+def _channel(event: _Event) -> str:
+    """Which part of which item an event is about."""
+    item = event.item
+    what = (item.type, item.name) if item is not None else ()
+    return f"{event.type} {event.output_index} {event.content_index} {event.summary_index} {what}"
+
+
+class ResponseTranscript(Transcript):
+    """What a client has read of a response. Shape: in `runs` a mark, an item's begin say, is a run without text."""
+
+    __slots__ = ("created_at", "items", "sequence")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: dict[int, _Item] = {}
+        self.created_at: float | int | None = None
+        self.sequence: int | None = None
+
+    def _read(self, data: bytes) -> None:
+        try:
+            event = _decode_event(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            self.whole = False
+            return
+        if event.sequence_number is not None:
+            self.sequence = event.sequence_number
+        if event.type in _BEGINS:
+            if self.id is None and event.response is not None:
+                self.id, self.created_at = event.response.id, event.response.created_at
+            return
+        item = event.item
+        # An end is none of them: behind it there is nothing to go on with.
+        if event.type not in _DELTAS | _MARKS or (item is not None and item.type not in _ITEMS):
+            self.whole = False
+            return
+        if item is not None and event.output_index is not None:
+            self.items.setdefault(event.output_index, item)
+        channel = _channel(event)
+        if event.type in _MARKS:
+            self._chars += _MARK_CHARS
+            self._runs.append((channel, []))
+        elif event.delta:
+            self.tokens += 1
+            self._chars += len(event.delta)
+            if self._runs and self._runs[-1][0] == channel:
+                self._runs[-1][1].append(event.delta)
+            else:
+                self._runs.append((channel, [event.delta]))
+
+
+class ResponseSeam(Seam):
+    """Joins a response to a broken one: ids, time and numbers are those of the first."""
+
+    def __init__(self, transcript: ResponseTranscript, model: str) -> None:
+        super().__init__(transcript, Way.REPLAY, model)
+        self._first = transcript
+        self._sequence = transcript.sequence
+
+    def take(self, data: bytes) -> bytes | None:
+        """An event for the client, or None where it has read it already. Shape: `data` is one event's JSON.
+
+        Raises: `Mismatch`, and `Malformed` for what is no event.
+        """
+        try:
+            typed = _decode_event(data)  # for its types, which the lines below rely on
+            event = msgspec.json.decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise Malformed(502, "the upstream sent a malformed event") from None
+        if typed.type in _BEGINS:
+            return None
+        if typed.type in _DELTAS:
+            event["delta"] = self._unread(_channel(typed), typed.delta or "")
+            if not event["delta"]:
+                return None
+        elif not self.caught_up:
+            if typed.type not in _MARKS or self._at or self._runs[self._run] != (_channel(typed), ""):
+                raise Mismatch
+            self._run += 1
+            return None
+        self._sign(event)
+        return b"event: %b\ndata: %b\n\n" % (typed.type.encode(), msgspec.json.encode(event))
+
+    def _sign(self, event: dict[str, Any]) -> None:
+        if self._sequence is not None:
+            self._sequence += 1
+            event["sequence_number"] = self._sequence
+        known = self._first.items.get(event.get("output_index", -1))
+        if known is not None:
+            if "item_id" in event and known.id is not None:
+                event["item_id"] = known.id
+            if event.get("item"):
+                _name_item(event["item"], known)
+        response = event.get("response")
+        if not response:
+            return
+        for name, value in (("id", self._first.id), ("created_at", self._first.created_at)):
+            if value is not None:
+                response[name] = value
+        if "model" in response:
+            response["model"] = self._model
+        output = response.get("output")
+        for index, item in enumerate(output if isinstance(output, list) else ()):
+            if index in self._first.items and isinstance(item, dict):
+                _name_item(item, self._first.items[index])
+
+
+def _name_item(item: dict[str, Any], known: _Item) -> None:
+    """Give an item the ids that its client knows."""
+    for name, value in (("id", known.id), ("call_id", known.call_id)):
+        if name in item and value is not None:
+            item[name] = value

@@ -1,0 +1,184 @@
+"""`Idempotency-Key`: a request that was sent twice on purpose is worked once. FAULTS.md row 43.
+
+A claim is a locked file named by key, Gateway and what the client calls the request, so that all workers of a machine
+see it and a worker's death frees it. Nothing is kept in memory, and requests without the header cost nothing.
+Source: draft-ietf-httpapi-idempotency-key-header.
+"""
+
+import fcntl
+import os
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fleetgate.core.exchange import Outcome
+from fleetgate.proxy.downstream.request_authorizer import Admitted, Denied
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.request.handler import Conversation
+    from fleetgate.proxy.worker.services import Hub
+
+DIRECTORY = "idempotency"
+KEPT_S = 86_400.0
+ANSWER_BYTES_MAX = 64 * 1024
+NAME_BYTES_MAX = 255
+FILES_MAX = 20_000
+BYTES_MAX = 256 * 1024 * 1024
+RUNNING, WHOLE, STREAM, LARGE = "running", "whole", "stream", "large"
+_HEAD_BYTES_MAX = 64 * 1024  # of a file: the first line, with the kept headers
+
+
+class _Kept(msgspec.Struct):
+    """The first line of a claim's file; a kept answer's body follows it."""
+
+    print: str
+    state: str
+    headers: bytes = b""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Kept).decode
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """The answer that was given before. Shape: `headers` are whole lines."""
+
+    headers: bytes
+    body: bytes
+
+
+class Claim:
+    """The right to answer one request, held until it is answered."""
+
+    __slots__ = ("_fd", "_path", "_print")
+
+    def __init__(self, fd: int, path: Path, fingerprint: str) -> None:
+        self._fd = fd
+        self._path = path
+        self._print = fingerprint
+        self._write(_Kept(fingerprint, RUNNING), b"")
+
+    def end(self, conversation: "Conversation") -> None:
+        """The request is over: keep its answer, or that it had one, before its client has all of it.
+
+        What failed may be asked again.
+        """
+        relay, place = conversation.relay, conversation.last_place
+        try:
+            if conversation.exchange.outcome is not Outcome.OK or relay is None or place is None:
+                self._path.unlink(missing_ok=True)
+            elif relay.stream:
+                self._write(_Kept(self._print, STREAM), b"")
+            elif conversation.written + len(conversation.tail) > ANSWER_BYTES_MAX:
+                self._write(_Kept(self._print, LARGE), b"")
+            else:
+                self._write(_Kept(self._print, WHOLE, relay.passed + place.answer_headers), relay.held[0])
+        except OSError:
+            self._path.unlink(missing_ok=True)  # a full disk: then it is worked again, as without the header
+        finally:
+            self._close()
+
+    def _write(self, kept: _Kept, body: bytes) -> None:
+        data = _encode(kept) + b"\n" + body
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, data, 0)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        # Where a mistake of ours put the request away: the lock goes, and with it the claim.
+        self._close()
+
+
+def claim(hub: "Hub", admitted: Admitted, body: bytes) -> Claim | Replay | None:
+    """The right to answer, or the answer that is kept; None where the disk keeps nothing. FAULTS.md row 68.
+
+    Raises: `Denied` with 400 for a name that is none, 409 while another answers it or where its answer is not kept, 422
+    where the same name was given to another request. Cost: 60 µs, for requests with the header only.
+    """
+    name = admitted.idempotency
+    if len(name) > NAME_BYTES_MAX or not name.isascii():
+        raise Denied(400, "invalid_request", f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters")
+    owner = f"{admitted.site.gateway.name}\0{admitted.key.id or admitted.key.name}\0".encode()
+    path = Path(hub.config.data_dir) / DIRECTORY / sha256(owner + name).hexdigest()
+    try:
+        return _claim(path, sha256(admitted.path + b"\0" + body).hexdigest())
+    except OSError as error:
+        hub.guards.say("idempotency", f"{path.parent} cannot be used ({error.strerror}): Idempotency-Key has no effect")
+        return None
+
+
+def _claim(path: Path, fingerprint: str) -> Claim | Replay:
+    fd = _open(path)
+    if fd < 0:
+        raise Denied(409, "invalid_request", _BUSY, extra=b"retry-after: 1\r\n")
+    try:
+        found = _read(fd)
+        if found is None:
+            return Claim(os.dup(fd), path, fingerprint)
+        kept, answer = found
+        if kept.print != fingerprint:
+            raise Denied(422, "invalid_request", _OTHER)
+        if kept.state == WHOLE:
+            return Replay(kept.headers, answer)
+        raise Denied(409, "invalid_request", _STREAM if kept.state == STREAM else _LARGE, extra=_FOR_GOOD)
+    finally:
+        os.close(fd)
+
+
+_FOR_GOOD = b"x-should-retry: false\r\n"  # the official SDKs would ask twice more
+_BUSY = "a request with this Idempotency-Key is being answered; ask again when it has ended"
+_OTHER = "this Idempotency-Key was used for another request in the last 24 hours; give each request its own"
+_STREAM = "a stream with this Idempotency-Key was answered whole, and streams are not kept; use a new key to ask again"
+_LARGE = f"the answer with this Idempotency-Key is over {ANSWER_BYTES_MAX // 1024} KiB and was not kept; use a new key"
+
+
+def _open(path: Path) -> int:
+    """The file with its lock, -1 where another has it."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return -1
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # it was removed in between
+
+
+def _read(fd: int) -> tuple[_Kept, bytes] | None:
+    """What a claim left behind; None for nothing, what is too old, and what its worker did not live to finish."""
+    if time.time() - os.fstat(fd).st_mtime > KEPT_S:
+        return None
+    line, _, answer = os.pread(fd, _HEAD_BYTES_MAX + ANSWER_BYTES_MAX, 0).partition(b"\n")
+    try:
+        kept = _decode(line)
+    except msgspec.MsgspecError:
+        return None
+    return (kept, answer) if kept.state != RUNNING else None
+
+
+def tidy(data_dir: Path) -> None:
+    """Remove what is too old, and the oldest beyond the bounds. It reads a directory, so it is for another thread."""
+    found = []
+    try:
+        with os.scandir(data_dir / DIRECTORY) as entries:
+            for entry in entries:
+                stat = entry.stat()
+                found.append((stat.st_mtime, stat.st_size, entry.path))
+    except OSError:
+        return
+    found.sort(reverse=True)
+    total_bytes, oldest_s = 0, time.time() - KEPT_S
+    for number, (at_s, size_bytes, path) in enumerate(found):
+        total_bytes += size_bytes
+        if at_s < oldest_s or number >= FILES_MAX or total_bytes > BYTES_MAX:
+            Path(path).unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+"""What a Gateway's policies say of one request: asked once, after the model is known and before any limit."""
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fleetgate.core.routing.policy_decision import Facts, Judgement
+from fleetgate.ipc.event_spool import Happened
+from fleetgate.protocols.clients.openai import Ask, output_tokens_max
+from fleetgate.proxy.downstream.request_authorizer import Admitted, Denied
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.worker.services import Hub
+
+
+def judge(hub: "Hub", admitted: Admitted, ask: Ask, body: bytes) -> Judgement:
+    """The Deployments that policies leave, those they want first, and the request's priority.
+
+    Raises: `Denied` when they leave none; `openai.InvalidBody`. Cost: 10 µs with three policies.
+    """
+    site = admitted.site
+    rules = site.rules
+    headers = admitted.head.headers
+    facts = Facts(
+        model=ask.model,
+        path=admitted.path.decode("ascii", "replace"),
+        prompt_tokens=int(hub.lengths.prompt_tokens(ask.model, len(body))),
+        output_tokens_max=output_tokens_max(body),
+        stream=ask.stream,
+        headers={name.decode(): headers[name].decode("latin-1") for name in rules.needs_headers if name in headers},
+        body=site.body_reader.read(body) if rules.needs_body else {},
+    )
+    judgement = rules.judge(facts, admitted.key)
+    if judgement.notes:
+        _tell(hub, site.gateway.name, judgement.notes)
+    if judgement.denied_by:
+        raise Denied(403, "policy_denied", judgement.denial)
+    return judgement
+
+
+def _tell(hub: "Hub", gateway: str, notes: tuple[str, ...]) -> None:
+    """A policy that fails is an Event and a line of the log, once a minute, not once a request."""
+    for note in hub.notices.fresh(notes, hub.clock()):
+        hub.spool.add(Happened("Gateway", gateway, note))
+        line = {"at_ms": int(hub.epoch_s() * 1000), "event": "policy_trouble", "gateway": gateway, "message": note}
+        hub.log.add(msgspec.json.encode(line) + b"\n")

@@ -1,0 +1,1 @@
+"""One request: placement, attempts, the answer, what is recorded of it."""

@@ -1,0 +1,137 @@
+"""An answer that broke off half-way: whether and how it goes on from another Deployment."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fleetgate.protocols.clients.openai import Operation
+from fleetgate.protocols.resume.responses import ResponseSeam, ResponseTranscript, response_ways_of
+from fleetgate.protocols.resume.token_ids import COMPLETIONS, TokenSeam, tokens_body
+from fleetgate.protocols.resume.transcript import Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.proxy.transport.response_relay import Names, Owner, Relay
+from fleetgate.proxy.transport.resume_relay import Continuation
+
+if TYPE_CHECKING:
+    from fleetgate.proxy.request.handler import Conversation
+    from fleetgate.proxy.routing.routing_table import LaneState, Place, Tables
+
+
+NOBODYS_IDS = 1  # the mark of ids that no other engine is known to take: a replay still compares them
+
+
+def script_of(conversation: "Conversation") -> Transcript | None:
+    """What to write a stream down in, None where it could not go on anyway: it then costs nothing."""
+    lane, operation = conversation.lane, conversation.request.operation
+    if operation is None or not lane.resumes:
+        return None
+    ways = _ways(conversation.body, operation) & lane.ways
+    if operation.name == "responses":
+        return ResponseTranscript() if ways else None
+    place = conversation.place
+    mark = 0
+    if Way.TOKENS in ways and place is not None:
+        mark = _mark(place, conversation.ask.model) or NOBODYS_IDS
+    return Transcript(mark) if mark > NOBODYS_IDS or ways - {Way.TOKENS} else None
+
+
+def _ways(body: bytes, operation: Operation) -> frozenset[Way]:
+    return response_ways_of(body) if operation.name == "responses" else ways_of(body, operation)
+
+
+def _mark(place: "Place", model: str) -> int:
+    """Whose token ids it gives and takes for this model; the probe asked for the first of its models only."""
+    names = place.upstream_names
+    return place.token_mark if names.get(model) == next(iter(names.values()), None) else 0
+
+
+class Resumption:
+    """One answer that goes on elsewhere, perhaps twice. Units: `lost_s` is when it last broke off."""
+
+    __slots__ = ("_asked_model", "_seen", "_transcript", "lost_s", "way")
+
+    def __init__(self, transcript: Transcript, way: Way, relay: Relay, asked_model: str) -> None:
+        self._transcript = transcript
+        self._asked_model = asked_model
+        self._seen = relay.event_count
+        self.way = way
+        self.lost_s = 0.0
+
+    @classmethod
+    def of(cls, conversation: "Conversation", relay: Relay, now_s: float) -> "Resumption | None":
+        """How this answer goes on: compared where that is exact, else asked to be gone on with; None if not at all."""
+        transcript, operation = relay.script, conversation.request.operation
+        if transcript is None or operation is None:
+            return None
+        ways = _ways(conversation.body, operation)
+        runs = transcript.runs  # reads the last events, which tell whether all of it is known
+        if not transcript.whole or not runs:
+            return None
+        if Way.REPLAY in ways:
+            return cls(transcript, Way.REPLAY, relay, conversation.ask.model)
+        if Way.TOKENS in ways and tokens_body(conversation.body, transcript) is not None:
+            made = cls(transcript, Way.TOKENS, relay, conversation.ask.model)
+            if made.has_taker(conversation):
+                return made
+        if Way.PREFILL in ways and prefill_body(conversation.body, transcript, "") is not None:
+            return cls(transcript, Way.PREFILL, relay, conversation.ask.model)
+        return None
+
+    def has_taker(self, conversation: "Conversation") -> bool:
+        """Whether some Deployment that is up could go on with it."""
+        lane, tables = conversation.lane, conversation.hub.tables
+        unfit = frozenset(self.unfit(lane, tables))
+        lost = () if conversation.peer is None else (conversation.peer,)
+        without, now_s = (*conversation.failed_peers, *lost), conversation.hub.clock()
+        slots = [candidate.slot for candidate in lane.candidates if candidate.slot not in unfit]
+        return any(tables.places[slot].choose(now_s, without) is not None for slot in slots)
+
+    def broke_off(self, relay: Relay | None, now_s: float) -> None:
+        """It did, with so much said by then."""
+        self.lost_s = now_s
+        if relay is not None:
+            self._seen = max(self._seen, relay.event_count)
+
+    def can_go_on(self, body: bytes) -> bool:
+        """Whether what was said by now can be gone on with."""
+        return self.way is Way.REPLAY or self._body(body, "") is not None
+
+    def path(self, asked: bytes) -> bytes:
+        """Where the next engine is asked."""
+        return COMPLETIONS if self.way is Way.TOKENS else asked
+
+    def unfit(self, lane: "LaneState", tables: "Tables") -> Iterator[int]:
+        """The Deployments that could not go on with it."""
+        if self.way is Way.PREFILL:
+            for candidate in lane.candidates:
+                if not tables.places[candidate.slot].prefills:
+                    yield candidate.slot
+        elif self.way is Way.TOKENS:
+            for candidate in lane.candidates:
+                if _mark(tables.places[candidate.slot], self._asked_model) != self._transcript.token_mark:
+                    yield candidate.slot
+
+    def body(self, body: bytes, engine: str) -> bytes:
+        """What this engine is asked."""
+        if self.way is Way.REPLAY:
+            return body
+        going_on = self._body(body, engine)
+        assert going_on is not None, "asked for, and not changed since"
+        return going_on
+
+    def _body(self, body: bytes, engine: str) -> bytes | None:
+        if self.way is Way.TOKENS:
+            return tokens_body(body, self._transcript)
+        return prefill_body(body, self._transcript, engine)
+
+    def relay(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> Continuation:
+        """Who reads its answer."""
+        seam: Seam
+        if isinstance(self._transcript, ResponseTranscript):
+            seam = ResponseSeam(self._transcript, self._asked_model)
+        elif self.way is Way.TOKENS:
+            seam = TokenSeam(self._transcript, self._asked_model, operation)
+        else:
+            seam = Seam(self._transcript, self.way, self._asked_model)
+        relay = Continuation(owner, operation, hide_usage, names, seam, self._transcript)
+        relay.event_count = self._seen
+        relay.inherited = 0 if self.way is Way.REPLAY else self._seen
+        return relay

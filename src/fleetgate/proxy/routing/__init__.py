@@ -1,0 +1,1 @@
+"""A Snapshot prepared for requests: look-up tables, Deployment and Endpoint state."""

@@ -1,0 +1,1 @@
+"""Takes a new Snapshot into use: signature, canary worker, rollback."""

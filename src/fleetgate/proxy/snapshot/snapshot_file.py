@@ -1,0 +1,138 @@
+"""The Snapshot file: looked at ten times a second, taken whole or not at all; and a copy of the last good one."""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, decode_snapshot
+from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, verified
+
+EMPTY = Snapshot(version=0, made_at_s=0.0)
+GIVEN_UP = "snapshot.given-up"  # a note beside them: the version that was returned from, for those who start later
+
+
+class Unfit(Exception):
+    """A Snapshot that is not taken; the text says why."""
+
+
+class SnapshotFile:
+    """Where the publisher puts Snapshots. The last good one stays in use whatever happens to the file."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir / SNAPSHOT
+        self._copy = data_dir / LAST_GOOD
+        self._note = data_dir / GIVEN_UP
+        self._public_key_path = data_dir / PUBLIC_KEY
+        # Held from the start on: whoever can write files later cannot also replace what they are checked against.
+        self._public_key = b""
+        self._seen = (0, 0, 0)
+        self._newest = 0
+        self._copied = 0
+        self.data = b""  # of the newest one, as signed
+        self.refused = ""
+
+    def changed(self) -> Snapshot | None:
+        """The new Snapshot if the file has been replaced by a good one since the last look.
+
+        Cost: one `stat`, 2 µs, when nothing changed.
+        """
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if seen == self._seen:
+            return None
+        try:
+            snapshot = self._take(stat.st_size)
+        except OSError as error:
+            self.refused = f"{self._path} cannot be read: {error.strerror}"  # and the next look tries again
+            return None
+        except Unfit as error:
+            self.refused = f"{self._path} is refused: {error}"
+            snapshot = None
+        else:
+            self.refused = ""
+        self._seen = seen
+        return snapshot
+
+    def last_good(self) -> Snapshot | None:
+        """The copy, if it is good: what a proxy starts from when the file is not."""
+        try:
+            snapshot = self._read(self._copy.read_bytes())
+        except (OSError, Unfit):
+            return None
+        self._copied = snapshot.version
+        self._newest = max(self._newest, snapshot.version)
+        return snapshot
+
+    def keep(self, data: bytes, version: int) -> None:
+        """Make this the last good copy. It waits for the disk, so it is for another thread.
+
+        Raises: `OSError`; the copy before it then stays whole.
+        """
+        if version == self._copied:
+            return
+        temporary = self._copy.with_name(f".{self._copy.name}.{os.getpid()}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(self._copy)
+        self._copied = version
+
+    def give_up(self, version: int) -> None:
+        """Note that this version was returned from; 0 takes the note away. A full disk loses it: one more trial."""
+        try:
+            if version:
+                self._note.write_text(f"{version}\n")
+            else:
+                self._note.unlink(missing_ok=True)
+        except OSError:
+            return
+
+    def given_up(self) -> int:
+        """The version in the note, 0 without one."""
+        try:
+            text = self._note.read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            return 0
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
+
+    def _take(self, size_bytes: int) -> Snapshot | None:
+        """The file's Snapshot; None for the one that was taken before."""
+        if size_bytes > SNAPSHOT_BYTES_MAX:
+            raise Unfit(f"it has {size_bytes} bytes and {SNAPSHOT_BYTES_MAX} are the most")
+        data = self._path.read_bytes()
+        snapshot = self._read(data)
+        if snapshot.version < self._newest:
+            raise Unfit(f"it is version {snapshot.version}, and version {self._newest} was seen before")
+        if snapshot.version == self._newest and self.data:
+            if data != self.data:
+                raise Unfit(f"it is another version {snapshot.version} than the one seen before")
+            return None
+        self._newest, self.data = snapshot.version, data
+        return snapshot
+
+    def _read(self, data: bytes) -> Snapshot:
+        if not self._public_key:
+            try:
+                self._public_key = self._public_key_path.read_bytes()
+            except OSError as error:
+                raise Unfit(f"{self._public_key_path}, which it is checked with, cannot be read: {error}") from None
+        try:
+            snapshot = decode_snapshot(verified(data, self._public_key))
+        except (NotSigned, msgspec.MsgspecError) as error:
+            raise Unfit(str(error)) from None
+        except ValueError:
+            raise Unfit(f"{self._public_key_path}, which it is checked with, is damaged") from None
+        if snapshot.version < 1:
+            raise Unfit("its version is under 1")
+        if not (snapshot.gateways or snapshot.emptied):
+            raise Unfit("it has no Gateway and does not say that this is meant")
+        return snapshot

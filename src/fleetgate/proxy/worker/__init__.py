@@ -1,0 +1,1 @@
+"""The worker process: wires all services and runs the event loop."""

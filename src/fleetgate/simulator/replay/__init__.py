@@ -1,0 +1,1 @@
+"""`fleetgate replay`: recorded decisions taken again, and compared with what another file would decide."""
