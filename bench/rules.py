@@ -7,11 +7,11 @@ import timeit
 from collections.abc import Callable
 
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Snapshot, Upstream
-from fleetgate.core.routing.policy_decision import Facts
-from fleetgate.core.routing.route import lanes_of, route
-from fleetgate.core.routing.strategies import NO_TURN, Standing
+from fleetgate.core.routing.policy_decision import RequestAttributes
+from fleetgate.core.routing.route import model_routes, route
+from fleetgate.core.routing.strategies import NO_TURN, CandidateState
 from fleetgate.policies.body_fields import BodyReader
-from fleetgate.policies.policy_set import RuleSet
+from fleetgate.policies.policy_set import CompiledPolicies
 
 ROUNDS, REPEATS = 20_000, 5
 DEPLOYMENTS = tuple(
@@ -70,15 +70,15 @@ def best_us(call: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print a line for each kind of policy."""
-    lane = lanes_of(gateway(()), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["llama"]
-    load = {candidate.slot: Standing(1, 1.0) for candidate in lane.candidates}
+    lane = model_routes(gateway(()), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["llama"]
+    load = {candidate.slot: CandidateState(1, 1.0) for candidate in lane.candidates}
     pick_us = best_us(lambda: route(lane, load, NO_TURN))
     print(f"{'':28} {'judge µs':>9} {'body µs':>8} {'of a pick':>10}")
     print(f"{'pick among 16, no policies':28} {pick_us:9.2f}")
     for kind, policies in KINDS.items():
-        rules = RuleSet.compile(gateway(policies), DEPLOYMENTS)
+        rules = CompiledPolicies.compile(gateway(policies), DEPLOYMENTS)
         reader = BodyReader(rules.needs_body)
-        facts = Facts(model="llama", prompt_tokens=9000, headers={"x-team": "a"}, body=reader.read(BODY))
+        facts = RequestAttributes(model="llama", prompt_tokens=9000, headers={"x-team": "a"}, body=reader.read(BODY))
         judge_us = best_us(lambda rules=rules, facts=facts: rules.judge(facts, KEY))
         body_us = best_us(lambda reader=reader: reader.read(BODY)) if rules.needs_body else 0.0
         print(f"{kind:28} {judge_us:9.2f} {body_us:8.2f} {(judge_us + body_us) / pick_us:10.2f}")

@@ -22,7 +22,7 @@ from bench.routing.runs import Case, Point, run_case, window
 from fleetgate.control.snapshot.offline import read_fleet
 from fleetgate.core.routing import strategies
 from fleetgate.simulator.baselines import BASELINES
-from fleetgate.simulator.fleet import Fleet, fleet_of
+from fleetgate.simulator.fleet import SimulatedFleet, fleet_of
 from fleetgate.simulator.traces import read_trace
 from fleetgate.simulator.world import Arrival
 
@@ -86,7 +86,7 @@ def cases(options: argparse.Namespace, has_prefixes: bool) -> list[tuple[Case, l
 class Job(NamedTuple):
     """What one process does at a time: every strategy of a case, at one load, on one window."""
 
-    fleet: Fleet
+    fleet: SimulatedFleet
     name: str
     file: Path
     limit: int

@@ -6,15 +6,15 @@ from collections import deque
 from functools import partial
 
 from fleetgate.core.admission.ledger import Ledger
-from fleetgate.core.admission.work_ledger import Books, Hold
-from fleetgate.core.capacity.deployment_view import Outlook, Seat
-from fleetgate.core.capacity.latency_model import Need
-from fleetgate.core.capacity.online_estimate import Estimate, Sighting
+from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
+from fleetgate.core.capacity.deployment_view import DeploymentView, EndpointCapacity
+from fleetgate.core.capacity.latency_model import RequestShape
+from fleetgate.core.capacity.online_estimate import Observation, OnlineEstimate
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Profile, Slo, Snapshot, Upstream
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.route import lanes_of
-from fleetgate.core.routing.scheduler import Desk, Placed, Wish
-from fleetgate.ipc.shared_memory import Board
+from fleetgate.core.routing.route import model_routes
+from fleetgate.core.routing.scheduler import Placement, Scheduler, ScheduleRequest
+from fleetgate.ipc.shared_memory import SharedMemory
 
 PROFILE = Profile(
     name="h100",
@@ -25,7 +25,7 @@ PROFILE = Profile(
     kv_tokens=1_200_000,
     units=3.2,
 )
-WISH = Wish(Need(1000.0, 200.0))
+WISH = ScheduleRequest(RequestShape(1000.0, 200.0))
 ROUNDS, DECISIONS = 20, 1000
 BUSY = 5  # requests that each Deployment has in hand meanwhile
 LOAD = 0.3  # of what they carry comes in
@@ -35,33 +35,34 @@ class Bed:
     """A Lane of so many Deployments, each of which has work in hand."""
 
     def __init__(self, count: int, strategy: str) -> None:
-        board = Board(memoryview(bytearray(Board.bytes_needed(1))), 1)
-        self.books = Books(board, 0, Ledger(board, 0))
+        board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(1))), 1)
+        self.books = WorkLedger(board, 0, Ledger(board, 0))
         deployments = tuple(map(_deployment, range(count)))
         upstreams = tuple(Upstream(deployment=deployment.name, rank=1) for deployment in deployments)
         gateway = Gateway(
             slot=0, name="chat", domain="example.com", protocol="openai", strategy=strategy, upstreams=upstreams
         )
         snapshot = Snapshot(version=1, made_at_s=0.0, gateways=(gateway,), deployments=deployments)
-        self.desk = Desk(gateway, lanes_of(gateway, snapshot, "us-east")["m"])
-        self.outlooks: dict[int, Outlook] = {
-            one.slot: Estimate(one, Slo()).outlook(Sighting(1.0, (Seat(one.slot),))) for one in deployments
+        self.desk = Scheduler(gateway, model_routes(gateway, snapshot, "us-east")["m"])
+        self.outlooks: dict[int, DeploymentView] = {
+            one.slot: OnlineEstimate(one, Slo()).view(Observation(1.0, (EndpointCapacity(one.slot),)))
+            for one in deployments
         }
         self._step_s = 1.0 / (LOAD * PROFILE.units * count)
         self._now_s = 1.0
-        self._held: deque[Hold] = deque()
+        self._held: deque[WorkReservation] = deque()
         for _ in range(BUSY * count):
-            self._held.append(self.books.started(self._place().hold, self._now_s))
+            self._held.append(self.books.first_token(self._place().reservation, self._now_s))
 
     def turn(self) -> None:
         """A request comes and is placed; the one that was placed before all others ends."""
-        self._held.append(self.books.started(self._place().hold, self._now_s))
+        self._held.append(self.books.first_token(self._place().reservation, self._now_s))
         self.books.settle(self._held.popleft())
 
-    def _place(self) -> Placed:
+    def _place(self) -> Placement:
         self._now_s += self._step_s
         placed = self.desk.place(WISH, self.outlooks, self.books, self._now_s)
-        assert isinstance(placed, Placed)
+        assert isinstance(placed, Placement)
         return placed
 
 

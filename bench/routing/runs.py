@@ -7,12 +7,12 @@ from statistics import median
 
 import msgspec
 
-from fleetgate.core.routing.prefix_affinity import COLD, Affinity, Warm
-from fleetgate.simulator.faults import Fault
-from fleetgate.simulator.fleet import Fleet
-from fleetgate.simulator.proxy_model import Shell
+from fleetgate.core.routing.prefix_affinity import COLD, PrefixAffinity, WarmPrefix
+from fleetgate.simulator.faults import SimulatedFault
+from fleetgate.simulator.fleet import SimulatedFleet
+from fleetgate.simulator.proxy_model import ProxyFleet
 from fleetgate.simulator.score import good
-from fleetgate.simulator.simulation import Outcome, Setting, Simulation
+from fleetgate.simulator.simulation import Simulation, SimulationOutcome, SimulationSetting
 from fleetgate.simulator.world import Arrival, Balancer, World
 
 WINDOW_SHARE = 0.5  # of the trace that one seed sees; seeds begin evenly spaced, so that they overlap
@@ -51,10 +51,10 @@ class Case(msgspec.Struct, frozen=True):
     affinity: bool = True
 
 
-class Forgetful(Affinity):
+class Forgetful(PrefixAffinity):
     """Remembers no prompt."""
 
-    def find(self, chain: Sequence[Hashable]) -> Warm:
+    def find(self, chain: Sequence[Hashable]) -> WarmPrefix:
         """Nobody has seen it."""
         return COLD
 
@@ -64,7 +64,7 @@ class WithoutAffinity(Simulation):
 
     def _balancer(self, strategy: str, world: World) -> Balancer:
         balancer = super()._balancer(strategy, world)
-        assert isinstance(balancer, Shell)
+        assert isinstance(balancer, ProxyFleet)
         for proxy in balancer.proxies:
             proxy.affinity = Forgetful()
         return balancer
@@ -83,16 +83,18 @@ def window(arrivals: Sequence[Arrival], seed: int, seeds: int) -> list[Arrival]:
     return chosen
 
 
-def run_case(fleet: Fleet, named: tuple[str, Sequence[Arrival]], case: Case, load: float, seed: int) -> Iterable[Point]:
+def run_case(
+    fleet: SimulatedFleet, named: tuple[str, Sequence[Arrival]], case: Case, load: float, seed: int
+) -> Iterable[Point]:
     """Every strategy of a case on one window."""
     name, arrivals = named
-    setting = Setting(strategies=case.strategies, load=load, seed=seed, proxies=case.proxies)
+    setting = SimulationSetting(strategies=case.strategies, load=load, seed=seed, proxies=case.proxies)
     kind = Simulation if case.affinity else WithoutAffinity
     simulation = kind(fleet, arrivals, setting, lambda sentence: print(sentence, file=sys.stderr))
     if case.slow:
         span_s = simulation.trace[-1].at_s
         begins_s = SLOW_FROM * span_s
-        fault = Fault("slow", case.slow, begins_s, begins_s + SLOW_FOR * span_s, SLOW_FACTOR)
+        fault = SimulatedFault("slow", case.slow, begins_s, begins_s + SLOW_FOR * span_s, SLOW_FACTOR)
         simulation.setting = msgspec.structs.replace(setting, faults=(fault,))
     for strategy in case.strategies:
         outcome = simulation.run(strategy)
@@ -115,7 +117,7 @@ def run_case(fleet: Fleet, named: tuple[str, Sequence[Arrival]], case: Case, loa
         )
 
 
-def worst_third(simulation: Simulation, outcome: Outcome) -> float:
+def worst_third(simulation: Simulation, outcome: SimulationOutcome) -> float:
     """Of the share of its work that each third of the time served inside the SLO, the worst over the median."""
     span_s = simulation.trace[-1].at_s
     offered, served = [1e-9] * 3, [0.0] * 3

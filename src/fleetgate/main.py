@@ -157,14 +157,14 @@ def simulate(
 
     plugins.load()
     wanted = tuple(name.strip() for text in strategy or [] for name in text.split(",") if name.strip())
-    ask = simulating.Ask(
+    ask = simulating.SimulateOptions(
         trace=trace, gateway=gateway, load=load, rate_rps=rate, strategies=wanted, region_phase=region_phase,
         proxies=proxies, faults=tuple(fault or []), seed=seed, limit=limit, json=output is Form.JSON, plot=plot,
     )  # fmt: skip
     try:
         simulating.check(ask)
         simulating.simulate(ask, read_fleet(str(fleet)))
-    except (simulating.WrongUsage, simulating.Failed, Unreadable) as reason:
+    except (simulating.WrongUsage, simulating.SimulationFailed, Unreadable) as reason:
         sys.stderr.write(f"{reason}\n")
         raise typer.Exit(2 if type(reason) is simulating.WrongUsage else 1) from None
 
@@ -200,7 +200,7 @@ def replay(
     plugins.load()
     try:
         replaying.replay(
-            replaying.Ask(
+            replaying.ReplayOptions(
                 records=tuple(records),
                 fleet=read_fleet(str(fleet)),
                 against=read_fleet(str(against)) if against is not None else None,
@@ -208,7 +208,7 @@ def replay(
                 json=output is Form.JSON,
             )
         )
-    except (replaying.Failed, Unreadable) as reason:
+    except (replaying.ReplayFailed, Unreadable) as reason:
         sys.stderr.write(f"{reason}\n")
         raise typer.Exit(1) from None
 

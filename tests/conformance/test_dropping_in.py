@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 import fleetgate
 from fleetgate.core.model import Snapshot
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.route import Decision, lanes_of, route
-from fleetgate.core.routing.strategies import NO_TURN, Standing
+from fleetgate.core.routing.route import Decision, model_routes, route
+from fleetgate.core.routing.strategies import NO_TURN, CandidateState
 from fleetgate.protocols import engines
 from tests.conformance import test_engines, test_strategies
 from tests.loopback.rig import deployment, gateway
@@ -34,16 +34,16 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
 '''
 ENGINE = '''"""An engine of somebody's own."""
 
-from fleetgate.protocols.engines import Signals, metric_sum
+from fleetgate.protocols.engines import EngineSignals, metric_sum
 
 HEALTH_PATH = "/alive"
 METRICS_PATH = "/load"
 
 
-def read(metrics: bytes) -> Signals:
+def read(metrics: bytes) -> EngineSignals:
     """What it has to do."""
     busy = metric_sum(metrics, b"mine:busy")
-    return Signals(running=None if busy is None else int(busy))
+    return EngineSignals(running=None if busy is None else int(busy))
 '''
 
 
@@ -88,8 +88,8 @@ class TestDroppedIn:
             gateways=(gateway("a", "b", strategy="last_name"),),
             deployments=(deployment("a", 1, 0), deployment("b", 1, 1)),
         )
-        lane = lanes_of(made.gateways[0], made, "")["m"]
-        decision = route(lane, {0: Standing(0, 1.0), 1: Standing(0, 1.0)}, NO_TURN)
+        lane = model_routes(made.gateways[0], made, "")["m"]
+        decision = route(lane, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN)
         assert isinstance(decision, Decision) and [c.name for c in decision.order] == ["b", "a"]
 
     def test_the_engine_conforms(self) -> None:

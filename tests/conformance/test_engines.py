@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import engines
-from fleetgate.protocols.engines import Signals
+from fleetgate.protocols.engines import EngineSignals
 
 NUMBERS = ["0", "1", "2.0", "-1", "1e3", "NaN", "+Inf", "-Inf", "e", "", "1e400", "9" * 400, "0x5", "1 1700000000"]
 
@@ -24,7 +24,7 @@ def check_shape(engine: ModuleType) -> None:
 def check_reading(engine: ModuleType, metrics: bytes) -> None:
     """Signals or nothing: numbers that fit the board's cells."""
     signals = engine.read(metrics)
-    assert isinstance(signals, Signals)
+    assert isinstance(signals, EngineSignals)
     for count in (signals.running, signals.waiting):
         assert count is None or (isinstance(count, int) and abs(count) < 2**62)
     assert signals.kv_ratio is None or abs(signals.kv_ratio) < 2**50
@@ -49,8 +49,8 @@ class TestEveryEngine:
     def test_nothing_is_nothing(self, name: str) -> None:
         engine = engines.find(name)
         assert engine is not None
-        assert engine.read(b"") == Signals()
-        assert engine.read(b"<html>404 page not found</html>") == Signals()
+        assert engine.read(b"") == EngineSignals()
+        assert engine.read(b"<html>404 page not found</html>") == EngineSignals()
 
     @given(data=st.data())
     def test_it_stands_whatever_an_engine_says(self, name: str, data: st.DataObject) -> None:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Snapshot, Upstream
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.policy_decision import Facts, Judgement
-from fleetgate.core.routing.route import lanes_of
+from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
+from fleetgate.core.routing.route import model_routes
 from fleetgate.core.routing.strategies import Candidate, Load, Ranking, Turn
 from fleetgate.policies import plugins
-from fleetgate.policies.policy_set import RuleSet
+from fleetgate.policies.policy_set import CompiledPolicies
 from tests.conformance.test_strategies import Situation, check_answer, check_long_run, check_order_of_writing
 from tests.properties.test_routing import situations
 
@@ -103,8 +103,8 @@ class TestEveryStrategy:
         check_long_run(strategies.find(name), tuple(Candidate(name=f"d{n}", slot=n, limit=n) for n in range(4)))
 
     def test_it_makes_lanes_and_its_lead_is_who_it_names_first(self, name: str) -> None:
-        lane = lanes_of(gateway(name), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["m"]
-        load = {c.slot: strategies.Standing(0, 1.0, c.limit) for c in lane.candidates}
+        lane = model_routes(gateway(name), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["m"]
+        load = {c.slot: strategies.CandidateState(0, 1.0, c.limit) for c in lane.candidates}
         first = strategies.find(name)(lane.candidates, load, {}).order[0]
         assert lane.lead in (None, first)
 
@@ -126,7 +126,7 @@ def test_a_name_is_given_once(problems: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="another strategy is called last-name"):
         strategies.register("last-name", SimpleNamespace(order=in_memory))
     with pytest.raises(ValueError, match="another Python policy is called home"):
-        plugins.register_policy("home", lambda facts, key, deployments: Judgement())
+        plugins.register_policy("home", lambda facts, key, deployments: PolicyDecision())
 
 
 DEPLOYMENTS = tuple(
@@ -166,8 +166,8 @@ SAME = {
 def test_a_rule_is_the_same_in_python_and_in_cel(way: str, prompt_tokens: int, home: str | None) -> None:
     labels = {} if home is None else {"home": home}
     key = Key(id="k", name="k", secret_hmac="", labels=labels)
-    told = RuleSet.compile(gateway("overflow", SAME[way]), DEPLOYMENTS).judge(
-        Facts(model="m", prompt_tokens=prompt_tokens), key
+    told = CompiledPolicies.compile(gateway("overflow", SAME[way]), DEPLOYMENTS).judge(
+        RequestAttributes(model="m", prompt_tokens=prompt_tokens), key
     )
     at_home = {"eu": {0, 2}, "us": {1}}.get(home or "", set())
     slots = at_home if prompt_tokens <= 100 else {0, 1, 2}

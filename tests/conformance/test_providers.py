@@ -18,20 +18,20 @@ from fleetgate.providers.base import (
     Replica,
     ReplicaSpec,
     ReplicaState,
+    ReplicaWorkload,
     Settings,
-    Workload,
     discover,
 )
 
 READY_S_MAX = 60
-WORKLOAD = Workload(
+WORKLOAD = ReplicaWorkload(
     command=(sys.executable, "-m", "fleetgate.engine"),
     args=("--listen", "127.0.0.1:{port}"),
     health="/health",
 )
 
 
-def spec(replica_id: str, workload: Workload = WORKLOAD) -> ReplicaSpec:
+def spec(replica_id: str, workload: ReplicaWorkload = WORKLOAD) -> ReplicaSpec:
     """A replica that any place can run."""
     return ReplicaSpec(id=replica_id, deployment="m", cluster="here", region="eu", workload=workload)
 
@@ -99,7 +99,7 @@ def test_a_workload_that_cannot_run_is_refused_and_leaves_nothing(name: str, set
 
     async def refused() -> None:
         with pytest.raises(ProviderError):
-            await provider.start(spec("m-0", Workload()))
+            await provider.start(spec("m-0", ReplicaWorkload()))
         assert not await provider.list()
 
     asyncio.run(refused())

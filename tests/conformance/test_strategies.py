@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.route import Decision, Lane, route
-from fleetgate.core.routing.strategies import NO_TURN, Candidate, Ranking, Standing, Strategy, Turn
+from fleetgate.core.routing.route import Decision, ModelRoute, route
+from fleetgate.core.routing.strategies import NO_TURN, Candidate, CandidateState, Ranking, Strategy, Turn
 from tests.properties.test_routing import has_place, situations
 
-Situation = tuple[tuple[Candidate, ...], dict[int, Standing], Turn]
+Situation = tuple[tuple[Candidate, ...], dict[int, CandidateState], Turn]
 
 
 def fit_of(situation: Situation) -> list[Candidate]:
@@ -41,7 +41,7 @@ def check_answer(strategy: Strategy, situation: Situation) -> None:
 def check_order_of_writing(strategy: Strategy, situation: Situation) -> None:
     """Whoever has the most room by a clear margin does not depend on who was written first."""
     made, load, turn = situation
-    lane, turned = Lane(made, strategy), Lane(tuple(reversed(made)), strategy)
+    lane, turned = ModelRoute(made, strategy), ModelRoute(tuple(reversed(made)), strategy)
     one, other = route(lane, load, turn), route(turned, load, turn)
     assert type(one) is type(other)
     if isinstance(one, Decision) and isinstance(other, Decision):
@@ -53,8 +53,8 @@ def check_long_run(strategy: Strategy, made: tuple[Candidate, ...]) -> None:
     turn: Turn = NO_TURN
     in_flight = {candidate.slot: 0 for candidate in made}
     for step in range(1000):
-        load = {c.slot: Standing(in_flight[c.slot], 1.0, c.limit, c.slot + 1.0) for c in made}
-        decision = route(Lane(made, strategy), load, turn)
+        load = {c.slot: CandidateState(in_flight[c.slot], 1.0, c.limit, c.slot + 1.0) for c in made}
+        decision = route(ModelRoute(made, strategy), load, turn)
         if isinstance(decision, Decision):
             turn = decision.turn
             first = decision.order[0]
@@ -89,7 +89,11 @@ class TestEveryStrategy:
             Candidate(name="vast", slot=1, limit=1_000_000),
             Candidate(name="open", slot=2),
         )
-        load = {0: Standing(0, 0.001, 1, 1e-9), 1: Standing(999_999, 1.0, 1_000_000, 1e9), 2: Standing(10**9, 1.0)}
+        load = {
+            0: CandidateState(0, 0.001, 1, 1e-9),
+            1: CandidateState(999_999, 1.0, 1_000_000, 1e9),
+            2: CandidateState(10**9, 1.0),
+        }
         check_answer(strategies.find(name), (made, load, {}))
 
     def test_it_is_one_pure_documented_function(self, name: str) -> None:

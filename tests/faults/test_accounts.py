@@ -18,9 +18,9 @@ import pytest
 import sqlalchemy as sa
 
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.ipc import usage_journal as journals
-from fleetgate.ipc.usage_journal import Journal
+from fleetgate.ipc.usage_journal import UsageJournal
 from tests.loopback.up_rig import Up, deployment, gateway, kill
 from tests.loopback.wall import Wall
 from tests.loopback.wall_replies import REPLIES
@@ -186,10 +186,10 @@ def line(kind: str, number: int) -> bytes:
     )
 
 
-def book_in(folder: Path) -> tuple[UsageBook, Database]:
+def book_in(folder: Path) -> tuple[UsageIngest, Database]:
     database = Database(folder / "store.db")
     database.migrate()
-    return UsageBook(folder, database), database
+    return UsageIngest(folder, database), database
 
 
 def count(database: Database) -> int:
@@ -202,7 +202,7 @@ def test_segments_follow_each_other_and_go_when_they_are_read(tmp_path: Path, mo
         book, database = book_in(tmp_path)
 
         async def scene() -> None:
-            journal = Journal(tmp_path, lambda sentence: None)
+            journal = UsageJournal(tmp_path, lambda sentence: None)
             journal.begin(asyncio.get_running_loop())
             for number in range(400):
                 journal.add(line("i", number))
@@ -221,7 +221,7 @@ def test_segments_follow_each_other_and_go_when_they_are_read(tmp_path: Path, mo
         assert book.take() == 10  # its writer is gone, so the last ten will not be settled by it
         assert count(database) == 400
         assert not list((tmp_path / "journal").iterdir())
-        assert UsageBook(tmp_path, database).take() == 0
+        assert UsageIngest(tmp_path, database).take() == 0
         with database.read() as connection:
             sums = connection.execute(sa.text("select hour, attempts, billed_output_tokens from usage_hours")).all()
         assert (1, 390, 390 * 4) in [tuple(row) for row in sums]
@@ -232,13 +232,13 @@ def test_a_reader_that_dies_between_two_takes_counts_nothing_twice(tmp_path: Pat
 
     async def scene() -> None:
         nonlocal book
-        journal = Journal(tmp_path, lambda sentence: None)
+        journal = UsageJournal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
         for number in range(30):
             journal.add(line("i", number))
             if number % 3 == 0:
                 book.take()
-                book = UsageBook(tmp_path, database)  # all that it knew by heart is gone
+                book = UsageIngest(tmp_path, database)  # all that it knew by heart is gone
             journal.add(line("s", number))
         await asyncio.sleep(0.05)
         book.take()
@@ -262,7 +262,7 @@ def test_row_68_a_disk_that_is_full_stops_nobody_and_costs_no_row(tmp_path: Path
         told: list[str] = []
 
         async def scene() -> None:
-            journal = Journal(mounted, told.append)
+            journal = UsageJournal(mounted, told.append)
             journal.begin(asyncio.get_running_loop())
             for number in range(200):
                 journal.add(line("i", number))
@@ -270,14 +270,14 @@ def test_row_68_a_disk_that_is_full_stops_nobody_and_costs_no_row(tmp_path: Path
             assert journal.is_short and journal.lost == 0
             grow = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=64m", str(mounted))
             assert await grow.wait() == 0
-            journal.look(time.monotonic() + 5)
+            journal.check(time.monotonic() + 5)
             await until(lambda: not journal.is_short)
             journal.close()
 
         asyncio.run(scene())
         assert len(told) == 1 and os.strerror(errno.ENOSPC) in told[0]
         _, database = book_in(tmp_path)
-        assert UsageBook(mounted, database).take() == 200
+        assert UsageIngest(mounted, database).take() == 200
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
 
@@ -287,21 +287,21 @@ def test_row_68_what_finds_no_room_in_memory_either_is_counted(tmp_path: Path, m
     (tmp_path / "journal").write_text("in the way")
 
     async def scene() -> None:
-        journal = Journal(tmp_path, lambda sentence: None)
+        journal = UsageJournal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
         for number in range(1000):
             journal.add(line("i", number))
         assert journal.is_short and 800 < journal.lost < 1000
         (tmp_path / "journal").unlink()
         await asyncio.sleep(0.2)  # an attempt that was under way may fail first
-        journal.look(time.monotonic() + 5)
+        journal.check(time.monotonic() + 5)
         await until(lambda: not journal.is_short)
         journal.add(line("i", 1000))
         journal.close()
 
     asyncio.run(scene())
     _, database = book_in(tmp_path)
-    UsageBook(tmp_path, database).take()
+    UsageIngest(tmp_path, database).take()
     assert 0 < count(database) < 201
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.core.health.hedge_policy import SEEN_MIN
 from fleetgate.core.model import Resilience
-from fleetgate.ipc.shared_memory import Signal
+from fleetgate.ipc.shared_memory import EndpointSignal
 from tests.loopback.test_resume import PATIENCE, REPLIES, WORDS, read
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_rig import Plane, plane
@@ -62,7 +62,7 @@ def ask(made: Plane, cut: int = 10, **fields: Any) -> Answer:
 
 def rows_of(made: Plane, database: Database, request_id: str) -> list[Row]:
     """The request's attempts, in the order in which they began."""
-    UsageBook(made.rig.data_dir, database).take()
+    UsageIngest(made.rig.data_dir, database).take()
     with database.read() as connection:
         found = usage.load_attempts(connection, request_id)
     return sorted(found, key=lambda row: str(row["attempt_id"]))
@@ -130,7 +130,7 @@ def test_who_leaves_while_it_goes_on_is_billed_for_what_he_read(two: Plane, data
 
 def test_an_engine_that_was_given_what_another_said_worked_only_for_the_rest(two: Plane, database: Database) -> None:
     two.use({"models": {"m": "rst"}}, {"models": {"m": "well"}, "engine": "vllm"})
-    wait_for(lambda: two.rig.board.signal(two.slots[1], Signal.PREFILL) == 1)
+    wait_for(lambda: two.rig.board.signal(two.slots[1], EndpointSignal.PREFILL) == 1)
     two.rig.wait_a_look()
     answer = ask(two, 12, temperature=0.7, max_tokens=100)
     assert answer.whole and read(answer.body)[0] == "".join(WORDS)
@@ -185,7 +185,7 @@ def test_row_99_who_leaves_at_any_moment_is_billed_for_what_came_until_then(pati
     with ThreadPoolExecutor(8) as pool:
         left = list(pool.map(leave, range(LEAVERS)))
     patient.wait_idle()
-    UsageBook(patient.rig.data_dir, database).take()
+    UsageIngest(patient.rig.data_dir, database).take()
     overshoot = []
     for request_id, events in left:
         with database.read() as connection:

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from fleetgate.core.model import Resilience
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from tests.loopback.wall_client import Client, post, request
 from tests.loopback.wall_replies import answer as answer_of
 from tests.loopback.wall_replies import stream_of
@@ -77,7 +77,7 @@ def test_row_41_the_engine_is_free_within_100_ms_in_every_phase(one: Plane) -> N
     print(f"p50 {every[len(every) // 2] * 1e3:.1f} ms, p99 {p99_s * 1e3:.1f} ms, most {every[-1] * 1e3:.1f} ms")
     assert p99_s <= GONE_S_MAX + SLACK_S, {name: max(some) for name, some in took_s.items()}
     one.wait_idle()
-    wait_for(lambda: one.rig.board.get(0, Worker.CONNECTIONS) == 0)
+    wait_for(lambda: one.rig.board.get(0, WorkerCell.CONNECTIONS) == 0)
     descriptors = Path(f"/proc/{one.rig.processes[0].pid}/fd")
     wait_for(lambda: len(list(descriptors.iterdir())) < 60)
     one.wall.release()

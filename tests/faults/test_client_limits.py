@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.ipc.shared_memory import Worker
-from fleetgate.ipc.shortage import Shortage
-from fleetgate.proxy.overload.memory_pressure import Memory
+from fleetgate.ipc.shared_memory import WorkerCell
+from fleetgate.ipc.shortage import OverloadBits
+from fleetgate.proxy.overload.memory_pressure import MemoryPressure
 from tests.loopback.test_edge_keys import GOOD, KEYS, SCOPED, publish
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import PATH, Answer, Client, request
@@ -85,8 +85,8 @@ def test_row_28_bodies_share_a_budget(chunked: bool) -> None:
             clients = [made.client() for _ in range(2)]
             for client in clients:
                 client.send(head + whole[:-10])
-            wait_for(lambda: made.rig.board.get(0, Worker.CONNECTIONS) == 2)
-            wait_for(lambda: made.rig.board.get(0, Worker.SHORT) == 0)
+            wait_for(lambda: made.rig.board.get(0, WorkerCell.CONNECTIONS) == 2)
+            wait_for(lambda: made.rig.board.get(0, WorkerCell.SHORT) == 0)
             time.sleep(0.3)  # until they have been read
             with made.client() as third:
                 third.send(head + whole[:-10])
@@ -100,7 +100,7 @@ def test_row_28_bodies_share_a_budget(chunked: bool) -> None:
                 client.socket.close()
             with made.client() as left:  # one that leaves in the middle gives its part back too
                 left.send(head + whole[:-10])
-            wait_for(lambda: made.rig.board.get(0, Worker.CONNECTIONS) == 0)
+            wait_for(lambda: made.rig.board.get(0, WorkerCell.CONNECTIONS) == 0)
 
 
 def test_row_31_an_early_refusal_ends_the_connection_whatever_still_comes() -> None:
@@ -134,7 +134,7 @@ def test_row_4_connections_of_one_address_are_bounded_and_others_are_not() -> No
         assert {client.ask(request("m")).status for client in clients} == {200}
         for client in (*clients, *others):
             client.socket.close()
-        wait_for(lambda: made.rig.board.get(0, Worker.CONNECTIONS) == 0)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.CONNECTIONS) == 0)
         assert made.ask(request("m")).status == 200
 
 
@@ -161,7 +161,7 @@ def test_row_4_connections_of_one_key_are_bounded() -> None:
             assert other.ask(request("m", headers=[f"Authorization: Bearer {SCOPED}"])).status == 200
             assert other.ask(data).status == 429, "it changed its key"
         clients.pop().socket.close()
-        wait_for(lambda: made.rig.board.get(0, Worker.CONNECTIONS) == 2)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.CONNECTIONS) == 2)
         with made.client() as fourth:
             assert fourth.ask(data).status == 200
         for client in clients:
@@ -225,7 +225,7 @@ def test_row_69_without_descriptors_streams_live_nothing_spins_and_it_passes(con
     with limited(descriptor_limit(256), connections_max=connections_max) as made, streams(made, 20):
         assert made.ask(request("m")).status == 200
         opened = flood(made.port, 600)
-        wait_for(lambda: bool(made.rig.board.get(0, Worker.SHORT) & Shortage.CONNECTIONS))
+        wait_for(lambda: bool(made.rig.board.get(0, WorkerCell.SHORT) & OverloadBits.CONNECTIONS))
         assert descriptors(made) < 256
         before_s = cpu_s(made)
         time.sleep(2.0)
@@ -233,7 +233,7 @@ def test_row_69_without_descriptors_streams_live_nothing_spins_and_it_passes(con
         assert made.rig.processes[0].poll() is None
         for each in opened:
             each.close()
-        wait_for(lambda: not made.rig.board.get(0, Worker.SHORT))
+        wait_for(lambda: not made.rig.board.get(0, WorkerCell.SHORT))
         assert [made.ask(request("m")).status for _ in range(20)] == [200] * 20
 
 
@@ -242,7 +242,7 @@ def test_row_69_who_comes_when_it_is_nearly_full_is_told() -> None:
     with plane(connections_max=100) as made:
         idle = [made.client() for _ in range(90)]
         assert {client.ask(request("m")).status for client in idle} == {200}
-        wait_for(lambda: made.rig.board.get(0, Worker.CONNECTIONS) < 50)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.CONNECTIONS) < 50)
         assert made.ask(request("m")).status == 200
         silent = [made.client() for _ in range(94)]
         answer = made.client().read()
@@ -250,7 +250,7 @@ def test_row_69_who_comes_when_it_is_nearly_full_is_told() -> None:
         assert answer.headers["x-should-retry"] == "true" and answer.headers["connection"] == "close"
         for client in (*idle, *silent):
             client.socket.close()
-        wait_for(lambda: made.rig.board.get(0, Worker.CONNECTIONS) == 0)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.CONNECTIONS) == 0)
         assert made.ask(request("m")).status == 200
 
 
@@ -273,7 +273,7 @@ def test_row_70_short_of_memory_new_requests_get_503_and_streams_live(group: Pat
     with limited(line, body_budget_bytes=600 * MIB) as made, streams(made, 5):
         assert made.rig.processes[0].pid == int((group / "cgroup.procs").read_text().split()[0])
         bodies: list[Client] = []
-        while not made.rig.board.get(0, Worker.SHORT) & Shortage.MEMORY:
+        while not made.rig.board.get(0, WorkerCell.SHORT) & OverloadBits.MEMORY:
             assert len(bodies) < 40, "nothing was shed before it ran out"
             client = made.client()
             client.send(f"POST {PATH} HTTP/1.1\r\nHost: chat.test\r\nContent-Length: {8 * MIB}\r\n\r\n".encode())
@@ -284,7 +284,7 @@ def test_row_70_short_of_memory_new_requests_get_503_and_streams_live(group: Pat
         assert statuses[503] > 0 and set(statuses) <= {200, 503}, statuses
         for client in bodies:
             client.socket.close()
-        wait_for(lambda: not made.rig.board.get(0, Worker.SHORT))
+        wait_for(lambda: not made.rig.board.get(0, WorkerCell.SHORT))
         assert [made.ask(request("m")).status for _ in range(50)] == [200] * 50
         assert made.rig.processes[0].poll() is None
 
@@ -307,7 +307,7 @@ def test_row_70_the_smallest_limit_above_the_process_counts_and_cached_files_do_
         (place / names[0]).write_text(f"{limit}\n")
         (place / names[1]).write_text(f"{used}\n")
         (place / "memory.stat").write_text(f"{names[2]}inactive_file 30\n{names[2]}active_file 20\n")
-    memory = Memory(root, proc)
+    memory = MemoryPressure(root, proc)
     assert memory.limit_bytes == 1000
     assert memory.shed_share() == pytest.approx(0.5)
     (inner.parent / names[1]).write_text("850\n")
@@ -322,7 +322,7 @@ def test_row_70_without_a_limit_what_counts_is_what_the_machine_has_left(tmp_pat
 
     def share(left_mib: int) -> float:
         (tmp_path / "meminfo").write_text(f"MemTotal: 16777216 kB\nMemAvailable: {left_mib * 1024} kB\n")
-        return Memory(tmp_path / "none", tmp_path).shed_share()
+        return MemoryPressure(tmp_path / "none", tmp_path).shed_share()
 
     assert share(300) == 0.0, "98 % used by others is no reason yet"
     assert share(176) == pytest.approx(0.5)

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from fleetgate.ipc.event_spool import Spool
-from fleetgate.ipc.machine_status import strains
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.event_spool import EventSpool
+from fleetgate.ipc.machine_status import overload_reasons
+from fleetgate.ipc.shared_memory import WorkerCell
 from tests.loopback.wall_client import Client, request
 from tests.loopback.wall_rig import Plane, plane
 from tests.waiting import wait_for
@@ -27,14 +27,14 @@ def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
 HANDLER = "fleetgate.proxy.request.handler"
 # Where it breaks, and whether something of the answer is out by then.
 PLACES = {
-    "reading the body": (breaks("fleetgate.protocols.clients.openai.read_ask", "b'boom' in self"), False),
+    "reading the body": (breaks("fleetgate.protocols.clients.openai.read_request", "b'boom' in self"), False),
     "picking": (breaks("fleetgate.proxy.request.placement.pick", "b'boom' in self.body"), False),
     "sending": (breaks("fleetgate.proxy.request.attempt.request_bytes", "b'boom' in self.body"), False),
     "the first content": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.Commit]", "b'boom' in self.body"), False),
     "an event": (
-        breaks(f"{HANDLER}.Conversation.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
+        breaks(f"{HANDLER}.RequestHandler.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
     ),
-    "the end": (breaks(f"{HANDLER}.Conversation.on_ended", "b'boom' in self.body and self.ask.stream"), True),
+    "the end": (breaks(f"{HANDLER}.RequestHandler.on_ended", "b'boom' in self.body and self.ask.stream"), True),
     "the watch": (breaks("fleetgate.proxy.request.deadlines.watch", "b'boom' in self.body"), False),
 }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
 
 def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pytest.CaptureFixture[str]) -> None:
     """Nobody knows there whose request it is, but its connection ends, and that is a lost attempt like any other."""
-    name = "fleetgate.proxy.transport.response_relay.Relay._read_head"
+    name = "fleetgate.proxy.transport.response_relay.ResponseRelay._read_head"
     with plane(patience=breaks(name, "b'boom' in self.owner.body")) as made:
         made.use({})
         for stream in (True, False):
@@ -101,8 +101,8 @@ def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.Capt
     with plane(patience=breaks(name, "__import__('pathlib').Path(self.config.data_dir, 'boom').exists()")) as made:
         (made.rig.data_dir / "boom").touch()
         wait_for(lambda: bool(made.rig.board.series_totals().get("fleetgate_internal_errors_total")))
-        before = made.rig.board.get(0, Worker.HEARTBEAT_MS)
-        wait_for(lambda: made.rig.board.get(0, Worker.HEARTBEAT_MS) > before + 2500)
+        before = made.rig.board.get(0, WorkerCell.HEARTBEAT_MS)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.HEARTBEAT_MS) > before + 2500)
         assert made.ask(request("ok")).status == 200
     assert '"event":"internal_error"' in capfd.readouterr().err
 
@@ -110,7 +110,7 @@ def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.Capt
 def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.CaptureFixture[str]) -> None:
     """One second of sleep in a request: a metric, the board for readiness, an Event, a line that names the place."""
     sleeps = breaks(
-        "fleetgate.protocols.clients.openai.read_ask", "b'boom' in self and __import__('time').sleep(1.0)", "0"
+        "fleetgate.protocols.clients.openai.read_request", "b'boom' in self and __import__('time').sleep(1.0)", "0"
     )
     with plane(patience=sleeps) as made:
         made.use({})
@@ -123,14 +123,14 @@ def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.Ca
         before_ms = time.monotonic() * 1000
         threading.Thread(target=ask, daemon=True).start()
         assert done.wait(20)
-        wait_for(lambda: made.rig.board.get(0, Worker.LAG_AT_MS) > before_ms)
-        told_of = strains(made.rig.board, 0, time.monotonic())
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.LAG_AT_MS) > before_ms)
+        told_of = overload_reasons(made.rig.board, 0, time.monotonic())
         assert any("stood still" in sentence for sentence in told_of), told_of
-        assert 700 <= made.rig.board.get(0, Worker.LAG_MS) < 5000
+        assert 700 <= made.rig.board.get(0, WorkerCell.LAG_MS) < 5000
         totals = made.rig.board.series_totals()
         assert totals["fleetgate_loop_lags_total"] >= 1
         assert totals["fleetgate_loop_lag_milliseconds_total"] >= 700
-        happened = [each for each in Spool(made.rig.data_dir).take() if each.kind == "Proxy"]
+        happened = [each for each in EventSpool(made.rig.data_dir).take() if each.kind == "Proxy"]
         assert happened and "stood still" in happened[-1].message
         assert made.ask(request("ok")).status == 200
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]

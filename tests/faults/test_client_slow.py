@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from tests.loopback.test_relay_waits import endless
 from tests.loopback.wall_client import PATH, Client, post, request
 from tests.loopback.wall_rig import EVERY_MODEL, Plane, plane
@@ -146,7 +146,7 @@ def test_row_4_a_thousand_of_them_hold_up_nobody(one: Plane, kind: str) -> None:
     print(f"{kind}: p99 {before_s * 1e3:.2f} ms before, {during_s * 1e3:.2f} ms with {LORISES} of them")
     # The catalogue says +10 %; a shared machine's p99 alone moves by more.
     assert during_s < before_s * 1.1 + 0.05
-    wait_for(lambda: one.rig.board.get(0, Worker.CONNECTIONS) == 0, timeout_s=40)
+    wait_for(lambda: one.rig.board.get(0, WorkerCell.CONNECTIONS) == 0, timeout_s=40)
     for client in clients:
         client.close()
     one.wait_idle()
@@ -185,7 +185,7 @@ def fill(one: Plane) -> None:
     assert grown < 600 * 1024
     wait_for(lambda: all(seen.gone_s for seen in one.wall.seen), timeout_s=70)
     one.wait_idle()
-    wait_for(lambda: one.rig.board.get(0, Worker.CONNECTIONS) == 0, timeout_s=70)
+    wait_for(lambda: one.rig.board.get(0, WorkerCell.CONNECTIONS) == 0, timeout_s=70)
     for client in clients:
         client.socket.close()
 

@@ -15,17 +15,17 @@ import sqlalchemy as sa
 
 from fleetgate.control.store.database import Database
 from fleetgate.control.usage import ingest as usage
-from fleetgate.control.usage.ingest import UsageBook
+from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.core import usage_record as account
 from fleetgate.ipc import usage_journal as journals
-from fleetgate.ipc.usage_journal import Journal
+from fleetgate.ipc.usage_journal import UsageJournal
 from tests.faults.test_accounts import book_in, count, line, until
 from tests.loopback.up_rig import Up, deployment, gateway
 from tests.loopback.wall import Wall
 from tests.waiting import wait_for
 
 
-def add(journal: Journal, *numbers: int) -> None:
+def add(journal: UsageJournal, *numbers: int) -> None:
     for number in numbers:
         journal.add(line("i", number))
         journal.add(line("s", number))
@@ -72,7 +72,7 @@ def test_row_68_what_a_broken_disk_may_have_dropped_is_written_again(
     told: list[str] = []
 
     async def scene() -> None:
-        journal = Journal(tmp_path, told.append)
+        journal = UsageJournal(tmp_path, told.append)
         journal.begin(asyncio.get_running_loop())
         disk = Disk(monkeypatch, breaks)
         add(journal, 1)
@@ -81,12 +81,12 @@ def test_row_68_what_a_broken_disk_may_have_dropped_is_written_again(
         (segment,) = segments(tmp_path)
         with segment.open("r+b") as file:  # the page is gone and what the disk had is read instead
             file.write(b"\0" * 4096)
-        journal.look(time.monotonic() + 5)
+        journal.check(time.monotonic() + 5)
         await until(lambda: disk.asked == 2)
         await asyncio.sleep(0.05)
         assert journal.is_short, "the disk is still broken"
         disk.mend()
-        journal.look(time.monotonic() + 10)
+        journal.check(time.monotonic() + 10)
         await until(lambda: not journal.is_short)
         add(journal, 3)
         before = disk.asked
@@ -109,7 +109,7 @@ def test_row_68_a_disk_that_hangs_is_asked_once(tmp_path: Path, monkeypatch: pyt
         gate.wait(30)
 
     async def scene() -> None:
-        journal = Journal(tmp_path, lambda sentence: None)
+        journal = UsageJournal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
         disk = Disk(monkeypatch, hangs)
         before = descriptors()
@@ -144,7 +144,7 @@ def test_a_segment_that_is_full_just_as_it_is_to_be_committed_ends_no_commits(
 
     async def scene() -> None:
         monkeypatch.setattr(journals._Segment, "at", property(at))
-        journal = Journal(tmp_path, lambda sentence: None)
+        journal = UsageJournal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
         disk = Disk(monkeypatch, lambda: None)
         add(journal, 1)
@@ -164,12 +164,12 @@ def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
     told: list[str] = []
 
     async def scene() -> None:
-        journal = Journal(tmp_path, told.append)
+        journal = UsageJournal(tmp_path, told.append)
         journal.begin(asyncio.get_running_loop())
         add(journal, 1)
         assert journal.is_short and not segments(tmp_path)
         monkeypatch.setattr(journals, "LEFT_BYTES_MIN", 0)
-        journal.look(time.monotonic() + 5)
+        journal.check(time.monotonic() + 5)
         await until(lambda: not journal.is_short)
         journal.close()
 
@@ -222,7 +222,7 @@ def test_row_76_a_worker_that_is_just_starting_is_not_taken_for_dead(
             book.take()
 
     async def scene() -> None:
-        journal = Journal(tmp_path, lambda sentence: None)
+        journal = UsageJournal(tmp_path, lambda sentence: None)
         monkeypatch.setattr(fcntl, "flock", flock)
         journal.begin(asyncio.get_running_loop())
         monkeypatch.setattr(fcntl, "flock", real)
@@ -253,8 +253,8 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
 
     monkeypatch.setattr(usage, "entries_in", measured)
 
-    async def write(first: int, end: bool) -> Journal:
-        journal = Journal(tmp_path, lambda sentence: None)
+    async def write(first: int, end: bool) -> UsageJournal:
+        journal = UsageJournal(tmp_path, lambda sentence: None)
         journal.begin(asyncio.get_running_loop())
         for number in range(first, first + 500):
             add(journal, number)
@@ -271,7 +271,7 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
         book, database = book_in(tmp_path)
         for _ in range(5):
             book._take_piece()
-            book = UsageBook(tmp_path, database)  # it is killed after each of these
+            book = UsageIngest(tmp_path, database)  # it is killed after each of these
         book.take()
         assert count(database) == 1500 and max(sizes) <= 10_000 and len(sizes) > 20
         living.close()

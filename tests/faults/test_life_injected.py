@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from fleetgate.control.context import Control
-from fleetgate.control.faults import Faults
-from fleetgate.core.fault_injection import Fault, Kind
+from fleetgate.control.faults import FaultService
+from fleetgate.core.fault_injection import Fault, FaultKind
 from tests.faults.life_load import Load
 from tests.faults.test_life_upgrade import running
 from tests.loopback.up_rig import Up
@@ -143,7 +143,7 @@ def test_faults_begin_and_end_while_they_are_watched(tmp_path: Path) -> None:
         publisher=SimpleNamespace(current=None),
         record=lambda kind, name, sentence: None,
     )
-    faults, stop, trouble = Faults(cast(Control, control)), threading.Event(), []
+    faults, stop, trouble = FaultService(cast(Control, control)), threading.Event(), []
 
     def watch() -> None:
         while not stop.is_set():
@@ -160,7 +160,7 @@ def test_faults_begin_and_end_while_they_are_watched(tmp_path: Path) -> None:
             name = f"cut-{number}"
             faults.begin(
                 Fault(
-                    name=name, kind=Kind.CUT, deployment="a", share=0.1, begins_s=now_s, ends_s=now_s + 60,
+                    name=name, kind=FaultKind.CUT, deployment="a", share=0.1, begins_s=now_s, ends_s=now_s + 60,
                     stop_below_slo=0.5,
                 )
             )  # fmt: skip

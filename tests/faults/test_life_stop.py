@@ -13,7 +13,7 @@ import httpx2
 import trustme
 import uvloop
 
-from fleetgate.proxy.downstream.listener import Door
+from fleetgate.proxy.downstream.listener import Listener
 from tests.faults.life_load import Load
 from tests.faults.test_accounts import rows_of
 from tests.faults.test_life_upgrade import running
@@ -168,7 +168,7 @@ def test_who_waits_at_a_tls_door_with_something_else_does_not_end_the_worker() -
             made.append(self)
 
     async def close() -> None:
-        door = Door(os.dup(listener.fileno()), server, Guest)
+        door = Listener(os.dup(listener.fileno()), server, Guest)
         begun_s = time.monotonic()
         await door.close(last=True)
         assert time.monotonic() - begun_s < 5

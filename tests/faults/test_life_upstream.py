@@ -11,8 +11,8 @@ import uvloop
 
 from fleetgate.core.model import Endpoint
 from fleetgate.proxy.transport import dns as addresses
-from fleetgate.proxy.transport.connection_pool import Peer, UpstreamConnection
-from fleetgate.proxy.transport.dns import EgressRule, Refused
+from fleetgate.proxy.transport.connection_pool import EndpointState, UpstreamConnection
+from fleetgate.proxy.transport.dns import AddressRefused, EgressRule
 
 
 class Names:
@@ -38,18 +38,18 @@ def door(host: str, port: int = 0) -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def peer_of(names: Names, port: int, rule: EgressRule | None = None) -> Peer:
+def peer_of(names: Names, port: int, rule: EgressRule | None = None) -> EndpointState:
     """An Endpoint whose name that server knows."""
-    peer = Peer(Endpoint(slot=0, scheme="http", host="engine.test", port=port, base_path="/v1"), None, rule)
+    peer = EndpointState(Endpoint(slot=0, scheme="http", host="engine.test", port=port, base_path="/v1"), None, rule)
     peer.addresses.resolve = names.resolve
     return peer
 
 
-async def dial(peer: Peer) -> UpstreamConnection:
+async def dial(peer: EndpointState) -> UpstreamConnection:
     return await peer.connect(asyncio.get_running_loop(), 1.0)
 
 
-async def turn_over(peer: Peer) -> None:
+async def turn_over(peer: EndpointState) -> None:
     """As the sweep does once a second, when the time has come."""
     peer.addresses._asked_s = float("-inf")
     peer.follow_name(asyncio.get_running_loop().time())
@@ -148,7 +148,7 @@ def test_row_66_a_name_is_asked_for_every_five_seconds_and_sooner_when_it_fails(
 
 def test_the_first_answer_must_be_good() -> None:
     async def scene() -> None:
-        for answer, error in (([], OSError), (OSError("NXDOMAIN"), OSError), (["169.254.169.254"], Refused)):
+        for answer, error in (([], OSError), (OSError("NXDOMAIN"), OSError), (["169.254.169.254"], AddressRefused)):
             names = Names()
             names.answer = answer
             with pytest.raises(error):

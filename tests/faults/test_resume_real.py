@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from fleetgate.ipc.shared_memory import Signal
+from fleetgate.ipc.shared_memory import EndpointSignal
 from tests.loopback.rig import Rig, deployment, gateway
 from tests.waiting import wait_for
 
@@ -98,8 +98,8 @@ def test_a_greedy_answer_survives_kill_9_exactly(rig: Rig, standing: int, after:
 def test_a_sampled_answer_survives_kill_9(rig: Rig, standing: int) -> None:
     with killable() as (pid, port):
         use(rig, [port, standing], 400)
-        wait_for(lambda: rig.board.signal(401, Signal.PREFILL) != 0, 60)
-        assert rig.board.signal(401, Signal.PREFILL) == 1, "llama.cpp goes on with what another had begun"
+        wait_for(lambda: rig.board.signal(401, EndpointSignal.PREFILL) != 0, 60)
+        assert rig.board.signal(401, EndpointSignal.PREFILL) == 1, "llama.cpp goes on with what another had begun"
         rig.wait_a_look()
         text, reason, ids, tokens = stream(rig, 0.8, (pid, 10))
     assert reason in ("stop", "length") and len(ids) == 1

@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from fleetgate.protocols.clients.openai import InvalidBody, output_tokens_max, read_ask, rewrite
+from fleetgate.protocols.clients.openai import InvalidBody, output_tokens_max, read_request, rewrite
 from fleetgate.protocols.json_checks import DEPTH_MAX
 from tests.fuzz.mutation import Mutator
 from tests.fuzz.strict_json import Members, Number, Reading, Refuse, decode
@@ -55,7 +55,7 @@ class Bodies:
         except Refuse:
             wanted = None
         try:
-            ask = read_ask(data)
+            ask = read_request(data)
         except InvalidBody as error:
             assert error.message and error.code in ("invalid_json", "invalid_request"), error
             assert wanted is None, f"refused what is good: {error.message}"

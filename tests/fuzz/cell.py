@@ -13,8 +13,8 @@ import msgspec
 from fleetgate.core.model import Deployment, Gateway, Snapshot
 from fleetgate.ipc.signed_file import public_key
 from fleetgate.proxy.downstream.client_connection import ClientConnection
-from fleetgate.proxy.routing.routing_table import Tables
-from fleetgate.proxy.transport.connection_pool import Peer
+from fleetgate.proxy.routing.routing_table import RoutingTable
+from fleetgate.proxy.transport.connection_pool import EndpointState
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.worker import WorkerProcess
 from fleetgate.supervisor.supervisor import shared_memory
@@ -141,9 +141,9 @@ class Cell:
         self._version += 1
         self.now_s += 1000.0
         snapshot = Snapshot(version=self._version, made_at_s=0.0, gateways=(site,), deployments=deployments)
-        self.hub.use(Tables(snapshot, self.hub.maker, self.hub.tables, self.now_s))
+        self.hub.use(RoutingTable(snapshot, self.hub.maker, self.hub.tables, self.now_s))
 
-    def peers(self) -> list[Peer]:
+    def peers(self) -> list[EndpointState]:
         """The Endpoints in use."""
         return list(self.hub.tables.peers.values())
 

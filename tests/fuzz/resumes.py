@@ -2,11 +2,18 @@
 
 import random
 
-from fleetgate.protocols.clients.openai import OPERATIONS, InvalidBody, Meaning, read_ask, understand
+from fleetgate.protocols.clients.openai import OPERATIONS, EventMeaning, InvalidBody, classify_event, read_request
 from fleetgate.protocols.http1 import Malformed
-from fleetgate.protocols.resume.responses import ResponseSeam, ResponseTranscript, response_ways_of
-from fleetgate.protocols.resume.token_ids import TokenSeam, tokens_body
-from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
+from fleetgate.protocols.resume.token_ids import TokenSplicer, tokens_body
+from fleetgate.protocols.resume.transcript import (
+    Mismatch,
+    ResumeMethod,
+    StreamSplicer,
+    Transcript,
+    prefill_body,
+    resume_methods,
+)
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from tests.fuzz import strict_json
 from tests.fuzz.mutation import Mutator
@@ -81,46 +88,49 @@ class Resumes:
         """Nothing but the announced refusals, and what is passed on is JSON that goes on from what was said."""
         ask, said, more = [*data.split(b"\x00", 2), b"", b""][:3]
         try:
-            read_ask(ask)
+            read_request(ask)
         except InvalidBody:
             ask = rng.choice(ASKS)
         if b'"input"' in ask:
             self._check_response(ask, said, more)
             return
         path = b"/v1/completions" if b'"prompt"' in ask else b"/v1/chat/completions"
-        ways = ways_of(ask, OPERATIONS[path])
+        ways = resume_methods(ask, OPERATIONS[path])
         script = Transcript(7)
         for event in well_formed(said):
             script.keep(event)
         if not script.runs or not script.whole:
             return
         for way in ways:
-            if way is Way.PREFILL:
+            if way is ResumeMethod.PREFILL:
                 body = prefill_body(ask, script, rng.choice(("vllm", "llamacpp")))
                 assert body is None or isinstance(strict_json.decode(body), strict_json.Members)
-            seam = Seam(script, way, "m")
-            if way is Way.TOKENS:
+            seam = StreamSplicer(script, way, "m")
+            if way is ResumeMethod.TOKENS:
                 body = tokens_body(ask, script)
                 if body is None:
                     continue
                 assert isinstance(strict_json.decode(body), strict_json.Members)
-                seam = TokenSeam(script, "m", OPERATIONS[path])
+                seam = TokenSplicer(script, "m", OPERATIONS[path])
             self._join(script, way, seam, more)
 
     def _check_response(self, ask: bytes, said: bytes, more: bytes) -> None:
         script = ResponseTranscript()
         for event in well_formed(said):
             script.keep(event)
-        if script.runs and script.whole and response_ways_of(ask):
-            self._join(script, Way.REPLAY, ResponseSeam(script, "m"), more)
+        if script.runs and script.whole and response_resume_methods(ask):
+            self._join(script, ResumeMethod.REPLAY, ResponseSplicer(script, "m"), more)
 
-    def _join(self, script: Transcript, way: Way, seam: Seam, more: bytes) -> None:
+    def _join(self, script: Transcript, way: ResumeMethod, seam: StreamSplicer, more: bytes) -> None:
         before = script.runs
         joined = type(script)()
         try:
             for event in well_formed(more):
                 data = data_of(event)
-                if understand(event)[0] in (Meaning.COMMENT, Meaning.DONE, Meaning.ERROR) or data is None:
+                if (
+                    classify_event(event)[0] in (EventMeaning.COMMENT, EventMeaning.DONE, EventMeaning.ERROR)
+                    or data is None
+                ):
                     continue
                 left = seam.take(data)
                 if left is not None:
@@ -129,7 +139,7 @@ class Resumes:
         except (Mismatch, Malformed):
             return
         joined.digest()
-        if way is Way.REPLAY and seam.caught_up and joined.whole:
+        if way is ResumeMethod.REPLAY and seam.caught_up and joined.whole:
             replayed = type(script)()
             for event in well_formed(more):
                 replayed.keep(event)
@@ -145,7 +155,7 @@ def well_formed(stream: bytes) -> list[bytes]:
     except EventTooLong:
         return []
     texts = [event.decode(errors="replace").encode() for event in events]
-    return [text for text in texts if understand(text)[0] not in (Meaning.MALFORMED, Meaning.ERROR)]
+    return [text for text in texts if classify_event(text)[0] not in (EventMeaning.MALFORMED, EventMeaning.ERROR)]
 
 
 def _flat(runs: list[tuple[str, str]]) -> dict[str, str]:

@@ -17,10 +17,10 @@ from fleetgate.core.model import (
     decode_snapshot,
     encode_snapshot,
 )
-from fleetgate.ipc.sealed_secret import CannotUnseal, seal
-from fleetgate.ipc.shared_memory import Board
-from fleetgate.proxy.routing.routing_table import Maker, Tables
-from fleetgate.proxy.telemetry.metrics import Telemetry
+from fleetgate.ipc.sealed_secret import UnsealFailed, seal
+from fleetgate.ipc.shared_memory import SharedMemory
+from fleetgate.proxy.routing.routing_table import RoutingTable, RoutingTableBuilder
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from tests.fuzz.mutation import Mutator
 from tests.loopback.rig import deployment, gateway
 
@@ -61,7 +61,7 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._examples = examples()
-        self._maker: Maker
+        self._maker: RoutingTableBuilder
         self._uses = 0
         self.taken = 0
 
@@ -83,10 +83,10 @@ class Snapshots:
         places += [(one.slot, GATEWAYS_MAX) for one in snapshot.gateways]
         assert all(0 <= slot < end for slot, end in places), "a slot outside of the shared memory"
         if self._uses % 1000 == 0:  # metric cells are for names, and damage makes new names
-            board = Board(memoryview(bytearray(Board.bytes_needed(1))), 1)
-            self._maker = Maker(Telemetry(board, 0), "here", lambda: SEAL_KEY)
+            board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(1))), 1)
+            self._maker = RoutingTableBuilder(WorkerMetrics(board, 0), "here", lambda: SEAL_KEY)
         self._uses += 1
         try:
-            Tables(snapshot, self._maker, None, 1.0)
-        except (CannotUnseal, KeyError, ValueError):
+            RoutingTable(snapshot, self._maker, None, 1.0)
+        except (UnsealFailed, KeyError, ValueError):
             return  # what the worker refuses with a line, keeping the last good one

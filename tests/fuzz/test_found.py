@@ -7,8 +7,8 @@ import pytest
 
 from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
 from fleetgate.protocols import json_checks as bounds
-from fleetgate.protocols.clients.openai import InvalidBody, Meaning, read_ask, top_level, understand
-from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way, prefill_body
+from fleetgate.protocols.clients.openai import EventMeaning, InvalidBody, classify_event, read_request, top_level
+from fleetgate.protocols.resume.transcript import Mismatch, ResumeMethod, StreamSplicer, Transcript, prefill_body
 from tests.loopback.rig import deployment, gateway
 from tests.loopback.wall_rig import Plane, plane
 
@@ -56,9 +56,9 @@ def nested(levels: int) -> bytes:
 
 
 def test_bodies_nest_64_deep_and_no_deeper() -> None:
-    assert read_ask(nested(bounds.DEPTH_MAX)).model == "m"
+    assert read_request(nested(bounds.DEPTH_MAX)).model == "m"
     with pytest.raises(InvalidBody, match="64 levels"):
-        read_ask(nested(bounds.DEPTH_MAX + 1))
+        read_request(nested(bounds.DEPTH_MAX + 1))
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_bodies_nest_64_deep_and_no_deeper() -> None:
 def test_brackets_inside_of_strings_are_no_depth(text: bytes) -> None:
     inner = b"[" * 62 + text + b"]" * 62
     flat = b",".join([b'[{"a":' + text.partition(b",")[0] + b"}]"] * 40)
-    assert read_ask(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
+    assert read_request(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
     with pytest.raises(InvalidBody):
-        read_ask(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
+        read_request(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
 
 
 def test_a_key_given_twice_keeps_its_places() -> None:
@@ -82,16 +82,16 @@ def test_a_key_given_twice_keeps_its_places() -> None:
 @pytest.mark.parametrize(
     ("event", "meaning"),
     [
-        (b"data\n\n", Meaning.MALFORMED),
-        (b"data\ndata: [DONE]\n\n", Meaning.MALFORMED),
-        (b"data:  [DONE]\n\n", Meaning.MALFORMED),
-        (b"data: [DONE]\x0b\n\n", Meaning.MALFORMED),
-        (b"data: [DONE] \n\n", Meaning.DONE),
-        (b"data:[DONE]\r\n\r\n", Meaning.DONE),
+        (b"data\n\n", EventMeaning.MALFORMED),
+        (b"data\ndata: [DONE]\n\n", EventMeaning.MALFORMED),
+        (b"data:  [DONE]\n\n", EventMeaning.MALFORMED),
+        (b"data: [DONE]\x0b\n\n", EventMeaning.MALFORMED),
+        (b"data: [DONE] \n\n", EventMeaning.DONE),
+        (b"data:[DONE]\r\n\r\n", EventMeaning.DONE),
     ],
 )
-def test_what_clients_would_not_take_for_the_end_is_none(event: bytes, meaning: Meaning) -> None:
-    assert understand(event)[0] is meaning
+def test_what_clients_would_not_take_for_the_end_is_none(event: bytes, meaning: EventMeaning) -> None:
+    assert classify_event(event)[0] is meaning
 
 
 def event(text: str, index: int = 0, end: bytes = b"\n\n") -> bytes:
@@ -113,7 +113,7 @@ def test_another_choice_is_no_continuation() -> None:
     script = Transcript()
     script.keep(event("abc"))
     with pytest.raises(Mismatch):
-        Seam(script, Way.REPLAY, "m").take(event("abc", index=1)[6:-2])
+        StreamSplicer(script, ResumeMethod.REPLAY, "m").take(event("abc", index=1)[6:-2])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import msgspec
 
 from fleetgate.control.config import ENV, ControlConfig
 from fleetgate.core.model import Snapshot, decode_snapshot
-from fleetgate.ipc.shared_memory import Board, Worker
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.ipc.signed_file import verified
 from fleetgate.supervisor.supervisor import open_listener, shared_memory
 from tests.waiting import wait_for
@@ -87,10 +87,10 @@ class ControlRig:
 
     def act_as_worker(self, worker: int, version: int) -> None:
         """Write the cells that a worker of this version writes."""
-        self.board.set(worker, Worker.PID, os.getpid())
-        self.board.set(worker, Worker.ACCEPTING, 1)
-        self.board.set(worker, Worker.SNAPSHOT_VERSION, version)
-        self.board.set(worker, Worker.STARTS, max(1, self.board.get(worker, Worker.STARTS)))
+        self.board.set(worker, WorkerCell.PID, os.getpid())
+        self.board.set(worker, WorkerCell.ACCEPTING, 1)
+        self.board.set(worker, WorkerCell.SNAPSHOT_VERSION, version)
+        self.board.set(worker, WorkerCell.STARTS, max(1, self.board.get(worker, WorkerCell.STARTS)))
 
     def end_life(self) -> None:
         """What the supervisor's end does: its end of the pipe closes."""
@@ -130,6 +130,6 @@ class ControlRig:
             return False
 
 
-def board_of(workers: int = 1) -> Board:
+def board_of(workers: int = 1) -> SharedMemory:
     """A board in ordinary memory."""
-    return Board(memoryview(bytearray(Board.bytes_needed(workers))), workers)
+    return SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(workers))), workers)

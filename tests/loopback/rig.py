@@ -19,7 +19,7 @@ from fleetgate.core.model import (
     Upstream,
     encode_snapshot,
 )
-from fleetgate.ipc.shared_memory import Board, Worker
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.ipc.signed_file import PUBLIC_KEY, public_key, sign
 from fleetgate.proxy.worker.config import ENV, WorkerConfig
 from fleetgate.supervisor.supervisor import open_listeners, shared_memory
@@ -97,7 +97,8 @@ class Rig:
         workers = range(self.board.workers)
         wait_for(
             lambda: all(
-                self.board.get(w, Worker.ACCEPTING) and self.board.get(w, Worker.SNAPSHOT_VERSION) >= self.version
+                self.board.get(w, WorkerCell.ACCEPTING)
+                and self.board.get(w, WorkerCell.SNAPSHOT_VERSION) >= self.version
                 for w in workers
             )
         )
@@ -134,9 +135,9 @@ def write_snapshot(data_dir: Path, data: bytes) -> None:
     fresh.rename(data_dir / "snapshot")
 
 
-def mapped(board_fd: int, workers: int) -> Board:
+def mapped(board_fd: int, workers: int) -> SharedMemory:
     """The board behind an inherited descriptor."""
-    return Board(memoryview(mmap.mmap(board_fd, Board.bytes_needed(workers))), workers)
+    return SharedMemory(memoryview(mmap.mmap(board_fd, SharedMemory.bytes_needed(workers))), workers)
 
 
 def deployment(name: str, port: int, slot: int, **options: object) -> Deployment:

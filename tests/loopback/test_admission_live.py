@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fleetgate.core.admission.work_ledger import WORK_CELLS, Work
+from fleetgate.core.admission.work_ledger import WORK_CELLS, WorkCell
 from fleetgate.core.model import Profile, Slo
 from tests.loopback.capacity_rig import Outcome, Shape, engines, refusals, send
 from tests.loopback.engines import metric
@@ -91,7 +91,7 @@ def test_nothing_is_held_after_random_disconnects_and_engine_kills(tmp_path: Pat
         outcomes = asyncio.run(storm())
         wait_for(lambda: all(board.in_flight_total(slot) == 0 for slot in slots) and board.waiting_total(0) == 0)
         assert sum(each.status == 200 for each in outcomes) > 20
-        held = (Work.PENDING_TOKENS, Work.SEQUENCES, Work.KV_TOKENS)
+        held = (WorkCell.PENDING_TOKENS, WorkCell.SEQUENCES, WorkCell.KV_TOKENS)
         assert {board.work_total(slot, cell) for slot in slots for cell in held} == {0}
         assert {board.milliunits_total(slot) for slot in slots} == {0}
         cells = {board.work[at + cell] for at in range(0, len(board.work), WORK_CELLS) for cell in held}

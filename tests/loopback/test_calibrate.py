@@ -16,7 +16,13 @@ import httpx2
 import pytest
 import yaml
 
-from fleetgate.control.calibration.client import Answer, Asker, CannotAsk, Target, reach
+from fleetgate.control.calibration.client import (
+    CalibrationClient,
+    CalibrationTarget,
+    MeasuredAnswer,
+    RequestFailed,
+    reach,
+)
 from fleetgate.core.model import Endpoint
 from tests.loopback.control_rig import DEPLOYMENT, ControlRig
 from tests.loopback.engines import engine, metric
@@ -262,13 +268,13 @@ END = (
 )
 
 
-def asked(port: int) -> tuple[Answer, int]:
+def asked(port: int) -> tuple[MeasuredAnswer, int]:
     """One answer, and the KV cache's tokens."""
 
-    async def both() -> tuple[Answer, int]:
+    async def both() -> tuple[MeasuredAnswer, int]:
         endpoint = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=port, base_path="/v1")
-        target = Target(endpoint=endpoint, engine="vllm", upstream_model="m", ranges=None)
-        asker = Asker(target, await reach(target))
+        target = CalibrationTarget(endpoint=endpoint, engine="vllm", upstream_model="m", ranges=None)
+        asker = CalibrationClient(target, await reach(target))
         try:
             return await asker.ask(500, 7), await asker.kv_tokens()
         finally:
@@ -295,7 +301,7 @@ def test_an_answer_is_read_with_its_cached_tokens_taken_off() -> None:
     ],
 )
 def test_a_broken_stream_is_no_measurement(body: bytes, says: str) -> None:
-    with fixed("text/event-stream", body) as port, pytest.raises(CannotAsk, match=says):
+    with fixed("text/event-stream", body) as port, pytest.raises(RequestFailed, match=says):
         asked(port)
 
 

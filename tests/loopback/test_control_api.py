@@ -11,7 +11,7 @@ import pytest
 
 from fleetgate.core.api_keys import hmac_hex, parse_key
 from fleetgate.ipc.sealed_secret import unseal
-from fleetgate.ipc.shared_memory import Signal
+from fleetgate.ipc.shared_memory import EndpointSignal
 from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
 from tests.waiting import wait_for
 
@@ -332,8 +332,8 @@ def test_state_metrics_and_events_tell_what_the_board_shows(rig: ControlRig, api
     endpoint = deployment.endpoints[0]
     rig.board.in_flight[deployment.slot * rig.board.workers] = 3
     rig.board.waiting[gateway.slot * rig.board.workers] = 2
-    rig.board.set_signal(endpoint.slot, Signal.SEEN_MS, 1)
-    rig.board.set_signal(endpoint.slot, Signal.UP, 0)
+    rig.board.set_signal(endpoint.slot, EndpointSignal.SEEN_MS, 1)
+    rig.board.set_signal(endpoint.slot, EndpointSignal.UP, 0)
     labels = '{deployment="llama-us",gateway="chat",outcome="ok",region="us-east"}'
     at = rig.board.add_series(0, f"fleetgate_requests_total{labels}")
     rig.board.series[at] = 7
@@ -349,7 +349,7 @@ def test_state_metrics_and_events_tell_what_the_board_shows(rig: ControlRig, api
     requests = [line for line in text.splitlines() if line.startswith("fleetgate_requests_total{")]
     assert requests == [f"fleetgate_requests_total{labels} 7.0"]
     wait_for(lambda: any("is down" in item["sentence"] for item in api.get("/api/v1/events").json()["items"]))
-    rig.board.set_signal(endpoint.slot, Signal.UP, 1)
+    rig.board.set_signal(endpoint.slot, EndpointSignal.UP, 1)
     wait_for(lambda: any("is up again" in item["sentence"] for item in api.get("/api/v1/events").json()["items"]))
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fleetgate.control.resources.config_file import check_file
-from fleetgate.ipc.shared_memory import Signal, Worker
+from fleetgate.ipc.shared_memory import EndpointSignal, WorkerCell
 from tests.loopback.control_rig import DEPLOYMENT, GATEWAY, ControlRig
 from tests.waiting import wait_for
 
@@ -181,7 +181,7 @@ def test_ready_means_accepting_with_the_config_and_one_probe_or_two_seconds(tmp_
                 return answer.status_code, json.dumps(answer.json()["reasons"])
 
         rig.act_as_worker(0, rig.snapshot().version)
-        rig.board.set_signal(rig.snapshot().deployments[0].endpoints[0].slot, Signal.SEEN_MS, 1)
+        rig.board.set_signal(rig.snapshot().deployments[0].endpoints[0].slot, EndpointSignal.SEEN_MS, 1)
         status, reasons = ask()
         assert status == 503
         assert "1 of 2 workers accept connections" in reasons
@@ -189,13 +189,13 @@ def test_ready_means_accepting_with_the_config_and_one_probe_or_two_seconds(tmp_
         assert ask()[0] == 503
         rig.act_as_worker(1, rig.snapshot().version)
         assert ask() == (200, "[]")
-        rig.board.set(0, Worker.ACCEPTING, 0)
+        rig.board.set(0, WorkerCell.ACCEPTING, 0)
         assert ask()[0] == 503
 
 
 def test_worker_restarts_become_events(tmp_path: Path) -> None:
     with ControlRig(tmp_path / "data") as rig, rig.client() as api:
         rig.act_as_worker(0, rig.snapshot().version)
-        rig.board.set(0, Worker.STARTS, 2)
+        rig.board.set(0, WorkerCell.STARTS, 2)
         wait_for(lambda: any(item["object"]["kind"] == "Worker" for item in api.get("/api/v1/events").json()["items"]))
         assert "fleetgate_worker_restarts_total 1.0" in api.get("/metrics").text

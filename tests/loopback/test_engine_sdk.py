@@ -7,7 +7,7 @@ import openai
 import pydantic
 import pytest
 
-from fleetgate.engine.text_generator import Voice
+from fleetgate.engine.text_generator import TextGenerator
 from tests.loopback.engines import engine, metric
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]
@@ -120,7 +120,7 @@ def test_embeddings_in_both_encodings_are_the_same_vector(client: openai.OpenAI)
     for one, other in zip(packed.data, plain.data, strict=True):
         assert one.embedding == pytest.approx(other.embedding, rel=1e-6)
     assert packed.data[0].embedding != packed.data[1].embedding
-    assert sum(value * value for value in Voice(0, b"a").vector(16)) == pytest.approx(1.0)
+    assert sum(value * value for value in TextGenerator(0, b"a").vector(16)) == pytest.approx(1.0)
 
 
 def test_models_and_errors(client: openai.OpenAI) -> None:

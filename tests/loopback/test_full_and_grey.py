@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from fleetgate.core.model import Slo
-from fleetgate.ipc.event_spool import Spool
+from fleetgate.ipc.event_spool import EventSpool
 from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import request
@@ -59,7 +59,7 @@ def test_deployments_that_fall_together_take_their_region_with_them(three: Plane
     made = three.deployments(*({"models": {"m": name}, "region": "r"} for name in ("500", "500", "third")))
     elsewhere = deployment("elsewhere", third.port, made[-1].slot + 1000, models={"m": "ok"}, region="s")
     three.publish([*made, elsewhere])
-    spool = Spool(three.rig.data_dir)
+    spool = EventSpool(three.rig.data_dir)
     spool.take()
     told: list[str] = []
 
@@ -91,7 +91,7 @@ def test_deployments_that_fall_together_take_their_region_with_them(three: Plane
 def test_deployments_that_fall_together_do_not_take_the_only_region_with_them(three: Plane) -> None:
     """There is nobody to take the load of the third, so it is not held back for the sake of its neighbours."""
     use(three, "500", "500", "ok", strategy="capacity_round_robin")
-    spool = Spool(three.rig.data_dir)
+    spool = EventSpool(three.rig.data_dir)
     spool.take()
     told: list[str] = []
 

@@ -10,8 +10,8 @@ import pytest
 
 from fleetgate.core.health.circuit_breaker import BROKEN_IN_A_ROW
 from fleetgate.core.model import Endpoint
-from fleetgate.ipc.event_spool import Spool
-from fleetgate.ipc.shared_memory import Board
+from fleetgate.ipc.event_spool import EventSpool
+from fleetgate.ipc.shared_memory import SharedMemory
 from fleetgate.proxy.health.passive_health import PANIC_EVERY_S
 from tests.loopback.rig import deployment
 from tests.loopback.wall import Line, Seen
@@ -35,7 +35,7 @@ def use(made: Plane, *engines: str, **options: object) -> None:
 
 
 def told_out(made: Plane, place: int = 0) -> int:
-    board: Board = made.rig.board
+    board: SharedMemory = made.rig.board
     return board.ejected_until(made.slots[place])
 
 
@@ -44,7 +44,7 @@ def by(answer: Answer) -> str:
 
 
 def events(made: Plane) -> list[str]:
-    return [happened.message for happened in Spool(made.rig.data_dir).take()]
+    return [happened.message for happened in EventSpool(made.rig.data_dir).take()]
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

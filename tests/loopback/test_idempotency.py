@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from fleetgate.proxy.downstream import idempotency
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_rig import Plane, plane
@@ -115,7 +115,7 @@ def test_a_worker_that_dies_frees_its_names() -> None:
         made.rig.processes[0].wait(10)
         made.rig.start(0)
         made.wall.release()
-        wait_for(lambda: made.rig.board.get(0, Worker.HEARTBEAT_MS) > time.monotonic() * 1000 - 500)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.HEARTBEAT_MS) > time.monotonic() * 1000 - 500)
         assert made.ask(named("i", "held")).status == 200
 
 
@@ -129,7 +129,7 @@ def test_old_and_surplus_answers_are_removed(two_workers: Plane, monkeypatch: py
     for number in range(5):
         assert two_workers.ask(named(f"k{number}")).status == 200
     monkeypatch.setattr(idempotency, "FILES_MAX", 3)
-    idempotency.tidy(two_workers.rig.data_dir)
+    idempotency.remove_expired(two_workers.rig.data_dir)
     assert len(list(folder.iterdir())) == 3
     assert two_workers.ask(named("k4")).headers["idempotent-replayed"] == "true"
 

@@ -21,18 +21,18 @@ from fleetgate.providers.base import (
     Replica,
     ReplicaSpec,
     ReplicaState,
+    ReplicaWorkload,
     Settings,
-    Workload,
 )
 from fleetgate.providers.local import LocalProvider
 from fleetgate.providers.local_shim import process_start
 from tests.waiting import wait_for
 
 WAIT_S_MAX = 60
-ENGINE = Workload(
+ENGINE = ReplicaWorkload(
     command=(sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:{port}"), args=("--slots", "2")
 )
-STUBBORN = Workload(
+STUBBORN = ReplicaWorkload(
     command=(
         sys.executable,
         "-c",
@@ -41,7 +41,7 @@ STUBBORN = Workload(
 )
 
 
-def spec(replica_id: str, workload: Workload) -> ReplicaSpec:
+def spec(replica_id: str, workload: ReplicaWorkload) -> ReplicaSpec:
     """A replica on this machine."""
     return ReplicaSpec(id=replica_id, deployment="m", cluster="here", region="eu", workload=workload)
 
@@ -163,7 +163,7 @@ def test_how_an_engine_ended_is_told_with_its_last_words(provider: LocalProvider
     command = (sys.executable, "-c", "import sys; print('{port}', '$HOME'); sys.exit('no GPU was found')")
 
     async def run() -> Replica:
-        await provider.start(spec("m-0", Workload(command=command)))
+        await provider.start(spec("m-0", ReplicaWorkload(command=command)))
         return await until(provider, ReplicaState.FAILED)
 
     assert asyncio.run(run()).because == "it ended by itself with exit code 1; its last line was: no GPU was found"
@@ -173,7 +173,9 @@ def test_port_goes_into_command_args_and_environment(provider: LocalProvider, tm
     script = """if True:
         import os, sys
         print(sys.argv[1:], os.environ["PORT"], os.environ["WHERE"], "FLEETGATE_CONTROL" in os.environ)"""
-    workload = Workload(command=(sys.executable, "-c", script), args=("--port={port}",), env={"WHERE": "at {port}"})
+    workload = ReplicaWorkload(
+        command=(sys.executable, "-c", script), args=("--port={port}",), env={"WHERE": "at {port}"}
+    )
     os.environ["FLEETGATE_CONTROL"] = "private"
 
     async def run() -> Replica:
@@ -190,12 +192,12 @@ def test_port_goes_into_command_args_and_environment(provider: LocalProvider, tm
 @pytest.mark.parametrize(
     ("workload", "told"),
     [
-        (Workload(image="vllm/vllm-openai"), "give workload.command"),
-        (Workload(), "give workload.command"),
-        (Workload(command=("/no/such/engine",)), "`/no/such/engine` cannot be run: No such file or directory"),
+        (ReplicaWorkload(image="vllm/vllm-openai"), "give workload.command"),
+        (ReplicaWorkload(), "give workload.command"),
+        (ReplicaWorkload(command=("/no/such/engine",)), "`/no/such/engine` cannot be run: No such file or directory"),
     ],
 )
-def test_an_operators_mistake_is_named(provider: LocalProvider, workload: Workload, told: str) -> None:
+def test_an_operators_mistake_is_named(provider: LocalProvider, workload: ReplicaWorkload, told: str) -> None:
     with pytest.raises(BadSpec, match=told):
         asyncio.run(provider.start(spec("m-0", workload)))
     assert asyncio.run(provider.list()) == []
@@ -205,7 +207,7 @@ def test_a_fixed_port_that_is_taken_is_not_now(provider: LocalProvider) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        workload = Workload(command=ENGINE.command, port=taken.getsockname()[1])
+        workload = ReplicaWorkload(command=ENGINE.command, port=taken.getsockname()[1])
         with pytest.raises(NotNow, match=r"workload\.port"):
             asyncio.run(provider.start(spec("m-0", workload)))
 

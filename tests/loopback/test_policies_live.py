@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from fleetgate.core.model import Admission, Policy
-from fleetgate.ipc.event_spool import Spool
+from fleetgate.ipc.event_spool import EventSpool
 from tests.loopback.wall_client import request
 from tests.loopback.wall_rig import Plane, plane
 from tests.waiting import wait_for
@@ -61,7 +61,7 @@ def test_a_policy_that_fails_closes_what_it_requires_and_tells(two: Plane) -> No
     assert served_by(two, request(headers=["x-number: 5"])) == "one"
     answer = two.ask(request(headers=["x-number: five"]))
     assert (answer.status, answer.code) == (403, "policy_denied")
-    told = Spool(two.rig.data_dir).take()
+    told = EventSpool(two.rig.data_dir).take()
     assert any("odd" in happened.message and happened.kind == "Gateway" for happened in told)
     assert not any("five" in happened.message for happened in told), "nothing a client sent is told"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from tests.loopback.wall import Line, Seen
 from tests.loopback.wall_client import PATH, Client, request
 from tests.loopback.wall_replies import CHUNKED, DONE, EVENT_STREAM, LAST, chunk, finish, role, tokens
@@ -117,7 +117,7 @@ def test_an_answer_that_nobody_fetches_is_given_up(two: Plane) -> None:
         client.send(request("ok", wall={"size": 7 * MIB}))
         wait_for(lambda: bool(two.wall.seen))
         two.wait_idle()
-        wait_for(lambda: two.rig.board.get(0, Worker.CONNECTIONS) == 0, timeout_s=40)
+        wait_for(lambda: two.rig.board.get(0, WorkerCell.CONNECTIONS) == 0, timeout_s=40)
 
 
 def test_an_answer_that_is_fetched_slowly_is_not(two: Plane) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fleetgate.core.model import Resilience
-from fleetgate.ipc.shared_memory import Signal
+from fleetgate.ipc.shared_memory import EndpointSignal
 from tests.loopback.wall import Line, Reply, Seen
 from tests.loopback.wall_client import Answer, request
 from tests.loopback.wall_replies import (
@@ -214,7 +214,7 @@ def test_a_sampled_answer_goes_on_where_the_engine_was_seen_to(three: Plane) -> 
     wait_for(lambda: len(three.walls[2].seen) >= 2)
     probes = [list(wall.seen) for wall in three.walls]
     assert not probes[0] and all(seen.ask["max_tokens"] <= 16 for seen in probes[1] + probes[2])
-    wait_for(lambda: [three.rig.board.signal(slot, Signal.PREFILL) for slot in three.slots] == [0, 2, 1])
+    wait_for(lambda: [three.rig.board.signal(slot, EndpointSignal.PREFILL) for slot in three.slots] == [0, 2, 1])
     three.rig.wait_a_look()  # to try until it works would open the first one's breaker
     for wall in three.walls:
         wall.forget()

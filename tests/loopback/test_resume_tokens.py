@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fleetgate.ipc.shared_memory import Signal
+from fleetgate.ipc.shared_memory import EndpointSignal
 from tests.faults.test_random_cuts import NO_BREAKER
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall import Seen
@@ -36,7 +36,7 @@ class Engines:
 
     def mark(self, slot: int) -> int:
         """What the probe found."""
-        return self.plane.rig.board.signal(slot, Signal.TOKENS)
+        return self.plane.rig.board.signal(slot, EndpointSignal.TOKENS)
 
     def ask(self, path: str, cut: int, **fields: Any) -> Answer:
         """One sampled stream, which the first engine breaks off."""

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 
 from fleetgate.core.model import Admission
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from tests.loopback.rig import Rig
 from tests.loopback.wall import Wall
 from tests.loopback.wall_client import request
@@ -34,7 +34,7 @@ class Supervised(Rig):
         return self
 
     def pid(self, worker: int) -> int:
-        return self.board.get(worker, Worker.PID)
+        return self.board.get(worker, WorkerCell.PID)
 
 
 @contextmanager
@@ -59,13 +59,13 @@ def test_a_killed_worker_gives_back_what_it_held_and_comes_again() -> None:
         victim = 0 if rig.board.in_flight[slot * 2] else 1
         held, kept = rig.board.in_flight[slot * 2 + victim], rig.board.in_flight[slot * 2 + 1 - victim]
         assert held + kept == 8
-        starts, version = rig.board.get(victim, Worker.STARTS), rig.version
+        starts, version = rig.board.get(victim, WorkerCell.STARTS), rig.version
         os.kill(rig.pid(victim), signal.SIGKILL)
         wait_for(lambda: made.in_flight() == kept)
         wait_for(lambda: len([seen for seen in made.wall.seen if seen.gone_s]) == held)
-        wait_for(lambda: rig.board.get(victim, Worker.STARTS) == starts + 1)
-        wait_for(lambda: bool(rig.board.get(victim, Worker.ACCEPTING)))
-        assert rig.board.get(victim, Worker.SNAPSHOT_VERSION) == version
+        wait_for(lambda: rig.board.get(victim, WorkerCell.STARTS) == starts + 1)
+        wait_for(lambda: bool(rig.board.get(victim, WorkerCell.ACCEPTING)))
+        assert rig.board.get(victim, WorkerCell.SNAPSHOT_VERSION) == version
         made.wall.release()
         answers = 0
         for client in clients:
@@ -93,7 +93,7 @@ def test_room_that_a_dead_worker_held_goes_to_those_who_wait() -> None:
         for client in waiters:
             client.send(request("ok"))
         wait_for(lambda: rig.board.waiting_total(0) == 12)
-        survivor_waits = rig.board.get(1 - victim, Worker.WAITING)
+        survivor_waits = rig.board.get(1 - victim, WorkerCell.WAITING)
         os.kill(rig.pid(victim), signal.SIGKILL)
         served = 0
         for client in waiters:
@@ -133,7 +133,7 @@ def test_a_supervisor_that_is_stopped_drains_its_workers() -> None:
         wait_for(lambda: made.in_flight() == 6)
         (supervisor,) = rig.processes
         supervisor.terminate()
-        wait_for(lambda: not any(rig.board.get(w, Worker.ACCEPTING) for w in range(2)))
+        wait_for(lambda: not any(rig.board.get(w, WorkerCell.ACCEPTING) for w in range(2)))
         made.wall.release()
         for client in clients:
             with client:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from fleetgate.core.model import Admission, Snapshot, encode_snapshot
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from fleetgate.ipc.signed_file import sign
 from tests.loopback.rig import SIGNING_KEY, gateway, write_snapshot
 from tests.loopback.wall_client import Client, request
@@ -23,7 +23,7 @@ def pair() -> Iterator[Plane]:
 
 
 def connections(made: Plane, worker: int) -> int:
-    return made.rig.board.get(worker, Worker.CONNECTIONS)
+    return made.rig.board.get(worker, WorkerCell.CONNECTIONS)
 
 
 def client_of(made: Plane, worker: int) -> Client:
@@ -48,7 +48,7 @@ def test_a_limit_holds_over_workers_and_a_freed_place_wakes_the_other(pair: Plan
         wait_for(lambda: pair.in_flight() == 1)
         waiter.send(request("ok"))
         wait_for(lambda: pair.rig.board.waiting_total(0) == 1)
-        assert pair.rig.board.get(waiter_at, Worker.WAITING) == 1
+        assert pair.rig.board.get(waiter_at, WorkerCell.WAITING) == 1
         assert pair.seen() == ["held"]
         pair.wall.release()
         assert holder.read().status == 200 and waiter.read().status == 200
@@ -168,11 +168,11 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_last_good_snapshot_stays_whatever_happens_to_the_file(pair: Plane, name: str) -> None:
     pair.use({})
-    versions = [pair.rig.board.get(w, Worker.SNAPSHOT_VERSION) for w in range(2)]
+    versions = [pair.rig.board.get(w, WorkerCell.SNAPSHOT_VERSION) for w in range(2)]
     write_snapshot(pair.rig.data_dir, BROKEN[name])
-    beats = [pair.rig.board.get(w, Worker.HEARTBEAT_MS) for w in range(2)]
-    wait_for(lambda: all(pair.rig.board.get(w, Worker.HEARTBEAT_MS) > beat + 250 for w, beat in enumerate(beats)))
-    assert [pair.rig.board.get(w, Worker.SNAPSHOT_VERSION) for w in range(2)] == versions
+    beats = [pair.rig.board.get(w, WorkerCell.HEARTBEAT_MS) for w in range(2)]
+    wait_for(lambda: all(pair.rig.board.get(w, WorkerCell.HEARTBEAT_MS) > beat + 250 for w, beat in enumerate(beats)))
+    assert [pair.rig.board.get(w, WorkerCell.SNAPSHOT_VERSION) for w in range(2)] == versions
     assert pair.ask(request("ok")).status == 200
     (pair.rig.data_dir / "snapshot").unlink()
     assert pair.ask(request("ok")).status == 200
@@ -193,7 +193,7 @@ def test_a_worker_starts_from_the_last_good_snapshot(what: str) -> None:
             write_snapshot(made.rig.data_dir, b"damaged")
         made.rig.processes[0].kill()
         made.rig.processes[0].wait()
-        made.rig.board.sweep(0)
+        made.rig.board.clear_worker(0)
         made.rig.start(0)
         made.rig.wait_until_used()
         assert made.ask(request("ok")).status == 200
@@ -217,14 +217,14 @@ def test_sigterm_lets_running_answers_and_uploads_end() -> None:
         wait_for(lambda: made.in_flight() == 2)
         (process,) = made.rig.processes
         process.send_signal(signal.SIGTERM)
-        wait_for(lambda: not made.rig.board.get(0, Worker.ACCEPTING))
+        wait_for(lambda: not made.rig.board.get(0, WorkerCell.ACCEPTING))
         assert idle.closed()
         made.wall.release()
         rest = streaming.read_until(b"0\r\n\r\n")
         assert b"".join(stream_of("held")[2:4]) in (first + rest).replace(b"\r\n", b"") or b"[DONE]" in rest
         assert waiting.read().whole
-        beat = made.rig.board.get(0, Worker.HEARTBEAT_MS)
-        wait_for(lambda: made.rig.board.get(0, Worker.HEARTBEAT_MS) > beat + 200)  # it looked whether all is done
+        beat = made.rig.board.get(0, WorkerCell.HEARTBEAT_MS)
+        wait_for(lambda: made.rig.board.get(0, WorkerCell.HEARTBEAT_MS) > beat + 200)  # it looked whether all is done
         uploading.send(data[-5:])
         assert uploading.read().status == 200, "a request that was coming is served"
         for client in (streaming, waiting, uploading):

@@ -5,9 +5,9 @@ import sys
 
 import msgspec
 
-from fleetgate.ipc.shared_memory import Board
+from fleetgate.ipc.shared_memory import SharedMemory
 from fleetgate.proxy.worker.config import ENV, WorkerConfig
-from fleetgate.supervisor.child_process import Child, python_child
+from fleetgate.supervisor.child_process import ChildProcess, python_child
 from fleetgate.supervisor.supervisor import Supervisor, say_json
 from tests.loopback.rig import mapped
 
@@ -21,13 +21,13 @@ class Plan(msgspec.Struct):
     workers: list[WorkerConfig]
 
 
-def children_of(plan: Plan) -> list[Child]:
+def children_of(plan: Plan) -> list[ChildProcess]:
     """One child for each worker."""
     children = []
     for config in plan.workers:
         argv, env = python_child("fleetgate.proxy.worker", ENV, msgspec.json.encode(config))
         children.append(
-            Child(name=f"worker {config.index}", argv=argv, env=env, fds=list(plan.fds), worker=config.index)
+            ChildProcess(name=f"worker {config.index}", argv=argv, env=env, fds=list(plan.fds), worker=config.index)
         )
     return children
 
@@ -35,7 +35,7 @@ def children_of(plan: Plan) -> list[Child]:
 def main() -> int:
     """Run the plan that the environment holds."""
     plan = msgspec.json.decode(os.environ["FLEETGATE_TEST_PLAN"], type=Plan)
-    board: Board = mapped(plan.board_fd, len(plan.workers))
+    board: SharedMemory = mapped(plan.board_fd, len(plan.workers))
     return Supervisor(children_of(plan), board, plan.grace_s, say_json).run()
 
 

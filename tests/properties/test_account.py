@@ -4,15 +4,24 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.usage_record import INTERRUPTED, Entry, Fold, Intent, Progress, Row, Settlement, entries_in
+from fleetgate.core.usage_record import (
+    INTERRUPTED,
+    Entry,
+    JournalReplay,
+    UsageIntent,
+    UsageProgress,
+    UsageRow,
+    UsageSettlement,
+    entries_in,
+)
 
 
-def intent(number: int) -> Intent:
-    return Intent(f"r-{number}", 1000 + number, f"key-{number % 3}", "g", "m", "d", "region")
+def intent(number: int) -> UsageIntent:
+    return UsageIntent(f"r-{number}", 1000 + number, f"key-{number % 3}", "g", "m", "d", "region")
 
 
-def settlement(number: int) -> Settlement:
-    return Settlement(f"r-{number}", 2000 + number, "ok", 10, number, 1, 10, number, 100)
+def settlement(number: int) -> UsageSettlement:
+    return UsageSettlement(f"r-{number}", 2000 + number, "ok", 10, number, 1, 10, number, 100)
 
 
 def line(entry: Entry) -> bytes:
@@ -25,7 +34,7 @@ def journals(draw: st.DrawFn) -> list[Entry]:
     count = draw(st.integers(0, 12))
     left: list[list[Entry]] = []
     for number in range(count):
-        steps = [Progress(f"r-{number}", 10, step) for step in range(draw(st.integers(0, 3)))]
+        steps = [UsageProgress(f"r-{number}", 10, step) for step in range(draw(st.integers(0, 3)))]
         end = [settlement(number)] if draw(st.booleans()) else []
         left.append([intent(number), *steps, *end])
     made: list[Entry] = []
@@ -41,18 +50,18 @@ def by_hand(entries: list[Entry]) -> dict[str, tuple[str, int]]:
     rows: dict[str, tuple[str, int]] = {}
     for one in entries:
         match one:
-            case Intent():
+            case UsageIntent():
                 rows[one.id] = (INTERRUPTED, 0)
-            case Progress() if rows[one.id][0] == INTERRUPTED:
+            case UsageProgress() if rows[one.id][0] == INTERRUPTED:
                 rows[one.id] = (INTERRUPTED, one.output_tokens)
-            case Settlement():
+            case UsageSettlement():
                 rows[one.id] = ("ok", one.output_tokens)
             case _:
                 pass
     return rows
 
 
-def told(rows: list[Row]) -> dict[str, tuple[str, int]]:
+def told(rows: list[UsageRow]) -> dict[str, tuple[str, int]]:
     assert len({row.attempt_id for row in rows}) == len(rows)
     return {row.attempt_id: (row.outcome, row.output_tokens) for row in rows}
 
@@ -68,10 +77,10 @@ def test_a_journal_that_is_cut_at_any_byte_makes_one_row_of_each_attempt_it_know
     found, read, damaged = entries_in(cut + b"\0" * 64, True)
     assert (len(found), damaged) == (whole, int(len(pieces) > whole and pieces[-1] != b""))
     assert read == len(cut) + 64
-    fold = Fold()
+    fold = JournalReplay()
     rows = [*fold.take(found), *fold.abandon(9)]
     assert told(rows) == by_hand(entries[:whole])
-    assert not fold.open
+    assert not fold.open_attempts
 
 
 @given(journals(), st.lists(st.integers(0, 4000), max_size=6))
@@ -79,23 +88,23 @@ def test_reading_while_it_is_written_reads_nothing_twice_and_nothing_half(
     entries: list[Entry], moments: list[int]
 ) -> None:
     text = b"".join(line(entry) for entry in entries)
-    fold, rows, offset = Fold(), list[Row](), 0
+    fold, rows, offset = JournalReplay(), list[UsageRow](), 0
     for moment in [*sorted(moments), len(text)]:
         written = text[:moment] + b"\0" * (len(text) + 8 - moment)
         found, read, damaged = entries_in(written[offset:], False)
         assert damaged == 0
         offset += read
         rows += fold.take(found)
-        fold = Fold(fold.open.values())  # a restart of the reader, from what it kept
+        fold = JournalReplay(fold.open_attempts.values())  # a restart of the reader, from what it kept
     assert offset == len(text)
     assert told([*rows, *fold.abandon(9)]) == by_hand(entries)
 
 
 @given(journals())
 def test_what_is_told_twice_counts_once(entries: list[Entry]) -> None:
-    fold = Fold()
+    fold = JournalReplay()
     rows = list(fold.take(entries))
-    again = [entry for entry in entries if isinstance(entry, Settlement)]
+    again = [entry for entry in entries if isinstance(entry, UsageSettlement)]
     assert not list(fold.take(again))
     assert told([*rows, *fold.abandon(9)]) == by_hand(entries)
 

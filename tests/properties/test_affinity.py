@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.prefix_affinity import Affinity
-from fleetgate.core.routing.route import Decision, Lane, route
-from fleetgate.core.routing.strategies import NO_TURN, Candidate, Standing, Turn
+from fleetgate.core.routing.prefix_affinity import PrefixAffinity
+from fleetgate.core.routing.route import Decision, ModelRoute, route
+from fleetgate.core.routing.strategies import NO_TURN, Candidate, CandidateState, Turn
 from fleetgate.protocols.prompt_prefix import BLOCK_BYTES, BLOCKS_MAX, chain_of
 
 
@@ -38,10 +38,10 @@ def test_any_body_has_a_bounded_chain(body: bytes, session: bytes) -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 10), st.integers(0, 9)), max_size=60))
 def test_the_longest_beginning_that_went_somewhere_is_found(sent: list[tuple[int, int, int]]) -> None:
     """Chains are `family` × length, so the longest shared beginning is the shorter of the two lengths."""
-    affinity, longest, where = Affinity(), dict[int, int](), dict[tuple[int, int], int]()
+    affinity, longest, where = PrefixAffinity(), dict[int, int](), dict[tuple[int, int], int]()
     for family, blocks, endpoint_slot in sent:
         chain = [(family, at) for at in range(blocks)]
-        affinity.sent(chain, endpoint_slot)
+        affinity.record(chain, endpoint_slot)
         longest[family] = max(longest.get(family, 0), blocks)
         where.update(dict.fromkeys(chain, endpoint_slot))
     for family in range(31):
@@ -57,8 +57,8 @@ def test_round_robin_keeps_its_shares_whoever_is_warm(warm_at: list[int], big: f
     made = tuple(Candidate(name=f"d{slot}", slot=slot) for slot in range(3))
     units, picks, turn = [1.0, 1.0, big], [0, 0, 0], NO_TURN
     for warm_slot in warm_at:
-        load = {c.slot: Standing(0, 1.0, 0, units[c.slot], warm=float(c.slot == warm_slot)) for c in made}
-        decision = route(Lane(made, strategies.find("capacity_round_robin")), load, turn)
+        load = {c.slot: CandidateState(0, 1.0, 0, units[c.slot], warm=float(c.slot == warm_slot)) for c in made}
+        decision = route(ModelRoute(made, strategies.find("capacity_round_robin")), load, turn)
         assert isinstance(decision, Decision)
         turn = decision.turn
         picks[decision.order[0].slot] += 1
@@ -69,12 +69,12 @@ def test_round_robin_keeps_its_shares_whoever_is_warm(warm_at: list[int], big: f
 
 def test_overflow_prefers_who_is_warm_inside_a_rank_until_it_is_much_busier() -> None:
     made = tuple(Candidate(name=name, slot=slot, rank=1) for slot, name in enumerate("abc"))
-    lane = Lane((*made, Candidate(name="z", slot=3, rank=2)), strategies.find("overflow"))
+    lane = ModelRoute((*made, Candidate(name="z", slot=3, rank=2)), strategies.find("overflow"))
 
     def first(in_flight: int, warm: float, elsewhere: float = 0.0) -> str:
-        load = {slot: Standing(10, 1.0, 100) for slot in range(3)}
-        load[2] = Standing(in_flight, 1.0, 100, warm=warm)
-        load[3] = Standing(0, 1.0, 100, warm=elsewhere)
+        load = {slot: CandidateState(10, 1.0, 100) for slot in range(3)}
+        load[2] = CandidateState(in_flight, 1.0, 100, warm=warm)
+        load[3] = CandidateState(0, 1.0, 100, warm=elsewhere)
         turn: Turn = NO_TURN
         decision = route(lane, load, turn)
         assert isinstance(decision, Decision)

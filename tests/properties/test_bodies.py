@@ -6,7 +6,14 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.protocols.clients.openai import InvalidBody, read_ask, rename_model, rewrite, top_level, understand
+from fleetgate.protocols.clients.openai import (
+    InvalidBody,
+    classify_event,
+    read_request,
+    rename_model,
+    rewrite,
+    top_level,
+)
 
 NAMES = st.sampled_from(["m", "meta/llama-3", 'quo"te', "back\\slash", "ünï😀", "model", "a b"])
 TEXTS = st.text(max_size=12) | st.sampled_from(['"model":"x"', "\\", "\u2028", '{"model"', "model"])
@@ -44,7 +51,7 @@ def bodies(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
 @given(bodies())
 def test_what_is_read_is_what_was_written(made: tuple[dict[str, Any], bytes]) -> None:
     body, data = made
-    ask = read_ask(data)
+    ask = read_request(data)
     assert ask.model == body["model"] and ask.stream == bool(body.get("stream"))
     options = body.get("stream_options")
     assert ask.wants_usage == bool(options and options.get("include_usage"))
@@ -55,7 +62,7 @@ def test_what_is_rewritten_differs_in_the_wish_alone(
     made: tuple[dict[str, Any], bytes], name: str, add_usage: bool
 ) -> None:
     body, data = made
-    ask = read_ask(data)
+    ask = read_request(data)
     add_usage = add_usage and not ask.wants_usage
     written = json.loads(rewrite(data, ask, name, add_usage))
     wanted: dict[str, Any] = {**body, "model": name}
@@ -71,7 +78,7 @@ def test_what_is_rewritten_differs_in_the_wish_alone(
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_request_or_a_clear_refusal(data: bytes) -> None:
     try:
-        read_ask(data)
+        read_request(data)
     except InvalidBody as error:
         assert error.code in ("invalid_json", "invalid_request") and error.message
 
@@ -84,7 +91,7 @@ def test_damaged_bodies_are_read_as_another_parser_reads_them_or_refused(
 ) -> None:
     data = made[1][:at] + damage + made[1][at + 1 :]
     try:
-        ask = read_ask(data)
+        ask = read_request(data)
     except InvalidBody:
         return
     members = json.loads(data, object_pairs_hook=list)
@@ -106,4 +113,4 @@ def test_renaming_an_answer_changes_its_model_alone(
 
 @given(st.binary(max_size=80), st.sampled_from([b"", b"data: ", b"data: {", b"event: x\ndata: "]))
 def test_any_event_means_something(data: bytes, begin: bytes) -> None:
-    understand(begin + data + b"\n\n")
+    classify_event(begin + data + b"\n\n")

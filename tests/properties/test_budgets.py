@@ -9,9 +9,9 @@ from fleetgate.core.admission.retry_budget import (
     TOKENS_MAX,
     KeyBudget,
     RetryBudget,
-    spread_s,
+    jittered_s,
 )
-from fleetgate.core.exchange import Exchange, Failed, Failure, Pick, Picked, Refuse
+from fleetgate.core.exchange import AttemptFailed, Exchange, Failure, Pick, Picked, Refuse
 from fleetgate.core.routing.strategies import Candidate
 
 RATIO = 0.1
@@ -24,10 +24,10 @@ def test_never_more_than_the_share_and_the_floor(events: list[tuple[str, float]]
     for kind, pause_s in events:
         now_s += pause_s
         if kind == "request":
-            budget.request()
+            budget.record_request()
             requests += 1
         elif kind == "again":
-            budget.request_again()
+            budget.record_client_retry()
         else:
             taken += budget.take(now_s)
     assert taken <= RATIO * requests + RETRY_FLOOR_PER_S * (1.0 + now_s) + 1e-6
@@ -43,9 +43,9 @@ def test_a_clients_own_retries_never_leave_more(events: list[tuple[str, float]])
             now_s += pause_s
             match kind:
                 case "request":
-                    budget.request()
+                    budget.record_request()
                 case "again":
-                    budget.request_again()
+                    budget.record_client_retry()
                 case "take":
                     count += budget.take(now_s)
         return count
@@ -59,11 +59,11 @@ def test_a_key_that_spends_all_it_can_leaves_the_others_their_share(noisy: int, 
     gateway = RetryBudget(RATIO, 0.0)
     loud, calm = (KeyBudget(gateway, RetryBudget(RATIO, 0.0)) for _ in range(2))
     for _ in range(noisy):
-        loud.request()
+        loud.record_request()
     while loud.take(0.0):
         pass
     for _ in range(quiet):
-        calm.request()
+        calm.record_request()
         assert not loud.take(0.0), "what others add is not its own"
     left = 0
     while calm.take(0.0):
@@ -92,11 +92,11 @@ def test_clients_that_retry_by_themselves_are_tried_once_when_the_budget_is_gone
                 command = exchange.receive(Picked(Candidate(name=str(slot), slot=slot)), number / 1000)
             else:
                 attempts += 1
-                command = exchange.receive(Failed(Failure.BROKEN), number / 1000)
+                command = exchange.receive(AttemptFailed(Failure.BROKEN), number / 1000)
         assert command.should_retry is False
     assert attempts <= requests + 2 * RETRY_FLOOR_PER_S
 
 
 @given(st.floats(0, 60), st.floats(0, 1))
 def test_a_retry_after_is_spread_a_little(retry_after_s: float, entropy: float) -> None:
-    assert abs(spread_s(retry_after_s, entropy) - retry_after_s) <= SPREAD * retry_after_s + 1e-9
+    assert abs(jittered_s(retry_after_s, entropy) - retry_after_s) <= SPREAD * retry_after_s + 1e-9

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fleetgate.core.capacity import calibration
 from fleetgate.core.capacity import units as capacity
-from fleetgate.core.capacity.calibration import Budget, Round, Single, Targets, Wave
+from fleetgate.core.capacity.calibration import RequestWave, SingleRequest, SweepBudget, SweepRound, SweepTargets
 from fleetgate.core.model import Profile
 
 SPEEDS = st.builds(
@@ -20,16 +20,16 @@ SPEEDS = st.builds(
 NOISE = st.lists(st.floats(0.0, 0.01), min_size=40, max_size=40)
 
 
-def single(profile: Profile, tokens: int, late_s: float) -> Single:
-    return Single(tokens, 0.03 + tokens / profile.prefill_tokens_per_s + late_s)
+def single(profile: Profile, tokens: int, late_s: float) -> SingleRequest:
+    return SingleRequest(tokens, 0.03 + tokens / profile.prefill_tokens_per_s + late_s)
 
 
-def wave(profile: Profile, round_: Round, noise: float) -> Wave:
+def wave(profile: Profile, round_: SweepRound, noise: float) -> RequestWave:
     """What an engine with places for `batch_max` shows of a wave."""
-    batch, ran = round_.at_once, min(round_.at_once, profile.batch_max)
+    batch, ran = round_.concurrency, min(round_.concurrency, profile.batch_max)
     step_s = capacity.step_s(profile, ran) * (1 + noise)
     prefill_s = batch * round_.prompt_tokens / profile.prefill_tokens_per_s
-    return Wave(
+    return RequestWave(
         batch=batch,
         step_s=step_s,
         wave_s=(prefill_s + round_.output_tokens * step_s * batch / ran) * (1 + noise),
@@ -41,10 +41,10 @@ def wave(profile: Profile, round_: Round, noise: float) -> Wave:
     )
 
 
-def sweep(profile: Profile, targets: Targets, noise: list[float]) -> tuple[list[Single], list[Wave]]:
-    singles: list[Single] = []
-    waves: list[Wave] = []
-    for round_, share in zip(calibration.plan(Budget()), noise, strict=False):
+def sweep(profile: Profile, targets: SweepTargets, noise: list[float]) -> tuple[list[SingleRequest], list[RequestWave]]:
+    singles: list[SingleRequest] = []
+    waves: list[RequestWave] = []
+    for round_, share in zip(calibration.plan(SweepBudget()), noise, strict=False):
         if round_.measures == "prefill":
             singles.append(single(profile, round_.prompt_tokens, share * 0.2))
         elif round_.measures == "decode" and not calibration.stop_reason(waves, targets):
@@ -54,8 +54,8 @@ def sweep(profile: Profile, targets: Targets, noise: list[float]) -> tuple[list[
 
 @given(SPEEDS, NOISE)
 def test_known_speeds_come_back(profile: Profile, noise: list[float]) -> None:
-    targets = Targets(tpot_s=0.1, ttft_s=10.0)
-    found = calibration.measured(*sweep(profile, targets, noise), targets)
+    targets = SweepTargets(tpot_s=0.1, ttft_s=10.0)
+    found = calibration.measured_profile(*sweep(profile, targets, noise), targets)
     assert found.prefill_tokens_per_s == pytest.approx(profile.prefill_tokens_per_s, rel=0.05 + 2e-6 * 60_000)
     largest = [one for one in sweep(profile, targets, noise)[1] if not one.saturated][-1].batch
     for batch in (1, largest):
@@ -65,9 +65,9 @@ def test_known_speeds_come_back(profile: Profile, noise: list[float]) -> None:
 
 @given(SPEEDS)
 def test_without_noise_knee_and_units_are_those_of_the_formula(profile: Profile) -> None:
-    targets = Targets(tpot_s=0.1, ttft_s=100.0)
+    targets = SweepTargets(tpot_s=0.1, ttft_s=100.0)
     singles, waves = sweep(profile, targets, [0.0] * 40)
-    found = calibration.measured(singles, waves, targets)
+    found = calibration.measured_profile(singles, waves, targets)
     assert found.base_s == pytest.approx(profile.base_s, rel=1e-6)
     assert found.per_sequence_s == pytest.approx(profile.per_sequence_s, rel=1e-4)
     assert found.prefill_tokens_per_s == pytest.approx(profile.prefill_tokens_per_s, rel=1e-6)
@@ -88,19 +88,19 @@ def test_without_noise_knee_and_units_are_those_of_the_formula(profile: Profile)
 
 @given(SPEEDS, NOISE)
 def test_no_wave_follows_the_one_that_saturates(profile: Profile, noise: list[float]) -> None:
-    targets = Targets()
+    targets = SweepTargets()
     _, waves = sweep(profile, targets, noise)
     assert [calibration.stop_reason(waves[:n], targets) for n in range(1, len(waves))] == [""] * (len(waves) - 1)
     assert sum(one.saturated for one in waves) <= 1
     if waves[-1].saturated:
-        found = calibration.measured([single(profile, 256, 0), single(profile, 512, 0)], waves, targets)
+        found = calibration.measured_profile([single(profile, 256, 0), single(profile, 512, 0)], waves, targets)
         assert found.batch_max == profile.batch_max
         assert 1 <= found.concurrency <= profile.batch_max
 
 
 @given(SPEEDS, st.lists(st.floats(0.2, 5.0), min_size=3, max_size=3))
 def test_a_few_late_answers_do_not_change_the_prefill_speed(profile: Profile, late_s: list[float]) -> None:
-    sizes = [one.prompt_tokens for one in calibration.plan(Budget()) if one.measures == "prefill"]
+    sizes = [one.prompt_tokens for one in calibration.plan(SweepBudget()) if one.measures == "prefill"]
     delays = [0.0] * len(sizes)
     for at, seconds in zip((1, 7, 12), late_s, strict=True):
         delays[at] = seconds
@@ -110,17 +110,17 @@ def test_a_few_late_answers_do_not_change_the_prefill_speed(profile: Profile, la
 
 @given(st.integers(1, 3000), st.integers(1, 2_000_000), st.integers(1, 16))
 def test_a_plan_stays_in_its_budget_and_can_be_fitted(requests_max: int, tokens_max: int, engines: int) -> None:
-    budget = Budget(requests_max, tokens_max)
+    budget = SweepBudget(requests_max, tokens_max)
     try:
         rounds = calibration.plan(budget, engines)
-    except calibration.TooLittle as refused:
-        assert refused.least.requests_max > requests_max or refused.least.tokens_max > tokens_max
-        assert calibration.plan(refused.least, engines)
+    except calibration.BudgetTooSmall as refused:
+        assert refused.minimum.requests_max > requests_max or refused.minimum.tokens_max > tokens_max
+        assert calibration.plan(refused.minimum, engines)
         return
-    assert sum(one.at_once for one in rounds) <= requests_max
+    assert sum(one.concurrency for one in rounds) <= requests_max
     assert sum(one.tokens for one in rounds) <= tokens_max
     assert len({one.prompt_tokens for one in rounds if one.measures == "prefill"}) >= 2
-    waves = [one.at_once for one in rounds if one.measures == "decode"]
+    waves = [one.concurrency for one in rounds if one.measures == "decode"]
     assert len(waves) >= 2
     assert waves == [engines * 2**n for n in range(len(waves))]
 
@@ -138,8 +138,8 @@ def test_a_step_is_timed_while_all_decode(step_s: float, streams: int, events: i
 
 
 def test_what_cannot_be_told_is_said() -> None:
-    with pytest.raises(calibration.CannotTell, match="different length"):
-        calibration.prefill_of([Single(256, 0.1), Single(256, 0.2)])
-    with pytest.raises(calibration.CannotTell, match="long enough"):
+    with pytest.raises(calibration.MeasurementFailed, match="different length"):
+        calibration.prefill_of([SingleRequest(256, 0.1), SingleRequest(256, 0.2)])
+    with pytest.raises(calibration.MeasurementFailed, match="long enough"):
         calibration.decode_of([])
     assert calibration.step_of([], 1.0) == calibration.step_of([[1.0], [2.0, 3.0]], 1.0) == 0.0

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.admission.ledger import Ledger, SettledTwice
-from fleetgate.core.admission.work_ledger import Books, Hold, TokenWork
+from fleetgate.core.admission.work_ledger import TokenWork, WorkLedger, WorkReservation
 from fleetgate.core.capacity import units as capacity
-from fleetgate.core.capacity.deployment_view import Lessons, speed_of
-from fleetgate.core.capacity.latency_model import STEADY, Need, Pace, fit, idle_ttft_s
-from fleetgate.core.capacity.online_estimate import Estimate
+from fleetgate.core.capacity.deployment_view import Corrections, current_profile
+from fleetgate.core.capacity.latency_model import NOMINAL_SPEED, RequestShape, SpeedFactor, idle_ttft_s, predict
+from fleetgate.core.capacity.online_estimate import OnlineEstimate
 from fleetgate.core.model import Deployment, Endpoint, Profile, Slo
-from fleetgate.ipc.shared_memory import Board
+from fleetgate.ipc.shared_memory import SharedMemory
 
 PROFILES = st.builds(
     Profile,
@@ -55,12 +55,12 @@ def test_units_that_an_operator_wrote_hold_and_move_only_with_the_pace(
 ) -> None:
     endpoint = Endpoint(slot=0, scheme="http", host="h", port=1, base_path="/v1", engines=2)
     fields = {"slot": 0, "name": "d", "region": "r", "engine": "vllm", "models": {"m": "m"}, "endpoints": (endpoint,)}
-    typed = Estimate(Deployment(**fields, profile=profile, units=written), Slo())  # type: ignore[arg-type]
-    derived = Estimate(Deployment(**fields, profile=profile, units=0.0), Slo())  # type: ignore[arg-type]
+    typed = OnlineEstimate(Deployment(**fields, profile=profile, units=written), Slo())  # type: ignore[arg-type]
+    derived = OnlineEstimate(Deployment(**fields, profile=profile, units=0.0), Slo())  # type: ignore[arg-type]
     assert typed.units == pytest.approx(written)
     assert derived.units == pytest.approx(2 * capacity.units_of(profile, Slo().tpot_s))
     for estimate in (typed, derived):
-        estimate.pace.pace = Pace(slowness, slowness)
+        estimate.speed.factor = SpeedFactor(slowness, slowness)
     assert typed.units / written == pytest.approx(derived.units / (2 * capacity.units_of(profile, Slo().tpot_s)))
 
 
@@ -92,30 +92,30 @@ def test_an_engine_that_is_so_many_times_as_fast_never_has_less(profile: Profile
 def test_a_busier_or_slower_replica_never_promises_more(
     profile: Profile, prompt: float, sequences: int, pending: float, slowness: float
 ) -> None:
-    need, speed = Need(prompt, 200.0), speed_of(profile, Slo(), Lessons(STEADY, 1.0), 0.0)
-    idle = fit(need, speed, 0, 1.0, TokenWork())
-    busy = fit(need, speed, 0, 1.0, TokenWork(pending, sequences, 0))
+    need, speed = RequestShape(prompt, 200.0), current_profile(profile, Slo(), Corrections(NOMINAL_SPEED, 1.0), 0.0)
+    idle = predict(need, speed, 0, 1.0, TokenWork())
+    busy = predict(need, speed, 0, 1.0, TokenWork(pending, sequences, 0))
     assert idle.ttft_s == pytest.approx(idle_ttft_s(speed, prompt))
     assert busy.ttft_s >= idle.ttft_s and busy.tpot_s >= idle.tpot_s
-    slow = speed_of(profile, Slo(), Lessons(Pace(1 + slowness, 1 + slowness), 1.0), 0.0)
-    slower = fit(need, slow, 0, 1.0, TokenWork(pending, sequences, 0))
+    slow = current_profile(profile, Slo(), Corrections(SpeedFactor(1 + slowness, 1 + slowness), 1.0), 0.0)
+    slower = predict(need, slow, 0, 1.0, TokenWork(pending, sequences, 0))
     assert slower.ttft_s > busy.ttft_s and slower.tpot_s > busy.tpot_s
 
 
 @given(PROFILES, st.floats(1, 20_000))
 def test_an_idle_replica_has_room_for_whatever_its_ttft_allows(profile: Profile, prompt: float) -> None:
     """Nothing is refused for size or slowness alone."""
-    speed = speed_of(profile, Slo(), Lessons(STEADY, 0.85), 0.0)
+    speed = current_profile(profile, Slo(), Corrections(NOMINAL_SPEED, 0.85), 0.0)
     target_s = capacity.ttft_target_s(Slo(), prompt, idle_ttft_s(speed, prompt))
-    assert not fit(Need(prompt, 200.0, target_s), speed, 0, 1.0, TokenWork()).late
+    assert not predict(RequestShape(prompt, 200.0, target_s), speed, 0, 1.0, TokenWork()).late
 
 
 @given(st.floats(1, 200_000), st.integers(0, 8))
 def test_no_prompt_is_too_long_for_a_replica_that_decodes_with_time_to_spare(prompt: float, sequences: int) -> None:
     """It waits for a moment without prompts ahead of it, never for an idle replica, which under load never comes."""
-    speed = speed_of(DESIGN_EXAMPLE, Slo(), Lessons(STEADY, 1.0), 0.0)
-    need = Need(prompt, 200.0, float("inf"))
-    assert not fit(need, speed, 0, 1.0, TokenWork(0, sequences, 0)).late
+    speed = current_profile(DESIGN_EXAMPLE, Slo(), Corrections(NOMINAL_SPEED, 1.0), 0.0)
+    need = RequestShape(prompt, 200.0, float("inf"))
+    assert not predict(need, speed, 0, 1.0, TokenWork(0, sequences, 0)).late
 
 
 @given(
@@ -123,14 +123,14 @@ def test_no_prompt_is_too_long_for_a_replica_that_decodes_with_time_to_spare(pro
     st.randoms(use_true_random=False),
 )
 def test_books_return_to_zero_on_every_path(requests: list[tuple[int, int, bool]], random) -> None:  # type: ignore[no-untyped-def]
-    board = Board(memoryview(bytearray(Board.bytes_needed(2))), 2)
-    hands = [Books(board, worker, Ledger(board, worker)) for worker in (0, 1)]
-    held: list[tuple[Books, Hold]] = []
+    board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(2))), 2)
+    hands = [WorkLedger(board, worker, Ledger(board, worker)) for worker in (0, 1)]
+    held: list[tuple[WorkLedger, WorkReservation]] = []
     for at, (endpoint, tokens, first) in enumerate(requests):
         books = hands[at % 2]
-        hold = Hold(1, endpoint, tokens, tokens + 100, 1000)
+        hold = WorkReservation(1, endpoint, tokens, tokens + 100, 1000)
         if books.reserve(hold, 15, float(at)):
-            held.append((books, books.started(hold, at + 0.5) if first else hold))
+            held.append((books, books.first_token(hold, at + 0.5) if first else hold))
         assert len(held) <= 15
         assert board.in_flight_total(1) == len(held)
         if len(held) > 8:
@@ -143,13 +143,13 @@ def test_books_return_to_zero_on_every_path(requests: list[tuple[int, int, bool]
     assert all(hands[1].work_at(endpoint, 1e-4, 9.0, 99.0)[:3] == (0, 0, 0) for endpoint in range(4))
     assert sum(board.milliunits) == 0 and board.in_flight_total(1) == 0
     with pytest.raises(SettledTwice):
-        hands[0].settle(Hold(1, 0))
+        hands[0].settle(WorkReservation(1, 0))
 
 
 def test_a_dead_workers_token_work_is_swept() -> None:
-    board = Board(memoryview(bytearray(Board.bytes_needed(2))), 2)
-    dead = Books(board, 1, Ledger(board, 1))
-    assert dead.reserve(Hold(3, 7, 500, 700, 1500), 0, 0.0)
-    assert board.sweep(1) == 1
+    board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(2))), 2)
+    dead = WorkLedger(board, 1, Ledger(board, 1))
+    assert dead.reserve(WorkReservation(3, 7, 500, 700, 1500), 0, 0.0)
+    assert board.clear_worker(1) == 1
     assert dead.work_at(7, 1e-4, 9.0, 0.0)[:3] == (0, 0, 0)
     assert sum(board.milliunits) == 0

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.api_keys import ID_BYTES, SECRET_BYTES, hmac_hex, mint_key, parse_key
-from fleetgate.ipc.sealed_secret import CannotUnseal, seal, unseal
+from fleetgate.ipc.sealed_secret import UnsealFailed, seal, unseal
 
 ENVS = st.from_regex(r"[a-z0-9]{1,16}", fullmatch=True)
 IDS = st.binary(min_size=ID_BYTES, max_size=ID_BYTES)
@@ -72,15 +72,15 @@ def test_nothing_else_opens_it(value: str, key: bytes, name: str, data: st.DataO
         sealed[:at] + data.draw(st.characters(codec="ascii").filter(lambda char: char != sealed[at])) + sealed[at + 1 :]
     )
     for wrong in ((sealed, other_key, name), (sealed, key, other_name), (sealed[:at], key, name)):
-        with pytest.raises(CannotUnseal):
+        with pytest.raises(UnsealFailed):
             unseal(*wrong)
     try:
         assert unseal(damaged, key, name) == value  # the unused low bits of base64's last sign may differ
-    except CannotUnseal:
+    except UnsealFailed:
         pass
 
 
 @given(st.text())
 def test_any_text_is_refused_as_a_seal(text: str) -> None:
-    with pytest.raises(CannotUnseal):
+    with pytest.raises(UnsealFailed):
         unseal(text, b"k" * 32, "name")

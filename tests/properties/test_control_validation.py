@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fleetgate.control.data_dir import open_data_dir
-from fleetgate.control.resources.apply import API, CONFIG, Changes, find_problems
+from fleetgate.control.resources.apply import API, CONFIG, ResourceWriter, find_problems
 from fleetgate.control.resources.parser import parse_documents
-from fleetgate.control.resources.problems import Refused
+from fleetgate.control.resources.problems import ResourceRefused
 from fleetgate.control.snapshot.publisher import Publisher
 from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.core.model import decode_snapshot
-from fleetgate.core.routing.route import lanes_of
+from fleetgate.core.routing.route import model_routes
 from fleetgate.ipc.signed_file import public_key, verified
 
 GOOD: list[dict[str, Any]] = [
@@ -169,7 +169,9 @@ def test_any_value_in_any_place_is_refused_or_accepted_but_never_a_crash(stored:
     if stored:
         for good in GOOD:
             document = {field: value for field, value in good.items() if field != "value"}
-            world[(good["kind"], good["name"])] = rows.Stored(good["kind"], good["name"], document, 1, False, 0.0, 0.0)
+            world[(good["kind"], good["name"])] = rows.StoredResource(
+                good["kind"], good["name"], document, 1, False, 0.0, 0.0
+            )
     for path in list(places(GOOD)):
         for value in EVERY_KIND:
             documents: Any = copy.deepcopy(GOOD)
@@ -185,12 +187,12 @@ def test_any_value_in_any_place_is_refused_or_accepted_but_never_a_crash(stored:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(broken_fleets())
 def test_a_fleet_is_applied_whole_or_not_at_all(tmp_path: Path, database: Database, documents: list[Any]) -> None:
-    changes = Changes(database, open_data_dir(tmp_path), ())
+    changes = ResourceWriter(database, open_data_dir(tmp_path), ())
     before = everything(database)
     try:
         checked = asyncio.run(changes.check(documents, CONFIG))
         results = changes.apply(checked, CONFIG)
-    except Refused as refused:
+    except ResourceRefused as refused:
         assert everything(database) == before
         assert refused.problems
         for problem in refused.problems:
@@ -204,7 +206,7 @@ def test_a_fleet_is_applied_whole_or_not_at_all(tmp_path: Path, database: Databa
     publisher.publish()
     snapshot = decode_snapshot(verified(data_dir.snapshot.read_bytes(), public_key(data_dir.signing_key)))
     for gateway in snapshot.gateways:
-        lanes_of(gateway, snapshot, "us-east")
+        model_routes(gateway, snapshot, "us-east")
     assert not publisher.publish(), "nothing changed, but it was published again"
     again = changes.apply(asyncio.run(changes.check(documents, CONFIG)), CONFIG)
     assert {result.outcome for result in again} <= {"unchanged"}

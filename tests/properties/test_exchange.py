@@ -10,13 +10,13 @@ from fleetgate.core.exchange import (
     GONE,
     MOVES,
     RESUMES_MAX,
+    AttemptFailed,
     Command,
     Commit,
     Content,
     Continue,
     Event,
     Exchange,
-    Failed,
     Failure,
     Finish,
     IllegalMove,
@@ -28,7 +28,7 @@ from fleetgate.core.exchange import (
     Picked,
     QueueFull,
     Refuse,
-    Room,
+    RoomFreed,
     Send,
     State,
     Wait,
@@ -52,9 +52,9 @@ def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
                 reasons = (NoPlace.ALL_FULL, NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP)
                 choices = [*(Picked(Candidate(name=str(slot), slot=slot)) for slot in left), *map(NotPicked, reasons)]
             case Wait():
-                choices = [QueueFull(), Room(), Overdue(2.0), GONE]
+                choices = [QueueFull(), RoomFreed(), Overdue(2.0), GONE]
             case Send():
-                lost = Failed(
+                lost = AttemptFailed(
                     data.draw(failures),
                     data.draw(st.booleans()),
                     data.draw(st.floats(0, 300)),
@@ -62,7 +62,7 @@ def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
                 )
                 choices = [lost, Content(200), Content(400), GONE]
             case _:
-                choices = [FINISHED, Failed(Failure.BROKEN), Failed(Failure.BROKEN, resumable=True), GONE]
+                choices = [FINISHED, AttemptFailed(Failure.BROKEN), AttemptFailed(Failure.BROKEN, resumable=True), GONE]
         event = data.draw(st.sampled_from(choices))
         commands.append(exchange.receive(event, 0.0))
     return commands
@@ -75,7 +75,7 @@ def test_every_life_ends_once_and_within_its_attempts(data: st.DataObject, attem
     assert exchange.state is State.ENDED and exchange.outcome is not None
     sends = [command for command in commands if isinstance(command, Send)]
     assert len({send.candidate.slot for send in sends}) == len(sends), "a Deployment is not tried twice"
-    assert exchange.sent <= attempts_max
+    assert exchange.attempts_sent <= attempts_max
     commits = [command for command in commands if isinstance(command, Commit)]
     assert len(commits) <= 1
     assert sum(isinstance(command, Continue) for command in commands) <= exchange.resumes <= RESUMES_MAX
@@ -87,8 +87,8 @@ def test_every_life_ends_once_and_within_its_attempts(data: st.DataObject, attem
         exchange.receive(FINISHED, 0.0)
 
 
-@given(st.lists(st.builds(Failed, failures, st.booleans(), st.floats(0, 1000)), min_size=1), st.integers(0, 3))
-def test_the_verdict_is_one_that_sdks_handle_well(failed: list[Failed], retries: int) -> None:
+@given(st.lists(st.builds(AttemptFailed, failures, st.booleans(), st.floats(0, 1000)), min_size=1), st.integers(0, 3))
+def test_the_verdict_is_one_that_sdks_handle_well(failed: list[AttemptFailed], retries: int) -> None:
     refusal = verdict(tuple(failed), retries)
     assert refusal.status in (404, 429, 502, 503, 504)
     assert refusal.retry_after_s <= 60, "official SDKs do not wait longer than 120 s"
@@ -113,7 +113,7 @@ def test_answers_that_break_off_one_after_the_other_do_not_multiply() -> None:
                 attempts += 1
                 command = exchange.receive(Content(200), number / 1000)
             else:
-                command = exchange.receive(Failed(Failure.BROKEN, resumable=True), number / 1000)
+                command = exchange.receive(AttemptFailed(Failure.BROKEN, resumable=True), number / 1000)
         assert exchange.outcome is Outcome.INTERRUPTED
     assert attempts <= 2 * requests + 0.1 * requests + 2 * RETRY_FLOOR_PER_S
 
@@ -130,7 +130,7 @@ def test_a_total_outage_is_not_multiplied() -> None:
                 command = exchange.receive(Picked(Candidate(name=str(slot), slot=slot)), number / 1000)
             else:
                 attempts += 1
-                command = exchange.receive(Failed(Failure.BROKEN), number / 1000)
+                command = exchange.receive(AttemptFailed(Failure.BROKEN), number / 1000)
     assert attempts <= 2 * requests + 0.1 * requests + 2 * RETRY_FLOOR_PER_S
 
 

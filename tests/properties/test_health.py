@@ -10,13 +10,13 @@ from fleetgate.core.health.circuit_breaker import (
     FLAPS,
     HEALTHY,
     JITTER,
-    MOVES,
     OUT,
     RETURNS_MAX,
     STEADY_S,
-    Breaker,
-    Health,
-    Sign,
+    TRANSITIONS,
+    BreakerState,
+    EndpointHealth,
+    Signal,
     adopted,
     after,
     current,
@@ -24,11 +24,11 @@ from fleetgate.core.health.circuit_breaker import (
     until_ms,
 )
 
-TOLD = [sign for sign in Sign if sign not in (Sign.MOSTLY_BROKE, Sign.BACK_OFF_OVER)]
+TOLD = [sign for sign in Signal if sign not in (Signal.MOSTLY_BROKE, Signal.BACK_OFF_OVER)]
 signs = st.lists(st.tuples(st.sampled_from(TOLD), st.floats(0, 30)), max_size=40)
 
 
-def play(events: list[tuple[Sign, float]], entropy: float = 0.5) -> tuple[Health, float]:
+def play(events: list[tuple[Signal, float]], entropy: float = 0.5) -> tuple[EndpointHealth, float]:
     health, now_s = HEALTHY, 0.0
     for sign, pause_s in events:
         now_s += pause_s
@@ -36,79 +36,86 @@ def play(events: list[tuple[Sign, float]], entropy: float = 0.5) -> tuple[Health
     return health, now_s
 
 
-def out(cause: Sign, now_s: float = 0.0) -> Health:
+def out(cause: Signal, now_s: float = 0.0) -> EndpointHealth:
     """Taken out by one kind of sign."""
     return play([(cause, now_s), *[(cause, 0.0)] * (BROKEN_IN_A_ROW - 1)])[0]
 
 
 @given(signs, st.floats(0, 1))
-def test_a_breaker_always_gets_another_chance(events: list[tuple[Sign, float]], entropy: float) -> None:
+def test_a_breaker_always_gets_another_chance(events: list[tuple[Signal, float]], entropy: float) -> None:
     health, now_s = play(events, entropy)
     assert health.open_until_s <= now_s + EJECTION_MAX_S
     later_s = now_s + EJECTION_MAX_S
     assert current(health, later_s) not in OUT
     for _ in range(RETURNS_MAX):
-        health = after(health, Sign.WENT_WELL, later_s)
-    assert current(health, later_s) is Breaker.CLOSED
+        health = after(health, Signal.WENT_WELL, later_s)
+    assert current(health, later_s) is BreakerState.CLOSED
 
 
 @given(signs)
-def test_every_change_is_a_move_of_the_table(events: list[tuple[Sign, float]]) -> None:
+def test_every_change_is_a_move_of_the_table(events: list[tuple[Signal, float]]) -> None:
     health, now_s = HEALTHY, 0.0
     for sign, pause_s in events:
         now_s += pause_s
         before, health = current(health, now_s), after(health, sign, now_s)
-        mostly = (before, Sign.MOSTLY_BROKE) if sign in (Sign.BROKE, Sign.UNREACHABLE) else (before, sign)
-        moves = [MOVES[key] for key in {(before, sign), mostly} if key in MOVES]
+        mostly = (before, Signal.MOSTLY_BROKE) if sign in (Signal.BROKE, Signal.UNREACHABLE) else (before, sign)
+        moves = [TRANSITIONS[key] for key in {(before, sign), mostly} if key in TRANSITIONS]
         assert health.breaker is before or health.breaker in [move.to for move in moves]
 
 
 def test_every_state_can_be_left_and_reached_and_a_state_that_is_out_ends_by_the_clock() -> None:
-    assert {breaker for breaker, _ in MOVES} == set(Breaker)
-    assert {move.to for move in MOVES.values()} == set(Breaker)
-    assert all((breaker, Sign.BACK_OFF_OVER) in MOVES for breaker in OUT)
-    assert all(move.to is not Breaker.CLOSED for (_, sign), move in MOVES.items() if sign is not Sign.WENT_WELL)
+    assert {breaker for breaker, _ in TRANSITIONS} == set(BreakerState)
+    assert {move.to for move in TRANSITIONS.values()} == set(BreakerState)
+    assert all((breaker, Signal.BACK_OFF_OVER) in TRANSITIONS for breaker in OUT)
+    assert all(
+        move.to is not BreakerState.CLOSED for (_, sign), move in TRANSITIONS.items() if sign is not Signal.WENT_WELL
+    )
 
 
 @given(signs)
-def test_probes_alone_never_close_an_open_breaker(events: list[tuple[Sign, float]]) -> None:
+def test_probes_alone_never_close_an_open_breaker(events: list[tuple[Signal, float]]) -> None:
     """A probe proves the port, not the engine: traffic comes back through one real request."""
-    health, now_s = play([*events, (Sign.DENIED, 0.0)])
+    health, now_s = play([*events, (Signal.DENIED, 0.0)])
     for _ in range(5):
         now_s += EJECTION_MAX_S
-        health = after(health, Sign.PROBE_WELL, now_s)
-    assert current(health, now_s) is Breaker.HALF_OPEN
+        health = after(health, Signal.PROBE_WELL, now_s)
+    assert current(health, now_s) is BreakerState.HALF_OPEN
 
 
 def test_a_probe_brings_back_only_whom_a_probe_or_a_refused_connection_took_out() -> None:
-    for cause, back in ((Sign.UNREACHABLE, True), (Sign.PROBE_BROKE, True), (Sign.BROKE, False), (Sign.DENIED, False)):
-        health = after(out(cause), Sign.PROBE_WELL, 0.1)
-        assert (health.breaker is Breaker.HALF_OPEN) is back, cause
-    crashed = after(out(Sign.BROKE), Sign.PROBE_BROKE, 0.1)
-    assert after(crashed, Sign.PROBE_WELL, 0.2).breaker is Breaker.HALF_OPEN
+    for cause, back in (
+        (Signal.UNREACHABLE, True),
+        (Signal.PROBE_BROKE, True),
+        (Signal.BROKE, False),
+        (Signal.DENIED, False),
+    ):
+        health = after(out(cause), Signal.PROBE_WELL, 0.1)
+        assert (health.breaker is BreakerState.HALF_OPEN) is back, cause
+    crashed = after(out(Signal.BROKE), Signal.PROBE_BROKE, 0.1)
+    assert after(crashed, Signal.PROBE_WELL, 0.2).breaker is BreakerState.HALF_OPEN
 
 
 def test_probes_that_go_well_hide_no_requests_that_break() -> None:
     """One request in two seconds, each broken, between probes that are content."""
-    health, _ = play([(Sign.BROKE, 1.0), (Sign.PROBE_WELL, 0.5), (Sign.PROBE_WELL, 0.5)] * BROKEN_IN_A_ROW)
-    assert health.breaker is Breaker.OPEN
+    health, _ = play([(Signal.BROKE, 1.0), (Signal.PROBE_WELL, 0.5), (Signal.PROBE_WELL, 0.5)] * BROKEN_IN_A_ROW)
+    assert health.breaker is BreakerState.OPEN
 
 
 def test_requests_that_go_well_outweigh_probes_that_break() -> None:
-    health, _ = play([(Sign.PROBE_BROKE, 1.0), (Sign.PROBE_BROKE, 1.0), (Sign.WENT_WELL, 0.1)] * 10)
-    assert health.breaker is Breaker.CLOSED
+    health, _ = play([(Signal.PROBE_BROKE, 1.0), (Signal.PROBE_BROKE, 1.0), (Signal.WENT_WELL, 0.1)] * 10)
+    assert health.breaker is BreakerState.CLOSED
 
 
 @given(st.integers(1, 12), st.floats(0, 1))
 def test_each_ejection_in_a_row_lasts_longer_up_to_a_minute(times: int, entropy: float) -> None:
     health, now_s, last_s = HEALTHY, 0.0, 0.0
     for _ in range(BROKEN_IN_A_ROW):
-        health = after(health, Sign.BROKE, now_s, entropy)
+        health = after(health, Signal.BROKE, now_s, entropy)
     for _ in range(times):
         pause_s = health.open_until_s - now_s
         assert (1 - JITTER) * EJECTION_FIRST_S <= pause_s + 1e-9 <= EJECTION_MAX_S + 1e-6 and pause_s >= last_s - 1e-9
         last_s, now_s = pause_s, health.open_until_s
-        health = after(health, Sign.BROKE, now_s, entropy)
+        health = after(health, Signal.BROKE, now_s, entropy)
 
 
 @given(st.integers(FLAPS, 10))
@@ -117,71 +124,71 @@ def test_who_flaps_stays_out_longer_and_has_to_show_more(times: int) -> None:
     health, now_s = HEALTHY, 0.0
     for _ in range(times):
         for _ in range(BROKEN_IN_A_ROW):
-            health = after(health, Sign.UNREACHABLE, now_s)
-        assert health.breaker is Breaker.DOWN
-        believed = after(health, Sign.PROBE_WELL, now_s + 0.1).breaker is Breaker.HALF_OPEN
+            health = after(health, Signal.UNREACHABLE, now_s)
+        assert health.breaker is BreakerState.DOWN
+        believed = after(health, Signal.PROBE_WELL, now_s + 0.1).breaker is BreakerState.HALF_OPEN
         assert believed is (health.ejections < FLAPS)
         now_s = health.open_until_s
         for _ in range(min(RETURNS_MAX, health.ejections)):
-            assert current(health, now_s) is Breaker.HALF_OPEN
-            health = after(health, Sign.WENT_WELL, now_s)
-        assert health.breaker is Breaker.CLOSED
+            assert current(health, now_s) is BreakerState.HALF_OPEN
+            health = after(health, Signal.WENT_WELL, now_s)
+        assert health.breaker is BreakerState.CLOSED
     assert health.ejections == times
     steady_s = now_s + STEADY_S + 11.0
-    assert after(health, Sign.WENT_WELL, steady_s) is HEALTHY, "who has been steady is as good as new"
+    assert after(health, Signal.WENT_WELL, steady_s) is HEALTHY, "who has been steady is as good as new"
 
 
 def test_jitter_spreads_returns() -> None:
-    pauses_s = {play([(Sign.BROKE, 0.0)] * 3, entropy)[0].open_until_s for entropy in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    pauses_s = {play([(Signal.BROKE, 0.0)] * 3, entropy)[0].open_until_s for entropy in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert len(pauses_s) == 5 and max(pauses_s) - min(pauses_s) <= 2.01 * JITTER * EJECTION_FIRST_S
 
 
 def test_success_in_between_keeps_it_closed() -> None:
-    health, _ = play([(Sign.BROKE, 0.1), (Sign.BROKE, 0.1), (Sign.WENT_WELL, 0.1)] * 5)
-    assert health.breaker is Breaker.CLOSED
+    health, _ = play([(Signal.BROKE, 0.1), (Signal.BROKE, 0.1), (Signal.WENT_WELL, 0.1)] * 5)
+    assert health.breaker is BreakerState.CLOSED
 
 
 def test_a_grey_failure_opens_it_although_some_get_through() -> None:
     """Two of three break, never three in a row: after twenty results it is out."""
-    health, _ = play([(Sign.BROKE, 0.1), (Sign.BROKE, 0.1), (Sign.WENT_WELL, 0.1)] * 7)
-    assert health.breaker is Breaker.OPEN
+    health, _ = play([(Signal.BROKE, 0.1), (Signal.BROKE, 0.1), (Signal.WENT_WELL, 0.1)] * 7)
+    assert health.breaker is BreakerState.OPEN
 
 
 @given(st.lists(st.booleans(), min_size=60, max_size=60))
 def test_what_mostly_works_stays_in(broken: list[bool]) -> None:
     """Of ten results at most three break, and never three in a row."""
-    events: list[tuple[Sign, float]] = []
+    events: list[tuple[Signal, float]] = []
     for at in range(0, 60, 10):
         ten = broken[at : at + 10]
         chosen = [n for n, bad in enumerate(ten) if bad][:3]
         chosen = [n for n in chosen if not {n - 1, n - 2} <= set(chosen)]
-        events += [(Sign.BROKE if n in chosen else Sign.WENT_WELL, 0.2) for n in range(10)]
-    assume(not any(all(sign is Sign.BROKE for sign, _ in events[n : n + 3]) for n in range(58)))
-    assert play(events)[0].breaker is Breaker.CLOSED
+        events += [(Signal.BROKE if n in chosen else Signal.WENT_WELL, 0.2) for n in range(10)]
+    assume(not any(all(sign is Signal.BROKE for sign, _ in events[n : n + 3]) for n in range(58)))
+    assert play(events)[0].breaker is BreakerState.CLOSED
 
 
 def test_what_broke_long_ago_is_forgotten() -> None:
-    health, _ = play([(Sign.BROKE, 0.1), (Sign.WENT_WELL, 0.1), (Sign.WENT_WELL, 11.0)])
+    health, _ = play([(Signal.BROKE, 0.1), (Signal.WENT_WELL, 0.1), (Signal.WENT_WELL, 11.0)])
     assert health is HEALTHY
 
 
 def test_a_suspect_of_a_lost_region_is_in_again_after_one_good_request() -> None:
-    suspect = after(HEALTHY, Sign.REGION_LOST, 5.0)
-    assert current(suspect, 5.0) is Breaker.HALF_OPEN
-    assert current(after(suspect, Sign.WENT_WELL, 6.0), 6.0) is Breaker.CLOSED
-    assert current(after(suspect, Sign.BROKE, 6.0), 6.0) is Breaker.OPEN
+    suspect = after(HEALTHY, Signal.REGION_LOST, 5.0)
+    assert current(suspect, 5.0) is BreakerState.HALF_OPEN
+    assert current(after(suspect, Signal.WENT_WELL, 6.0), 6.0) is BreakerState.CLOSED
+    assert current(after(suspect, Signal.BROKE, 6.0), 6.0) is BreakerState.OPEN
 
 
 def test_a_refused_credential_is_tried_again_only_by_the_clock_or_when_it_is_new() -> None:
-    denied = after(HEALTHY, Sign.DENIED, 0.0)
-    for sign in set(TOLD) - {Sign.NEW_CREDENTIAL}:
-        assert after(denied, sign, 1.0).breaker is Breaker.DENIED, sign
-    assert after(denied, Sign.NEW_CREDENTIAL, 1.0).breaker is Breaker.HALF_OPEN
+    denied = after(HEALTHY, Signal.DENIED, 0.0)
+    for sign in set(TOLD) - {Signal.NEW_CREDENTIAL}:
+        assert after(denied, sign, 1.0).breaker is BreakerState.DENIED, sign
+    assert after(denied, Signal.NEW_CREDENTIAL, 1.0).breaker is BreakerState.HALF_OPEN
 
 
 @given(signs, st.floats(0, 1e6))
-def test_what_other_workers_are_told_comes_out_as_it_was(events: list[tuple[Sign, float]], begun_s: float) -> None:
-    health, _ = play([(Sign.PROBE_WELL, begun_s), *events])
+def test_what_other_workers_are_told_comes_out_as_it_was(events: list[tuple[Signal, float]], begun_s: float) -> None:
+    health, _ = play([(Signal.PROBE_WELL, begun_s), *events])
     told = told_ms(health)
     if health.breaker in OUT:
         other = adopted(told)

@@ -8,47 +8,47 @@ from fleetgate.core.health.hedge_policy import (
     SEEN_MIN,
     SLOW_QUANTILE,
     USE_MAX,
-    FirstTokens,
+    HedgeThreshold,
     has_room_to_spare,
     may_hedge,
 )
-from fleetgate.core.routing.strategies import Standing
+from fleetgate.core.routing.strategies import CandidateState
 
 times_s = st.floats(0.001, 200.0)
 
 
 @given(st.lists(times_s, min_size=SEEN_MIN, max_size=400), st.integers(1, 100_000))
 def test_few_are_slower_than_what_is_slow(seen_s: list[float], prompt_tokens: int) -> None:
-    table = FirstTokens()
+    table = HedgeThreshold()
     for ttft_s in seen_s:
-        table.saw(prompt_tokens, ttft_s)
-    slow_s = table.slow_s(prompt_tokens)
+        table.record(prompt_tokens, ttft_s)
+    slow_s = table.threshold_s(prompt_tokens)
     assert sum(ttft_s > slow_s for ttft_s in seen_s) <= (1.0 - SLOW_QUANTILE) * len(seen_s) + 1
     assert slow_s <= 2.1 * max(seen_s), "a cell is no wider than a factor of two"
-    assert table.slow_s(prompt_tokens * 4) == float("inf"), "other sizes tell nothing of this one"
+    assert table.threshold_s(prompt_tokens * 4) == float("inf"), "other sizes tell nothing of this one"
 
 
 @given(st.lists(times_s, max_size=SEEN_MIN - 1))
 def test_nothing_is_slow_before_enough_was_seen(seen_s: list[float]) -> None:
-    table = FirstTokens()
+    table = HedgeThreshold()
     for ttft_s in seen_s:
-        table.saw(100, ttft_s)
-    assert table.slow_s(100) == float("inf")
+        table.record(100, ttft_s)
+    assert table.threshold_s(100) == float("inf")
 
 
 def test_it_follows_engines_that_became_slower() -> None:
-    table = FirstTokens()
+    table = HedgeThreshold()
     for _ in range(5000):
-        table.saw(100, 0.01)
-    fast_s = table.slow_s(100)
+        table.record(100, 0.01)
+    fast_s = table.threshold_s(100)
     for _ in range(5000):
-        table.saw(100, 1.0)
-    assert table.slow_s(100) > 20 * fast_s
+        table.record(100, 1.0)
+    assert table.threshold_s(100) > 20 * fast_s
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.sampled_from([0.0, 0.5, 1.0])), max_size=6))
 def test_room_to_spare_is_counted_where_it_is(places: list[tuple[int, int, float]]) -> None:
-    standings = [Standing(in_flight, health, limit) for in_flight, limit, health in places]
+    standings = [CandidateState(in_flight, health, limit) for in_flight, limit, health in places]
     up = [(in_flight, limit) for in_flight, limit, health in places if limit and health]
     used, there = sum(in_flight for in_flight, _ in up), sum(limit for _, limit in up)
     assert has_room_to_spare(standings) == (there > 0 and used < USE_MAX * there)

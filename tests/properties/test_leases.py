@@ -3,16 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.admission.lease import LOST_SHARE, SLOTS_LEAST, Lease, Wanted, divide
+from fleetgate.core.admission.lease import LOST_SHARE, SLOTS_LEAST, Lease, LeaseDemand, divide
 
 NAMES = st.text(alphabet="abcdef", min_size=1, max_size=4)
 WISHES = st.dictionaries(
-    NAMES, st.builds(Wanted, in_flight=st.integers(0, 50), demand=st.floats(0, 500)), min_size=1, max_size=8
+    NAMES, st.builds(LeaseDemand, in_flight=st.integers(0, 50), demand=st.floats(0, 500)), min_size=1, max_size=8
 )
 
 
 @given(st.integers(1, 400), WISHES)
-def test_the_sum_is_the_limit_or_what_is_in_flight_already(limit: int, wanted: dict[str, Wanted]) -> None:
+def test_the_sum_is_the_limit_or_what_is_in_flight_already(limit: int, wanted: dict[str, LeaseDemand]) -> None:
     slots = divide(limit, wanted)
     in_flight = sum(wish.in_flight for wish in wanted.values())
     assert sum(slots.values()) == max(limit, in_flight)
@@ -20,7 +20,7 @@ def test_the_sum_is_the_limit_or_what_is_in_flight_already(limit: int, wanted: d
 
 
 @given(st.integers(1, 400), WISHES, st.randoms(use_true_random=False))
-def test_order_changes_nothing(limit: int, wanted: dict[str, Wanted], random) -> None:  # type: ignore[no-untyped-def]
+def test_order_changes_nothing(limit: int, wanted: dict[str, LeaseDemand], random) -> None:  # type: ignore[no-untyped-def]
     mixed = list(wanted.items())
     random.shuffle(mixed)
     assert divide(limit, dict(mixed)) == divide(limit, wanted)
@@ -28,7 +28,7 @@ def test_order_changes_nothing(limit: int, wanted: dict[str, Wanted], random) ->
 
 @given(st.integers(0, 12), st.integers(2, 6))
 def test_every_proxy_can_start_one_request_where_there_is_enough(busy: int, proxies: int) -> None:
-    wanted = {f"p{at}": Wanted(0, 0.0) for at in range(proxies)} | {"busy": Wanted(busy, 1000.0)}
+    wanted = {f"p{at}": LeaseDemand(0, 0.0) for at in range(proxies)} | {"busy": LeaseDemand(busy, 1000.0)}
     slots = divide(SLOTS_LEAST * (proxies + 1) + busy, wanted)
     assert all(count >= 1 for count in slots.values())
     assert slots["busy"] == max(slots.values())

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fleetgate.core.admission.ledger import Ledger, SettledTwice
-from fleetgate.ipc.shared_memory import Board
+from fleetgate.ipc.shared_memory import SharedMemory
 
 SLOTS = 3
 
 
-def board_for(workers: int) -> Board:
+def board_for(workers: int) -> SharedMemory:
     """A board in ordinary memory."""
-    return Board(memoryview(bytearray(Board.bytes_needed(workers))), workers)
+    return SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(workers))), workers)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -46,7 +46,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def die(self, worker: int) -> None:
         worker %= self.workers
         mine = [entry for entry in self.held if entry[0] == worker]
-        assert self.board.sweep(worker) == len(mine)
+        assert self.board.clear_worker(worker) == len(mine)
         self.held = [entry for entry in self.held if entry[0] != worker]
 
     @invariant()

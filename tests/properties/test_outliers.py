@@ -7,27 +7,27 @@ from fleetgate.core.health.outlier_detection import (
     RESULTS_MIN,
     SLOW_LOOKS,
     USUAL_LOOKS,
-    Results,
-    Slowness,
+    LatencyOutlier,
+    ResultCounts,
     is_region_lost,
 )
 
 paces_s = st.floats(0.002, 0.5)
 
 
-def learned(usual_s: float, in_flight: int = 10) -> Slowness:
-    slowness = Slowness()
+def learned(usual_s: float, in_flight: int = 10) -> LatencyOutlier:
+    slowness = LatencyOutlier()
     for _ in range(USUAL_LOOKS):
-        slowness.saw(usual_s)
-        assert not slowness.look(in_flight)
+        slowness.record(usual_s)
+        assert not slowness.evaluate(in_flight)
     return slowness
 
 
-def looks(slowness: Slowness, took_s: float, times: int, in_flight: int = 10) -> list[bool]:
+def looks(slowness: LatencyOutlier, took_s: float, times: int, in_flight: int = 10) -> list[bool]:
     found = []
     for _ in range(times):
-        slowness.saw(took_s)
-        found.append(slowness.look(in_flight))
+        slowness.record(took_s)
+        found.append(slowness.evaluate(in_flight))
     return found
 
 
@@ -45,9 +45,9 @@ def test_ordinary_ups_and_downs_are_none(usual_s: float, factors: list[float]) -
 
 
 def test_nothing_is_slow_before_it_is_known_what_is_usual_nor_where_nothing_comes_by() -> None:
-    slowness = Slowness()
+    slowness = LatencyOutlier()
     assert not any(looks(slowness, 5.0, USUAL_LOOKS))
-    assert not any(slowness.look(10) for _ in range(100))
+    assert not any(slowness.evaluate(10) for _ in range(100))
 
 
 def test_who_has_much_more_to_do_is_busy_and_not_slow() -> None:
@@ -63,9 +63,9 @@ def test_what_stays_slow_becomes_usual() -> None:
 
 @given(st.lists(st.booleans(), max_size=80))
 def test_mostly_broke_is_more_than_half_of_enough(broken: list[bool]) -> None:
-    results = Results()
+    results = ResultCounts()
     for number, bad in enumerate(broken):
-        results = results.more(number * 0.1, bad)
+        results = results.plus(number * 0.1, bad)
     assert results.ended == len(broken) and results.broken == sum(broken)
     assert results.mostly_broke == (len(broken) >= RESULTS_MIN and sum(broken) * 2 > len(broken))
 

@@ -6,12 +6,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fleetgate.core.admission.request_queue import Priority
-from fleetgate.core.capacity.latency_model import Need
+from fleetgate.core.capacity.latency_model import RequestShape
 from fleetgate.core.routing import strategies
 from fleetgate.core.routing.decision_record import (
-    Ended,
-    Recorded,
-    Whose,
+    RecordedDecision,
+    RecordedEnd,
+    RequestIdentity,
     choice_of,
     decide_again,
     line_of,
@@ -20,12 +20,12 @@ from fleetgate.core.routing.decision_record import (
     record_of,
     same,
 )
-from fleetgate.core.routing.route import Decision, Lane, route
-from fleetgate.core.routing.scheduler import Considered, Wish, limit_for, preferred_first
+from fleetgate.core.routing.route import Decision, ModelRoute, route
+from fleetgate.core.routing.scheduler import ConsideredCandidate, ScheduleRequest, limit_for, preferred_first
 from fleetgate.core.routing.strategies import Candidate, Load, Turn
 from tests.properties.test_routing import every_strategy, situations
 
-WHOSE = Whose(1.0, "req_1", "g", "m", "k", "eu", 1)
+WHOSE = RequestIdentity(1.0, "req_1", "g", "m", "k", "eu", 1)
 priorities = st.sampled_from(Priority)
 slots = st.lists(st.integers(0, 8), max_size=3, unique=True)
 
@@ -35,12 +35,12 @@ def recorded(
     load: Load,
     turn: Turn,
     name: str,
-    wish: Wish | None = None,
+    wish: ScheduleRequest | None = None,
     tried: list[int] | None = None,
-) -> Recorded:
+) -> RecordedDecision:
     """A decision as a desk takes it, its record written and read."""
-    wish, tried = wish or Wish(Need(100.0, 50.0)), tried or []
-    decision = route(Lane(made, strategies.find(name)), load, turn, tried)
+    wish, tried = wish or ScheduleRequest(RequestShape(100.0, 50.0)), tried or []
+    decision = route(ModelRoute(made, strategies.find(name)), load, turn, tried)
     chosen = ""
     if isinstance(decision, Decision):
         for candidate in preferred_first(decision.order, wish.preferred):
@@ -48,8 +48,10 @@ def recorded(
             if not load[candidate.slot].late and (not limit or load[candidate.slot].in_flight < limit):
                 chosen = candidate.name
                 break
-    record = read_line(line_of(record_of(WHOSE, Considered(made, load, turn, 2.0, decision), wish, tried, chosen)))
-    assert isinstance(record, Recorded)
+    record = read_line(
+        line_of(record_of(WHOSE, ConsideredCandidate(made, load, turn, 2.0, decision), wish, tried, chosen))
+    )
+    assert isinstance(record, RecordedDecision)
     return record
 
 
@@ -67,9 +69,9 @@ def test_a_recorded_decision_is_taken_again(
     tried: list[int],
 ) -> None:
     made, load, turn = situation
-    wish = Wish(Need(100.0, 50.0), priority=priority, preferred=tuple(preferred))
+    wish = ScheduleRequest(RequestShape(100.0, 50.0), priority=priority, preferred=tuple(preferred))
     record = recorded(made, load, turn, name, wish, tried)
-    again = decide_again(record, Lane(moved(made), strategies.find(name)))
+    again = decide_again(record, ModelRoute(moved(made), strategies.find(name)))
     assert same(record, again)
     assert choice_of(record, again) == record.chosen
 
@@ -79,7 +81,7 @@ def test_another_configuration_may_decide_otherwise_but_never_for_the_unknown(si
     made, load, turn = situation
     record = recorded(made, load, turn, "overflow")
     stranger = Candidate(name="stranger", slot=99)
-    again = decide_again(record, Lane((*made, stranger), strategies.find("capacity_round_robin")))
+    again = decide_again(record, ModelRoute((*made, stranger), strategies.find("capacity_round_robin")))
     if isinstance(again, Decision):
         assert stranger not in again.order
 
@@ -93,14 +95,14 @@ def test_a_turn_that_is_not_what_it_was_is_noticed(situation: tuple) -> None:  #
     assume(len(standings) > 1 and any((s.limit or s.places) and s.health > 0.0 for s in standings))
     last = record.order[-1]
     corrupted = msgspec.structs.replace(record, turn={**record.turn, last: record.turn.get(last, 0.0) + 1e6})
-    assert not same(corrupted, decide_again(corrupted, Lane(made, strategies.find("capacity_round_robin"))))
+    assert not same(corrupted, decide_again(corrupted, ModelRoute(made, strategies.find("capacity_round_robin"))))
 
 
 @given(every_strategy, situations())
 def test_a_choice_that_is_not_in_the_order_is_noticed(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
     record = msgspec.structs.replace(recorded(made, load, turn, name), chosen="somebody else")
-    assert not same(record, decide_again(record, Lane(made, strategies.find(name))))
+    assert not same(record, decide_again(record, ModelRoute(made, strategies.find(name))))
 
 
 @given(every_strategy, situations())
@@ -116,7 +118,7 @@ def test_only_those_that_were_predicted_late_or_were_not_placed_are_said_to_miss
 
 
 def test_the_end_of_a_request_is_a_record_too_and_anything_else_is_none() -> None:
-    ended = Ended(**WHOSE._asdict(), outcome="ok", duration_s=1.5, prompt_tokens=10, output_tokens=3)
+    ended = RecordedEnd(**WHOSE._asdict(), outcome="ok", duration_s=1.5, prompt_tokens=10, output_tokens=3)
     assert read_line(line_of(ended)) == ended
     for line in (b"", b"{}", b'{"record":"decision"}', line_of(ended)[:-9], b"null", b"\xff\n", b'{"record":"\xff"}'):
         with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):

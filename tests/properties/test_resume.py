@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from fleetgate.protocols import sse
 from fleetgate.protocols.clients.openai import OPERATIONS, Usage
 from fleetgate.protocols.http1 import chunk
-from fleetgate.protocols.resume.transcript import KEPT_CHARS_MAX, Mismatch, Seam, Transcript, Way, prefill_body, ways_of
+from fleetgate.protocols.resume.transcript import (
+    KEPT_CHARS_MAX,
+    Mismatch,
+    ResumeMethod,
+    StreamSplicer,
+    Transcript,
+    prefill_body,
+    resume_methods,
+)
 
 CHAT, COMPLETIONS = OPERATIONS[b"/v1/chat/completions"], OPERATIONS[b"/v1/completions"]
 Run = tuple[str, str]
@@ -92,7 +100,7 @@ def written_down(events: list[bytes]) -> Transcript:
     return transcript
 
 
-def joined(seam: Seam, events: list[bytes]) -> list[bytes]:
+def joined(seam: StreamSplicer, events: list[bytes]) -> list[bytes]:
     """What the client gets of a new answer."""
     left = [seam.take(sse.data_of(event) or b"") for event in events]
     return [event for event in left if event is not None]
@@ -105,7 +113,7 @@ def test_the_client_reads_one_answer_wherever_it_was_cut(data: st.DataObject, ru
     before = first[:cut]
     transcript = written_down(before)
     assert transcript.runs == said(before) and transcript.whole
-    seam = Seam(transcript, Way.REPLAY, "asked")
+    seam = StreamSplicer(transcript, ResumeMethod.REPLAY, "asked")
     after = joined(seam, second)
     assert said(before + after) == said(first)
     assert json.loads(after[-1][6:])["choices"][0]["finish_reason"] == "stop"
@@ -129,7 +137,7 @@ def test_nothing_of_another_answer_is_passed_on(data: st.DataObject, runs: list[
     *same, (channel, text) = read
     assume(other[: len(same)] != same or len(other) <= len(same) or other[len(same)][0] != channel)
     assume(not (len(other) > len(same) and other[: len(same)] == same and other[len(same)][1].startswith(text)))
-    seam, passed = Seam(written_down(before), Way.REPLAY, "asked"), []
+    seam, passed = StreamSplicer(written_down(before), ResumeMethod.REPLAY, "asked"), []
     with pytest.raises(Mismatch):
         for event in second:
             passed.append(seam.take(sse.data_of(event) or b""))
@@ -141,11 +149,11 @@ def test_a_second_break_is_joined_as_the_first(data: st.DataObject, runs: list[R
     first, second, third = (data.draw(streams(runs, name)) for name in ("first", "second", "third"))
     client = first[: data.draw(st.integers(2, len(first) - 1))]
     transcript = written_down(client)
-    seam = Seam(transcript, Way.REPLAY, "asked")
+    seam = StreamSplicer(transcript, ResumeMethod.REPLAY, "asked")
     for event in joined(seam, second[: data.draw(st.integers(0, len(second) - 1))]):
         transcript.keep(event)
         client.append(event)
-    client += joined(Seam(transcript, Way.REPLAY, "asked"), third)
+    client += joined(StreamSplicer(transcript, ResumeMethod.REPLAY, "asked"), third)
     assert said(client) == said(first)
     assert json.loads(client[-1][6:])["choices"][0]["finish_reason"] == "stop"
 
@@ -170,30 +178,30 @@ def _whole(events: list[bytes]) -> bool:
 @pytest.mark.parametrize(
     ("wish", "ways"),
     [
-        ({"temperature": 0}, {Way.REPLAY, Way.PREFILL}),
-        ({"temperature": 0.0, "tools": [{}]}, {Way.REPLAY}),
-        ({"temperature": 0, "response_format": {"type": "json_object"}}, {Way.REPLAY}),
-        ({"top_k": 1}, {Way.REPLAY, Way.PREFILL}),
-        ({}, {Way.PREFILL}),
-        ({"temperature": 0.7, "n": 1, "logprobs": False}, {Way.PREFILL}),
+        ({"temperature": 0}, {ResumeMethod.REPLAY, ResumeMethod.PREFILL}),
+        ({"temperature": 0.0, "tools": [{}]}, {ResumeMethod.REPLAY}),
+        ({"temperature": 0, "response_format": {"type": "json_object"}}, {ResumeMethod.REPLAY}),
+        ({"top_k": 1}, {ResumeMethod.REPLAY, ResumeMethod.PREFILL}),
+        ({}, {ResumeMethod.PREFILL}),
+        ({"temperature": 0.7, "n": 1, "logprobs": False}, {ResumeMethod.PREFILL}),
         ({"temperature": 0.7, "tools": [{}]}, set()),
         ({"temperature": 0, "n": 2}, set()),
         ({"temperature": 0, "logprobs": True}, set()),
         ({"temperature": 0, "modalities": ["text", "audio"]}, set()),
         ({"temperature": "hot"}, set()),
-        ({"temperature": 0.7, "return_token_ids": True}, {Way.TOKENS}),  # text cut anew would have other ids
+        ({"temperature": 0.7, "return_token_ids": True}, {ResumeMethod.TOKENS}),  # text cut anew would have other ids
     ],
 )
-def test_what_a_request_allows(wish: dict[str, Any], ways: set[Way]) -> None:
+def test_what_a_request_allows(wish: dict[str, Any], ways: set[ResumeMethod]) -> None:
     body = json.dumps({"model": "m", "messages": [], "stream": True, **wish}).encode()
-    assert ways_of(body, CHAT) == ways
-    assert ways_of(body, OPERATIONS[b"/v1/responses"]) == frozenset()
+    assert resume_methods(body, CHAT) == ways
+    assert resume_methods(body, OPERATIONS[b"/v1/responses"]) == frozenset()
 
 
 def test_a_completion_goes_on_from_a_prompt_that_is_text() -> None:
-    assert Way.PREFILL in ways_of(b'{"prompt":"a"}', COMPLETIONS)
-    assert Way.PREFILL not in ways_of(b'{"prompt":[1,2]}', COMPLETIONS)
-    assert Way.PREFILL not in ways_of(b'{"prompt":"a","echo":true}', COMPLETIONS)
+    assert ResumeMethod.PREFILL in resume_methods(b'{"prompt":"a"}', COMPLETIONS)
+    assert ResumeMethod.PREFILL not in resume_methods(b'{"prompt":[1,2]}', COMPLETIONS)
+    assert ResumeMethod.PREFILL not in resume_methods(b'{"prompt":"a","echo":true}', COMPLETIONS)
 
 
 @given(st.lists(texts, min_size=1, max_size=8), st.integers(1, 20), st.sampled_from((None, [], "stop", ["stop"])))
@@ -218,12 +226,12 @@ def test_an_engine_that_goes_on_is_asked_for_the_rest(parts: list[str], more: in
     )
     if tokens:
         assert prefill_body(json.dumps({**asked, "max_tokens": tokens}).encode(), transcript, "vllm") is None
-    seam = Seam(transcript, Way.PREFILL, "asked")
+    seam = StreamSplicer(transcript, ResumeMethod.PREFILL, "asked")
     rest = [event_of({"role": "assistant", "content": ""}, "b"), *(event_of({"content": c}, "b") for c in again + "x")]
     assert said(joined(seam, rest)) == [("content", "x")]
     if again:
         with pytest.raises(Mismatch):
-            joined(Seam(transcript, Way.PREFILL, "asked"), [event_of({"content": "?" + again}, "b")])
+            joined(StreamSplicer(transcript, ResumeMethod.PREFILL, "asked"), [event_of({"content": "?" + again}, "b")])
     usage = seam.counted(Usage(prompt_tokens=9 + tokens, completion_tokens=3))
     assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3 + tokens)
 
@@ -235,7 +243,9 @@ def test_tokens_without_text_of_their_own_are_counted_with_the_character_they_be
     transcript = written_down([event_of(delta, "first") for delta in deltas])
     asked: dict[str, Any] = {"messages": [], "max_tokens": 10}
     assert json.loads(prefill_body(json.dumps(asked).encode(), transcript, "vllm") or b"")["max_tokens"] == 6
-    usage = Seam(transcript, Way.PREFILL, "asked").counted(Usage(prompt_tokens=24, completion_tokens=6))
+    usage = StreamSplicer(transcript, ResumeMethod.PREFILL, "asked").counted(
+        Usage(prompt_tokens=24, completion_tokens=6)
+    )
     assert (usage.prompt_tokens, usage.completion_tokens) == (20, 10)
 
 
@@ -251,5 +261,5 @@ def test_usage_that_comes_with_every_event_does_not_run_backwards() -> None:
         ]
 
     first, second = made("first"), made("second")
-    left = joined(Seam(written_down(first[:3]), Way.REPLAY, "m"), second)
+    left = joined(StreamSplicer(written_down(first[:3]), ResumeMethod.REPLAY, "m"), second)
     assert [json.loads(event[6:])["usage"]["completion_tokens"] for event in [*first[:3], *left]] == [0, 1, 2, 3]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
 from fleetgate.protocols.clients.openai import OPERATIONS, Operation
-from fleetgate.protocols.resume.token_ids import TokenSeam, mark_of, tokens_body
-from fleetgate.protocols.resume.transcript import Transcript, Way, ways_of
+from fleetgate.protocols.resume.token_ids import TokenSplicer, mark_of, tokens_body
+from fleetgate.protocols.resume.transcript import ResumeMethod, Transcript, resume_methods
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall_replies import DONE
 
@@ -38,7 +38,7 @@ def gone_on(body: bytes, transcript: Transcript, operation: Operation) -> list[b
     further = tokens_body(body, transcript)
     if further is None:
         return None
-    seam = TokenSeam(transcript, "asked", operation)
+    seam = TokenSplicer(transcript, "asked", operation)
     taken = [seam.take(sse.data_of(event) or b"") for event in events_of(TokenEngine("other"), further)]
     return [event for event in taken if event is not None]
 
@@ -56,7 +56,7 @@ def test_text_and_ids_are_those_of_the_uncut_answer(
     asked = {"model": "m", "stream": True, "temperature": 0.7, "return_token_ids": True, **what}
     body = json.dumps(asked if tokens_max is None else {**asked, "max_tokens": tokens_max}).encode()
     operation = CHAT if is_chat else COMPLETIONS
-    assert Way.TOKENS in ways_of(body, operation)
+    assert ResumeMethod.TOKENS in resume_methods(body, operation)
     whole = events_of(TokenEngine("one"), body)
     transcript, before, events = Transcript(MARK), list[bytes](), whole
     for _ in range(data.draw(st.integers(1, 2))):

@@ -6,11 +6,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.capacity.latency_model import Fit
+from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.units import spill_limit
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.route import Decision, Lane, NoPlace, Rejection, route
-from fleetgate.core.routing.strategies import NO_TURN, Candidate, Load, Standing, Turn
+from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, route
+from fleetgate.core.routing.strategies import NO_TURN, Candidate, CandidateState, Load, Turn
 
 
 @st.composite
@@ -38,7 +38,7 @@ def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
     """Any load, over-full and unhealthy ones included."""
     health = st.sampled_from([0.0, 0.1, 0.5, 1.0])
     fits = st.none() | st.builds(
-        Fit,
+        LatencyPrediction,
         endpoint_slot=st.integers(0, 9),
         ttft_s=st.floats(0, 10),
         tpot_s=st.floats(0, 1),
@@ -49,24 +49,24 @@ def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
     units = st.sampled_from([0.5, 1.0, 3.0, 8.0])
     warm, usd = st.sampled_from([0.0, 0.0, 0.4, 1.0]), st.floats(0, 1)
     return {
-        c.slot: Standing(
+        c.slot: CandidateState(
             draw(st.integers(0, 15)), draw(health), c.limit, draw(units), draw(fits), draw(warm), draw(usd)
         )
         for c in of
     }
 
 
-def has_place(standing: Standing) -> bool:
+def has_place(standing: CandidateState) -> bool:
     """Up and below its limit."""
     return standing.health > 0 and not (standing.limit and standing.in_flight >= standing.limit)
 
 
-def has_room(standing: Standing) -> bool:
+def has_room(standing: CandidateState) -> bool:
     """It has a place, and the request would keep its SLO there."""
     return has_place(standing) and not standing.late
 
 
-def spills(candidate: Candidate, standing: Standing) -> bool:
+def spills(candidate: Candidate, standing: CandidateState) -> bool:
     """Past the share of its limit at which `overflow` goes on to the next rank."""
     limit = spill_limit(standing.limit, candidate.overflow_at)
     return bool(limit) and standing.in_flight >= limit
@@ -81,7 +81,7 @@ def situations(draw: st.DrawFn) -> tuple[tuple[Candidate, ...], Load, Turn]:
 
 
 def decide(name: str, made: tuple[Candidate, ...], load: Load, turn: Turn) -> Decision | Rejection:
-    return route(Lane(made, strategies.find(name)), load, turn)
+    return route(ModelRoute(made, strategies.find(name)), load, turn)
 
 
 every_strategy = st.sampled_from(strategies.names())
@@ -113,13 +113,13 @@ def test_a_long_prompt_goes_where_it_holds_up_nobody_if_it_can(name: str, situat
         assert decision.order[0].name in welcome
 
 
-class Counting(Standing):
+class Counting(CandidateState):
     """Counts how often its fit is asked for."""
 
     asked: int = 0
 
     @property
-    def fit(self) -> Fit | None:
+    def fit(self) -> LatencyPrediction | None:
         self.asked += 1
         return self.predicted
 
@@ -186,7 +186,7 @@ def test_overflow_takes_the_first_rank_below_its_spill_limit(situation: tuple) -
 @given(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0, 8.0]), min_size=2, max_size=6))
 def test_shares_of_idle_deployments_are_their_units(units: list[float]) -> None:
     made = tuple(Candidate(name=f"d{slot}", slot=slot) for slot in range(len(units)))
-    load = {slot: Standing(0, 1.0, units=cu) for slot, cu in enumerate(units)}
+    load = {slot: CandidateState(0, 1.0, units=cu) for slot, cu in enumerate(units)}
     turn, picks, rounds = NO_TURN, Counter[str](), 400
     for _ in range(rounds):
         decision = decide("capacity_round_robin", made, load, turn)
@@ -205,27 +205,27 @@ def test_shares_under_load_follow_units_and_no_limit_is_passed(sizes: list[int],
     in_flight = dict.fromkeys(range(len(made)), 0)
     turn: Turn = NO_TURN
     for _ in range(sum(sizes)):
-        load = {slot: Standing(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
+        load = {slot: CandidateState(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
         decision = decide("capacity_round_robin", made, load, turn)
         assert isinstance(decision, Decision)
         turn = decision.turn
         in_flight[decision.order[0].slot] += 1
         assert in_flight[decision.order[0].slot] <= decision.order[0].limit
-    load = {slot: Standing(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
+    load = {slot: CandidateState(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
     rejection = decide("capacity_round_robin", made, load, turn)
     assert isinstance(rejection, Rejection) and rejection.reason is NoPlace.ALL_FULL
 
 
 def test_rejections_say_why() -> None:
-    lane = Lane((Candidate(name="a", slot=0, limit=1), Candidate(name="b", slot=1)), strategies.find("overflow"))
-    rejection = route(lane, {0: Standing(1, 1.0, 1), 1: Standing(0, 0.0)}, NO_TURN)
+    lane = ModelRoute((Candidate(name="a", slot=0, limit=1), Candidate(name="b", slot=1)), strategies.find("overflow"))
+    rejection = route(lane, {0: CandidateState(1, 1.0, 1), 1: CandidateState(0, 0.0)}, NO_TURN)
     assert isinstance(rejection, Rejection)
     assert dict(rejection.left_out) == {"a": "full: 1 of 1 in flight", "b": "not healthy"}
-    slow = Fit(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late="TTFT")
-    late = route(lane, {0: Standing(0, 1.0, 1, predicted=slow), 1: Standing(0, 0.0)}, NO_TURN)
+    slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late="TTFT")
+    late = route(lane, {0: CandidateState(0, 1.0, 1, predicted=slow), 1: CandidateState(0, 0.0)}, NO_TURN)
     assert isinstance(late, Rejection) and late.reason is NoPlace.ALL_FULL
     assert dict(late.left_out)["a"] == "no room: TTFT would be over its target (TTFT 3.10 s, TPOT 20 ms)"
-    down = route(lane, {0: Standing(0, 0.0), 1: Standing(0, 0.0)}, NO_TURN)
+    down = route(lane, {0: CandidateState(0, 0.0), 1: CandidateState(0, 0.0)}, NO_TURN)
     assert isinstance(down, Rejection) and down.reason is NoPlace.NONE_UP
-    tried = route(lane, {0: Standing(0, 1.0), 1: Standing(0, 1.0)}, NO_TURN, tried=(0, 1))
+    tried = route(lane, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN, tried=(0, 1))
     assert isinstance(tried, Rejection) and tried.reason is NoPlace.ALL_TRIED

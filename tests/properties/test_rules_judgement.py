@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from fleetgate.core.admission.request_queue import PRIORITIES
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Upstream
-from fleetgate.core.routing.policy_decision import Facts
+from fleetgate.core.routing.policy_decision import RequestAttributes
 from fleetgate.policies import evaluator as engine
 from fleetgate.policies.body_fields import BodyReader
-from fleetgate.policies.cel_parser import CHARS_MAX, Mistake
-from fleetgate.policies.policy_set import RuleSet
+from fleetgate.policies.cel_parser import CHARS_MAX, CelError
+from fleetgate.policies.policy_set import CompiledPolicies
 from fleetgate.policies.type_checker import check
 
 NAMES = ("jurisdiction", "team", "a.b/c")
@@ -60,7 +60,7 @@ policies = st.lists(policy_fields, max_size=4).map(
     lambda many: tuple(made_of(f"p{number}", fields) for number, fields in enumerate(many))
 )
 facts = st.builds(
-    Facts,
+    RequestAttributes,
     model=st.sampled_from(["m", "n", "other"]),
     prompt_tokens=st.integers(0, 10**6),
     stream=st.booleans(),
@@ -86,13 +86,15 @@ def fleets(draw: st.DrawFn) -> tuple[Deployment, ...]:
     )
 
 
-def compiled(made: tuple[Policy, ...], fleet: tuple[Deployment, ...]) -> RuleSet:
+def compiled(made: tuple[Policy, ...], fleet: tuple[Deployment, ...]) -> CompiledPolicies:
     upstreams = tuple(Upstream(deployment=deployment.name, rank=1) for deployment in fleet)
     gateway = Gateway(slot=0, name="chat", domain="e", protocol="openai", strategy="overflow", upstreams=upstreams)
-    return RuleSet.compile(msgspec.structs.replace(gateway, policies=made), fleet)
+    return CompiledPolicies.compile(msgspec.structs.replace(gateway, policies=made), fleet)
 
 
-def allowed(ruleset: RuleSet, request: Facts, key: Key, fleet: tuple[Deployment, ...]) -> frozenset[int]:
+def allowed(
+    ruleset: CompiledPolicies, request: RequestAttributes, key: Key, fleet: tuple[Deployment, ...]
+) -> frozenset[int]:
     """The slots that serve the model and may be used."""
     told = ruleset.judge(request, key).allowed
     return frozenset(d.slot for d in fleet if request.model in d.models and (told is None or d.slot in told))
@@ -100,7 +102,7 @@ def allowed(ruleset: RuleSet, request: Facts, key: Key, fleet: tuple[Deployment,
 
 @given(policies, fleets(), facts, keys)
 def test_it_always_answers_in_terms_of_the_gateway(
-    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: Facts, key: Key
+    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key
 ) -> None:
     ruleset = compiled(made, fleet)
     told = ruleset.judge(request, key)
@@ -115,7 +117,7 @@ def test_it_always_answers_in_terms_of_the_gateway(
 
 @given(policies, fleets(), facts, keys, policy_fields)
 def test_another_policy_never_widens(
-    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: Facts, key: Key, more: dict[str, Any]
+    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key, more: dict[str, Any]
 ) -> None:
     before = allowed(compiled(made, fleet), request, key, fleet)
     after = allowed(compiled((*made, made_of("more", more)), fleet), request, key, fleet)
@@ -124,7 +126,7 @@ def test_another_policy_never_widens(
 
 @given(policies, fleets(), facts, keys)
 def test_their_order_only_orders_what_is_preferred(
-    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: Facts, key: Key
+    made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key
 ) -> None:
     told = compiled(made, fleet).judge(request, key)
     for other in list(permutations(made))[:6]:
@@ -135,7 +137,7 @@ def test_their_order_only_orders_what_is_preferred(
 
 @given(conditions, fleets(), facts, keys)
 def test_what_is_left_out_reads_as_empty(
-    condition: str, fleet: tuple[Deployment, ...], request: Facts, key: Key
+    condition: str, fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key
 ) -> None:
     """An entry that is missing, null or an empty text is one and the same."""
     emptied = msgspec.structs.replace(
@@ -150,7 +152,7 @@ def test_what_is_left_out_reads_as_empty(
 
 @given(conditions, st.permutations(range(3)), facts, keys)
 def test_deployments_that_look_alike_are_judged_alike(
-    condition: str, order: list[int], request: Facts, key: Key
+    condition: str, order: list[int], request: RequestAttributes, key: Key
 ) -> None:
     twins = tuple(
         Deployment(slot=slot, name=f"d{slot}", region="eu", engine="vllm", models={"m": "m"}, endpoints=())
@@ -209,12 +211,12 @@ def test_where_everything_is_present_it_means_what_cel_means(source: str) -> Non
     """The expression as written, given to the library with the whole request, against ours with flat values."""
     try:
         check(source)
-    except Mistake as mistake:
+    except CelError as mistake:
         assert "use at most" in mistake.fix
         return
     try:
         meant = engine.run(engine.compile_text(source), PRESENT) is True
-    except engine.Failed:
+    except engine.EvaluationFailed:
         meant = False
     request, key = PRESENT["request"], PRESENT["key"]
     ruleset = compiled(
@@ -222,7 +224,7 @@ def test_where_everything_is_present_it_means_what_cel_means(source: str) -> Non
         (Deployment(slot=0, name="d0", region="eu", engine="vllm", models={"llama": "x"}, endpoints=()),),
     )
     reader = BodyReader(ruleset.needs_body)
-    asked = Facts(**{**request, "body": reader.read(msgspec.json.encode(request["body"]))})
+    asked = RequestAttributes(**{**request, "body": reader.read(msgspec.json.encode(request["body"]))})
     told = ruleset.judge(asked, Key(id="k", secret_hmac="", **key))
     assert (told.allowed is None) == meant
 
@@ -238,7 +240,7 @@ words = st.sampled_from(
 def test_any_text_is_read_or_refused_with_a_place(source: str) -> None:
     try:
         expression = check(source)
-    except Mistake as mistake:
+    except CelError as mistake:
         assert 0 <= mistake.at <= min(len(source), CHARS_MAX) and mistake.message and mistake.fix
         return
     engine.compile_text(source)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fleetgate.core.capacity.latency_model import CHUNK_TOKENS
 from fleetgate.core.model import Profile
-from fleetgate.simulator.replica import BLOCK_TOKENS, Job, Replica
+from fleetgate.simulator.replica import BLOCK_TOKENS, ReplicaJob, SimulatedReplica
 
 
 class Ask(NamedTuple):
@@ -96,7 +96,7 @@ class Driven:
     """A replica with its announced moment in a heap, as the world drives it."""
 
     def __init__(self, profile: Profile) -> None:
-        self.replica = Replica(profile)
+        self.replica = SimulatedReplica(profile)
         self.heap: list[tuple[float, int]] = []
         self.first_s: dict[int, float] = {}
         self.ended_s: dict[int, float] = {}
@@ -114,14 +114,14 @@ class Driven:
                 heappush(self.heap, (self.replica.ends_s, self.replica.version))
             self.check()
 
-    def happen(self, n: int, ask: Ask) -> Job | None:
+    def happen(self, n: int, ask: Ask) -> ReplicaJob | None:
         """One event, after the boundaries before it."""
         self.until(ask.at_s)
         version, job = self.replica.version, None
         if ask.slowness:
             self.replica.slow_down(ask.slowness, ask.at_s)
         else:
-            job = Job(n, ask.prompt_tokens, ask.output_tokens, ask.blocks)
+            job = ReplicaJob(n, ask.prompt_tokens, ask.output_tokens, ask.blocks)
             self.replica.push(job, ask.at_s)
         if self.replica.version != version and not self.replica.idle:
             heappush(self.heap, (self.replica.ends_s, self.replica.version))
@@ -153,7 +153,7 @@ def test_leaping_comes_out_exactly_like_taking_every_step(profile: Profile, even
 def test_tokens_in_the_middle_of_a_leap_are_those_of_its_steps(
     profile: Profile, events: list[Ask], looks: list[float]
 ) -> None:
-    driven, jobs = Driven(profile), dict[int, Job]()
+    driven, jobs = Driven(profile), dict[int, ReplicaJob]()
     times = step_by_step(profile, events)
     story = sorted([*((ask.at_s, n) for n, ask in enumerate(events)), *((at_s, -1) for at_s in looks)])
     for at_s, n in story:

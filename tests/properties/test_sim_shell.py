@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.faults import Fault, arrange
-from fleetgate.simulator.fleet import Fleet, engines_of
-from fleetgate.simulator.proxy_model import Shell
+from fleetgate.simulator.faults import SimulatedFault, schedule_faults
+from fleetgate.simulator.fleet import SimulatedFleet, engines_of
+from fleetgate.simulator.proxy_model import ProxyFleet
 from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.world import Arrival, World
 from tests.scenarios.paper_fleets import SLOW, deployment, fleet
@@ -20,11 +20,11 @@ FOREVER = float("inf")
 class Watching(World):
     """Counts answers, and looks at the ledger each time that something is sent."""
 
-    def __init__(self, on: Fleet, regions: Sequence[str]) -> None:
+    def __init__(self, on: SimulatedFleet, regions: Sequence[str]) -> None:
         super().__init__(engines_of(on, regions, Rtts(warn=lambda sentence: None)), regions)
         self.refusals: Counter[int] = Counter()
         self.sent = 0
-        self.shell: Shell
+        self.shell: ProxyFleet
 
     def refuse(self, arrival: Arrival, reason: str, now_s: float) -> None:
         self.refusals[arrival.index] += 1
@@ -51,7 +51,7 @@ crowds = st.builds(
     proxies=st.just(2),
 )
 faults = st.builds(
-    Fault,
+    SimulatedFault,
     kind=st.sampled_from(["slow", "down", "refuse"]),
     name=st.sampled_from(["a", "b"]),
     begins_s=st.sampled_from([0.0, 0.3, 1.02, 2.5]),
@@ -59,29 +59,29 @@ faults = st.builds(
     factor=st.just(3.0),
 )
 REFUSED_WHILE_MANY_WAIT = [
-    Fault("refuse", "a", 1.02, FOREVER, 1.0),
-    Fault("refuse", "b", 1.02, FOREVER, 1.0),
+    SimulatedFault("refuse", "a", 1.02, FOREVER, 1.0),
+    SimulatedFault("refuse", "b", 1.02, FOREVER, 1.0),
 ]
 
 
 @settings(max_examples=60)
 @given(st.sampled_from(strategies.names()), crowds, st.lists(faults, max_size=3))
 @example("overflow", crowd(60, 0.004, 600, 2), REFUSED_WHILE_MANY_WAIT)
-@example("overflow", crowd(60, 0.004, 600, 2), [Fault("down", "a", 1.02, FOREVER, 1.0)])
+@example("overflow", crowd(60, 0.004, 600, 2), [SimulatedFault("down", "a", 1.02, FOREVER, 1.0)])
 def test_books_close_limits_hold_and_nobody_is_answered_twice(
-    strategy: str, requests: list[Arrival], happening: list[Fault]
+    strategy: str, requests: list[Arrival], happening: list[SimulatedFault]
 ) -> None:
     # No round trip anywhere: a request may fail in the moment in which it is sent.
     on, regions = fleet(deployment("a", SLOW), deployment("b", SLOW)), ("us-east", "us-east")
     world = Watching(on, regions)
-    world.balancer = world.shell = Shell(world, on, strategy)
-    arrange(happening, on, world)
+    world.balancer = world.shell = ProxyFleet(world, on, strategy)
+    schedule_faults(happening, on, world)
     world.run(requests)
     ended = Counter(arrival.index for arrival in requests if arrival.ended_s >= 0.0)
     assert ended + world.refusals == Counter(range(len(requests)))
     if not happening:
         assert world.sent == len(ended)
     for proxy in world.shell.proxies:
-        assert not proxy.open and not proxy.waiting and not proxy.desk.room
+        assert not proxy.open and not proxy.waiting and not proxy.desk.queue
         assert all(proxy.books.ledger.in_flight(known.slot) == 0 for known in on.deployments)
         assert all(proxy.books.sequences(slot) == 0 for slot in range(len(world.engines)))

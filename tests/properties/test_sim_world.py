@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baseline import Truth
+from fleetgate.simulator.baseline import TrueLoad
 from fleetgate.simulator.baselines import BASELINES
-from fleetgate.simulator.faults import Fault, arrange
-from fleetgate.simulator.fleet import Fleet, engines_of
-from fleetgate.simulator.proxy_model import Shell
+from fleetgate.simulator.faults import SimulatedFault, schedule_faults
+from fleetgate.simulator.fleet import SimulatedFleet, engines_of
+from fleetgate.simulator.proxy_model import ProxyFleet
 from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.world import Arrival, Balancer, World
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet
@@ -56,10 +56,10 @@ class Watched:
         return self.inner.limit_of(slot)
 
 
-def balancer(strategy: str, world: World, on: Fleet) -> Balancer:
+def balancer(strategy: str, world: World, on: SimulatedFleet) -> Balancer:
     if strategy in BASELINES:
-        return BASELINES[strategy](world, Truth(on, {d.name: 1.0 + d.slot for d in on.deployments}))
-    return Shell(world, on, strategy)
+        return BASELINES[strategy](world, TrueLoad(on, {d.name: 1.0 + d.slot for d in on.deployments}))
+    return ProxyFleet(world, on, strategy)
 
 
 @st.composite
@@ -82,7 +82,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
 
 
 faults = st.builds(
-    Fault,
+    SimulatedFault,
     kind=st.sampled_from(["slow", "down", "refuse"]),
     name=st.sampled_from(["a", "b", "c"]),
     begins_s=st.floats(0.0, 20.0),
@@ -92,11 +92,13 @@ faults = st.builds(
 
 
 @given(st.sampled_from(sorted([*BASELINES, *strategies.names()])), arrivals(), st.lists(faults, max_size=3))
-def test_every_request_ends_exactly_once(strategy: str, requests: list[Arrival], happening: list[Fault]) -> None:
+def test_every_request_ends_exactly_once(
+    strategy: str, requests: list[Arrival], happening: list[SimulatedFault]
+) -> None:
     on = fleet(deployment("a", FAST), deployment("b", SLOW, 2, "eu-west"), deployment("c", SLOW, region="eu-west"))
     world = World(engines_of(on, REGIONS, Rtts(warn=lambda sentence: None)), REGIONS)
     world.balancer = watched = Watched(balancer(strategy, world, on))
-    arrange(happening, on, world)
+    schedule_faults(happening, on, world)
     world.run(requests)
     everyone = Counter(dict.fromkeys(range(len(requests)), 1))
     refused = Counter(arrival.index for arrival in requests if arrival.refused)

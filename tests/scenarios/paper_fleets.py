@@ -3,8 +3,8 @@
 from random import Random
 
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Price, Profile, Slo, Snapshot, Upstream
-from fleetgate.simulator.fleet import Fleet, fleet_of
-from fleetgate.simulator.simulation import Outcome, Setting, Simulation
+from fleetgate.simulator.fleet import SimulatedFleet, fleet_of
+from fleetgate.simulator.simulation import Simulation, SimulationOutcome, SimulationSetting
 from fleetgate.simulator.world import Arrival
 
 FAST = Profile(
@@ -47,7 +47,7 @@ def snapshot_of(*deployments: Deployment, strategy: str = "capacity_round_robin"
     return Snapshot(version=1, made_at_s=0.0, gateways=(gateway,), deployments=deployments)
 
 
-def fleet(*deployments: Deployment, ranked: bool = False) -> Fleet:
+def fleet(*deployments: Deployment, ranked: bool = False) -> SimulatedFleet:
     """What is simulated."""
     return fleet_of(snapshot_of(*deployments, ranked=ranked))
 
@@ -67,11 +67,11 @@ def trace(count: int, seed: int = 1, regions: tuple[str, ...] = ("",), keys: tup
     return arrivals
 
 
-def simulation(on: Fleet, arrivals: list[Arrival], **setting: object) -> Simulation:
+def simulation(on: SimulatedFleet, arrivals: list[Arrival], **setting: object) -> Simulation:
     """A simulation of which nobody hears a warning."""
-    return Simulation(on, arrivals, Setting(strategies=(), **setting), warn=lambda sentence: None)  # type: ignore[arg-type]
+    return Simulation(on, arrivals, SimulationSetting(strategies=(), **setting), warn=lambda sentence: None)  # type: ignore[arg-type]
 
 
-def run(on: Fleet, arrivals: list[Arrival], strategy: str, **setting: object) -> Outcome:
+def run(on: SimulatedFleet, arrivals: list[Arrival], strategy: str, **setting: object) -> SimulationOutcome:
     """One strategy over one trace."""
     return simulation(on, arrivals, **setting).run(strategy)

@@ -14,14 +14,14 @@ UNLIKE = fleet(deployment("big", FAST), deployment("small", SLOW, 3))
 
 def let_everybody_in(patch: pytest.MonkeyPatch) -> None:
     """Admission off: no limit and no forecast, while strategy, learning and everything else go on."""
-    renew = shell.Proxy.renew
+    renew = shell.ProxyModel.renew
 
-    def renew_without(self: shell.Proxy, now_s: float) -> None:
+    def renew_without(self: shell.ProxyModel, now_s: float) -> None:
         renew(self, now_s)
         for slot, outlook in self.outlooks.items():
-            self.outlooks[slot] = msgspec.structs.replace(outlook, limit=0, speed=None)
+            self.outlooks[slot] = msgspec.structs.replace(outlook, limit=0, current_profile=None)
 
-    patch.setattr(shell.Proxy, "renew", renew_without)
+    patch.setattr(shell.ProxyModel, "renew", renew_without)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -48,14 +48,14 @@ def test_four_proxies_do_nearly_as_well_as_one_and_admit_no_more() -> None:
 @pytest.mark.parametrize("strategy", [OURS, "overflow", "least_cost"])
 def test_a_region_that_dies_loses_only_answers_that_had_begun(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[Arrival] = []
-    failed = shell.Proxy.failed
+    failed = shell.ProxyModel.failed
 
-    def watched(self: shell.Proxy, arrival: Arrival, failure: str, now_s: float) -> None:
+    def watched(self: shell.ProxyModel, arrival: Arrival, failure: str, now_s: float) -> None:
         if arrival.first_s < 0.0:
             moved.append(arrival)
         failed(self, arrival, failure, now_s)
 
-    monkeypatch.setattr(shell.Proxy, "failed", watched)
+    monkeypatch.setattr(shell.ProxyModel, "failed", watched)
     on = fleet(deployment("here", FAST), deployment("there", FAST, 1, "eu-west"))
     arrivals = trace(1000, regions=("us-east", "eu-west"))
     # A fifth of the load of both, so that the region that is left has room for all of it.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fleetgate.core.model import Price
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baseline import Truth
+from fleetgate.simulator.baseline import TrueLoad
 from fleetgate.simulator.baselines import BASELINES, RoundRobin
 from fleetgate.simulator.faults import BadFault, parse_fault
 from fleetgate.simulator.fleet import BadFleet, UnclearGateway, engines_of, fleet_of
@@ -16,7 +16,7 @@ from fleetgate.simulator.region_phases import BadPhase, busy_at, parse_phases
 from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.score import good, jain
 from fleetgate.simulator.trace_capacity import inside_share
-from fleetgate.simulator.world import Arrival, Balancer, Forgotten, World
+from fleetgate.simulator.world import Arrival, Balancer, UnfinishedRequest, World
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet, run, simulation, snapshot_of, trace
 
 UNLIKE = fleet(deployment("big", FAST, 2), deployment("small", SLOW, 2))
@@ -267,7 +267,7 @@ def test_a_balancer_that_forgets_a_request_is_found_out() -> None:
     world = World([], ["us-east"])
     forgetful: Balancer = Forgetful()
     world.balancer = forgetful
-    with pytest.raises(Forgotten, match="1 requests"):
+    with pytest.raises(UnfinishedRequest, match="1 requests"):
         world.run([Arrival(0, 1.0, 10, 10)])
 
 
@@ -282,7 +282,7 @@ def test_over_commitment_is_what_is_in_flight_beyond_the_limit() -> None:
     on = fleet(deployment("a", FAST))
     for count, beyond in ((2, 0.0), (3, 0.5), (8, 3.0)):
         world = World(engines_of(on, ["us-east"], Rtts(warn=lambda sentence: None)), ["us-east"])
-        world.balancer = Careless(world, Truth(on, {"a": 1.0}))
+        world.balancer = Careless(world, TrueLoad(on, {"a": 1.0}))
         world.run([Arrival(n, 0.0, 100, 50) for n in range(count)])
         assert world.overcommit_max == pytest.approx(beyond)
 

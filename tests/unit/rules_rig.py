@@ -3,7 +3,7 @@
 from itertools import count
 
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Price, Tier, Upstream
-from fleetgate.policies.policy_set import RuleSet
+from fleetgate.policies.policy_set import CompiledPolicies
 
 RICH = Deployment(
     slot=0,
@@ -28,7 +28,7 @@ def policy(**fields: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
     return fields
 
 
-def rules(*policies: dict[str, str | tuple[str, ...]]) -> RuleSet:
+def rules(*policies: dict[str, str | tuple[str, ...]]) -> CompiledPolicies:
     """Policies over both Deployments."""
     return compiled(*(made(number, fields) for number, fields in zip(count(), policies, strict=False)))
 
@@ -38,7 +38,7 @@ def made(number: int, fields: dict[str, str | tuple[str, ...]]) -> Policy:
     return Policy(**{"name": f"p{number}", **fields})  # type: ignore[arg-type]
 
 
-def compiled(*policies: Policy) -> RuleSet:
+def compiled(*policies: Policy) -> CompiledPolicies:
     """Policies over both Deployments."""
     gateway = Gateway(
         slot=0,
@@ -49,7 +49,7 @@ def compiled(*policies: Policy) -> RuleSet:
         upstreams=(Upstream(deployment="rich", rank=1), Upstream(deployment="bare", rank=2)),
         policies=policies,
     )
-    return RuleSet.compile(gateway, (STRANGER, BARE, RICH))
+    return CompiledPolicies.compile(gateway, (STRANGER, BARE, RICH))
 
 
 def key(name: str = "laptop", /, **labels: str) -> Key:

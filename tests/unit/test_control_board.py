@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.control.context import Started
-from fleetgate.control.snapshot.replica_endpoints import Replicas
-from fleetgate.control.telemetry.event_recorder import Watcher
+from fleetgate.control.context import StartedProcess
+from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
+from fleetgate.control.telemetry.event_recorder import EventRecorder
 from fleetgate.control.telemetry.readiness import reasons_against
-from fleetgate.control.telemetry.series import Histogram, parse_name, read_series
+from fleetgate.control.telemetry.series import HistogramSeries, parse_name, read_series
 from fleetgate.core.model import Deployment, Endpoint, Snapshot
-from fleetgate.ipc.shared_memory import Signal, Worker
-from fleetgate.providers.base import ManagedDeployment, Workload
-from fleetgate.proxy.telemetry.metrics import Telemetry, series_name
+from fleetgate.ipc.shared_memory import EndpointSignal, WorkerCell
+from fleetgate.providers.base import ManagedDeployment, ReplicaWorkload
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics, series_name
 from tests.loopback.control_rig import board_of
 
 LABELS = st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text(max_size=8), max_size=3)
@@ -36,7 +36,7 @@ def test_names_written_by_workers_are_read_back(metric: str, labels: dict[str, s
 def test_histograms_of_workers_are_read_back(durations: list[float], share: float) -> None:
     board = board_of(2)
     for index, duration_s in enumerate(durations):
-        telemetry = Telemetry(board, index % 2)
+        telemetry = WorkerMetrics(board, index % 2)
         telemetry.histogram("fleetgate_ttft_seconds", {"gateway": "chat"}).observe(duration_s)
     histogram = read_series(board.series_totals()).histogram("fleetgate_ttft_seconds", gateway="chat")
     assert histogram.count == len(durations)
@@ -52,20 +52,20 @@ def test_histograms_of_workers_are_read_back(durations: list[float], share: floa
 
 
 def test_an_empty_histogram_has_no_quantile() -> None:
-    assert Histogram({}).quantile_s(0.5) is None
+    assert HistogramSeries({}).quantile_s(0.5) is None
 
 
 def test_beyond_the_last_bucket_the_mean_is_told() -> None:
-    assert Histogram({math.inf: 2}, 800.0).quantile_s(0.99) == 400.0
+    assert HistogramSeries({math.inf: 2}, 800.0).quantile_s(0.99) == 400.0
 
 
 def test_readiness_gives_every_reason() -> None:
     board = board_of(2)
     snapshot = Snapshot(version=7, made_at_s=0.0, deployments=(deployment("a", 0, 0, 1), deployment("b", 1)))
-    started = Started(7, 100.0)
+    started = StartedProcess(7, 100.0)
     assert reasons_against(board, 2, None, started, 100.0)
-    board.set(0, Worker.ACCEPTING, 1)
-    board.set(0, Worker.SNAPSHOT_VERSION, 6)
+    board.set(0, WorkerCell.ACCEPTING, 1)
+    board.set(0, WorkerCell.SNAPSHOT_VERSION, 6)
     reasons = reasons_against(board, 2, snapshot, started, 101.9)
     assert [reason.split(" ")[:2] for reason in reasons] == [
         ["1", "of"],
@@ -74,9 +74,9 @@ def test_readiness_gives_every_reason() -> None:
         ["Deployment", "b"],
     ]
     for worker in range(2):
-        board.set(worker, Worker.ACCEPTING, 1)
-        board.set(worker, Worker.SNAPSHOT_VERSION, 8)
-    board.set_signal(1, Signal.SEEN_MS, 5)
+        board.set(worker, WorkerCell.ACCEPTING, 1)
+        board.set(worker, WorkerCell.SNAPSHOT_VERSION, 8)
+    board.set_signal(1, EndpointSignal.SEEN_MS, 5)
     assert [reason.split(" ")[1] for reason in reasons_against(board, 2, snapshot, started, 101.9)] == ["b"]
     assert reasons_against(board, 2, snapshot, started, 102.0) == []
 
@@ -84,11 +84,11 @@ def test_readiness_gives_every_reason() -> None:
 def test_a_deployment_is_down_only_when_all_its_endpoints_are() -> None:
     board = board_of()
     snapshot = Snapshot(version=1, made_at_s=0.0, deployments=(deployment("a", 0, 0, 1),))
-    watcher = Watcher(board)
+    watcher = EventRecorder(board)
 
     def signal(slot: int, up: int) -> list[str]:
-        board.set_signal(slot, Signal.SEEN_MS, 1)
-        board.set_signal(slot, Signal.UP, up)
+        board.set_signal(slot, EndpointSignal.SEEN_MS, 1)
+        board.set_signal(slot, EndpointSignal.UP, up)
         return [sentence for _, _, sentence in watcher.changes(snapshot)]
 
     assert list(watcher.changes(snapshot)) == []
@@ -102,14 +102,19 @@ def test_a_deployment_is_down_only_when_all_its_endpoints_are() -> None:
 def test_replicas_are_carried_over_a_restart_only_while_workers_serve() -> None:
     last = Snapshot(version=1, made_at_s=0.0, deployments=(deployment("own", 0, 0), deployment("external", 1, 1)))
     own = ManagedDeployment(
-        name="own", cluster="c", provider="local", region="r", workload=Workload(command=("x",)), replicas_desired=1
+        name="own",
+        cluster="c",
+        provider="local",
+        region="r",
+        workload=ReplicaWorkload(command=("x",)),
+        replicas_desired=1,
     )
     seen: dict[str, tuple[str, ...]] = {}
     board = board_of()
-    replicas = Replicas(lambda: seen)
+    replicas = ReplicaEndpoints(lambda: seen)
     replicas.carry(last, (own,), board)
     assert replicas.ready() == {}
-    board.set(0, Worker.ACCEPTING, 1)
+    board.set(0, WorkerCell.ACCEPTING, 1)
     replicas.carry(last, (own,), board)
     assert replicas.ready() == {"own": ("http://127.0.0.1:8000/v1",)}
     seen["own"] = ("http://127.0.0.1:9999/v1",)

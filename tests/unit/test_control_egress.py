@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fleetgate.control.resources.egress import judge, literal_refusal, parse_ranges, refusal
+from fleetgate.control.resources.egress import check_addresses, literal_refusal, parse_ranges, refusal
 
 ALLOWED = parse_ranges(["127.0.0.0/8", "10.0.0.0/8", "::1/128"])
 
@@ -51,7 +51,7 @@ def test_every_spelling_of_another_address_is_refused(url: str) -> None:
 
 
 def test_a_refusal_names_address_range_and_flag() -> None:
-    denied = judge("gpu.example", "192.168.1.1", ALLOWED)
+    denied = check_addresses("gpu.example", "192.168.1.1", ALLOWED)
     assert denied is not None
     assert "192.168.1.1" in denied.message
     assert "10.0.0.0/8" in denied.message

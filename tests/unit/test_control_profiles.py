@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from fleetgate.control.snapshot import profiles
-from fleetgate.control.snapshot.builder import build, parts_of
-from fleetgate.control.store.repository import Stored
+from fleetgate.control.snapshot.builder import build, snapshot_parts
+from fleetgate.control.store.repository import StoredResource
 from fleetgate.core import model
 from fleetgate.core.capacity import units as capacity
 
@@ -56,11 +56,13 @@ def gateway(name: str, tpot_s: float | None, *deployments: str) -> dict[str, Any
 
 def snapshot(*documents: Mapping[str, Any], ready: Mapping[str, tuple[str, ...]] | None = None) -> model.Snapshot:
     world = {
-        (document["kind"], document["name"]): Stored(document["kind"], document["name"], dict(document), 1, True, 0, 0)
+        (document["kind"], document["name"]): StoredResource(
+            document["kind"], document["name"], dict(document), 1, True, 0, 0
+        )
         for document in (CLUSTER, *documents)
     }
     return build(
-        parts_of(world), ready or {}, lambda _, names: {name: at for at, name in enumerate(names)}, lambda *_: ""
+        snapshot_parts(world), ready or {}, lambda _, names: {name: at for at, name in enumerate(names)}, lambda *_: ""
     )
 
 
@@ -166,11 +168,14 @@ def test_a_price_is_as_written_or_by_the_clusters_accelerators(
 
 def test_capacity_is_told_with_its_source() -> None:
     measured = deployment(PROFILE, {**DEPLOYMENT, "replicas": {"committed": 2}})
-    told = profiles.told(measured, 0.05)
+    told = profiles.profile_description(measured, 0.05)
     assert told["limit"] == capacity.limit_of(measured.profile or pytest.fail(), 0.05, 2)
     assert told["tokens_per_unit"] == pytest.approx(1000 + 200 * told["output_token_weight"])
     for part in ("Profile llama-h100x8 of a peer", "2 engines", f"{measured.units:.3g} CU"):
         assert part in told["sentence"]
-    assert profiles.told(measured, 0.05, learned_limit=7)["limit"] == 7
-    assert "as written" in profiles.told(deployment({**DEPLOYMENT, "capacity": {"concurrency": 5}}), 0.05)["sentence"]
-    assert "calibrate d" in profiles.told(deployment(DEPLOYMENT), 0.05)["sentence"]
+    assert profiles.profile_description(measured, 0.05, learned_limit=7)["limit"] == 7
+    assert (
+        "as written"
+        in profiles.profile_description(deployment({**DEPLOYMENT, "capacity": {"concurrency": 5}}), 0.05)["sentence"]
+    )
+    assert "calibrate d" in profiles.profile_description(deployment(DEPLOYMENT), 0.05)["sentence"]

@@ -8,7 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from fleetgate.control.data_dir import Unusable
+from fleetgate.control.data_dir import DataDirUnusable
 from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.schema import metadata
@@ -38,7 +38,7 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
 def test_a_store_of_a_newer_release_is_refused(database: Database) -> None:
     with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(Unusable, match="newer Fleetgate"):
+    with pytest.raises(DataDirUnusable, match="newer Fleetgate"):
         database.migrate()
 
 
@@ -77,5 +77,5 @@ def test_events_are_bounded_and_their_ids_never_return(database: Database, monke
 
 def test_a_folder_in_the_way_is_told(tmp_path: Path) -> None:
     (tmp_path / "fleetgate.db").mkdir()
-    with pytest.raises(Unusable, match=r"fleetgate\.db"):
+    with pytest.raises(DataDirUnusable, match=r"fleetgate\.db"):
         Database(tmp_path / "fleetgate.db").migrate()

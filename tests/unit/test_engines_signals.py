@@ -3,7 +3,7 @@
 import pytest
 
 from fleetgate.protocols import engines
-from fleetgate.protocols.engines import Signals, metric_sum
+from fleetgate.protocols.engines import EngineSignals, metric_sum
 
 VLLM = b"""# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
@@ -26,7 +26,7 @@ llamacpp:n_decode_total 512
 def test_vllm() -> None:
     engine = engines.find("vllm")
     assert engine is not None
-    assert engine.read(VLLM) == Signals(running=15, waiting=4, kv_ratio=0.25)
+    assert engine.read(VLLM) == EngineSignals(running=15, waiting=4, kv_ratio=0.25)
     old = VLLM.replace(b"kv_cache_usage_perc", b"gpu_cache_usage_perc")
     assert engine.read(old).kv_ratio == 0.25
 
@@ -34,7 +34,7 @@ def test_vllm() -> None:
 def test_llamacpp() -> None:
     engine = engines.find("llamacpp")
     assert engine is not None
-    assert engine.read(LLAMACPP) == Signals(running=2, waiting=1)
+    assert engine.read(LLAMACPP) == EngineSignals(running=2, waiting=1)
     assert engine.read(LLAMACPP + b"llamacpp:kv_cache_usage_ratio 0.5\n").kv_ratio == 0.5
 
 

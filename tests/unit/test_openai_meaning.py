@@ -6,14 +6,14 @@ import pytest
 
 from fleetgate.protocols.clients.openai import (
     OPERATIONS,
+    EventMeaning,
     InvalidBody,
-    Meaning,
+    classify_event,
     error_body,
     error_event,
     read_answer,
-    read_ask,
+    read_request,
     rewrite,
-    understand,
 )
 
 
@@ -25,52 +25,54 @@ def choice(finish: str | None = None, **delta: object) -> bytes:
     return event(choices=[{"index": 0, "delta": delta, "finish_reason": finish}])
 
 
-MEANINGS: dict[str, tuple[bytes, Meaning]] = {
-    "content": (choice(content="a"), Meaning.CONTENT),
-    "empty content": (choice(content=""), Meaning.OTHER),
-    "role": (choice(role="assistant"), Meaning.OTHER),
-    "role and null": (choice(role="assistant", content=None), Meaning.OTHER),
-    "tool call": (choice(tool_calls=[{"index": 0}]), Meaning.CONTENT),
-    "empty tool calls": (choice(tool_calls=[]), Meaning.OTHER),
-    "function call": (choice(function_call={"name": "f"}), Meaning.CONTENT),
-    "reasoning": (choice(reasoning_content="hm"), Meaning.CONTENT),
-    "reasoning, newer": (choice(reasoning="hm"), Meaning.CONTENT),
-    "refusal": (choice(refusal="no"), Meaning.CONTENT),
-    "finish": (choice("stop"), Meaning.FINISH),
-    "finish with content": (choice("length", content="a"), Meaning.FINISH),
-    "finish error": (choice("error"), Meaning.ERROR),
-    "text of completions": (event(choices=[{"index": 0, "text": "a", "finish_reason": None}]), Meaning.CONTENT),
-    "usage": (event(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 2}), Meaning.USAGE),
-    "no choices": (event(choices=[], prompt_filter_results=[]), Meaning.OTHER),
-    "error": (event(error={"message": "x"}), Meaning.ERROR),
-    "error is a string": (event(error="x"), Meaning.ERROR),
-    "error is null": (event(error=None, choices=[{"delta": {"content": "a"}}]), Meaning.CONTENT),
-    "named error": (b'event: error\ndata: {"error":{"message":"x"}}\n\n', Meaning.ERROR),
-    "done": (b"data: [DONE]\n\n", Meaning.DONE),
-    "done without space": (b"data:[DONE]\r\n\r\n", Meaning.DONE),
-    "comment": (b": hi\n\n", Meaning.COMMENT),
-    "not JSON": (b"data: {\n\n", Meaning.MALFORMED),
-    "not an object": (b"data: 5\n\n", Meaning.MALFORMED),
-    "not UTF-8": (b'data: {"x":"\xff"}\n\n', Meaning.MALFORMED),
-    "deep": (b"data: " + b'{"a":' * 100_000 + b"\n\n", Meaning.MALFORMED),
-    "responses delta": (event(type="response.output_text.delta", delta="a"), Meaning.CONTENT),
-    "responses created": (event(type="response.created", response={}), Meaning.OTHER),
-    "responses completed": (event(type="response.completed", response={"usage": {}}), Meaning.FINISH),
-    "responses failed": (event(type="response.failed", response={}), Meaning.ERROR),
-    "responses error": (event(type="error", message="x"), Meaning.ERROR),
+MEANINGS: dict[str, tuple[bytes, EventMeaning]] = {
+    "content": (choice(content="a"), EventMeaning.CONTENT),
+    "empty content": (choice(content=""), EventMeaning.OTHER),
+    "role": (choice(role="assistant"), EventMeaning.OTHER),
+    "role and null": (choice(role="assistant", content=None), EventMeaning.OTHER),
+    "tool call": (choice(tool_calls=[{"index": 0}]), EventMeaning.CONTENT),
+    "empty tool calls": (choice(tool_calls=[]), EventMeaning.OTHER),
+    "function call": (choice(function_call={"name": "f"}), EventMeaning.CONTENT),
+    "reasoning": (choice(reasoning_content="hm"), EventMeaning.CONTENT),
+    "reasoning, newer": (choice(reasoning="hm"), EventMeaning.CONTENT),
+    "refusal": (choice(refusal="no"), EventMeaning.CONTENT),
+    "finish": (choice("stop"), EventMeaning.FINISH),
+    "finish with content": (choice("length", content="a"), EventMeaning.FINISH),
+    "finish error": (choice("error"), EventMeaning.ERROR),
+    "text of completions": (event(choices=[{"index": 0, "text": "a", "finish_reason": None}]), EventMeaning.CONTENT),
+    "usage": (event(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 2}), EventMeaning.USAGE),
+    "no choices": (event(choices=[], prompt_filter_results=[]), EventMeaning.OTHER),
+    "error": (event(error={"message": "x"}), EventMeaning.ERROR),
+    "error is a string": (event(error="x"), EventMeaning.ERROR),
+    "error is null": (event(error=None, choices=[{"delta": {"content": "a"}}]), EventMeaning.CONTENT),
+    "named error": (b'event: error\ndata: {"error":{"message":"x"}}\n\n', EventMeaning.ERROR),
+    "done": (b"data: [DONE]\n\n", EventMeaning.DONE),
+    "done without space": (b"data:[DONE]\r\n\r\n", EventMeaning.DONE),
+    "comment": (b": hi\n\n", EventMeaning.COMMENT),
+    "not JSON": (b"data: {\n\n", EventMeaning.MALFORMED),
+    "not an object": (b"data: 5\n\n", EventMeaning.MALFORMED),
+    "not UTF-8": (b'data: {"x":"\xff"}\n\n', EventMeaning.MALFORMED),
+    "deep": (b"data: " + b'{"a":' * 100_000 + b"\n\n", EventMeaning.MALFORMED),
+    "responses delta": (event(type="response.output_text.delta", delta="a"), EventMeaning.CONTENT),
+    "responses created": (event(type="response.created", response={}), EventMeaning.OTHER),
+    "responses completed": (event(type="response.completed", response={"usage": {}}), EventMeaning.FINISH),
+    "responses failed": (event(type="response.failed", response={}), EventMeaning.ERROR),
+    "responses error": (event(type="error", message="x"), EventMeaning.ERROR),
 }
 
 
 @pytest.mark.parametrize("name", MEANINGS)
 def test_what_events_mean(name: str) -> None:
     data, meaning = MEANINGS[name]
-    assert understand(data)[0] is meaning
+    assert classify_event(data)[0] is meaning
 
 
 def test_usage_under_either_name() -> None:
-    _, usage = understand(event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 4}))
+    _, usage = classify_event(event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 4}))
     assert usage is not None and (usage.prompt, usage.output) == (3, 4)
-    _, usage = understand(event(type="response.completed", response={"usage": {"input_tokens": 5, "output_tokens": 6}}))
+    _, usage = classify_event(
+        event(type="response.completed", response={"usage": {"input_tokens": 5, "output_tokens": 6}})
+    )
     assert usage is not None and (usage.prompt, usage.output) == (5, 6)
     assert read_answer(b'{"usage":null}') == (None, False)
     assert read_answer(b'{"error":{"code":500}}') == (None, True)
@@ -80,7 +82,7 @@ def test_the_fast_mark_is_in_content_only() -> None:
     mark = OPERATIONS[b"/v1/chat/completions"].fast_mark
     for data, meaning in MEANINGS.values():
         if mark in data:
-            assert meaning in (Meaning.CONTENT, Meaning.OTHER)
+            assert meaning in (EventMeaning.CONTENT, EventMeaning.OTHER)
 
 
 def test_errors_are_shaped_as_the_sdk_reads_them() -> None:
@@ -91,11 +93,11 @@ def test_errors_are_shaped_as_the_sdk_reads_them() -> None:
 
 def test_stream_options_keep_what_else_they_say() -> None:
     body = b'{"stream_options":{"a":1e99,"include_usage":false},"model":"m","stream":true}'
-    ask = read_ask(body)
+    ask = read_request(body)
     wanted = b'{"stream_options":{"a":1e99,"include_usage":true},"model":"m","stream":true}'
     assert rewrite(body, ask, "m", True) == wanted
 
 
 def test_a_model_given_twice_is_found_beside_stream_options() -> None:
     with pytest.raises(InvalidBody):
-        read_ask(b'{"model":"a","stream_options":{},"model":"a"}')
+        read_request(b'{"model":"a","stream_options":{},"model":"a"}')

@@ -11,12 +11,12 @@ from fleetgate.control.reconciler.reconciler import (
     NEVER_S,
     RETRY_MAX_S,
     STEADY_S,
-    Hold,
-    Observed,
+    BackOff,
+    ObservedReplica,
+    ObservedState,
     Reconciler,
-    Seen,
-    Start,
-    Stop,
+    StartReplica,
+    StopReplica,
     after_failure,
     plan,
 )
@@ -29,14 +29,16 @@ from fleetgate.providers.base import (
     Replica,
     ReplicaSpec,
     ReplicaState,
-    Workload,
+    ReplicaWorkload,
 )
 
-WORKLOADS = [Workload(command=("a",)), Workload(command=("b",))]
+WORKLOADS = [ReplicaWorkload(command=("a",)), ReplicaWorkload(command=("b",))]
 NAMES = ["a", "a-0", "b"]
 
 
-def deployment(name: str, count: int = 1, workload: Workload = WORKLOADS[0], provider: str = "p") -> ManagedDeployment:
+def deployment(
+    name: str, count: int = 1, workload: ReplicaWorkload = WORKLOADS[0], provider: str = "p"
+) -> ManagedDeployment:
     """A managed Deployment."""
     return ManagedDeployment(
         name=name, cluster="c", provider=provider, region="r", workload=workload, replicas_desired=count
@@ -44,11 +46,13 @@ def deployment(name: str, count: int = 1, workload: Workload = WORKLOADS[0], pro
 
 
 def seen(
-    replica_id: str, name: str, state: ReplicaState = ReplicaState.READY, workload: Workload = WORKLOADS[0]
-) -> Seen:
+    replica_id: str, name: str, state: ReplicaState = ReplicaState.READY, workload: ReplicaWorkload = WORKLOADS[0]
+) -> ObservedReplica:
     """A replica that provider `p` told of."""
     url = f"http://{replica_id}/v1"
-    return Seen("p", Replica(id=replica_id, deployment=name, url=url, state=state, fingerprint=workload.fingerprint))
+    return ObservedReplica(
+        "p", Replica(id=replica_id, deployment=name, url=url, state=state, fingerprint=workload.fingerprint)
+    )
 
 
 DESIRED = st.lists(
@@ -64,23 +68,25 @@ SEEN = st.lists(
 LIVE = (ReplicaState.STARTING, ReplicaState.READY)
 
 
-def apply(replicas: Sequence[Seen], actions: Sequence[Start | Stop]) -> list[Seen]:
+def apply(replicas: Sequence[ObservedReplica], actions: Sequence[StartReplica | StopReplica]) -> list[ObservedReplica]:
     """What runs once the actions are done and what was started is ready."""
-    stopped = {action.seen.replica.id for action in actions if isinstance(action, Stop)}
+    stopped = {action.seen.replica.id for action in actions if isinstance(action, StopReplica)}
     left = [one for one in replicas if one.replica.id not in stopped and one.replica.state in LIVE]
-    kept = [Seen(one.provider, msgspec.structs.replace(one.replica, state=ReplicaState.READY)) for one in left]
+    kept = [
+        ObservedReplica(one.provider, msgspec.structs.replace(one.replica, state=ReplicaState.READY)) for one in left
+    ]
     started = [
         seen(action.replica_id, action.deployment.name, workload=action.deployment.workload)
         for action in actions
-        if isinstance(action, Start)
+        if isinstance(action, StartReplica)
     ]
     return kept + started
 
 
 @given(DESIRED, SEEN)
-def test_it_converges(desired: list[ManagedDeployment], replicas: list[Seen]) -> None:
+def test_it_converges(desired: list[ManagedDeployment], replicas: list[ObservedReplica]) -> None:
     for _ in range(20):
-        decided = plan(desired, Observed(tuple(replicas)), 0.0)
+        decided = plan(desired, ObservedState(tuple(replicas)), 0.0)
         replicas = apply(replicas, decided.actions)
     assert decided.actions == ()
     assert decided.because.startswith("nothing to do")
@@ -92,10 +98,12 @@ def test_it_converges(desired: list[ManagedDeployment], replicas: list[Seen]) ->
 
 
 @given(DESIRED, SEEN)
-def test_no_plan_runs_too_many_or_stops_what_is_desired(desired: list[ManagedDeployment], replicas: list[Seen]) -> None:
-    decided = plan(desired, Observed(tuple(replicas)), 0.0)
-    stops = [action.seen.replica for action in decided.actions if isinstance(action, Stop)]
-    starts = [action for action in decided.actions if isinstance(action, Start)]
+def test_no_plan_runs_too_many_or_stops_what_is_desired(
+    desired: list[ManagedDeployment], replicas: list[ObservedReplica]
+) -> None:
+    decided = plan(desired, ObservedState(tuple(replicas)), 0.0)
+    stops = [action.seen.replica for action in decided.actions if isinstance(action, StopReplica)]
+    starts = [action for action in decided.actions if isinstance(action, StartReplica)]
     assert len({replica.id for replica in stops}) == len(stops)
     busy = {one.replica.id for one in replicas if one.replica.state is not ReplicaState.FAILED}
     assert len({start.replica_id for start in starts} - busy) == len(starts)
@@ -114,15 +122,17 @@ def test_no_plan_runs_too_many_or_stops_what_is_desired(desired: list[ManagedDep
 
 @given(DESIRED, SEEN, st.permutations(range(12)))
 def test_order_of_what_is_seen_changes_nothing(
-    desired: list[ManagedDeployment], replicas: list[Seen], order: list[int]
+    desired: list[ManagedDeployment], replicas: list[ObservedReplica], order: list[int]
 ) -> None:
     shuffled = [replicas[index] for index in order if index < len(replicas)] + replicas[12:]
-    assert plan(desired, Observed(tuple(replicas)), 0.0) == plan(desired[::-1], Observed(tuple(shuffled)), 0.0)
+    assert plan(desired, ObservedState(tuple(replicas)), 0.0) == plan(
+        desired[::-1], ObservedState(tuple(shuffled)), 0.0
+    )
 
 
 @given(st.integers(1, 60), st.floats(0, 1e6))
 def test_back_off_grows_to_its_limit_and_belongs_to_one_workload(failures: int, now_s: float) -> None:
-    hold: Hold | None = None
+    hold: BackOff | None = None
     waits = []
     for _ in range(failures):
         hold = after_failure(hold, "f", now_s)
@@ -131,25 +141,25 @@ def test_back_off_grows_to_its_limit_and_belongs_to_one_workload(failures: int, 
     assert max(waits) <= RETRY_MAX_S + 1e-6
     assert hold is not None
     one = deployment("a")
-    held = {"a": Hold(hold.failures, hold.until_s, one.workload.fingerprint)}
-    assert plan([one], Observed((), held), now_s).actions == ()
-    assert plan([one], Observed((), held), hold.until_s + 1e-6).actions != ()
-    assert plan([deployment("a", workload=WORKLOADS[1])], Observed((), held), now_s).actions != ()
+    held = {"a": BackOff(hold.failures, hold.until_s, one.workload.fingerprint)}
+    assert plan([one], ObservedState((), held), now_s).actions == ()
+    assert plan([one], ObservedState((), held), hold.until_s + 1e-6).actions != ()
+    assert plan([deployment("a", workload=WORKLOADS[1])], ObservedState((), held), now_s).actions != ()
 
 
 def test_a_blind_provider_is_left_alone() -> None:
-    assert plan([deployment("a")], Observed((), {}, frozenset({"p"})), 0.0).actions == ()
+    assert plan([deployment("a")], ObservedState((), {}, frozenset({"p"})), 0.0).actions == ()
 
 
 def test_an_outdated_replica_stays_while_the_new_workload_fails() -> None:
     changed = deployment("a", 2, WORKLOADS[1])
     old = (seen("a-0", "a"), seen("a-1", "a"))
-    first = plan([changed], Observed(old), 0.0)
-    assert [type(action) for action in first.actions] == [Stop, Start]
+    first = plan([changed], ObservedState(old), 0.0)
+    assert [type(action) for action in first.actions] == [StopReplica, StartReplica]
     hold = after_failure(None, WORKLOADS[1].fingerprint, 1.0)
-    assert plan([changed], Observed(old[1:], {"a": hold}), 1.1).actions == ()
-    again = plan([changed], Observed(old[1:], {"a": hold}), 10.0)
-    assert [type(action) for action in again.actions] == [Start]
+    assert plan([changed], ObservedState(old[1:], {"a": hold}), 1.1).actions == ()
+    again = plan([changed], ObservedState(old[1:], {"a": hold}), 10.0)
+    assert [type(action) for action in again.actions] == [StartReplica]
 
 
 class Memory:

@@ -6,11 +6,11 @@ import pytest
 
 from fleetgate.core.canary_analysis import HELP_S, LOOK_S, PROBATION_S, RETRY_FIRST_S
 from fleetgate.core.model import Key, Snapshot, encode_snapshot
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key, sign
 from fleetgate.proxy.snapshot.rollout import FOLLOW_S_MAX, Rollout
 from fleetgate.proxy.snapshot.snapshot_file import SnapshotFile
-from fleetgate.proxy.telemetry.metrics import Telemetry
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from tests.loopback.control_rig import board_of
 from tests.loopback.rig import deployment, gateway
 
@@ -27,14 +27,14 @@ class Hand:
         self.events: list[str] = []
         self.file = SnapshotFile(group.folder)
         self.rollout = Rollout(self.file, group.board, index, self)
-        self.telemetry = Telemetry(group.board, index)
-        group.board.set(index, Worker.ACCEPTING, 0)
+        self.telemetry = WorkerMetrics(group.board, index)
+        group.board.set(index, WorkerCell.ACCEPTING, 0)
 
     def take(self, snapshot: Snapshot) -> bool:
         if snapshot.gateways and snapshot.gateways[0].strategy == UNUSABLE:
             return False
         self.used = snapshot
-        self.group.board.set(self.index, Worker.SNAPSHOT_VERSION, snapshot.version)
+        self.group.board.set(self.index, WorkerCell.SNAPSHOT_VERSION, snapshot.version)
         return True
 
     def keep(self, data: bytes, version: int) -> None:
@@ -45,7 +45,7 @@ class Hand:
 
     def start(self) -> None:
         self.rollout.start(self.group.now_s)
-        self.group.board.set(self.index, Worker.ACCEPTING, 1)
+        self.group.board.set(self.index, WorkerCell.ACCEPTING, 1)
 
     @property
     def keys(self) -> list[str]:
@@ -97,7 +97,7 @@ class Group:
         while self.now_s < end_s:
             self.now_s += 0.05
             for hand in self.hands:
-                self.board.set(hand.index, Worker.HEARTBEAT_MS, int(self.now_s * 1000))
+                self.board.set(hand.index, WorkerCell.HEARTBEAT_MS, int(self.now_s * 1000))
                 hand.rollout.look(self.now_s)
 
     @property
@@ -246,7 +246,7 @@ def test_a_worker_that_died_with_a_new_snapshot_comes_back_with_the_last_good_on
     group.publish("deadly", ["k1"])
     group.run(0.05)
     assert group.versions == [2, 1, 1]
-    group.board.sweep(0)
+    group.board.clear_worker(0)
     group.hands[0] = Hand(group, 0)
     group.hands[0].start()
     group.run(1.0)
@@ -283,7 +283,7 @@ def test_a_damaged_file_is_replaced_by_the_copy(group: Group, tmp_path: Path) ->
 def test_a_worker_that_starts_during_a_trial_goes_back_with_the_others(group: Group) -> None:
     group.publish("bad", ["k1"])
     group.run(1.0)
-    group.board.sweep(2)
+    group.board.clear_worker(2)
     group.hands[2] = Hand(group, 2)
     group.hands[2].start()
     assert group.versions == [2, 2, 2]

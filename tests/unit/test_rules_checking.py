@@ -2,8 +2,8 @@
 
 import pytest
 
-from fleetgate.core.routing.policy_decision import BodyPath, Facts
-from fleetgate.policies.cel_parser import CHARS_MAX, DEPTH_MAX, NODES_MAX, Mistake
+from fleetgate.core.routing.policy_decision import BodyPath, RequestAttributes
+from fleetgate.policies.cel_parser import CHARS_MAX, DEPTH_MAX, NODES_MAX, CelError
 from fleetgate.policies.type_checker import check
 from tests.unit.rules_rig import key, policy, rules
 
@@ -62,7 +62,7 @@ from tests.unit.rules_rig import key, policy, rules
     ],
 )
 def test_a_mistake_has_its_column_and_a_fix(source: str, column: int, says: str) -> None:
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(CelError) as caught:
         check(source)
     mistake = caught.value
     assert says in str(mistake)
@@ -81,12 +81,12 @@ def test_a_mistake_has_its_column_and_a_fix(source: str, column: int, says: str)
     ],
 )
 def test_an_expression_is_bounded(source: str) -> None:
-    with pytest.raises(Mistake, match=r"use at most|several policies|remove some|nearer to the top"):
+    with pytest.raises(CelError, match=r"use at most|several policies|remove some|nearer to the top"):
         check(source)
 
 
 def test_a_variable_can_be_forbidden() -> None:
-    with pytest.raises(Mistake, match="with `require:` alone"):
+    with pytest.raises(CelError, match="with `require:` alone"):
         check("deployment.tier == 'spot'", without="deployment")
 
 
@@ -163,11 +163,11 @@ BODY: dict[BodyPath, object] = {
 )
 def test_what_is_absent_reads_as_empty(source: str, present: bool, absent: bool) -> None:
     ruleset = rules(policy(require=source))
-    full = Facts(model="m", headers={"x-team": "a", "x-n": "5"}, body=BODY)
+    full = RequestAttributes(model="m", headers={"x-team": "a", "x-n": "5"}, body=BODY)
     told = ruleset.judge(full, key(team="t", **{"a.b/c": "d"}))
     # The rich Deployment has slot 0, the bare one slot 1.
     assert not told.notes and (told.allowed is None or 0 in told.allowed) == present
-    untold = ruleset.judge(Facts(model="m"), key())
+    untold = ruleset.judge(RequestAttributes(model="m"), key())
     assert not untold.notes and (untold.allowed is None or 1 in untold.allowed) == absent
 
 
@@ -184,6 +184,6 @@ def test_what_is_absent_reads_as_empty(source: str, present: bool, absent: bool)
 )
 def test_a_value_of_another_type_fails_without_showing_it(body: dict[BodyPath, object], why: str) -> None:
     source = 'request.body.n > 3 || "a" in request.body.list || size(request.body.size) > 3 || request.body.flag'
-    told = rules(policy(require=source)).judge(Facts(model="m", body=body), key())
+    told = rules(policy(require=source)).judge(RequestAttributes(model="m", body=body), key())
     assert told.denied_by == "p0" and len(told.notes) == 1
     assert why in told.notes[0] and "many" not in told.notes[0] and "the request is refused" in told.notes[0]

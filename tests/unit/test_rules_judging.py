@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from fleetgate.core.model import Deployment, Key, Policy
-from fleetgate.core.routing.policy_decision import ALLOWED, Facts, Judgement, PythonPolicy
+from fleetgate.core.routing.policy_decision import ALLOWED, PolicyDecision, PythonPolicy, RequestAttributes
 from fleetgate.policies import plugins
 from fleetgate.policies.body_fields import BodyReader
 from fleetgate.protocols.clients.openai import InvalidBody
-from fleetgate.proxy.downstream.policy_notices import Notices
+from fleetgate.proxy.downstream.policy_notices import PolicyNotices
 from tests.unit.rules_rig import BARE, RICH, compiled, key, policy, rules
 
 EU_STAYS = policy(when='key.labels.jurisdiction == "eu"', require='deployment.labels.jurisdiction == "eu"')
-ANY = Facts(model="m")
+ANY = RequestAttributes(model="m")
 
 
 def test_without_policies_everything_is_allowed() -> None:
@@ -37,8 +37,8 @@ def test_an_empty_set_is_denied_by_name() -> None:
 
 def test_the_set_is_empty_too_when_nobody_left_serves_the_model() -> None:
     ruleset = rules(policy(require='deployment.name == "bare"'))
-    assert ruleset.judge(Facts(model="m"), key()).allowed == frozenset({BARE.slot})
-    assert ruleset.judge(Facts(model="n"), key()).denied_by == "p0"
+    assert ruleset.judge(RequestAttributes(model="m"), key()).allowed == frozenset({BARE.slot})
+    assert ruleset.judge(RequestAttributes(model="n"), key()).denied_by == "p0"
 
 
 def test_policies_that_leave_nobody_together_are_all_named() -> None:
@@ -56,16 +56,18 @@ def test_when_of_a_require_may_speak_of_the_deployment() -> None:
 def test_prefer_comes_in_the_order_of_policies_without_who_is_not_allowed() -> None:
     long, all_of = policy(when="request.prompt_tokens > 8000", prefer=("bare",)), policy(prefer=("rich", "bare"))
     ruleset = rules(long, all_of)
-    assert ruleset.judge(Facts(model="m", prompt_tokens=9000), key()).preferred == (BARE.slot, RICH.slot)
-    assert ruleset.judge(Facts(model="m", prompt_tokens=10), key()).preferred == (RICH.slot, BARE.slot)
-    narrowed = rules(long, all_of, EU_STAYS).judge(Facts(model="m", prompt_tokens=9000), key(jurisdiction="eu"))
+    assert ruleset.judge(RequestAttributes(model="m", prompt_tokens=9000), key()).preferred == (BARE.slot, RICH.slot)
+    assert ruleset.judge(RequestAttributes(model="m", prompt_tokens=10), key()).preferred == (RICH.slot, BARE.slot)
+    narrowed = rules(long, all_of, EU_STAYS).judge(
+        RequestAttributes(model="m", prompt_tokens=9000), key(jurisdiction="eu")
+    )
     assert narrowed.preferred == (RICH.slot,)
 
 
 def test_the_least_urgent_priority_holds() -> None:
     urgent = policy(when='key.labels.tier == "gold"', priority="critical")
     batch = policy(when='request.body.service_tier == "flex"', priority="sheddable")
-    flex = Facts(model="m", body={("service_tier",): "flex"})
+    flex = RequestAttributes(model="m", body={("service_tier",): "flex"})
     for policies in permutations((urgent, batch)):
         ruleset = rules(*policies)
         assert ruleset.judge(flex, key("gold", tier="gold")).priority == "sheddable"
@@ -75,11 +77,11 @@ def test_the_least_urgent_priority_holds() -> None:
 
 def test_one_policy_may_do_several_things() -> None:
     told = rules(policy(require='deployment.name == "rich"', prefer=("rich",), priority="critical")).judge(ANY, key())
-    assert told == Judgement(allowed=frozenset({RICH.slot}), preferred=(RICH.slot,), priority="critical")
+    assert told == PolicyDecision(allowed=frozenset({RICH.slot}), preferred=(RICH.slot,), priority="critical")
 
 
 FAILS = 'int(request.headers["x-n"]) > 3'
-WRONG = Facts(model="m", headers={"x-n": "many"})
+WRONG = RequestAttributes(model="m", headers={"x-n": "many"})
 
 
 def test_a_require_that_fails_refuses() -> None:
@@ -114,7 +116,7 @@ def test_what_is_remembered_is_never_mistaken_for_something_else() -> None:
     right: dict[str, Any] = {"headers": {"a": "x", "b": "y"}, "body": {("n",): "1"}}
     swapped = {"headers": {"a": "y", "b": "x"}}
     for more, holds in (({}, True), (swapped, False), ({"body": {("n",): 1}}, False), ({}, True)):
-        assert bool(ruleset.judge(Facts(model="m", **(right | more)), key()).denied_by) != holds
+        assert bool(ruleset.judge(RequestAttributes(model="m", **(right | more)), key()).denied_by) != holds
 
 
 def test_an_expression_that_no_longer_compiles_refuses_only_where_it_protects() -> None:
@@ -126,7 +128,7 @@ def test_an_expression_that_no_longer_compiles_refuses_only_where_it_protects() 
 
 def test_a_note_is_told_once_a_minute() -> None:
     told = rules(policy(require=FAILS)).judge(WRONG, key()).notes
-    notices = Notices()
+    notices = PolicyNotices()
     assert notices.fresh(told, 5.0) == told
     assert notices.fresh((*told, "another"), 64.0) == ("another",)
     assert notices.fresh(told, 65.0) == told
@@ -135,39 +137,41 @@ def test_a_note_is_told_once_a_minute() -> None:
 class TestInPython:
     """Policies that a plug-in brings."""
 
-    def judge(self, monkeypatch: pytest.MonkeyPatch, python: PythonPolicy, when: str = "") -> Judgement:
+    def judge(self, monkeypatch: pytest.MonkeyPatch, python: PythonPolicy, when: str = "") -> PolicyDecision:
         monkeypatch.setattr(plugins, "_policies", {})
         plugins.register_policy("mine", python)
-        return compiled(Policy(name="p", python="mine", when=when)).judge(Facts(model="m", prompt_tokens=5), key())
+        return compiled(Policy(name="p", python="mine", when=when)).judge(
+            RequestAttributes(model="m", prompt_tokens=5), key()
+        )
 
     def test_it_sees_the_request_the_key_and_the_gateways_deployments(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def cheapest(facts: Facts, key: Key, deployments: Sequence[Deployment]) -> Judgement:
+        def cheapest(facts: RequestAttributes, key: Key, deployments: Sequence[Deployment]) -> PolicyDecision:
             assert facts.prompt_tokens == 5 and key.name == "laptop"
-            return Judgement(
+            return PolicyDecision(
                 allowed=frozenset(d.slot for d in deployments if d.name != "bare") | {99},
                 preferred=(99, *(d.slot for d in deployments)),
                 priority="sheddable",
             )
 
         told = self.judge(monkeypatch, cheapest)
-        assert told == Judgement(allowed=frozenset({RICH.slot}), preferred=(RICH.slot,), priority="sheddable")
+        assert told == PolicyDecision(allowed=frozenset({RICH.slot}), preferred=(RICH.slot,), priority="sheddable")
 
     def test_it_may_deny(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        told = self.judge(monkeypatch, lambda facts, key, deployments: Judgement(denied_by="me"))
+        told = self.judge(monkeypatch, lambda facts, key, deployments: PolicyDecision(denied_by="me"))
         assert told.denied_by == "p"
 
     def test_when_keeps_it_from_being_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        told = self.judge(monkeypatch, lambda *_: Judgement(denied_by="me"), when='key.name == "nobody"')
+        told = self.judge(monkeypatch, lambda *_: PolicyDecision(denied_by="me"), when='key.name == "nobody"')
         assert told == ALLOWED
 
-    @pytest.mark.parametrize("answer", [None, Judgement(priority="urgent"), "yes"])
+    @pytest.mark.parametrize("answer", [None, PolicyDecision(priority="urgent"), "yes"])
     def test_one_that_fails_refuses(self, monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
         told = self.judge(monkeypatch, lambda *_: answer)  # type: ignore[arg-type]
         assert told.denied_by == "p" and "Python policy mine failed with" in told.notes[0]
 
     def test_it_says_what_it_needs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def by_user(facts: Facts, key: Key, deployments: Sequence[Deployment]) -> Judgement:
-            return Judgement()
+        def by_user(facts: RequestAttributes, key: Key, deployments: Sequence[Deployment]) -> PolicyDecision:
+            return PolicyDecision()
 
         by_user.needs_headers = ("x-user",)  # type: ignore[attr-defined]
         by_user.needs_body = (("user",),)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, encode_snapshot
-from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, public_key, sign, verified
+from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, SignatureInvalid, public_key, sign, verified
 from fleetgate.proxy.snapshot.snapshot_file import SnapshotFile
 from tests.loopback.rig import deployment, gateway
 
@@ -50,7 +50,7 @@ def test_the_letter_with_bits_to_spare_is_no_exception(payload: bytes, bit: int)
     last = whole.index(b"=") - 1
     alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     whole[last] = alphabet[alphabet.index(whole[last]) ^ bit]
-    with pytest.raises(NotSigned):
+    with pytest.raises(SignatureInvalid):
         verified(bytes(whole), public_key(KEY))
 
 
@@ -59,7 +59,7 @@ def test_one_changed_byte_is_noticed_wherever_it_is(payload: bytes, data: st.Dat
     whole = bytearray(sign(payload, KEY))
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] ^= data.draw(st.integers(1, 255))
-    with pytest.raises(NotSigned):
+    with pytest.raises(SignatureInvalid):
         verified(bytes(whole), public_key(KEY))
 
 

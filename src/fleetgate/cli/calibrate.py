@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fleetgate.cli.client import Client, Failed, resource_path
+from fleetgate.cli.client import Client, CommandFailed, resource_path
 from fleetgate.cli.output import Output, console, print_json, print_yaml
 
 LOOK_EVERY_S = 0.25
 
 
 def show_plan(client: Client, path: str, order: dict[str, Any], output: Output) -> None:
-    """Print what would be sent. Raises: `Failed`."""
+    """Print what would be sent. Raises: `CommandFailed`."""
     plan = client.post(path, {**order, "dry_run": True})
     match output:
         case Output.JSON:
@@ -33,14 +33,14 @@ def show_plan(client: Client, path: str, order: dict[str, Any], output: Output) 
 def calibrate(client: Client, path: str, order: dict[str, Any]) -> dict[str, Any]:
     """Run a calibration to its end and give it as the API shows it.
 
-    Raises: `Failed`, also when it failed or was cancelled.
+    Raises: `CommandFailed`, also when it failed or was cancelled.
     """
     plan = client.post(path, {**order, "dry_run": True})
     sys.stderr.write(f"{cost_sentence(plan)}\n")
     try:
         job = client.post(path, order)
     except KeyboardInterrupt:
-        raise Failed(
+        raise CommandFailed(
             [f"interrupted while it began; if GET {path} shows it as running, DELETE {path}/ID ends it"]
         ) from None
     own_path = f"{path}/{job['id']}"
@@ -55,7 +55,7 @@ def calibrate(client: Client, path: str, order: dict[str, Any]) -> dict[str, Any
     except KeyboardInterrupt:
         job = client.delete(own_path)
     if job["state"] != "done":
-        raise Failed([job["sentence"]])
+        raise CommandFailed([job["sentence"]])
     return dict(job)
 
 

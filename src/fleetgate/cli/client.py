@@ -17,7 +17,7 @@ TOKEN_ENV = "FLEETGATE_TOKEN"  # noqa: S105 - a name
 ANSWER_S_MAX = 60.0  # a large fleet whose names resolve slowly
 
 
-class Failed(Exception):
+class CommandFailed(Exception):
     """A command could not be done. Shape: `messages` are sentences, one a line."""
 
     def __init__(self, messages: list[str]) -> None:
@@ -25,7 +25,7 @@ class Failed(Exception):
         self.messages = messages
 
 
-class Mistake(Exception):
+class UsageMistake(Exception):
     """One thing the API refused. Shape: `document` counts from 0."""
 
     def __init__(self, document: int, sentence: str) -> None:
@@ -34,15 +34,15 @@ class Mistake(Exception):
         self.sentence = sentence
 
 
-class Rejected(Failed):
+class ApiRejected(CommandFailed):
     """The API listed mistakes in what was sent."""
 
-    def __init__(self, message: str, mistakes: list[Mistake]) -> None:
+    def __init__(self, message: str, mistakes: list[UsageMistake]) -> None:
         super().__init__([mistake.sentence for mistake in mistakes] or [message])
         self.mistakes = mistakes
 
 
-class Unconfirmed(Failed):
+class NeedsConfirmation(CommandFailed):
     """The API asks first, because much is taken away."""
 
 
@@ -58,15 +58,15 @@ class Client:
         )
 
     def get(self, path: str, **params: str | int) -> Any:
-        """Read. Raises: `Failed`."""
+        """Read. Raises: `CommandFailed`."""
         return self._ask("GET", path, params=params)
 
     def post(self, path: str, body: Any) -> Any:
-        """Create or apply. Raises: `Failed`, `Rejected` where the API lists mistakes, `Unconfirmed`."""
+        """Create or apply. Raises: `CommandFailed`, `ApiRejected` where the API lists mistakes, `NeedsConfirmation`."""
         return self._ask("POST", path, body=body)
 
     def delete(self, path: str, **params: str | int) -> Any:
-        """Delete. Raises: `Failed`, `Unconfirmed`."""
+        """Delete. Raises: `CommandFailed`, `NeedsConfirmation`."""
         return self._ask("DELETE", path, params=params)
 
     def close(self) -> None:
@@ -76,15 +76,17 @@ class Client:
     def _ask(self, method: str, path: str, body: Any = None, params: dict[str, str | int] | None = None) -> Any:
         for name, value in body.items() if isinstance(body, dict) else ():
             if isinstance(value, float) and not isfinite(value):
-                raise Failed([f"{name}: {value} cannot be sent; give a number"])
+                raise CommandFailed([f"{name}: {value} cannot be sent; give a number"])
         try:
             answer = self._http.request(method, f"{self.base_url}{path}", json=body, params=params)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise Failed([f"--api {self.base_url} is not a URL; write it like {DEFAULT_API}"]) from error
+            raise CommandFailed([f"--api {self.base_url} is not a URL; write it like {DEFAULT_API}"]) from error
         except httpx2.TimeoutException as error:
-            raise Failed([f"the API at {self.base_url} did not answer in {ANSWER_S_MAX:.0f} s; try again"]) from error
+            raise CommandFailed(
+                [f"the API at {self.base_url} did not answer in {ANSWER_S_MAX:.0f} s; try again"]
+            ) from error
         except httpx2.TransportError as error:
-            raise Failed(
+            raise CommandFailed(
                 [f"no API answers at {self.base_url} ({error}); start it with `fleetgate up` or give --api"]
             ) from error
         if answer.is_success:
@@ -96,7 +98,7 @@ class Client:
 def connected(api: str | None, token: str | None, data_dir: Path | None) -> Iterator[Client]:
     """A session: flags go first, then the files of a data directory that was given, the environment, the defaults.
 
-    Raises: `Failed`.
+    Raises: `CommandFailed`.
     """
     if data_dir is not None:
         api = api or _first_line(data_dir / "api-address", required=False)
@@ -107,14 +109,16 @@ def connected(api: str | None, token: str | None, data_dir: Path | None) -> Iter
     if not token and _is_this_machine(base_url):  # this machine's token is nobody else's business
         token = _first_line(DEFAULT_DATA_DIR / "owner-token", required=False)
     if not token:
-        raise Failed(
+        raise CommandFailed(
             [
                 "there is no owner token: give --data-dir of the `fleetgate up` on this machine, --token, or set "
                 "FLEETGATE_TOKEN"
             ]
         )
     if not token.isascii() or not token.isprintable():
-        raise Failed(["the owner token has characters that a token cannot have; copy DATA_DIR/owner-token again"])
+        raise CommandFailed(
+            ["the owner token has characters that a token cannot have; copy DATA_DIR/owner-token again"]
+        )
     client = Client(base_url, token)
     try:
         yield client
@@ -141,7 +145,7 @@ def _first_line(path: Path, required: bool) -> str:
         if not required:
             return ""
         reason = (error.strerror or "no reason given").lower()
-        raise Failed(
+        raise CommandFailed(
             [f"{path} cannot be read ({reason}); give the --data-dir that `fleetgate up` uses, or --token"]
         ) from error
 
@@ -150,22 +154,26 @@ def _value(answer: httpx2.Response, base_url: str) -> Any:
     try:
         return answer.json()
     except ValueError as error:
-        raise Failed([f"{base_url} does not answer like a Fleetgate API; check --api"]) from error
+        raise CommandFailed([f"{base_url} does not answer like a Fleetgate API; check --api"]) from error
 
 
-def _failure(answer: httpx2.Response, base_url: str) -> Failed:
+def _failure(answer: httpx2.Response, base_url: str) -> CommandFailed:
     if answer.status_code == 401:
-        return Failed([f"the API at {base_url} does not take this owner token; give the right --data-dir, or --token"])
+        return CommandFailed(
+            [f"the API at {base_url} does not take this owner token; give the right --data-dir, or --token"]
+        )
     match _value(answer, base_url):
         case {"error": {"message": str(message), "needs_confirmation": True}}:
-            return Unconfirmed([message])
+            return NeedsConfirmation([message])
         case {"error": {"message": str(message), "errors": list(errors)}}:
             mistakes = [
-                Mistake(error.get("document", 0), f"{error['path']}: {error['message']}; {error['fix']}".lstrip(": "))
+                UsageMistake(
+                    error.get("document", 0), f"{error['path']}: {error['message']}; {error['fix']}".lstrip(": ")
+                )
                 for error in errors
             ]
             if answer.status_code == 422:
-                return Rejected(message, mistakes)
-            return Failed([message])
+                return ApiRejected(message, mistakes)
+            return CommandFailed([message])
         case _:
-            return Failed([f"{base_url} answered {answer.status_code}; check --api"])
+            return CommandFailed([f"{base_url} answered {answer.status_code}; check --api"])

@@ -18,9 +18,9 @@ from fleetgate.cli.client import (
     DEFAULT_API,
     DEFAULT_DATA_DIR,
     TOKEN_ENV,
+    ApiRejected,
     Client,
-    Failed,
-    Rejected,
+    CommandFailed,
     connected,
     resource_path,
 )
@@ -81,8 +81,8 @@ def apply(
                 answer = sent_once_sure(
                     lambda sure: client.post("/api/v1/apply", {**given, "confirmed": sure}), yes, "-" not in file
                 )
-            except Rejected as rejected:
-                raise Failed(
+            except ApiRejected as rejected:
+                raise CommandFailed(
                     [
                         f"{sources[mistake.document]}: {mistake.sentence}" if sources else mistake.sentence
                         for mistake in rejected.mistakes
@@ -117,7 +117,9 @@ def get(
     with _told(), connected(api, token, data_dir) as client:
         if plural == "events":
             if name is not None:
-                raise Failed(["Events have no names; use `fleetgate describe KIND NAME` for one resource's Events"])
+                raise CommandFailed(
+                    ["Events have no names; use `fleetgate describe KIND NAME` for one resource's Events"]
+                )
             found = client.get("/api/v1/events", limit=EVENTS_LISTED)["items"]
         elif name is not None:
             found = [client.get(resource_path(plural, name))]
@@ -368,7 +370,7 @@ def _told() -> Iterator[None]:
     """Failures as sentences on standard error and exit code 1."""
     try:
         yield
-    except (Failed, Unreadable) as failure:
+    except (CommandFailed, Unreadable) as failure:
         for message in failure.messages:
             sys.stderr.write(f"{message}\n")
         raise typer.Exit(1) from None

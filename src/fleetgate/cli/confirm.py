@@ -6,22 +6,22 @@ from typing import Any
 
 import typer
 
-from fleetgate.cli.client import Failed, Unconfirmed
+from fleetgate.cli.client import CommandFailed, NeedsConfirmation
 
 
 def sent_once_sure(send: Callable[[bool], Any], yes: bool, may_ask: bool = True) -> Any:
     """Send a change, and once more if the API asks and the answer is yes.
 
     Shape: `send` takes whether it is confirmed; `may_ask` is False where standard input is used for something else.
-    Raises: `Failed` when nobody said yes; its sentence names --yes where nobody could.
+    Raises: `CommandFailed` when nobody said yes; its sentence names --yes where nobody could.
     """
     try:
         return send(yes)
-    except Unconfirmed as asked:
+    except NeedsConfirmation as asked:
         if not (may_ask and sys.stdin.isatty()):
             raise
         for message in asked.messages:
             sys.stderr.write(f"{message}\n")
         if not typer.confirm("Do it?", err=True):
-            raise Failed(["nothing was changed"]) from asked
+            raise CommandFailed(["nothing was changed"]) from asked
         return send(True)

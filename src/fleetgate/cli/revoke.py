@@ -7,25 +7,25 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.cli.client import Failed
+from fleetgate.cli.client import CommandFailed
 from fleetgate.core.model import Key, decode_snapshot
 from fleetgate.ipc.revocation_list import REVOKED, Revocation, revoke
-from fleetgate.ipc.signed_file import LAST_GOOD, SNAPSHOT, NotSigned, public_key, verified
+from fleetgate.ipc.signed_file import LAST_GOOD, SNAPSHOT, SignatureInvalid, public_key, verified
 
 
 def revoke_here(data_dir: Path, name: str) -> None:
-    """Put the key on the machine's list. Raises: `Failed`."""
+    """Put the key on the machine's list. Raises: `CommandFailed`."""
     signing_key = _signing_key(data_dir / "signing.key")
     key = _find(data_dir, name, public_key(signing_key))
     try:
         revoke(data_dir / REVOKED, signing_key, Revocation(key.id, key.name, _user(), time.time()))
-    except NotSigned as error:
-        raise Failed(
+    except SignatureInvalid as error:
+        raise CommandFailed(
             [f"{data_dir / REVOKED} is damaged ({error}); remove it, then revoke all that was on it"]
         ) from None
     except OSError as error:
         reason = f"{data_dir / REVOKED} cannot be written ({error.strerror})"
-        raise Failed([f"{reason}; make room there, or run this as the user of `fleetgate up`"]) from None
+        raise CommandFailed([f"{reason}; make room there, or run this as the user of `fleetgate up`"]) from None
     sys.stdout.write(f"key {key.name} is revoked on this machine; the store learns of it from the control process\n")
 
 
@@ -36,7 +36,7 @@ def _signing_key(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         message = f"{path} cannot be read ({reason}); run this as the user of `fleetgate up`, with its --data-dir"
-        raise Failed([message]) from None
+        raise CommandFailed([message]) from None
     return data
 
 
@@ -45,14 +45,14 @@ def _find(data_dir: Path, name: str, public: bytes) -> Key:
     for file in (SNAPSHOT, LAST_GOOD):
         try:
             snapshot = decode_snapshot(verified((data_dir / file).read_bytes(), public))
-        except (OSError, NotSigned, msgspec.MsgspecError):
+        except (OSError, SignatureInvalid, msgspec.MsgspecError):
             continue
         for key in snapshot.keys:
             if name in (key.name, key.id):
                 return key
         names = ", ".join(key.name for key in snapshot.keys[:20]) or "none"
-        raise Failed([f"there is no key {name[:80]!r} in use here; the keys are: {names}"])
-    raise Failed([f"there is no Snapshot in {data_dir}; give the --data-dir of `fleetgate up`"])
+        raise CommandFailed([f"there is no key {name[:80]!r} in use here; the keys are: {names}"])
+    raise CommandFailed([f"there is no Snapshot in {data_dir}; give the --data-dir of `fleetgate up`"])
 
 
 def _user() -> str:

@@ -16,7 +16,7 @@ _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
 
 
-class Unusable(Exception):
+class DataDirUnusable(Exception):
     """The data directory, or something in it, cannot be used; the text names the path and the fix."""
 
 
@@ -53,7 +53,7 @@ class DataDir(msgspec.Struct, frozen=True):
 def open_data_dir(path: Path) -> DataDir:
     """Make or open a data directory with its secrets.
 
-    Raises: `Unusable`.
+    Raises: `DataDirUnusable`.
     """
     try:
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def open_data_dir(path: Path) -> DataDir:
             signing_key=_signing_key(path),
         )
     except OSError as error:
-        raise Unusable(unusable_sentence(path, error)) from error
+        raise DataDirUnusable(unusable_sentence(path, error)) from error
 
 
 def unusable_sentence(path: Path, error: OSError) -> str:
@@ -105,7 +105,9 @@ def _secret(path: Path) -> bytes:
         write_whole(path, secrets.token_bytes(SECRET_BYTES))
     data = path.read_bytes()
     if len(data) != SECRET_BYTES:
-        raise Unusable(f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; put it back from a backup")
+        raise DataDirUnusable(
+            f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; put it back from a backup"
+        )
     return data
 
 
@@ -123,5 +125,5 @@ def _token(path: Path) -> str:
         write_whole(path, f"fgo_{secrets.token_urlsafe(SECRET_BYTES)}\n".encode())
     token = path.read_text("ascii", errors="replace").strip()
     if len(token) < SECRET_BYTES or not token.isascii():
-        raise Unusable(f"{path} is damaged; remove it and a new owner token is written at the next start")
+        raise DataDirUnusable(f"{path} is damaged; remove it and a new owner token is written at the next start")
     return token

@@ -11,9 +11,16 @@ import msgspec
 import structlog
 
 from fleetgate.control.context import Control
-from fleetgate.control.data_dir import Unusable, unusable_sentence, write_whole
-from fleetgate.control.telemetry.series import Histogram, Series, read_series
-from fleetgate.core.fault_injection import Fault, Injected, Seen, decode_injected, encode_injected, must_stop
+from fleetgate.control.data_dir import DataDirUnusable, unusable_sentence, write_whole
+from fleetgate.control.telemetry.series import HistogramSeries, MetricSeries, read_series
+from fleetgate.core.fault_injection import (
+    Fault,
+    InjectedFaults,
+    SloObservation,
+    decode_injected,
+    encode_injected,
+    must_stop,
+)
 from fleetgate.core.model import Gateway, Slo
 
 FILE = "faults.json"
@@ -26,18 +33,18 @@ TARGETS = (("fleetgate_ttft_seconds", "ttft_s"), ("fleetgate_tpot_seconds", "tpo
 log = structlog.get_logger()
 
 
-class Exists(Exception):
+class FaultExists(Exception):
     """A fault of this name is in force."""
 
 
-class Faults:
+class FaultService:
     """The faults in force. The file is their only store, so that what is listed is what workers do."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
         self._path: Path = control.data_dir.path / FILE
         self._faults: dict[str, Fault] = {fault.name: fault for fault in self._load()}
-        self._seen: dict[str, deque[Seen]] = {}
+        self._seen: dict[str, deque[SloObservation]] = {}
         self._lock = threading.RLock()  # requests and the look once a second come from several threads
 
     def all(self) -> list[Fault]:
@@ -49,15 +56,15 @@ class Faults:
     def begin(self, fault: Fault) -> None:
         """Put one in force.
 
-        Raises: `Exists`; `Unusable` when the disk does not take it.
+        Raises: `FaultExists`; `DataDirUnusable` when the disk does not take it.
         """
         with self._lock:
             if fault.name in self._faults:
-                raise Exists(fault.name)
+                raise FaultExists(fault.name)
             self._faults[fault.name] = fault
             try:
                 self._write()
-            except Unusable:
+            except DataDirUnusable:
                 del self._faults[fault.name]
                 raise
         bound = f", or until under {fault.stop_below_slo:.0%} of requests are inside the SLO"
@@ -68,7 +75,7 @@ class Faults:
         )
 
     def end(self, name: str, because: str) -> Fault | None:
-        """Take one out of force, and say why; None where there is none. Raises: `Unusable`."""
+        """Take one out of force, and say why; None where there is none. Raises: `DataDirUnusable`."""
         with self._lock:
             fault = self._faults.pop(name, None)
             if fault is None:
@@ -89,7 +96,7 @@ class Faults:
             if self._faults:
                 try:
                     await asyncio.to_thread(self._look)
-                except Unusable as error:  # unwatched faults end by themselves
+                except DataDirUnusable as error:  # unwatched faults end by themselves
                     log.error("faults_not_watched", reason=str(error))
 
     def _look(self) -> None:
@@ -106,7 +113,7 @@ class Faults:
             if any(fault.stop_below_slo for fault in self._faults.values()):
                 self._write()
 
-    def _since_then(self, fault: Fault, series: Series) -> Seen:
+    def _since_then(self, fault: Fault, series: MetricSeries) -> SloObservation:
         """What the Gateways that use its Deployment gave their clients in the last seconds."""
         snapshot = self._control.publisher.current
         gateways = [
@@ -118,9 +125,9 @@ class Faults:
         looks = self._seen.setdefault(fault.name, deque(maxlen=WINDOW_LOOKS + 1))
         looks.append(now)
         then = looks[0]
-        return Seen(max(0, now.well - then.well), max(0, now.late - then.late), max(0, now.lost - then.lost))
+        return SloObservation(max(0, now.well - then.well), max(0, now.late - then.late), max(0, now.lost - then.lost))
 
-    def _series(self) -> Series:
+    def _series(self) -> MetricSeries:
         board = self._control.board
         return read_series(board.series_totals() if board is not None else {})
 
@@ -139,10 +146,10 @@ class Faults:
     def _write(self) -> None:
         try:
             write_whole(
-                self._path, encode_injected(Injected(watched_s=time.time(), faults=tuple(self._faults.values())))
+                self._path, encode_injected(InjectedFaults(watched_s=time.time(), faults=tuple(self._faults.values())))
             )
         except OSError as error:
-            raise Unusable(unusable_sentence(self._path.parent, error)) from error
+            raise DataDirUnusable(unusable_sentence(self._path.parent, error)) from error
 
 
 def new_name(fault_kind: str) -> str:
@@ -150,24 +157,26 @@ def new_name(fault_kind: str) -> str:
     return f"{fault_kind}-{secrets.token_hex(3)}"
 
 
-def _seen(gateway: Gateway, series: Series) -> Seen:
+def _seen(gateway: Gateway, series: MetricSeries) -> SloObservation:
     outcomes = series.counts_by(REQUESTS, "outcome", gateway=gateway.name)
     slo = gateway.slo or Slo()
     late = max(
         _over(series.histogram(metric, gateway=gateway.name), getattr(slo, target)) for metric, target in TARGETS
     )
-    return Seen(
+    return SloObservation(
         well=sum(outcomes.get(outcome, 0) for outcome in _WELL),
         late=late,
         lost=sum(outcomes.get(outcome, 0) for outcome in _LOST),
     )
 
 
-def _over(histogram: Histogram, target_s: float) -> int:
+def _over(histogram: HistogramSeries, target_s: float) -> int:
     """Observations over a target, which counts as the next bound of a bucket: up to twice itself."""
     within = next((total for bound, total in histogram.cumulated() if bound >= target_s), 0)
     return histogram.count - within
 
 
-def _sum(parts: list[Seen]) -> Seen:
-    return Seen(sum(part.well for part in parts), sum(part.late for part in parts), sum(part.lost for part in parts))
+def _sum(parts: list[SloObservation]) -> SloObservation:
+    return SloObservation(
+        sum(part.well for part in parts), sum(part.late for part in parts), sum(part.lost for part in parts)
+    )

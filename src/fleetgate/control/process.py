@@ -21,22 +21,29 @@ import uvloop
 
 from fleetgate.control.api.app import create_app
 from fleetgate.control.config import ENV, ControlConfig
-from fleetgate.control.context import Control, Started, newest_in_use
-from fleetgate.control.data_dir import API_ADDRESS, DataDir, Unusable, open_data_dir, unusable_sentence, write_whole
-from fleetgate.control.faults import Faults
+from fleetgate.control.context import Control, StartedProcess, newest_in_use
+from fleetgate.control.data_dir import (
+    API_ADDRESS,
+    DataDir,
+    DataDirUnusable,
+    open_data_dir,
+    unusable_sentence,
+    write_whole,
+)
+from fleetgate.control.faults import FaultService
 from fleetgate.control.reconciler.reconciler import Reconciler
-from fleetgate.control.resources.apply import Changes
+from fleetgate.control.resources.apply import ResourceWriter
 from fleetgate.control.resources.config_file import apply_file
 from fleetgate.control.resources.egress import parse_ranges
 from fleetgate.control.revocation_sync import merge_revoked
 from fleetgate.control.snapshot.publisher import Publisher
-from fleetgate.control.snapshot.replica_endpoints import Replicas
+from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.repository import load_world
-from fleetgate.control.telemetry.event_recorder import Watcher, beat, watch
-from fleetgate.control.usage.ingest import UsageBook
-from fleetgate.ipc.event_spool import Spool
-from fleetgate.ipc.shared_memory import Board, Plane
+from fleetgate.control.telemetry.event_recorder import EventRecorder, beat, watch
+from fleetgate.control.usage.ingest import UsageIngest
+from fleetgate.ipc.event_spool import EventSpool
+from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory
 from fleetgate.manifests import Unreadable
 from fleetgate.policies import plugins
 from fleetgate.providers.base import Settings, discover
@@ -70,7 +77,7 @@ def main() -> int:
                     runner.run(_run(config, data_dir, database))
             finally:
                 database.close()
-    except Unusable as error:
+    except DataDirUnusable as error:
         return _fail([str(error)])
     except Unreadable as error:
         return _fail(error.messages)
@@ -78,7 +85,7 @@ def main() -> int:
 
 
 async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> None:
-    changes = Changes(database, data_dir, parse_ranges(config.egress_allow))
+    changes = ResourceWriter(database, data_dir, parse_ranges(config.egress_allow))
     publisher = Publisher(database, data_dir, config.egress_allow, lambda: replicas.ready())
     control = Control(config, data_dir, database, changes, publisher)
     control.board = _board(config)
@@ -89,15 +96,17 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     settings = Settings(data_dir=data_dir.path, life_fd=config.life_fd)
     providers = {name: make(settings) for name, make in discover().items()}
     reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)
-    replicas = Replicas(reconciler.endpoints)
-    if config.config_file and not (control.board is not None and control.board.plane[Plane.CONFIGURED]):
+    replicas = ReplicaEndpoints(reconciler.endpoints)
+    if config.config_file and not (
+        control.board is not None and control.board.control_plane[ControlPlaneCell.CONFIGURED]
+    ):
         await _apply_config(control, config.config_file)
     replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.board)
     await asyncio.to_thread(publisher.publish)
-    control.started = Started(publisher.version, time.monotonic())
+    control.started = StartedProcess(publisher.version, time.monotonic())
     listener = socket.socket(fileno=config.api_fd)
     _write_address(data_dir, listener)
-    injected = Faults(control)
+    injected = FaultService(control)
     server = _Server(
         uvicorn.Config(
             create_app(control, [_host_of(config.api_listen), *config.api_hosts], injected),
@@ -119,16 +128,16 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
         replicas.drop_carried(publisher.poke),
         injected.run(),
     ]
-    book = UsageBook(data_dir.path, database)
+    book = UsageIngest(data_dir.path, database)
     if control.board is not None:
         jobs.append(book.run())
-        spool = Spool(data_dir.path)
+        spool = EventSpool(data_dir.path)
         jobs.append(beat(control.board))
         jobs.append(merge_revoked(control))
-        jobs.append(watch(Watcher(control.board), spool, lambda: publisher.current, control.record))
+        jobs.append(watch(EventRecorder(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
-    with suppress(OSError, Unusable):  # what the workers wrote last; else it is taken at the next start
+    with suppress(OSError, DataDirUnusable):  # what the workers wrote last; else it is taken at the next start
         await asyncio.to_thread(book.take)
     log.info("control_stopped")
 
@@ -141,7 +150,7 @@ async def _apply_config(control: Control, path: str) -> None:
     try:
         await apply_file(path, control.changes)
         if control.board is not None:
-            control.board.plane[Plane.CONFIGURED] = 1
+            control.board.control_plane[ControlPlaneCell.CONFIGURED] = 1
     except Unreadable as error:
         # Whoever edits the file must not lose the API because the workers are replaced just then.
         with control.database.read() as connection:
@@ -190,11 +199,11 @@ def _stop_when_asked(server: uvicorn.Server, life_fd: int) -> None:
         loop.add_reader(life_fd, supervisor_gone)
 
 
-def _board(config: ControlConfig) -> Board | None:
+def _board(config: ControlConfig) -> SharedMemory | None:
     if config.board_fd < 0:
         return None
-    memory = mmap.mmap(config.board_fd, Board.bytes_needed(config.workers))
-    return Board(memoryview(memory), config.workers)
+    memory = mmap.mmap(config.board_fd, SharedMemory.bytes_needed(config.workers))
+    return SharedMemory(memoryview(memory), config.workers)
 
 
 @contextmanager
@@ -204,12 +213,12 @@ def _only_one(data_dir: DataDir) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise Unusable(unusable_sentence(data_dir.path, error)) from error
+        raise DataDirUnusable(unusable_sentence(data_dir.path, error)) from error
     try:
         deadline_s = time.monotonic() + PREDECESSOR_S_MAX
         while not _locked(descriptor):
             if time.monotonic() > deadline_s:
-                raise Unusable(
+                raise DataDirUnusable(
                     f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
                     f"directory with --data-dir"
                 )
@@ -235,7 +244,7 @@ def _write_address(data_dir: DataDir, listener: socket.socket) -> None:
     try:
         write_whole(data_dir.path / API_ADDRESS, f"http://{shown}:{port}\n".encode())
     except OSError as error:
-        raise Unusable(unusable_sentence(data_dir.path, error)) from error
+        raise DataDirUnusable(unusable_sentence(data_dir.path, error)) from error
 
 
 def _host_of(address: str) -> str:

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 import structlog
 
 from fleetgate.control.context import Control
-from fleetgate.control.data_dir import Unusable
-from fleetgate.control.resources.apply import Origin
+from fleetgate.control.data_dir import DataDirUnusable
+from fleetgate.control.resources.apply import ChangeOrigin
 from fleetgate.control.store import repository as rows
-from fleetgate.ipc.revocation_list import Revocation, read_revoked, take_off
-from fleetgate.ipc.signed_file import NotSigned, public_key
+from fleetgate.ipc.revocation_list import Revocation, read_revoked, remove_revocation
+from fleetgate.ipc.signed_file import SignatureInvalid, public_key
 
 LOOK_EVERY_S = 1.0
 log = structlog.get_logger()
@@ -23,7 +23,11 @@ async def merge_revoked(control: Control) -> None:
         try:
             await _merge(control)
             trouble = ""
-        except (NotSigned, OSError, Unusable) as error:  # what is listed stays listed, and workers go by it
+        except (
+            SignatureInvalid,
+            OSError,
+            DataDirUnusable,
+        ) as error:  # what is listed stays listed, and workers go by it
             if str(error) != trouble:
                 trouble = str(error)
                 log.error("revoked_not_merged", path=str(control.data_dir.revoked), reason=trouble)
@@ -40,7 +44,7 @@ async def _merge(control: Control) -> None:
     # Only what every worker has left behind may go off the list, or the key would be good again for a moment.
     if control.has_everywhere(version):
         ids = {revocation.id for revocation in listed}
-        await asyncio.to_thread(take_off, data_dir.revoked, data_dir.signing_key, ids)
+        await asyncio.to_thread(remove_revocation, data_dir.revoked, data_dir.signing_key, ids)
 
 
 def _delete(control: Control, listed: tuple[Revocation, ...]) -> None:
@@ -51,4 +55,4 @@ def _delete(control: Control, listed: tuple[Revocation, ...]) -> None:
         if name is not None:
             at = datetime.fromtimestamp(revocation.at_s, UTC).isoformat(timespec="seconds")
             said = f"because it was revoked on the machine by {revocation.by} at {at}"
-            control.changes.delete("Key", name, confirmed=True, origin=Origin(said))
+            control.changes.delete("Key", name, confirmed=True, origin=ChangeOrigin(said))

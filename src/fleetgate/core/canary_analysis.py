@@ -20,7 +20,7 @@ RISE = 0.2
 FACTOR = 2.0
 
 
-class Results(NamedTuple):
+class AttemptCounts(NamedTuple):
     """Requests that ended, and how many of them failed through nobody's wish."""
 
     ended: int = 0
@@ -31,16 +31,16 @@ class Results(NamedTuple):
         """The failed share, 0 where nothing ended."""
         return self.failed / self.ended if self.ended else 0.0
 
-    def since(self, earlier: "Results") -> "Results":
+    def minus(self, earlier: "AttemptCounts") -> "AttemptCounts":
         """What came after an earlier count."""
-        return Results(self.ended - earlier.ended, self.failed - earlier.failed)
+        return AttemptCounts(self.ended - earlier.ended, self.failed - earlier.failed)
 
-    def plus(self, other: "Results") -> "Results":
+    def plus(self, other: "AttemptCounts") -> "AttemptCounts":
         """Both together."""
-        return Results(self.ended + other.ended, self.failed + other.failed)
+        return AttemptCounts(self.ended + other.ended, self.failed + other.failed)
 
 
-class Stage(StrEnum):
+class CanaryStage(StrEnum):
     """Where a new Snapshot is on its way to being the last good one."""
 
     LOOK = "look"  # in the canary alone
@@ -52,16 +52,16 @@ class Stage(StrEnum):
 
 
 MOVES = {
-    Stage.LOOK: (Stage.PROBATION, Stage.RETURNED),
-    Stage.PROBATION: (Stage.GOOD, Stage.RETURNED),
-    Stage.RETURNED: (Stage.WAITING, Stage.CLEARED),
-    Stage.WAITING: (Stage.LOOK,),
-    Stage.GOOD: (),
-    Stage.CLEARED: (),
+    CanaryStage.LOOK: (CanaryStage.PROBATION, CanaryStage.RETURNED),
+    CanaryStage.PROBATION: (CanaryStage.GOOD, CanaryStage.RETURNED),
+    CanaryStage.RETURNED: (CanaryStage.WAITING, CanaryStage.CLEARED),
+    CanaryStage.WAITING: (CanaryStage.LOOK,),
+    CanaryStage.GOOD: (),
+    CanaryStage.CLEARED: (),
 }
 
 
-class Trial(msgspec.Struct, frozen=True):
+class CanaryTrial(msgspec.Struct, frozen=True):
     """One Snapshot on trial.
 
     Shape: `before` is what ended in this worker shortly before, `before_all` in all workers; `own` and `others` are the
@@ -69,17 +69,17 @@ class Trial(msgspec.Struct, frozen=True):
     `bad` is what ended under the new one when it was given up.
     """
 
-    stage: Stage
+    stage: CanaryStage
     since_s: float
-    before: Results
-    before_all: Results
-    own: Results
-    others: Results
+    before: AttemptCounts
+    before_all: AttemptCounts
+    own: AttemptCounts
+    others: AttemptCounts
     returns: int = 0
-    bad: Results = Results()
+    bad: AttemptCounts = AttemptCounts()
 
 
-def is_worse(since: Results, before: Results, others: Results) -> bool:
+def is_worse(since: AttemptCounts, before: AttemptCounts, others: AttemptCounts) -> bool:
     """Whether so much more fails than before, and than elsewhere, that the change is to blame."""
     if before.ended - before.failed < BASIS_MIN or since.failed < FAILED_MIN:
         return False
@@ -91,36 +91,38 @@ def retry_after_s(returns: int) -> float:
     return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (returns - 1))
 
 
-def judge(trial: Trial, own: Results, others: Results, now_s: float) -> Trial:
+def next_stage(trial: CanaryTrial, own: AttemptCounts, others: AttemptCounts, now_s: float) -> CanaryTrial:
     """The trial after a look at the counts; the same one while nothing is decided."""
-    since, elsewhere, age_s = own.since(trial.own), others.since(trial.others), now_s - trial.since_s
+    since, elsewhere, age_s = own.minus(trial.own), others.minus(trial.others), now_s - trial.since_s
     everywhere = since.plus(elsewhere)
     match trial.stage:
-        case Stage.LOOK if is_worse(since, trial.before, elsewhere):
+        case CanaryStage.LOOK if is_worse(since, trial.before, elsewhere):
             return _given_up(trial, own, others, now_s, since)
-        case Stage.PROBATION if is_worse(everywhere, trial.before_all, Results()):
+        case CanaryStage.PROBATION if is_worse(everywhere, trial.before_all, AttemptCounts()):
             # All have it, so there is nobody left to compare with.
             return _given_up(trial, own, others, now_s, everywhere)
-        case Stage.LOOK if age_s >= LOOK_S:
-            return msgspec.structs.replace(trial, stage=Stage.PROBATION)
-        case Stage.PROBATION if age_s >= PROBATION_S:
-            return msgspec.structs.replace(trial, stage=Stage.GOOD)
-        case Stage.RETURNED if _is_as_bad(since, trial.bad) or _is_as_bad(everywhere, trial.bad):
-            return msgspec.structs.replace(trial, stage=Stage.CLEARED)
-        case Stage.RETURNED if age_s >= HELP_S:
-            return msgspec.structs.replace(trial, stage=Stage.WAITING)
-        case Stage.WAITING if age_s >= retry_after_s(trial.returns):
-            return msgspec.structs.replace(trial, stage=Stage.LOOK, since_s=now_s, own=own, others=others)
+        case CanaryStage.LOOK if age_s >= LOOK_S:
+            return msgspec.structs.replace(trial, stage=CanaryStage.PROBATION)
+        case CanaryStage.PROBATION if age_s >= PROBATION_S:
+            return msgspec.structs.replace(trial, stage=CanaryStage.GOOD)
+        case CanaryStage.RETURNED if _is_as_bad(since, trial.bad) or _is_as_bad(everywhere, trial.bad):
+            return msgspec.structs.replace(trial, stage=CanaryStage.CLEARED)
+        case CanaryStage.RETURNED if age_s >= HELP_S:
+            return msgspec.structs.replace(trial, stage=CanaryStage.WAITING)
+        case CanaryStage.WAITING if age_s >= retry_after_s(trial.returns):
+            return msgspec.structs.replace(trial, stage=CanaryStage.LOOK, since_s=now_s, own=own, others=others)
         case _:
             return trial
 
 
-def _given_up(trial: Trial, own: Results, others: Results, now_s: float, bad: Results) -> Trial:
+def _given_up(
+    trial: CanaryTrial, own: AttemptCounts, others: AttemptCounts, now_s: float, bad: AttemptCounts
+) -> CanaryTrial:
     returns = trial.returns + 1
     return msgspec.structs.replace(
-        trial, stage=Stage.RETURNED, since_s=now_s, own=own, others=others, returns=returns, bad=bad
+        trial, stage=CanaryStage.RETURNED, since_s=now_s, own=own, others=others, returns=returns, bad=bad
     )
 
 
-def _is_as_bad(since: Results, bad: Results) -> bool:
+def _is_as_bad(since: AttemptCounts, bad: AttemptCounts) -> bool:
     return since.failed >= FAILED_MIN and since.share >= bad.share / FACTOR

@@ -75,7 +75,7 @@ class QueueFull(msgspec.Struct, frozen=True):
     """There was no place left to wait in."""
 
 
-class Room(msgspec.Struct, frozen=True):
+class RoomFreed(msgspec.Struct, frozen=True):
     """It is this request's turn again to look for a place."""
 
 
@@ -91,7 +91,7 @@ class Content(msgspec.Struct, frozen=True):
     status: int = 200
 
 
-class Failed(msgspec.Struct, frozen=True):
+class AttemptFailed(msgspec.Struct, frozen=True):
     """The attempt in hand is lost.
 
     `sent` says whether the request had been sent, `resumable` whether an answer half-way out can go on elsewhere.
@@ -109,13 +109,13 @@ class Finished(msgspec.Struct, frozen=True):
     """The answer has ended as an answer should."""
 
 
-class Gone(msgspec.Struct, frozen=True):
+class ClientGone(msgspec.Struct, frozen=True):
     """The client left, or we end it as if it had: `outcome` is how it counts."""
 
     outcome: Outcome = Outcome.CLIENT_GONE
 
 
-Event = Picked | NotPicked | QueueFull | Room | Overdue | Content | Failed | Finished | Gone
+Event = Picked | NotPicked | QueueFull | RoomFreed | Overdue | Content | AttemptFailed | Finished | ClientGone
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ CONTINUE = Continue()
 WAIT = Wait()
 PICK = Pick()
 FINISHED = Finished()
-GONE = Gone()
+GONE = ClientGone()
 
 
 class IllegalMove(RuntimeError):
@@ -193,11 +193,11 @@ class Exchange:
         "_attempts_max",
         "_budget",
         "_client_retries",
+        "attempts_sent",
         "failures",
         "moves",
         "outcome",
         "resumes",
-        "sent",
         "state",
         "tried",
     )
@@ -208,8 +208,8 @@ class Exchange:
         self._client_retries = client_retries  # x-stainless-retry-count: the SDK is already retrying
         self.state = _PICKING
         self.tried: tuple[int, ...] = ()
-        self.failures: tuple[Failed, ...] = ()
-        self.sent = 0
+        self.failures: tuple[AttemptFailed, ...] = ()
+        self.attempts_sent = 0
         self.moves = 0
         self.resumes = 0  # from the first on, what fails is an answer, and no longer a request
         self.outcome: Outcome | None = None
@@ -217,19 +217,19 @@ class Exchange:
     def start(self) -> Pick:
         """The first command."""
         if self._client_retries:
-            self._budget.request_again()
+            self._budget.record_client_retry()
         else:
-            self._budget.request()
+            self._budget.record_request()
         return PICK
 
     def hedged(self, candidate: Candidate) -> None:
         """A second attempt runs beside the one in hand; which of them it is that brings content makes no difference."""
         self.tried = (*self.tried, candidate.slot)
-        self.sent += 1
+        self.attempts_sent += 1
 
     def not_sent(self) -> None:
         """One of two attempts was given up before its request went out, so that it counts against no bound."""
-        self.sent -= 1
+        self.attempts_sent -= 1
 
     def receive(self, event: Event, now_s: float) -> Command:
         """What to do now that this happened.
@@ -247,7 +247,7 @@ class Exchange:
     def _send(self, event: Picked, now_s: float) -> Command:
         self.state = _TRYING
         self.tried = (*self.tried, event.candidate.slot)
-        self.sent += 1
+        self.attempts_sent += 1
         return Send(event.candidate)
 
     def _no_place(self, event: NotPicked, now_s: float) -> Command:
@@ -268,7 +268,7 @@ class Exchange:
     def _overdue(self, event: Overdue, now_s: float) -> Command:
         return self._refuse(Refuse(429, "capacity_exhausted", min(event.retry_after_s, RETRY_AFTER_MAX_S)))
 
-    def _pick_again(self, event: Room, now_s: float) -> Command:
+    def _pick_again(self, event: RoomFreed, now_s: float) -> Command:
         self.state = _PICKING
         return Pick(self.tried)
 
@@ -279,13 +279,13 @@ class Exchange:
         self.outcome = _OK if event.status < 400 else _CLIENT_ERROR
         return COMMIT
 
-    def _move(self, event: Failed, now_s: float) -> Command:
+    def _move(self, event: AttemptFailed, now_s: float) -> Command:
         self.failures = (*self.failures, event)
         if not event.sent:
-            self.sent -= 1
+            self.attempts_sent -= 1
         if self.resumes and not event.resumable:
             return self._break_off(event.failure)
-        if event.failure is Failure.POISON or self.sent >= self._attempts_max:
+        if event.failure is Failure.POISON or self.attempts_sent >= self._attempts_max:
             return self._refuse(verdict(self.failures, self._client_retries))
         # The first move carries load elsewhere and multiplies nothing; from the second on a total outage would,
         # and so would those of a client that retries by itself.
@@ -295,7 +295,7 @@ class Exchange:
         self.state = _PICKING
         return Pick(self.tried)
 
-    def _lose(self, event: Failed, now_s: float) -> Command:
+    def _lose(self, event: AttemptFailed, now_s: float) -> Command:
         """The answer broke off half-way."""
         self.failures = (*self.failures, event)
         if not event.resumable or self.resumes >= RESUMES_MAX:
@@ -305,7 +305,7 @@ class Exchange:
             return self._break_off(event.failure)
         self.resumes += 1
         self.moves += 1
-        self.sent = 0
+        self.attempts_sent = 0
         self.state = _PICKING
         return Pick(self.tried)
 
@@ -313,7 +313,7 @@ class Exchange:
         self.state = _ENDED
         return Finish(self.outcome or _OK)
 
-    def _leave(self, event: Gone, now_s: float) -> Command:
+    def _leave(self, event: ClientGone, now_s: float) -> Command:
         self.state = _ENDED
         self.outcome = event.outcome
         return Finish(event.outcome)
@@ -335,21 +335,21 @@ class Exchange:
 MOVES: dict[tuple[State, type], Callable[..., Command]] = {
     (State.PICKING, Picked): Exchange._send,
     (State.PICKING, NotPicked): Exchange._no_place,
-    (State.PICKING, Gone): Exchange._leave,
-    (State.WAITING, Room): Exchange._pick_again,
+    (State.PICKING, ClientGone): Exchange._leave,
+    (State.WAITING, RoomFreed): Exchange._pick_again,
     (State.WAITING, QueueFull): Exchange._queue_full,
     (State.WAITING, Overdue): Exchange._overdue,
-    (State.WAITING, Gone): Exchange._leave,
+    (State.WAITING, ClientGone): Exchange._leave,
     (State.TRYING, Content): Exchange._commit,
-    (State.TRYING, Failed): Exchange._move,
-    (State.TRYING, Gone): Exchange._leave,
+    (State.TRYING, AttemptFailed): Exchange._move,
+    (State.TRYING, ClientGone): Exchange._leave,
     (State.COMMITTED, Finished): Exchange._finish,
-    (State.COMMITTED, Failed): Exchange._lose,
-    (State.COMMITTED, Gone): Exchange._leave,
+    (State.COMMITTED, AttemptFailed): Exchange._lose,
+    (State.COMMITTED, ClientGone): Exchange._leave,
 }
 
 
-def verdict(failures: tuple[Failed, ...], client_retries: int) -> Refuse:
+def verdict(failures: tuple[AttemptFailed, ...], client_retries: int) -> Refuse:
     """The one error a client sees after its attempts: what it can act on goes before what only we can."""
     kinds = {failed.failure for failed in failures}
     if kinds == {Failure.MODEL_MISSING}:

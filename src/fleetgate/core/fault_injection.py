@@ -10,7 +10,7 @@ WATCHED_S = 5.0  # a fault with an SLO to watch ends when nobody has watched for
 REQUESTS_MIN = 20  # fewer say nothing about a share
 
 
-class Kind(StrEnum):
+class FaultKind(StrEnum):
     """What happens to a request that is struck, at its Deployment's door."""
 
     DELAY = "delay"  # it is sent so much later
@@ -29,7 +29,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    kind: Kind
+    kind: FaultKind
     deployment: str
     share: float
     begins_s: float
@@ -39,7 +39,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     status: int = 503
 
 
-class Injected(msgspec.Struct, frozen=True, kw_only=True):
+class InjectedFaults(msgspec.Struct, frozen=True, kw_only=True):
     """All faults of a machine, as their file has them. `watched_s` is when their SLO was last looked at."""
 
     watched_s: float
@@ -47,15 +47,15 @@ class Injected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Injected).decode
+_decode = msgspec.json.Decoder(InjectedFaults).decode
 
 
-def encode_injected(injected: Injected) -> bytes:
+def encode_injected(injected: InjectedFaults) -> bytes:
     """The bytes of the file."""
     return _encode(injected)
 
 
-def decode_injected(data: bytes) -> Injected:
+def decode_injected(data: bytes) -> InjectedFaults:
     """Read the file.
 
     Raises: `msgspec.ValidationError` or `msgspec.DecodeError`.
@@ -63,7 +63,7 @@ def decode_injected(data: bytes) -> Injected:
     return _decode(data)
 
 
-def in_force(injected: Injected, now_s: float) -> tuple[Fault, ...]:
+def in_force(injected: InjectedFaults, now_s: float) -> tuple[Fault, ...]:
     """The faults that strike now, whatever has become of whoever asked for them."""
     return tuple(
         fault
@@ -73,7 +73,7 @@ def in_force(injected: Injected, now_s: float) -> tuple[Fault, ...]:
     )
 
 
-def struck(faults: Iterable[Fault], entropy: float) -> Fault | None:
+def is_affected(faults: Iterable[Fault], entropy: float) -> Fault | None:
     """Which fault strikes a request, if any; shares of several add up. Units: `entropy` 0 to 1."""
     below = 0.0
     for fault in faults:
@@ -83,7 +83,7 @@ def struck(faults: Iterable[Fault], entropy: float) -> Fault | None:
     return None
 
 
-class Seen(msgspec.Struct, frozen=True):
+class SloObservation(msgspec.Struct, frozen=True):
     """How requests went since some moment. `late` ended well but missed a target; `lost` did not end well."""
 
     well: int
@@ -97,7 +97,7 @@ class Seen(msgspec.Struct, frozen=True):
         return (self.well - self.late) / total if total else 1.0
 
 
-def must_stop(fault: Fault, seen: Seen) -> bool:
+def must_stop(fault: Fault, seen: SloObservation) -> bool:
     """Whether the fault has done more harm than its bound allows."""
     if not fault.stop_below_slo or seen.well + seen.lost < REQUESTS_MIN:
         return False

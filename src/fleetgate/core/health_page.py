@@ -10,35 +10,35 @@ from fleetgate.core.health.circuit_breaker import (
     EJECTION_MAX_S,
     FLAPS,
     JITTER,
-    MOVES,
     STEADY_S,
-    Breaker,
-    Move,
-    Sign,
+    TRANSITIONS,
+    BreakerState,
+    Signal,
+    Transition,
 )
 from fleetgate.core.health.outlier_detection import BROKEN_SHARE, REGION_SHARE, RESULTS_MIN, RESULTS_S, SLOW_FACTOR
 
 STATES = {
-    Breaker.CLOSED: "gets requests; after a return by slow start",
-    Breaker.OPEN: "can be reached, but its answers break: gets none",
-    Breaker.DOWN: "cannot be reached: gets none",
-    Breaker.DENIED: "refuses the Deployment's credential: gets none; every Endpoint of the Deployment with it",
-    Breaker.HALF_OPEN: "gets one real request, and one more beside it for each that brought content",
+    BreakerState.CLOSED: "gets requests; after a return by slow start",
+    BreakerState.OPEN: "can be reached, but its answers break: gets none",
+    BreakerState.DOWN: "cannot be reached: gets none",
+    BreakerState.DENIED: "refuses the Deployment's credential: gets none; every Endpoint of the Deployment with it",
+    BreakerState.HALF_OPEN: "gets one real request, and one more beside it for each that brought content",
 }
 
 SIGNS = {
-    Sign.WENT_WELL: "a request went well; of a stream, at its end",
-    Sign.BROKE: "a request broke: reset, 5xx, too long silent, malformed or truncated answer",
-    Sign.MOSTLY_BROKE: f"of at least {RESULTS_MIN} requests in {RESULTS_S:g} s more than {BROKEN_SHARE:.0%} broke",
-    Sign.UNREACHABLE: "no connection: refused, no answer in time, no address, a certificate that does not verify",
-    Sign.DENIED: "401 or 403 from its engine",
-    Sign.SLOW: f"first tokens or tokens take {SLOW_FACTOR:g} times as long as usual, while others could take its work",
-    Sign.PROBE_WELL: "its probe was answered",
-    Sign.PROBE_BROKE: "its probe was not answered, or with 5xx",
-    Sign.REGION_LOST: f"others of its region, and at least {REGION_SHARE:.0%} of it, went out within two seconds",
-    Sign.EVERYBODY_OUT: "nobody else who could take a request is in, and this one is the least bad; once a second",
-    Sign.BACK_OFF_OVER: "its time out is over",
-    Sign.NEW_CREDENTIAL: "a Snapshot brought another credential",
+    Signal.WENT_WELL: "a request went well; of a stream, at its end",
+    Signal.BROKE: "a request broke: reset, 5xx, too long silent, malformed or truncated answer",
+    Signal.MOSTLY_BROKE: f"of at least {RESULTS_MIN} requests in {RESULTS_S:g} s more than {BROKEN_SHARE:.0%} broke",
+    Signal.UNREACHABLE: "no connection: refused, no answer in time, no address, a certificate that does not verify",
+    Signal.DENIED: "401 or 403 from its engine",
+    Signal.SLOW: f"its first or next tokens take {SLOW_FACTOR:g} times as long as usual, and others can take its work",
+    Signal.PROBE_WELL: "its probe was answered",
+    Signal.PROBE_BROKE: "its probe was not answered, or with 5xx",
+    Signal.REGION_LOST: f"others of its region, and at least {REGION_SHARE:.0%} of it, went out within two seconds",
+    Signal.EVERYBODY_OUT: "nobody else who could take a request is in, and this one is the least bad; once a second",
+    Signal.BACK_OFF_OVER: "its time out is over",
+    Signal.NEW_CREDENTIAL: "a Snapshot brought another credential",
 }
 
 
@@ -52,8 +52,8 @@ def _head() -> list[str]:
         "# Health",
         "",
         "One circuit breaker for each Endpoint, in each worker, fed by real requests and by probes alike. This page is",
-        "drawn from the table in `core/health/circuit_breaker.py`; what is not listed changes nothing. Being full is no",
-        "ill health.",
+        "drawn from the table in `core/health/circuit_breaker.py`; what is not listed changes nothing.",
+        "Being full is not ill health.",
         "",
     ]
 
@@ -65,20 +65,20 @@ def _states() -> list[str]:
 def _moves() -> list[str]:
     rows = [
         f"| {state} | {SIGNS[sign]} | {_needed(move)} | {move.to} |"
-        for (state, sign), move in sorted(MOVES.items(), key=lambda row: list(Breaker).index(row[0][0]))
+        for (state, sign), move in sorted(TRANSITIONS.items(), key=lambda row: list(BreakerState).index(row[0][0]))
     ]
     return ["| from | sign | in a row | to |", "|---|---|---|---|", *rows, ""]
 
 
-def _needed(move: Move) -> str:
-    if not move.believed:
+def _needed(move: Transition) -> str:
+    if not move.verified:
         return "1, unless it flaps"
     return str(move.after) if move.after else "1 for each ejection, up to 3"
 
 
 def _diagram() -> list[str]:
-    arrows: dict[tuple[Breaker, Breaker], list[str]] = {}
-    for (state, sign), move in MOVES.items():
+    arrows: dict[tuple[BreakerState, BreakerState], list[str]] = {}
+    for (state, sign), move in TRANSITIONS.items():
         arrows.setdefault((state, move.to), []).append(sign.replace("_", " "))
     lines = [f"    {state} --> {to}: {', '.join(signs)}" for (state, to), signs in arrows.items()]
     return ["```mermaid", "stateDiagram-v2", "    [*] --> closed", *lines, "```", ""]

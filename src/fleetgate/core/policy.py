@@ -1,5 +1,7 @@
 """Old place of `fleetgate.core.routing.policy_decision`, which installed policy plug-ins still import."""
 
-from fleetgate.core.routing.policy_decision import ALLOWED, Facts, Judgement
+from fleetgate.core.routing.policy_decision import ALLOWED
+from fleetgate.core.routing.policy_decision import PolicyDecision as Judgement
+from fleetgate.core.routing.policy_decision import RequestAttributes as Facts
 
 __all__ = ["ALLOWED", "Facts", "Judgement"]

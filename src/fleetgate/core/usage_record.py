@@ -13,7 +13,7 @@ JOURNAL = "journal"  # the directory inside of the data directory, for those who
 INTERRUPTED = "interrupted"  # the worker died before it could settle
 
 
-class Intent(msgspec.Struct, frozen=True, tag_field="t", tag="i"):
+class UsageIntent(msgspec.Struct, frozen=True, tag_field="t", tag="i"):
     """An attempt is about to be sent. Shape: `id` is the request's, `-` and the attempt's number.
 
     Units: `at_ms` milliseconds since the epoch.
@@ -28,7 +28,7 @@ class Intent(msgspec.Struct, frozen=True, tag_field="t", tag="i"):
     region: str
 
 
-class Progress(msgspec.Struct, frozen=True, tag_field="t", tag="p"):
+class UsageProgress(msgspec.Struct, frozen=True, tag_field="t", tag="p"):
     """How far a stream is, about once a second: all that is known of it should its worker die."""
 
     id: str
@@ -36,7 +36,7 @@ class Progress(msgspec.Struct, frozen=True, tag_field="t", tag="p"):
     output_tokens: int
 
 
-class Settlement(msgspec.Struct, frozen=True, tag_field="t", tag="s"):
+class UsageSettlement(msgspec.Struct, frozen=True, tag_field="t", tag="s"):
     """An attempt is over.
 
     Shape: `exact` says that the engine told the tokens, 0 that they are estimated. The tokens are what the engine
@@ -54,11 +54,11 @@ class Settlement(msgspec.Struct, frozen=True, tag_field="t", tag="s"):
     bytes: int
 
 
-Entry = Intent | Progress | Settlement
+Entry = UsageIntent | UsageProgress | UsageSettlement
 _decode = msgspec.json.Decoder(Entry).decode
 
 
-class Row(NamedTuple):
+class UsageRow(NamedTuple):
     """One attempt in the usage book."""
 
     attempt_id: str
@@ -78,11 +78,11 @@ class Row(NamedTuple):
     bytes: int
 
 
-class Open(NamedTuple):
+class OpenAttempt(NamedTuple):
     """An attempt that is not settled yet, with what was last heard of it."""
 
-    intent: Intent
-    progress: Progress | None = None
+    intent: UsageIntent
+    progress: UsageProgress | None = None
 
 
 def entries_in(data: bytes, is_over: bool) -> tuple[list[Entry], int, int]:
@@ -110,40 +110,40 @@ def entries_in(data: bytes, is_over: bool) -> tuple[list[Entry], int, int]:
     return entries, read, damaged
 
 
-class Fold:
+class JournalReplay:
     """One worker's journal, entry by entry. Shape: `open` are the attempts that are not settled, by id."""
 
-    def __init__(self, known: Iterable[Open] = ()) -> None:
-        self.open: dict[str, Open] = {one.intent.id: one for one in known}
+    def __init__(self, known: Iterable[OpenAttempt] = ()) -> None:
+        self.open_attempts: dict[str, OpenAttempt] = {one.intent.id: one for one in known}
 
-    def take(self, entries: Iterable[Entry]) -> Iterator[Row]:
+    def take(self, entries: Iterable[Entry]) -> Iterator[UsageRow]:
         """The rows of what was settled. A settlement without an intent, or a second one, makes none."""
         for entry in entries:
             match entry:
-                case Intent():
-                    self.open.setdefault(entry.id, Open(entry))
-                case Progress():
-                    known = self.open.get(entry.id)
+                case UsageIntent():
+                    self.open_attempts.setdefault(entry.id, OpenAttempt(entry))
+                case UsageProgress():
+                    known = self.open_attempts.get(entry.id)
                     if known is not None:
-                        self.open[entry.id] = Open(known.intent, entry)
-                case Settlement():
-                    known = self.open.pop(entry.id, None)
+                        self.open_attempts[entry.id] = OpenAttempt(known.intent, entry)
+                case UsageSettlement():
+                    known = self.open_attempts.pop(entry.id, None)
                     if known is not None:
                         yield _row(known.intent, entry)
 
-    def abandon(self, now_ms: int) -> Iterator[Row]:
+    def abandon(self, now_ms: int) -> Iterator[UsageRow]:
         """The worker is dead: what it left open is charged as far as it is known to have come."""
-        for intent, progress in self.open.values():
+        for intent, progress in self.open_attempts.values():
             prompt, output = (progress.prompt_tokens, progress.output_tokens) if progress is not None else (0, 0)
             yield _row(
                 intent,
-                Settlement(intent.id, now_ms, INTERRUPTED, prompt, output, 0, prompt, output, 0),
+                UsageSettlement(intent.id, now_ms, INTERRUPTED, prompt, output, 0, prompt, output, 0),
             )
-        self.open.clear()
+        self.open_attempts.clear()
 
 
-def _row(intent: Intent, end: Settlement) -> Row:
-    return Row(
+def _row(intent: UsageIntent, end: UsageSettlement) -> UsageRow:
+    return UsageRow(
         attempt_id=intent.id,
         began_ms=intent.at_ms,
         ended_ms=end.at_ms,

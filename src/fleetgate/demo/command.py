@@ -10,14 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fleetgate.cli.client import Failed
+from fleetgate.cli.client import CommandFailed
 from fleetgate.demo.fleet import (
     DOMAIN,
     GATEWAY,
     MODEL,
     REGIONS,
     DemoFailed,
-    Fleet,
+    DemoFleet,
     check_parts,
     create_key,
     fleet_in,
@@ -38,7 +38,7 @@ def run_demo(once: bool, data_dir: Path | None) -> int:
             console.print("[bold green]Every claim of the tour holds.[/]")
             if not once:
                 _stay(fleet, console)
-    except (DemoFailed, Failed) as failure:
+    except (DemoFailed, CommandFailed) as failure:
         sys.stderr.write(f"{failure}\n")
         return 1
     except OSError as error:
@@ -74,7 +74,7 @@ def _folder(data_dir: Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _started(folder: Path, console: Console) -> Iterator[Fleet]:
+def _started(folder: Path, console: Console) -> Iterator[DemoFleet]:
     with contextlib.ExitStack() as stack:
         with console.status("starting the control plane and the proxies") as status:
             fleet = stack.enter_context(fleet_in(folder))
@@ -89,7 +89,7 @@ def _started(folder: Path, console: Console) -> Iterator[Fleet]:
         yield fleet
 
 
-def _stay(fleet: Fleet, console: Console) -> None:
+def _stay(fleet: DemoFleet, console: Console) -> None:
     """Say how to try it, and wait for Ctrl-C."""
     host = f"{GATEWAY}.{DOMAIN}"
     body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from fleetgate.cli.client import Client, Failed
+from fleetgate.cli.client import Client, CommandFailed
 from fleetgate.providers.base import Replica, ReplicaState, Settings
 from fleetgate.providers.local import LocalProvider
 from fleetgate.providers.local_shim import die_with_parent
@@ -79,7 +79,7 @@ def documents() -> list[dict[str, Any]]:
     return found
 
 
-class Fleet(msgspec.Struct, kw_only=True):
+class DemoFleet(msgspec.Struct, kw_only=True):
     """A running demo: where it answers, and with which key."""
 
     data_dir: Path
@@ -105,7 +105,7 @@ class Fleet(msgspec.Struct, kw_only=True):
         return replica
 
     def regions_up(self) -> set[str]:
-        """Regions with an Endpoint of which all is known that probes tell. Raises: `Failed` when the API is gone."""
+        """Regions with an Endpoint that has been probed and is up. Raises: `CommandFailed` when the API is gone."""
         state = self.api.get("/api/v1/state")
         return {
             deployment["region"]
@@ -140,7 +140,7 @@ def _ports() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def fleet_in(data_dir: Path) -> Iterator[Fleet]:
+def fleet_in(data_dir: Path) -> Iterator[DemoFleet]:
     """Start `fleetgate up` on a data directory; everything it started ends with the block. Raises: `DemoFailed`."""
     config = data_dir / "fleet.yaml"
     config.write_text(yaml.safe_dump_all(documents(), sort_keys=False))
@@ -161,7 +161,7 @@ def fleet_in(data_dir: Path) -> Iterator[Fleet]:
         token = _wait_for_token(data_dir, up)
         api = Client(api_url, token)
         try:
-            yield Fleet(
+            yield DemoFleet(
                 data_dir=data_dir,
                 endpoint=f"http://127.0.0.1:{port}/v1",
                 api_url=api_url,
@@ -192,7 +192,7 @@ def still_starting(data_dir: Path, up: subprocess.Popen[bytes], end_s: float) ->
     time.sleep(_LOOK_S)
 
 
-def wait_until_up(fleet: Fleet, tell: Any) -> None:
+def wait_until_up(fleet: DemoFleet, tell: Any) -> None:
     """Wait until every region answers its probe. Raises: `DemoFailed`.
 
     Shape: `tell` is called with the regions that are up.
@@ -201,7 +201,7 @@ def wait_until_up(fleet: Fleet, tell: Any) -> None:
     up: set[str] = set()
     while up != set(REGIONS):
         still_starting(fleet.data_dir, fleet.up, end_s)
-        with contextlib.suppress(Failed):  # the API comes up a moment after its token
+        with contextlib.suppress(CommandFailed):  # the API comes up a moment after its token
             up = fleet.regions_up()
         tell(up)
         failed = [one for one in fleet.replicas().values() if one.state is ReplicaState.FAILED]
@@ -209,8 +209,8 @@ def wait_until_up(fleet: Fleet, tell: Any) -> None:
             raise DemoFailed(f"the engine {failed[0].id} failed: {failed[0].because}")
 
 
-def create_key(fleet: Fleet) -> None:
-    """Make a client key through the API. Raises: `Failed`."""
+def create_key(fleet: DemoFleet) -> None:
+    """Make a client key through the API. Raises: `CommandFailed`."""
     created = fleet.api.post("/api/v1/keys", {"name": f"demo-{secrets.token_hex(3)}"})
     fleet.key = created["key"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import openai
 
-from fleetgate.demo.fleet import MODEL, Fleet
+from fleetgate.demo.fleet import MODEL, DemoFleet
 
 REQUEST_S_MAX = 60.0
 # Between an answer and a client's next request. A slot is free when the engine has closed its answer, a moment after
@@ -16,7 +16,7 @@ THINK_S = 0.05
 _PROMPTS = ("Name a color.", "Name a fruit.", "Name a city.", "Name an animal.", "Name a river.", "Name a tool.")
 
 
-class Shot(msgspec.Struct, kw_only=True):
+class DemoRequest(msgspec.Struct, kw_only=True):
     """One request and what came of it. Units: `started_s` on the monotonic clock; `ttft_s` to the first content."""
 
     started_s: float
@@ -27,14 +27,14 @@ class Shot(msgspec.Struct, kw_only=True):
     error: str = ""
 
 
-def sdk(fleet: Fleet) -> openai.OpenAI:
+def sdk(fleet: DemoFleet) -> openai.OpenAI:
     """The official SDK on the one endpoint, with its own retries off: they would hide failures from the tour."""
     return openai.OpenAI(base_url=fleet.endpoint, api_key=fleet.key, max_retries=0, timeout=REQUEST_S_MAX)
 
 
-def shoot(client: openai.OpenAI, number: int, streamed: bool, tokens: int) -> Shot:
+def shoot(client: openai.OpenAI, number: int, streamed: bool, tokens: int) -> DemoRequest:
     """Send one request and read its answer to the end."""
-    shot = Shot(started_s=time.monotonic(), streamed=streamed)
+    shot = DemoRequest(started_s=time.monotonic(), streamed=streamed)
     try:
         if streamed:
             _stream(client, number, tokens, shot)
@@ -49,7 +49,7 @@ def _message(number: int) -> str:
     return f"{_PROMPTS[number % len(_PROMPTS)]} ({number})"
 
 
-def _whole(client: openai.OpenAI, number: int, tokens: int, shot: Shot) -> None:
+def _whole(client: openai.OpenAI, number: int, tokens: int, shot: DemoRequest) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model=MODEL, messages=[{"role": "user", "content": _message(number)}], max_tokens=tokens
     )
@@ -60,7 +60,7 @@ def _whole(client: openai.OpenAI, number: int, tokens: int, shot: Shot) -> None:
         shot.error = "the answer has no finish_reason"
 
 
-def _stream(client: openai.OpenAI, number: int, tokens: int, shot: Shot) -> None:
+def _stream(client: openai.OpenAI, number: int, tokens: int, shot: DemoRequest) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model=MODEL,
         messages=[{"role": "user", "content": _message(number)}],
@@ -80,24 +80,24 @@ def _stream(client: openai.OpenAI, number: int, tokens: int, shot: Shot) -> None
         shot.error = "the stream ended without a finish_reason and without an error"
 
 
-def _place(headers: object, shot: Shot) -> None:
+def _place(headers: object, shot: DemoRequest) -> None:
     get: Callable[[str, str], str] = getattr(headers, "get")  # noqa: B009 - the SDK's own header type has no stub
     shot.region = get("x-fleetgate-region", "")
     shot.attempts = int(get("x-fleetgate-attempts", "0"))
 
 
-class Load:
+class DemoLoad:
     """So many clients at once, from `start` to `stop`.
 
     Shape: every `streamed_every`-th request is streamed, 0 for none.
     """
 
-    def __init__(self, fleet: Fleet, clients: int, tokens: int, streamed_every: int) -> None:
+    def __init__(self, fleet: DemoFleet, clients: int, tokens: int, streamed_every: int) -> None:
         self.streamed_every = streamed_every
         self._fleet = fleet
         self._tokens = tokens
         self._lock = threading.Lock()
-        self._shots: list[Shot] = []
+        self._shots: list[DemoRequest] = []
         self._number = 0
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._client, daemon=True) for _ in range(clients)]
@@ -107,19 +107,19 @@ class Load:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> list[Shot]:
+    def stop(self) -> list[DemoRequest]:
         """Let what runs end, and give all shots."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
         return self._shots
 
-    def done(self) -> Sequence[Shot]:
+    def done(self) -> Sequence[DemoRequest]:
         """The shots that have ended so far."""
         with self._lock:
             return tuple(self._shots)
 
-    def wait(self, enough: Callable[[Sequence[Shot]], bool], limit_s: float) -> bool:
+    def wait(self, enough: Callable[[Sequence[DemoRequest]], bool], limit_s: float) -> bool:
         """Wait until the shots so far are enough; False when they are not in time."""
         end_s = time.monotonic() + limit_s
         while not enough(self.done()):
@@ -140,10 +140,10 @@ class Load:
                 self._stopping.wait(THINK_S)
 
 
-class Story(threading.Thread):
+class LoadSummary(threading.Thread):
     """One long stream, to be half-way out when its region dies."""
 
-    def __init__(self, fleet: Fleet, tokens: int) -> None:
+    def __init__(self, fleet: DemoFleet, tokens: int) -> None:
         super().__init__(daemon=True)
         self._fleet = fleet
         self._tokens = tokens

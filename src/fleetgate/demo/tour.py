@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fleetgate.demo.fleet import MODEL, REGIONS, SLOTS, DemoFailed, Fleet
-from fleetgate.demo.load import Load, Shot, Story, quantile_s, sdk, shoot
+from fleetgate.demo.fleet import MODEL, REGIONS, SLOTS, DemoFailed, DemoFleet
+from fleetgate.demo.load import DemoLoad, DemoRequest, LoadSummary, quantile_s, sdk, shoot
 
 ANSWER_TOKENS = 16
 STORY_TOKENS = 600
@@ -25,9 +25,9 @@ def claim(holds: bool, otherwise: str) -> None:
         raise DemoFailed(f"this claim of the tour does not hold: {otherwise}")
 
 
-def run_tour(fleet: Fleet, console: Console) -> None:
+def run_tour(fleet: DemoFleet, console: Console) -> None:
     """Show everything. Raises: `DemoFailed` at the first claim that does not hold."""
-    steps: Sequence[tuple[str, Callable[[Fleet, Console], None]]] = (
+    steps: Sequence[tuple[str, Callable[[DemoFleet, Console], None]]] = (
         ("One endpoint answers with a real model, as a stream", show_stream),
         ("When the first region is full, the next one takes over", show_overflow),
         ("The first region dies under load, and no request fails", show_death),
@@ -40,7 +40,7 @@ def run_tour(fleet: Fleet, console: Console) -> None:
         console.print(f"[green]✓ holds[/] [dim]({time.monotonic() - begun_s:.0f} s)[/]\n")
 
 
-def show_stream(fleet: Fleet, console: Console) -> None:
+def show_stream(fleet: DemoFleet, console: Console) -> None:
     """A streamed answer, printed as it comes."""
     question = "What is a lighthouse? Answer in one sentence."
     console.print(f"[dim]{question}[/]")
@@ -65,7 +65,7 @@ def show_stream(fleet: Fleet, console: Console) -> None:
     )
 
 
-def show_overflow(fleet: Fleet, console: Console) -> None:
+def show_overflow(fleet: DemoFleet, console: Console) -> None:
     """Load within the first region's limit, and above it."""
     calm = _phase(fleet, SLOTS, _CALM_REQUESTS)
     console.print(_table(f"{SLOTS} at once: {FIRST} has room ({SLOTS} slots)", calm))
@@ -77,16 +77,16 @@ def show_overflow(fleet: Fleet, console: Console) -> None:
     claim(_share(busy, FIRST) > 0 and _share(busy, SECOND) > 0, f"load above {FIRST}'s limit should reach both regions")
 
 
-def show_death(fleet: Fleet, console: Console) -> None:
+def show_death(fleet: DemoFleet, console: Console) -> None:
     """A region killed under load."""
-    story = Story(fleet, STORY_TOKENS)
+    story = LoadSummary(fleet, STORY_TOKENS)
     story.start()
     story.begun.wait(PHASE_S_MAX)
     claim(
         story.region == FIRST and not story.error,
         f"the long stream should run in {FIRST}: {story.error or story.region}",
     )
-    load = Load(fleet, clients=2 * SLOTS - 1, tokens=ANSWER_TOKENS, streamed_every=3)
+    load = DemoLoad(fleet, clients=2 * SLOTS - 1, tokens=ANSWER_TOKENS, streamed_every=3)
     load.start()
     try:
         load.wait(lambda shots: len(shots) >= _CALM_REQUESTS, PHASE_S_MAX)
@@ -110,13 +110,13 @@ def show_death(fleet: Fleet, console: Console) -> None:
     _tell_story(fleet, story, half_way, console)
 
 
-def _tell_story(fleet: Fleet, story: Story, half_way: bool, console: Console) -> None:
+def _tell_story(fleet: DemoFleet, story: LoadSummary, half_way: bool, console: Console) -> None:
     """The stream that was half-way out when its region died, beside the same one left alone."""
     claim(story.whole, f"the stream that was cut off should go on: {story.error or 'it ended without a finish_reason'}")
     if not half_way:
         console.print("[dim]The long stream had ended before the kill.[/]")
         return
-    again = Story(fleet, STORY_TOKENS)
+    again = LoadSummary(fleet, STORY_TOKENS)
     again.start()
     again.join(PHASE_S_MAX)
     claim(again.whole, f"the same stream, left alone, should come to its end: {again.error}")
@@ -131,7 +131,7 @@ def _tell_story(fleet: Fleet, story: Story, half_way: bool, console: Console) ->
     )
 
 
-def show_recovery(fleet: Fleet, console: Console) -> None:
+def show_recovery(fleet: DemoFleet, console: Console) -> None:
     """The killed engine comes back by itself."""
     end_s = time.monotonic() + RECOVERY_S_MAX
     number, shot = 0, None
@@ -156,14 +156,14 @@ def _last(sentences: Sequence[str], word: str) -> int:
     return max((index for index, sentence in enumerate(sentences) if word in sentence), default=0)
 
 
-def _phase(fleet: Fleet, clients: int, requests: int) -> list[Shot]:
-    load = Load(fleet, clients, ANSWER_TOKENS, streamed_every=1)  # only a stream has a first token to time
+def _phase(fleet: DemoFleet, clients: int, requests: int) -> list[DemoRequest]:
+    load = DemoLoad(fleet, clients, ANSWER_TOKENS, streamed_every=1)  # only a stream has a first token to time
     load.start()
     load.wait(lambda shots: len(shots) >= requests, PHASE_S_MAX)
     return load.stop()
 
 
-def _claim_no_failures(shots: Sequence[Shot]) -> None:
+def _claim_no_failures(shots: Sequence[DemoRequest]) -> None:
     failed = [shot for shot in shots if shot.error]
     claim(
         not failed,
@@ -171,11 +171,11 @@ def _claim_no_failures(shots: Sequence[Shot]) -> None:
     )
 
 
-def _share(shots: Sequence[Shot], region: str) -> float:
+def _share(shots: Sequence[DemoRequest], region: str) -> float:
     return sum(shot.region == region for shot in shots) / max(1, len(shots))
 
 
-def _table(title: str, shots: Sequence[Shot]) -> Table:
+def _table(title: str, shots: Sequence[DemoRequest]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("region", "requests", "share", "TTFT p50", "TTFT p99"):
         table.add_column(column, justify="left" if column == "region" else "right")

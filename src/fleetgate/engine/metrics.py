@@ -5,7 +5,7 @@ from typing import Any
 from fleetgate.engine.batch import Batch
 
 
-class Counts:
+class EngineCounts:
     """What the server counts beside the batch."""
 
     def __init__(self) -> None:
@@ -22,14 +22,14 @@ def _lines(kind: str, name: str, value: float, labels: str = "") -> list[str]:
     return [f"# TYPE {name} {kind}", f"{name}{labels} {value:g}" if kind == "gauge" else f"{name}{labels} {int(value)}"]
 
 
-def _own(counts: Counts) -> list[str]:
+def _own(counts: EngineCounts) -> list[str]:
     return [
         *_lines("counter", "fleetgate_engine_client_disconnects_total", counts.disconnects),
         *_lines("counter", "fleetgate_engine_refusals_total", counts.refusals),
     ]
 
 
-def vllm_metrics(batch: Batch[Any], counts: Counts, model: str, kv_tokens: int) -> str:
+def vllm_metrics(batch: Batch[Any], counts: EngineCounts, model: str, kv_tokens: int) -> str:
     """The page with vLLM's names. Units: KV use 0 to 1."""
     name = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     labels = f'{{engine="0",model_name="{name}"}}'
@@ -46,7 +46,7 @@ def vllm_metrics(batch: Batch[Any], counts: Counts, model: str, kv_tokens: int) 
     return "\n".join([*lines, *_own(counts)]) + "\n"
 
 
-def llamacpp_metrics(batch: Batch[Any], counts: Counts, model: str, kv_tokens: int) -> str:
+def llamacpp_metrics(batch: Batch[Any], counts: EngineCounts, model: str, kv_tokens: int) -> str:
     """The page with llama.cpp's names, which knows no model. Units: KV use 0 to 1."""
     lines = [
         *_lines("counter", "llamacpp:prompt_tokens_total", batch.prompt_tokens_total),

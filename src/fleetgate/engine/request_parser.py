@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from fleetgate.engine.json_schema import Schema, matching
-from fleetgate.engine.text_generator import Voice, json_pieces
+from fleetgate.engine.text_generator import TextGenerator, json_pieces
 
 BYTES_PER_TOKEN = 4
 OUTPUT_TOKENS_MAX = 32_768
@@ -15,7 +15,7 @@ DIMENSIONS = 64
 INPUTS_MAX = 2048
 
 
-class BadAsk(Exception):
+class InvalidRequest(Exception):
     """The body asks for nothing that can be answered; `param` names the field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -111,7 +111,7 @@ class _Embedding(msgspec.Struct, frozen=True):
     dimensions: int | None = None
 
 
-class Ask(msgspec.Struct, kw_only=True):
+class GenerationRequest(msgspec.Struct, kw_only=True):
     """A request for generated tokens. Shape: `pieces` are the tokens of the answer, cut to what the client allows."""
 
     model: str
@@ -128,7 +128,7 @@ class Ask(msgspec.Struct, kw_only=True):
         return "".join(self.pieces)
 
 
-class EmbeddingAsk(msgspec.Struct, kw_only=True):
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
     """A request for embeddings."""
 
     model: str
@@ -142,7 +142,7 @@ class EmbeddingAsk(msgspec.Struct, kw_only=True):
         return sum(tokens_of(text) for text in self.inputs)
 
 
-class Habits(msgspec.Struct, frozen=True, kw_only=True):
+class OutputHabits(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine does where a request leaves it open."""
 
     seed: int = 0
@@ -160,30 +160,30 @@ _read_response = msgspec.json.Decoder(_Response).decode
 _read_embedding = msgspec.json.Decoder(_Embedding).decode
 
 
-def read_chat(body: bytes, habits: Habits) -> Ask:
-    """Read a chat completion's body. Raises: `BadAsk`."""
+def read_chat(body: bytes, habits: OutputHabits) -> GenerationRequest:
+    """Read a chat completion's body. Raises: `InvalidRequest`."""
     chat: _Chat = _read(_read_chat, body)
     if not chat.messages:
-        raise BadAsk("`messages` is empty; give at least one message", "messages")
+        raise InvalidRequest("`messages` is empty; give at least one message", "messages")
     prompt = b"\n".join(b"%b:%b%b" % (m.role.encode(), bytes(m.content), bytes(m.tool_calls)) for m in chat.messages)
     limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
     answered = chat.messages[-1].role == "tool"
     return _ask(chat, prompt, _Wish(_limit(limit), _floor(chat, limit), chat.response_format, answered), habits)
 
 
-def read_completion(body: bytes, habits: Habits) -> Ask:
-    """Read a legacy completion's body. Raises: `BadAsk`."""
+def read_completion(body: bytes, habits: OutputHabits) -> GenerationRequest:
+    """Read a legacy completion's body. Raises: `InvalidRequest`."""
     completion: _Completion = _read(_read_completion, body)
     if not bytes(completion.prompt):
-        raise BadAsk("`prompt` is missing; give a text", "prompt")
+        raise InvalidRequest("`prompt` is missing; give a text", "prompt")
     wish = _Wish(
         _limit(completion.max_tokens), _floor(completion, completion.max_tokens), completion.response_format, False
     )
     return _ask(completion, bytes(completion.prompt), wish, habits)
 
 
-def read_response(body: bytes, habits: Habits) -> Ask:
-    """Read the body of the responses API. Raises: `BadAsk`."""
+def read_response(body: bytes, habits: OutputHabits) -> GenerationRequest:
+    """Read the body of the responses API. Raises: `InvalidRequest`."""
     response: _Response = _read(_read_response, body)
     prompt = (response.instructions or "").encode() + bytes(response.input)
     answered = b'"function_call_output"' in prompt
@@ -191,19 +191,21 @@ def read_response(body: bytes, habits: Habits) -> Ask:
     return _ask(response, prompt, _Wish(_limit(response.max_output_tokens), 0, form, answered), habits)
 
 
-def read_embedding(body: bytes) -> EmbeddingAsk:
-    """Read an embedding's body. Raises: `BadAsk`."""
+def read_embedding(body: bytes) -> EmbeddingRequest:
+    """Read an embedding's body. Raises: `InvalidRequest`."""
     ask: _Embedding = _read(_read_embedding, body)
     given = ask.input
     one = isinstance(given, str) or not given or isinstance(given[0], int)  # a text or one list of token ids
     inputs: list[Any] = [given] if one else list(given)
     dimensions = ask.dimensions if ask.dimensions is not None else DIMENSIONS
     if not given or len(inputs) > INPUTS_MAX:
-        raise BadAsk(f"`input` must hold 1 to {INPUTS_MAX} texts", "input")
+        raise InvalidRequest(f"`input` must hold 1 to {INPUTS_MAX} texts", "input")
     if not 1 <= dimensions <= DIMENSIONS_MAX:
-        raise BadAsk(f"`dimensions` must be 1 to {DIMENSIONS_MAX}", "dimensions")
+        raise InvalidRequest(f"`dimensions` must be 1 to {DIMENSIONS_MAX}", "dimensions")
     texts = [text.encode() if isinstance(text, str) else repr(text).encode() for text in inputs]
-    return EmbeddingAsk(model=ask.model, inputs=texts, base64=ask.encoding_format == "base64", dimensions=dimensions)
+    return EmbeddingRequest(
+        model=ask.model, inputs=texts, base64=ask.encoding_format == "base64", dimensions=dimensions
+    )
 
 
 class _Wish(msgspec.Struct, frozen=True):
@@ -219,14 +221,14 @@ def _read(decode: Any, body: bytes) -> Any:
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        raise BadAsk(str(error)) from None
+        raise InvalidRequest(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadAsk(f"the request body is not valid JSON: {error}") from None
+        raise InvalidRequest(f"the request body is not valid JSON: {error}") from None
 
 
 def _limit(tokens: int | None) -> int | None:
     if tokens is not None and tokens < 1:
-        raise BadAsk("`max_tokens` must be at least 1", "max_tokens")
+        raise InvalidRequest("`max_tokens` must be at least 1", "max_tokens")
     return tokens
 
 
@@ -235,9 +237,9 @@ def _floor(body: _Sampled, limit: int | None) -> int:
     return OUTPUT_TOKENS_MAX if body.ignore_eos and limit is not None else body.min_tokens or 0
 
 
-def _ask(body: _Body, prompt: bytes, wish: _Wish, habits: Habits) -> Ask:
+def _ask(body: _Body, prompt: bytes, wish: _Wish, habits: OutputHabits) -> GenerationRequest:
     options = getattr(body, "stream_options", None)
-    voice = Voice(habits.seed, prompt)
+    voice = TextGenerator(habits.seed, prompt)
     tool = _tool(body, wish.answered)
     limit = min(wish.limit if wish.limit is not None else OUTPUT_TOKENS_MAX, OUTPUT_TOKENS_MAX)
     if tool is not None:
@@ -247,7 +249,7 @@ def _ask(body: _Body, prompt: bytes, wish: _Wish, habits: Habits) -> Ask:
     else:
         pieces = voice.pieces(min(max(habits.output_tokens, wish.floor), limit + 1))
     cut = len(pieces) > limit
-    return Ask(
+    return GenerationRequest(
         model=body.model,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
@@ -268,15 +270,15 @@ def _tool(body: _Body, answered: bool) -> _Function | None:
         name = body.tool_choice.function.name if body.tool_choice.function else body.tool_choice.name
     chosen = [tool for tool in tools if not name or tool.name == name]
     if not chosen:
-        raise BadAsk(f"`tool_choice` names {name!r}, which is not among `tools`", "tool_choice")
+        raise InvalidRequest(f"`tool_choice` names {name!r}, which is not among `tools`", "tool_choice")
     return chosen[0]
 
 
-def _arguments(parameters: Schema, voice: Voice) -> object:
+def _arguments(parameters: Schema, voice: TextGenerator) -> object:
     return matching(parameters, voice) if parameters.properties else {}
 
 
-def _structured(form: _Format, voice: Voice) -> object:
+def _structured(form: _Format, voice: TextGenerator) -> object:
     schema = form.schema or (form.json_schema.schema if form.json_schema else None)
     if form.type == "json_schema" and schema is not None:
         return matching(schema, voice)

@@ -6,14 +6,14 @@ from typing import Protocol
 
 import msgspec
 
-from fleetgate.engine.request_parser import Ask, EmbeddingAsk
-from fleetgate.engine.text_generator import Voice
+from fleetgate.engine.request_parser import EmbeddingRequest, GenerationRequest
+from fleetgate.engine.text_generator import TextGenerator
 
 _json = msgspec.json.encode
 DONE = b"data: [DONE]\n\n"
 
 
-class Reply(Protocol):
+class ResponseFormat(Protocol):
     """One answer in the making: `first`, one `event` for each piece, `last`; or `whole`."""
 
     def whole(self) -> bytes:
@@ -33,7 +33,7 @@ def _data(value: object) -> bytes:
     return b"data: %b\n\n" % _json(value)
 
 
-def _usage(ask: Ask) -> dict[str, int]:
+def _usage(ask: GenerationRequest) -> dict[str, int]:
     output = len(ask.pieces)
     return {
         "prompt_tokens": ask.prompt_tokens,
@@ -47,7 +47,7 @@ class _ChunkReply:
 
     kind = ""
 
-    def __init__(self, ask: Ask, answer_id: str, created_s: int) -> None:
+    def __init__(self, ask: GenerationRequest, answer_id: str, created_s: int) -> None:
         self._ask = ask
         self._base: dict[str, object] = {"id": answer_id, "object": self.kind, "created": created_s, "model": ask.model}
         mark = "\x00"
@@ -71,7 +71,7 @@ class _ChunkReply:
         return end + DONE
 
 
-class ChatReply(_ChunkReply):
+class ChatFormat(_ChunkReply):
     """`/v1/chat/completions`."""
 
     kind = "chat.completion.chunk"
@@ -105,7 +105,7 @@ class ChatReply(_ChunkReply):
         return self._end({"delta": {}})
 
 
-class CompletionReply(_ChunkReply):
+class CompletionFormat(_ChunkReply):
     """`/v1/completions`."""
 
     kind = "text_completion"
@@ -126,10 +126,10 @@ class CompletionReply(_ChunkReply):
         return self._end({"text": ""})
 
 
-class ResponseReply:
+class ResponsesFormat:
     """`/v1/responses`: numbered, named events that build one item."""
 
-    def __init__(self, ask: Ask, answer_id: str, created_s: int) -> None:
+    def __init__(self, ask: GenerationRequest, answer_id: str, created_s: int) -> None:
         self._ask = ask
         self._id = answer_id
         self._item_id = ("fc_" if ask.tool else "msg_") + answer_id
@@ -221,13 +221,13 @@ class ResponseReply:
         return end + self._event(f"response.{status}", response=self._response(done=True))
 
 
-def embeddings_body(ask: EmbeddingAsk, seed: int) -> bytes:
+def embeddings_body(ask: EmbeddingRequest, seed: int) -> bytes:
     """The answer to `/v1/embeddings`."""
     data = []
     for index, text in enumerate(ask.inputs):
-        vector: object = Voice(seed, text).vector(ask.dimensions)
+        vector: object = TextGenerator(seed, text).vector(ask.dimensions)
         if ask.base64:
-            packed = struct.pack(f"<{ask.dimensions}f", *Voice(seed, text).vector(ask.dimensions))
+            packed = struct.pack(f"<{ask.dimensions}f", *TextGenerator(seed, text).vector(ask.dimensions))
             vector = base64.b64encode(packed).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
     usage = {"prompt_tokens": ask.prompt_tokens, "total_tokens": ask.prompt_tokens}

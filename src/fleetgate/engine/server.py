@@ -9,18 +9,24 @@ import httptools
 import msgspec
 
 from fleetgate.engine.batch import NEVER_S, Batch, Sequence, Speeds
-from fleetgate.engine.metrics import Counts, llamacpp_metrics, vllm_metrics
+from fleetgate.engine.metrics import EngineCounts, llamacpp_metrics, vllm_metrics
 from fleetgate.engine.request_parser import (
-    Ask,
-    BadAsk,
-    Habits,
+    GenerationRequest,
+    InvalidRequest,
+    OutputHabits,
     answer_id,
     read_chat,
     read_completion,
     read_embedding,
     read_response,
 )
-from fleetgate.engine.response_formats import ChatReply, CompletionReply, Reply, ResponseReply, embeddings_body
+from fleetgate.engine.response_formats import (
+    ChatFormat,
+    CompletionFormat,
+    ResponseFormat,
+    ResponsesFormat,
+    embeddings_body,
+)
 
 BODY_BYTES_MAX = 32 * 1024 * 1024
 PIPELINE_MAX = 64  # requests that may wait on one connection behind the one being answered
@@ -44,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     models: tuple[str, ...] = ("sim",)
     speeds: Speeds = Speeds()
-    habits: Habits = Habits()
+    habits: OutputHabits = OutputHabits()
     slots: int = 32
     queue_max: int = 1024
     style: str = "vllm"
@@ -55,7 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str = ""
 
 
-class Refusal(Exception):
+class EngineRefusal(Exception):
     """A request that gets an error for an answer."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
@@ -66,23 +72,25 @@ class Refusal(Exception):
         self.param = param
 
 
-_Made = tuple[Callable[[bytes, Habits], Ask], Callable[[Ask, str, int], Reply], str]
+_Made = tuple[
+    Callable[[bytes, OutputHabits], GenerationRequest], Callable[[GenerationRequest, str, int], ResponseFormat], str
+]
 _GENERATING: dict[bytes, _Made] = {
-    b"/v1/chat/completions": (read_chat, ChatReply, "chatcmpl"),
-    b"/v1/completions": (read_completion, CompletionReply, "cmpl"),
-    b"/v1/responses": (read_response, ResponseReply, "resp"),
+    b"/v1/chat/completions": (read_chat, ChatFormat, "chatcmpl"),
+    b"/v1/completions": (read_completion, CompletionFormat, "cmpl"),
+    b"/v1/responses": (read_response, ResponsesFormat, "resp"),
 }
 _GETS = (b"/v1/models", b"/health", b"/metrics")
 
 
-class Engine:
+class EngineServer:
     """One simulated engine: its batch, its counts and the timer that drives every answer."""
 
     def __init__(self, config: EngineConfig, loop: asyncio.AbstractEventLoop) -> None:
         self.config = config
         self.loop = loop
-        self.batch: Batch[Answer] = Batch(config.speeds, config.slots, config.queue_max)
-        self.counts = Counts()
+        self.batch: Batch[EngineResponse] = Batch(config.speeds, config.slots, config.queue_max)
+        self.counts = EngineCounts()
         self.ready_at_s = loop.time() + config.startup_s
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = NEVER_S
@@ -98,14 +106,14 @@ class Engine:
         """The start-up time is over."""
         return self.loop.time() >= self.ready_at_s
 
-    def submit(self, answer: "Answer") -> bool:
+    def submit(self, answer: "EngineResponse") -> bool:
         """Begin an answer, or say no because the queue is full."""
         taken = self.batch.submit(answer, self.loop.time())
         if taken:
             self.turn()
         return taken
 
-    def cancel(self, answer: "Answer") -> None:
+    def cancel(self, answer: "EngineResponse") -> None:
         """Give up an answer whose client is gone."""
         self.counts.disconnects += 1
         self.batch.cancel(answer, self.loop.time())
@@ -136,12 +144,12 @@ class Engine:
         self.turn()
 
 
-class Answer(Sequence):
+class EngineResponse(Sequence):
     """A sequence that writes its tokens to a connection."""
 
     __slots__ = ("_ask", "_connection", "_reply")
 
-    def __init__(self, ask: Ask, reply: Reply, connection: "Connection") -> None:
+    def __init__(self, ask: GenerationRequest, reply: ResponseFormat, connection: "Connection") -> None:
         super().__init__(ask.prompt_tokens, len(ask.pieces))
         self._ask = ask
         self._reply = reply
@@ -186,7 +194,7 @@ class _Request:
 class Connection(asyncio.Protocol):
     """One client connection; requests on it are answered in order."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineServer) -> None:
         self.engine = engine
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
@@ -195,7 +203,7 @@ class Connection(asyncio.Protocol):
         self._bytes = 0
         self._queue: deque[_Request] = deque()
         self._current: _Request | None = None
-        self._answer: Answer | None = None
+        self._answer: EngineResponse | None = None
         self._region = b"x-engine-region: %b\r\n" % engine.config.region.encode() if engine.config.region else b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -216,9 +224,9 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserCallbackError:
             raise  # a bug of ours, not of the client
         except httptools.HttpParserUpgrade:
-            self._fail(Refusal(400, "this server speaks HTTP/1.1 only; do not ask for an upgrade", "bad_request"))
+            self._fail(EngineRefusal(400, "this server speaks HTTP/1.1 only; do not ask for an upgrade", "bad_request"))
         except httptools.HttpParserError as error:
-            self._fail(Refusal(400, f"the request is not HTTP/1.1: {error}", "bad_request"))
+            self._fail(EngineRefusal(400, f"the request is not HTTP/1.1: {error}", "bad_request"))
 
     # --- the parser's calls ---
 
@@ -251,7 +259,7 @@ class Connection(asyncio.Protocol):
         request.keep_alive = self._parser.should_keep_alive()
         request.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         if self._bytes > BODY_BYTES_MAX:
-            self._fail(Refusal(413, f"the body is over {BODY_BYTES_MAX} bytes", "too_large"))
+            self._fail(EngineRefusal(413, f"the body is over {BODY_BYTES_MAX} bytes", "too_large"))
         elif self._current is not None:
             self._queue.append(request)
             if len(self._queue) > PIPELINE_MAX and self._transport is not None:
@@ -273,19 +281,19 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._route(request)
-        except Refusal as refusal:
+        except EngineRefusal as refusal:
             self._refuse(refusal)
-        except BadAsk as error:
-            self._refuse(Refusal(400, str(error), "invalid_request", error.param))
+        except InvalidRequest as error:
+            self._refuse(EngineRefusal(400, str(error), "invalid_request", error.param))
 
     def _route(self, request: _Request) -> None:
         path = request.path.partition(b"?")[0]
         made = _GENERATING.get(path)
         if made is None and path != b"/v1/embeddings" and path not in _GETS:
-            raise Refusal(404, f"there is no {path.decode(errors='replace')} here", "unknown_path")
+            raise EngineRefusal(404, f"there is no {path.decode(errors='replace')} here", "unknown_path")
         wanted = b"GET" if path in _GETS else b"POST"
         if request.method != wanted and not (wanted == b"GET" and request.method == b"HEAD"):
-            raise Refusal(405, f"use {wanted.decode()} here", "method_not_allowed")
+            raise EngineRefusal(405, f"use {wanted.decode()} here", "method_not_allowed")
         if path in _GETS:
             self._get(path)
             return
@@ -298,9 +306,9 @@ class Connection(asyncio.Protocol):
     def _check_may_work(self, request: _Request) -> None:
         config = self.engine.config
         if config.api_key and request.authorization != b"Bearer " + config.api_key.encode():
-            raise Refusal(401, "the API key is missing or wrong", "invalid_api_key")
+            raise EngineRefusal(401, "the API key is missing or wrong", "invalid_api_key")
         if not self.engine.ready:
-            raise Refusal(503, "the model is being loaded; try again soon", "loading")
+            raise EngineRefusal(503, "the model is being loaded; try again soon", "loading")
 
     def _get(self, path: bytes) -> None:
         engine = self.engine
@@ -314,7 +322,7 @@ class Connection(asyncio.Protocol):
         elif engine.ready:
             self.respond(200, b'{"status":"ok"}')
         else:
-            raise Refusal(503, "the model is being loaded; try again soon", "loading")
+            raise EngineRefusal(503, "the model is being loaded; try again soon", "loading")
 
     @property
     def _models(self) -> tuple[str, ...]:
@@ -322,7 +330,7 @@ class Connection(asyncio.Protocol):
 
     def _check_model(self, name: str) -> None:
         if name not in self._models:
-            raise Refusal(404, f"the model {name!r} does not exist here", "model_not_found", "model")
+            raise EngineRefusal(404, f"the model {name!r} does not exist here", "model_not_found", "model")
 
     def _embed(self, request: _Request) -> None:
         ask = read_embedding(request.body)
@@ -335,19 +343,19 @@ class Connection(asyncio.Protocol):
         ask = read(request.body, self.engine.config.habits)
         self._check_model(ask.model)
         name = answer_id(prefix, self.engine.number(), request.body)
-        answer = self._answer = Answer(ask, reply(ask, name, int(time.time())), self)
+        answer = self._answer = EngineResponse(ask, reply(ask, name, int(time.time())), self)
         if not self.engine.submit(answer):
             self._answer = None
             self.engine.counts.refusals += 1
             status = 503 if self.engine.config.style == "llamacpp" else 429
-            raise Refusal(status, "every slot is taken and the queue is full; try again soon", "queue_full")
+            raise EngineRefusal(status, "every slot is taken and the queue is full; try again soon", "queue_full")
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: EngineRefusal) -> None:
         kind = _ERROR_TYPES.get(refusal.status, "rate_limit_error" if refusal.status == 429 else "server_error")
         detail = {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}
         self.respond(refusal.status, msgspec.json.encode({"error": detail}))
 
-    def _fail(self, refusal: Refusal) -> None:
+    def _fail(self, refusal: EngineRefusal) -> None:
         """Answer what cannot be understood and close: the connection's framing is lost."""
         self._queue.clear()
         if self._transport is None:

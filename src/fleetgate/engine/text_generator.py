@@ -21,7 +21,7 @@ WORDS = tuple(dict.fromkeys(_TEXT.split()))
 _PIECE_CHARS = 4  # a token of JSON text, as tokens of prompts are counted
 
 
-class Voice:
+class TextGenerator:
     """A source of words for one prompt. Shape: `seed` and `prompt` alone decide what it says."""
 
     __slots__ = ("_digest",)

@@ -15,7 +15,7 @@ LOCK_PAUSE_S = 0.0005  # others hold it for 20 µs
 BYTES_MAX = 1024 * 1024  # while nobody takes them; later ones are dropped, for a disk is worth more
 
 
-class Happened(msgspec.Struct, frozen=True):
+class EventRecord(msgspec.Struct, frozen=True):
     """What happened to which resource, as one sentence."""
 
     kind: str
@@ -24,10 +24,10 @@ class Happened(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Happened).decode
+_decode = msgspec.json.Decoder(EventRecord).decode
 
 
-class Spool:
+class EventSpool:
     """Append in any worker, take in the control process. A lock in the file keeps the two apart.
 
     To add nobody waits for it more than a moment: a control process that was stopped may hold it for ever.
@@ -38,7 +38,7 @@ class Spool:
         self._path = data_dir / SPOOL
         self._held: deque[bytes] = deque(maxlen=HELD_MAX)
 
-    def add(self, happened: Happened) -> None:
+    def add(self, happened: EventRecord) -> None:
         """Keep one Event until the control process takes it; a full or unwritable disk drops it.
 
         While somebody else has the lock it is held here, and goes out with the next one.
@@ -59,7 +59,7 @@ class Spool:
         finally:
             os.close(fd)
 
-    def take(self) -> list[Happened]:
+    def take(self) -> list[EventRecord]:
         """Everything that was added since the last time; lines that a crash cut short are left out."""
         if not self._path.exists():
             return []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.ipc.signed_file import NotSigned, public_key, sign, verified
+from fleetgate.ipc.signed_file import SignatureInvalid, public_key, sign, verified
 
 REVOKED = "revoked"
 FORM = b"fleetgate-revoked 1 "
@@ -34,7 +34,7 @@ _decode = msgspec.json.Decoder(tuple[Revocation, ...]).decode
 def read_revoked(path: Path, key: bytes) -> tuple[Revocation, ...]:
     """What is listed. Shape: `key` is the public one.
 
-    Raises: `NotSigned` for a list that is damaged or somebody else's, `OSError`.
+    Raises: `SignatureInvalid` for a list that is damaged or somebody else's, `OSError`.
     """
     try:
         data = path.read_bytes()
@@ -43,15 +43,15 @@ def read_revoked(path: Path, key: bytes) -> tuple[Revocation, ...]:
     try:
         return _decode(verified(data, key, FORM))
     except msgspec.MsgspecError as error:
-        raise NotSigned(str(error)) from None
+        raise SignatureInvalid(str(error)) from None
 
 
 def revoke(path: Path, signing_key: bytes, revocation: Revocation) -> None:
-    """Put a key on the list. Raises: `OSError`; `NotSigned` where the list that is there cannot be trusted."""
+    """Put a key on the list. Raises: `OSError`; `SignatureInvalid` where the list that is there cannot be trusted."""
     _change(path, signing_key, lambda listed: (*(one for one in listed if one.id != revocation.id), revocation))
 
 
-def take_off(path: Path, signing_key: bytes, ids: Collection[str]) -> None:
+def remove_revocation(path: Path, signing_key: bytes, ids: Collection[str]) -> None:
     """Take keys off the list that the store knows of now. Raises: as `revoke`."""
     _change(path, signing_key, lambda listed: tuple(one for one in listed if one.id not in ids))
 

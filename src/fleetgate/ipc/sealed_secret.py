@@ -12,7 +12,7 @@ _NONCE_BYTES = 12  # 96 bits, the size GCM is specified for; random, as far fewe
 _PREFIX = "v1."
 
 
-class CannotUnseal(ValueError):
+class UnsealFailed(ValueError):
     """The text is damaged, or was sealed with another key or for another name."""
 
 
@@ -26,12 +26,12 @@ def seal(value: str, key: bytes, aad: str) -> str:
 def unseal(sealed: str, key: bytes, aad: str) -> str:
     """Open what `seal` made.
 
-    Raises: `CannotUnseal` for damaged text, another key or another name.
+    Raises: `UnsealFailed` for damaged text, another key or another name.
     """
     if not sealed.startswith(_PREFIX):
-        raise CannotUnseal(f"the sealed secret of {aad} is not in a known form")
+        raise UnsealFailed(f"the sealed secret of {aad} is not in a known form")
     try:
         data = base64.b64decode(sealed[len(_PREFIX) :], altchars=b"-_", validate=True)
         return AESGCM(key).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], aad.encode()).decode()
     except (binascii.Error, InvalidTag, ValueError) as error:
-        raise CannotUnseal(f"the secret of {aad} does not open with this data directory's seal.key") from error
+        raise UnsealFailed(f"the secret of {aad} does not open with this data directory's seal.key") from error

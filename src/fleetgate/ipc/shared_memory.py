@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import NamedTuple
 from zlib import crc32
 
-from fleetgate.core.admission.work_ledger import WORK_CELLS, Work
+from fleetgate.core.admission.work_ledger import WORK_CELLS, WorkCell
 from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
 
 WORKERS_MAX = 64
@@ -27,7 +27,7 @@ def bucket_bound(bit: int) -> str:
     return "+Inf" if bit > BUCKET_LAST_BIT else f"{(1 << bit) / 1e6:.6g}"
 
 
-class Worker(IntEnum):
+class WorkerCell(IntEnum):
     """The cells a worker keeps about itself."""
 
     PID = 0
@@ -55,7 +55,7 @@ class Worker(IntEnum):
 WORKER_CELLS = 24
 
 
-class Plane(IntEnum):
+class ControlPlaneCell(IntEnum):
     """What is known of the control plane, kept by whoever speaks for it on this machine."""
 
     HEARTBEAT_MS = 0
@@ -64,17 +64,17 @@ class Plane(IntEnum):
 
 PLANE_CELLS = 4
 _OF_THE_LIVING = (
-    Worker.PID,
-    Worker.ACCEPTING,
-    Worker.CONNECTIONS,
-    Worker.WAITING,
-    Worker.SNAPSHOT_VERSION,
-    Worker.DUTY,
-    Worker.SHARES,
+    WorkerCell.PID,
+    WorkerCell.ACCEPTING,
+    WorkerCell.CONNECTIONS,
+    WorkerCell.WAITING,
+    WorkerCell.SNAPSHOT_VERSION,
+    WorkerCell.DUTY,
+    WorkerCell.SHARES,
 )
 
 
-class Signal(IntEnum):
+class EndpointSignal(IntEnum):
     """The cells the prober keeps about one Endpoint. `SEEN_MS` 0 means never probed."""
 
     UP = 0
@@ -92,7 +92,7 @@ class Signal(IntEnum):
 SIGNAL_CELLS = 10
 
 
-class Tally(IntEnum):
+class DeploymentCounter(IntEnum):
     """What a worker counts of a Deployment for the correction of its limit; they only rise."""
 
     ENDED = 0
@@ -104,7 +104,7 @@ class Tally(IntEnum):
 TALLY_CELLS = 4
 
 
-class Learned(IntEnum):
+class LearnedCell(IntEnum):
     """What the prober's worker has learned of a Deployment for all workers. 0 in `SEEN_MS` means nothing yet."""
 
     SEEN_MS = 0
@@ -119,14 +119,14 @@ LEARNED_CELLS = 5
 
 def layout() -> str:
     """A mark of how this version lays the block out: only processes with the same one may share a block."""
-    enums = (Worker, Signal, Work, Tally, Learned)
+    enums = (WorkerCell, EndpointSignal, WorkCell, DeploymentCounter, LearnedCell)
     members = [[(cell.name, int(cell)) for cell in enum] for enum in enums]
     sizes = (WORKER_CELLS, SIGNAL_CELLS, WORK_CELLS, TALLY_CELLS, LEARNED_CELLS, SERIES_MAX, SERIES_NAMES_BYTES)
-    of_model = (DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX, Board.bytes_needed(1))
+    of_model = (DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX, SharedMemory.bytes_needed(1))
     return f"{crc32(repr((members, sizes, of_model)).encode()):08x}"
 
 
-class Taught(NamedTuple):
+class LearnedLimits(NamedTuple):
     """What was learned of a Deployment. Units: `limit` in requests, 0 for none; `milliunits` CU × 1,000."""
 
     limit: int
@@ -134,7 +134,7 @@ class Taught(NamedTuple):
     milliunits: int
 
 
-class Board:
+class SharedMemory:
     """Views on the shared block.
 
     Shape: `workers` is the number of columns, twice that of the workers where they can be replaced while they run;
@@ -154,14 +154,16 @@ class Board:
         self.worker_cells = cells[at : (at := at + workers * WORKER_CELLS)]
         self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]: `health.told_ms`
-        self.cools_until_ms = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
+        self.retry_after_until_ms = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
         self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
         self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][Work]
-        self.tallies = cells[at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)]  # [slot][worker][Tally]
+        self.deployment_counters = cells[
+            at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)
+        ]  # [slot][worker][Tally]
         self.learned = cells[at : (at := at + DEPLOYMENTS_MAX * LEARNED_CELLS)]  # [slot][Learned]
         self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]
-        self.plane = cells[at : (at := at + PLANE_CELLS)]  # [Plane]
+        self.control_plane = cells[at : (at := at + PLANE_CELLS)]  # [Plane]
         self.series = cells[at : at + workers * SERIES_MAX]
 
     @staticmethod
@@ -182,25 +184,27 @@ class Board:
         """The size of the block for so many workers."""
         return cls._cell_count(workers) * 8 + workers * SERIES_NAMES_BYTES
 
-    def get(self, worker: int, cell: Worker) -> int:
+    def get(self, worker: int, cell: WorkerCell) -> int:
         """One cell of a worker's own row."""
         return self.worker_cells[worker * WORKER_CELLS + cell]
 
-    def set(self, worker: int, cell: Worker, value: int) -> None:
+    def set(self, worker: int, cell: WorkerCell, value: int) -> None:
         """Write one cell of a worker's own row; only that worker (or, when it is dead, the supervisor) may."""
         self.worker_cells[worker * WORKER_CELLS + cell] = value
 
     def present(self) -> list[int]:
         """The columns that a worker runs in, or is to run in again."""
         return [
-            worker for worker in range(self.workers) if self.get(worker, Worker.STARTS) or self.get(worker, Worker.PID)
+            worker
+            for worker in range(self.workers)
+            if self.get(worker, WorkerCell.STARTS) or self.get(worker, WorkerCell.PID)
         ]
 
-    def signal(self, endpoint_slot: int, cell: Signal) -> int:
+    def signal(self, endpoint_slot: int, cell: EndpointSignal) -> int:
         """One cell of what the prober knows about an Endpoint."""
         return self.signals[endpoint_slot * SIGNAL_CELLS + cell]
 
-    def set_signal(self, endpoint_slot: int, cell: Signal, value: int) -> None:
+    def set_signal(self, endpoint_slot: int, cell: EndpointSignal, value: int) -> None:
         """Write one cell about an Endpoint; only the prober may."""
         self.signals[endpoint_slot * SIGNAL_CELLS + cell] = value
 
@@ -219,40 +223,40 @@ class Board:
         at = slot * self.workers
         return sum(self.milliunits[at : at + self.workers])
 
-    def work_total(self, endpoint_slot: int, cell: Work) -> int:
+    def work_total(self, endpoint_slot: int, cell: WorkCell) -> int:
         """One measure of the token work at an Endpoint over all workers."""
         at = endpoint_slot * self.workers * WORK_CELLS
         return sum(self.work[at : at + self.workers * WORK_CELLS][cell::WORK_CELLS])
 
-    def learned_of(self, slot: int) -> Taught | None:
+    def learned_limits(self, slot: int) -> LearnedLimits | None:
         """What was learned of a Deployment, None before the first look."""
         at = slot * LEARNED_CELLS
         seen_ms, limit, margin_permille, milliunits, _ = self.learned[at : at + LEARNED_CELLS]
-        return Taught(limit, margin_permille, milliunits) if seen_ms else None
+        return LearnedLimits(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:
         """What the worker told that keeps an Endpoint out for longest, in `health.told_ms`; 0 if none does."""
         at = endpoint_slot * self.workers
         return max(self.ejected_until_ms[at : at + self.workers])
 
-    def cools_until(self, slot: int) -> int:
+    def retry_after_until(self, slot: int) -> int:
         """Until when the engine of a Deployment has asked any worker to be left alone, ms; 0 if it has not."""
         at = slot * self.workers
-        return max(self.cools_until_ms[at : at + self.workers])
+        return max(self.retry_after_until_ms[at : at + self.workers])
 
-    def sweep(self, worker: int) -> int:
+    def clear_worker(self, worker: int) -> int:
         """Give back what a dead worker held, and say how many requests that were. Its counters stay."""
         swept = 0
         for slot in range(DEPLOYMENTS_MAX):
             at = slot * self.workers + worker
             swept += self.in_flight[at]
-            self.in_flight[at] = self.milliunits[at] = self.cools_until_ms[at] = 0
+            self.in_flight[at] = self.milliunits[at] = self.retry_after_until_ms[at] = 0
         for slot in range(GATEWAYS_MAX):
             self.waiting[slot * self.workers + worker] = 0
         for slot in range(ENDPOINTS_MAX):
             at = slot * self.workers + worker
             self.ejected_until_ms[at] = 0
-            for kept in (Work.PENDING_TOKENS, Work.SEQUENCES, Work.KV_TOKENS):
+            for kept in (WorkCell.PENDING_TOKENS, WorkCell.SEQUENCES, WorkCell.KV_TOKENS):
                 self.work[at * WORK_CELLS + kept] = 0
         for cell in _OF_THE_LIVING:
             self.set(worker, cell, 0)
@@ -263,19 +267,21 @@ class Board:
 
         Shape: `name` is the exposition name with its labels, `fleetgate_requests_total{gateway="chat",...}`.
         """
-        count, used = self.get(worker, Worker.SERIES_COUNT), self.get(worker, Worker.NAMES_BYTES)
+        count, used = self.get(worker, WorkerCell.SERIES_COUNT), self.get(worker, WorkerCell.NAMES_BYTES)
         line = name.encode() + b"\n"
         if count >= SERIES_MAX or used + len(line) > SERIES_NAMES_BYTES:
             return -1
         at = worker * SERIES_NAMES_BYTES + used
         self._names[at : at + len(line)] = line
-        self.set(worker, Worker.NAMES_BYTES, used + len(line))
-        self.set(worker, Worker.SERIES_COUNT, count + 1)  # last, so that a reader never sees a cell without its name
+        self.set(worker, WorkerCell.NAMES_BYTES, used + len(line))
+        self.set(
+            worker, WorkerCell.SERIES_COUNT, count + 1
+        )  # last, so that a reader never sees a cell without its name
         return worker * SERIES_MAX + count
 
     def series_of(self, worker: int) -> Iterator[tuple[str, int]]:
         """The named series of one worker with the index of each in `series`."""
-        count, used = self.get(worker, Worker.SERIES_COUNT), self.get(worker, Worker.NAMES_BYTES)
+        count, used = self.get(worker, WorkerCell.SERIES_COUNT), self.get(worker, WorkerCell.NAMES_BYTES)
         at = worker * SERIES_NAMES_BYTES
         names = bytes(self._names[at : at + used]).decode().splitlines()
         for index, name in enumerate(names[:count]):

@@ -3,7 +3,7 @@
 from enum import IntFlag
 
 
-class Shortage(IntFlag):
+class OverloadBits(IntFlag):
     """While any of these is set, some of what is new is refused so that what runs can end."""
 
     MEMORY = 1

@@ -59,7 +59,7 @@ class _Segment:
         self.map.close()
 
 
-class Journal:
+class UsageJournal:
     """Append-only. A process's own name is in its files' names; a lock that dies with it tells others that it lives."""
 
     def __init__(self, data_dir: Path, on_trouble: Callable[[str], None]) -> None:
@@ -110,7 +110,7 @@ class Journal:
             self._due.set()
             self._perhaps_prepare()
 
-    def look(self, now_s: float) -> None:
+    def check(self, now_s: float) -> None:
         """Once a second: try the disk again where it failed."""
         if self._segment is None and not self._asking and now_s - self._tried_s >= RETRY_S:
             self._tried_s = now_s

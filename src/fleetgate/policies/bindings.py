@@ -1,8 +1,8 @@
 """The values that expressions read, as plain values that the CEL library takes."""
 
 from fleetgate.core.model import Deployment, Gateway, Key
-from fleetgate.core.routing.policy_decision import Facts
-from fleetgate.policies.evaluator import Failed
+from fleetgate.core.routing.policy_decision import RequestAttributes
+from fleetgate.policies.evaluator import EvaluationFailed
 from fleetgate.policies.schema import Leaf
 
 ITEMS_MAX = 256  # handing over an item costs 2 to 10 µs, and clients choose how many there are
@@ -11,12 +11,12 @@ _CONTAINER: dict[str, object] = {}  # equal to no text or number, and no larger 
 
 
 def of_gateway(leaf: Leaf, gateway: Gateway) -> object:
-    """A value of the Gateway. Raises: `Failed`."""
+    """A value of the Gateway. Raises: `EvaluationFailed`."""
     return _used(leaf, getattr(gateway, leaf.field))
 
 
 def of_deployment(leaf: Leaf, deployment: Deployment) -> object:
-    """A value of a Deployment. Raises: `Failed`."""
+    """A value of a Deployment. Raises: `EvaluationFailed`."""
     match leaf.field:
         case "labels":
             return _used(leaf, deployment.labels.get(str(leaf.path[0]), ""))
@@ -31,12 +31,12 @@ def of_deployment(leaf: Leaf, deployment: Deployment) -> object:
 
 
 def of_key(leaf: Leaf, key: Key) -> object:
-    """A value of the client's key. Raises: `Failed`."""
+    """A value of the client's key. Raises: `EvaluationFailed`."""
     return _used(leaf, key.labels.get(str(leaf.path[0]), "") if leaf.field == "labels" else key.name)
 
 
-def of_request(leaf: Leaf, facts: Facts) -> object:
-    """A value of the request. Raises: `Failed`."""
+def of_request(leaf: Leaf, facts: RequestAttributes) -> object:
+    """A value of the request. Raises: `EvaluationFailed`."""
     match leaf.field:
         case "headers":
             return _used(leaf, facts.headers.get(str(leaf.path[0]), ""))
@@ -66,7 +66,7 @@ def _size(value: object) -> int:
             return 0
         case str() | list() | dict():
             return len(value)
-    raise Failed("a value has no size")
+    raise EvaluationFailed("a value has no size")
 
 
 def _items(value: object, fields: tuple[str, ...]) -> list[object]:
@@ -74,10 +74,10 @@ def _items(value: object, fields: tuple[str, ...]) -> list[object]:
         case None:
             return []
         case list() if len(value) > ITEMS_MAX:
-            raise Failed(f"a list has more than {ITEMS_MAX} items")
+            raise EvaluationFailed(f"a list has more than {ITEMS_MAX} items")
         case list():
             return [_item(item, fields) for item in value]
-    raise Failed("a value is no list")
+    raise EvaluationFailed("a value is no list")
 
 
 def _item(item: object, fields: tuple[str, ...]) -> object:

@@ -30,7 +30,7 @@ _RESERVED = frozenset(
 )
 
 
-class Mistake(Exception):
+class CelError(Exception):
     """What is wrong with an expression, where, and how to mend it. Shape: `at` counts characters from 0."""
 
     def __init__(self, at: int, message: str, fix: str) -> None:
@@ -46,7 +46,7 @@ class Mistake(Exception):
         return f"line {line} column {column}" if "\n" in source else f"column {column}"
 
 
-class Constant(msgspec.Struct, frozen=True):
+class ConstantNode(msgspec.Struct, frozen=True):
     """A literal. Shape: `type` is CEL's name for its type, `text` as it was written."""
 
     at: int
@@ -54,14 +54,14 @@ class Constant(msgspec.Struct, frozen=True):
     text: str
 
 
-class Name(msgspec.Struct, frozen=True):
+class NameNode(msgspec.Struct, frozen=True):
     """A variable."""
 
     at: int
     name: str
 
 
-class Field(msgspec.Struct, frozen=True):
+class FieldNode(msgspec.Struct, frozen=True):
     """`base.name`; `at` is the place of the name."""
 
     at: int
@@ -69,7 +69,7 @@ class Field(msgspec.Struct, frozen=True):
     name: str
 
 
-class Index(msgspec.Struct, frozen=True):
+class IndexNode(msgspec.Struct, frozen=True):
     """`base[key]`; `at` is the place of the key."""
 
     at: int
@@ -77,7 +77,7 @@ class Index(msgspec.Struct, frozen=True):
     key: "Node"
 
 
-class Unary(msgspec.Struct, frozen=True):
+class UnaryNode(msgspec.Struct, frozen=True):
     """`!value` or `-value`."""
 
     at: int
@@ -85,7 +85,7 @@ class Unary(msgspec.Struct, frozen=True):
     value: "Node"
 
 
-class Binary(msgspec.Struct, frozen=True):
+class BinaryNode(msgspec.Struct, frozen=True):
     """`left mark right`; `at` is the place of the mark."""
 
     at: int
@@ -94,7 +94,7 @@ class Binary(msgspec.Struct, frozen=True):
     right: "Node"
 
 
-class Choice(msgspec.Struct, frozen=True):
+class ConditionalNode(msgspec.Struct, frozen=True):
     """`test ? yes : no`."""
 
     at: int
@@ -103,14 +103,14 @@ class Choice(msgspec.Struct, frozen=True):
     no: "Node"
 
 
-class Items(msgspec.Struct, frozen=True):
+class ListNode(msgspec.Struct, frozen=True):
     """`[1, 2]`."""
 
     at: int
     items: "tuple[Node, ...]"
 
 
-class Call(msgspec.Struct, frozen=True):
+class CallNode(msgspec.Struct, frozen=True):
     """`name(args)` or `receiver.name(args)`; `at` is the place of the name."""
 
     at: int
@@ -119,7 +119,7 @@ class Call(msgspec.Struct, frozen=True):
     args: "tuple[Node, ...]"
 
 
-Node = Constant | Name | Field | Index | Unary | Binary | Choice | Items | Call
+Node = ConstantNode | NameNode | FieldNode | IndexNode | UnaryNode | BinaryNode | ConditionalNode | ListNode | CallNode
 
 
 class _Token(msgspec.Struct, frozen=True):
@@ -131,11 +131,11 @@ class _Token(msgspec.Struct, frozen=True):
 def parse(source: str) -> Node:
     """Read an expression.
 
-    Raises: `Mistake` with the place.
+    Raises: `CelError` with the place.
     """
     if len(source) > CHARS_MAX:
         fix = f"use at most {CHARS_MAX} characters, or write two policies"
-        raise Mistake(CHARS_MAX, f"the expression has {len(source)} characters", fix)
+        raise CelError(CHARS_MAX, f"the expression has {len(source)} characters", fix)
     return _Reader(source).whole()
 
 
@@ -145,7 +145,7 @@ def _tokens(source: str) -> Sequence[_Token]:
     while at < len(source):
         match = _TOKEN.match(source, at)
         if match is None or match.lastgroup is None:
-            raise Mistake(at, f"{source[at]!r} cannot stand here", _why_not(source[at]))
+            raise CelError(at, f"{source[at]!r} cannot stand here", _why_not(source[at]))
         if match.lastgroup != "space":
             found.append(_Token(match.lastgroup, match[0], at))
         at = match.end()
@@ -202,28 +202,30 @@ class _Reader:
         if not self._skip(mark):
             raise self._unexpected(f"{opened} needs `{mark}` here")
 
-    def _unexpected(self, fix: str) -> Mistake:
+    def _unexpected(self, fix: str) -> CelError:
         token = self._peek
         if token.kind == "end":
-            return Mistake(token.at, "the expression is not complete", fix)
-        return Mistake(token.at, f"`{token.text[:40]}` cannot stand here", fix)
+            return CelError(token.at, "the expression is not complete", fix)
+        return CelError(token.at, f"`{token.text[:40]}` cannot stand here", fix)
 
     def _count(self, node: Node) -> Node:
         self._nodes += 1
         if self._nodes > NODES_MAX:
-            raise Mistake(node.at, "the expression is too long", f"use at most {NODES_MAX} names, values and operators")
+            raise CelError(
+                node.at, "the expression is too long", f"use at most {NODES_MAX} names, values and operators"
+            )
         return node
 
     def _expression(self) -> Node:
         self._depth += 1
         if self._depth > DEPTH_MAX:
-            raise Mistake(self._peek.at, f"this is nested more than {DEPTH_MAX} deep", "write it as several policies")
+            raise CelError(self._peek.at, f"this is nested more than {DEPTH_MAX} deep", "write it as several policies")
         node = self._level(0)
         at = self._peek.at
         if self._skip("?"):
             yes = self._level(0)
             self._expect(":", "`?`")
-            node = self._count(Choice(at, node, yes, self._expression()))
+            node = self._count(ConditionalNode(at, node, yes, self._expression()))
         self._depth -= 1
         return node
 
@@ -233,7 +235,7 @@ class _Reader:
         node = self._level(level + 1)
         while self._peek.kind in ("mark", "name") and self._peek.text in _LEVELS[level]:
             mark = self._take()
-            node = self._count(Binary(mark.at, mark.text, node, self._level(level + 1)))
+            node = self._count(BinaryNode(mark.at, mark.text, node, self._level(level + 1)))
         return node
 
     def _unary(self) -> Node:
@@ -242,8 +244,8 @@ class _Reader:
             self._take()
             self._depth += 1
             if self._depth > DEPTH_MAX:
-                raise Mistake(token.at, f"this is nested more than {DEPTH_MAX} deep", f"remove some `{token.text}`")
-            node = self._count(Unary(token.at, token.text, self._unary()))
+                raise CelError(token.at, f"this is nested more than {DEPTH_MAX} deep", f"remove some `{token.text}`")
+            node = self._count(UnaryNode(token.at, token.text, self._unary()))
             self._depth -= 1
             return node
         return self._member(self._primary())
@@ -253,12 +255,12 @@ class _Reader:
             if self._skip("."):
                 name = self._identifier("after the dot comes the name of a field or function")
                 if self._skip("("):
-                    node = self._count(Call(name.at, name.text, node, self._list(")", f"`{name.text}(`")))
+                    node = self._count(CallNode(name.at, name.text, node, self._list(")", f"`{name.text}(`")))
                 else:
-                    node = self._count(Field(name.at, node, name.text))
+                    node = self._count(FieldNode(name.at, node, name.text))
             elif self._skip("["):
                 at = self._peek.at
-                node = self._count(Index(at, node, self._expression()))
+                node = self._count(IndexNode(at, node, self._expression()))
                 self._expect("]", "`[`")
             else:
                 return node
@@ -272,24 +274,24 @@ class _Reader:
         token = self._take()
         match token.kind, token.text:
             case "text", _:
-                return self._count(Constant(token.at, "string", token.text))
+                return self._count(ConstantNode(token.at, "string", token.text))
             case "number", number:
                 whole = number.startswith("0x") or number.isdigit()
-                return self._count(Constant(token.at, "int" if whole else "double", number))
+                return self._count(ConstantNode(token.at, "int" if whole else "double", number))
             case "name", "true" | "false":
-                return self._count(Constant(token.at, "bool", token.text))
+                return self._count(ConstantNode(token.at, "bool", token.text))
             case "name", "null":
-                return self._count(Constant(token.at, "null", token.text))
+                return self._count(ConstantNode(token.at, "null", token.text))
             case "name", name if name not in _RESERVED:
                 if self._skip("("):
-                    return self._count(Call(token.at, name, None, self._list(")", f"`{name}(`")))
-                return self._count(Name(token.at, name))
+                    return self._count(CallNode(token.at, name, None, self._list(")", f"`{name}(`")))
+                return self._count(NameNode(token.at, name))
             case "mark", "(":
                 node = self._expression()
                 self._expect(")", "`(`")
                 return node
             case "mark", "[":
-                return self._count(Items(token.at, self._list("]", "`[`")))
+                return self._count(ListNode(token.at, self._list("]", "`[`")))
         self._next -= token.kind != "end"
         raise self._unexpected("a value is missing: a name, a number, a text in quotes or `(`")
 

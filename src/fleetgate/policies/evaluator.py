@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Protocol
 
 
-class Failed(Exception):
+class EvaluationFailed(Exception):
     """An expression could not be evaluated with these values. The reason never shows a value: clients send those."""
 
     def __init__(self, reason: str) -> None:
@@ -59,21 +59,21 @@ def compile_text(text: str) -> Program:
 def run(program: Program, values: Mapping[str, object]) -> object:
     """The value of an expression.
 
-    Raises: `Failed`.
+    Raises: `EvaluationFailed`.
     Cost: 0.3 µs and 2 µs for each text among the values.
     """
     try:
         return program.execute(values)
     except _ERRORS as error:
-        raise Failed(_reason(error)) from None
+        raise EvaluationFailed(_reason(error)) from None
 
 
 def holds(program: Program, values: Mapping[str, object]) -> bool:
-    """Whether a condition holds. Raises: `Failed`, also when its value is not true or false."""
+    """Whether a condition holds. Raises: `EvaluationFailed`, also when its value is not true or false."""
     value = run(program, values)
     if value is True or value is False:
         return value
-    raise Failed("its value is not true or false")
+    raise EvaluationFailed("its value is not true or false")
 
 
 def literal(text: str) -> Any:

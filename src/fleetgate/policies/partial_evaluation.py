@@ -5,10 +5,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from fleetgate.core.model import Deployment, Gateway, Key
-from fleetgate.core.routing.policy_decision import Facts
+from fleetgate.core.routing.policy_decision import RequestAttributes
 from fleetgate.policies import bindings as values
 from fleetgate.policies import evaluator as engine
-from fleetgate.policies.evaluator import Failed
+from fleetgate.policies.evaluator import EvaluationFailed
 from fleetgate.policies.type_checker import Expression
 
 # Texts of headers and bodies repeat: models, tiers, teams; and a pattern is compiled at every evaluation, for 30 µs.
@@ -17,7 +17,7 @@ _REMEMBERED_MAX = 1000
 _REMEMBERED_CHARS_MAX = 64
 
 
-class Stage(IntEnum):
+class EvaluationStage(IntEnum):
     """When everything that a condition reads is known."""
 
     SNAPSHOT = 0
@@ -25,7 +25,7 @@ class Stage(IntEnum):
     REQUEST = 2
 
 
-class Outcome(NamedTuple):
+class TermOutcome(NamedTuple):
     """For which Deployments, by slot, a condition holds, for which it could not be evaluated, and why."""
 
     holds: frozenset[int]
@@ -44,7 +44,13 @@ class Term:
         leaves = expression.leaves
         self._of_key = [(name, leaf) for name, leaf in leaves if leaf.root == "key"]
         self._of_request = [(name, leaf) for name, leaf in leaves if leaf.root == "request"]
-        self.stage = Stage.REQUEST if self._of_request else Stage.KEY if self._of_key else Stage.SNAPSHOT
+        self.stage = (
+            EvaluationStage.REQUEST
+            if self._of_request
+            else EvaluationStage.KEY
+            if self._of_key
+            else EvaluationStage.SNAPSHOT
+        )
         fixed = {name: values.of_gateway(leaf, gateway) for name, leaf in leaves if leaf.root == "gateway"}
         own = [(name, leaf) for name, leaf in leaves if leaf.root == "deployment"]
         alike: dict[str, tuple[dict[str, object], list[int]]] = {}
@@ -53,9 +59,9 @@ class Term:
             alike.setdefault(repr(seen), (seen, []))[1].append(deployment.slot)
         self._groups = [(seen, frozenset(slots)) for seen, slots in alike.values()]
         self._all = frozenset(deployment.slot for deployment in deployments)
-        self._remembered: dict[tuple[object, ...], Outcome] = {}
+        self._remembered: dict[tuple[object, ...], TermOutcome] = {}
 
-    def at_key(self, key: Key) -> Outcome:
+    def at_key(self, key: Key) -> TermOutcome:
         """The outcome of a condition that reads nothing of the request."""
         return self._outcome(self.key_values(key))
 
@@ -63,12 +69,12 @@ class Term:
         """What it reads of the key."""
         return {name: values.of_key(leaf, key) for name, leaf in self._of_key}
 
-    def at_request(self, facts: Facts, known: Mapping[str, object]) -> Outcome:
+    def at_request(self, facts: RequestAttributes, known: Mapping[str, object]) -> TermOutcome:
         """The outcome for one request; `known` is `key_values` of its key."""
         try:
             read = {name: values.of_request(leaf, facts) for name, leaf in self._of_request}
-        except Failed as failed:
-            return Outcome(frozenset(), self._all, failed.reason)
+        except EvaluationFailed as failed:
+            return TermOutcome(frozenset(), self._all, failed.reason)
         if known:
             return self._outcome({**known, **read})
         texts = tuple(read.values())
@@ -82,7 +88,7 @@ class Term:
             self._remembered[texts] = outcome
         return outcome
 
-    def _outcome(self, read: dict[str, object]) -> Outcome:
+    def _outcome(self, read: dict[str, object]) -> TermOutcome:
         holds: list[frozenset[int]] = []
         failed: list[frozenset[int]] = []
         reason = ""
@@ -90,22 +96,22 @@ class Term:
             try:
                 if engine.holds(self._program, {**own, **read} if own else read):
                     holds.append(slots)
-            except Failed as failure:
+            except EvaluationFailed as failure:
                 failed.append(slots)
                 reason = failure.reason
-        return Outcome(_union(holds), _union(failed), reason)
+        return TermOutcome(_union(holds), _union(failed), reason)
 
 
 def _union(parts: list[frozenset[int]]) -> frozenset[int]:
     return parts[0] if len(parts) == 1 else frozenset().union(*parts)
 
 
-Bound = Callable[[Facts], Outcome]
+Bound = Callable[[RequestAttributes], TermOutcome]
 
 
 def bind(term: Term, key: Key) -> Bound:
     """A condition for the requests of one key."""
-    if term.stage < Stage.REQUEST:
+    if term.stage < EvaluationStage.REQUEST:
         outcome = term.at_key(key)
         return lambda facts: outcome
     known = term.key_values(key)

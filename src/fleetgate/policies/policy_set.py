@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 from fleetgate.core.admission.request_queue import PRIORITIES
 from fleetgate.core.model import Deployment, Gateway, Key, Policy
-from fleetgate.core.routing.policy_decision import ALLOWED, BodyPath, Facts, Judgement
+from fleetgate.core.routing.policy_decision import ALLOWED, BodyPath, PolicyDecision, RequestAttributes
 from fleetgate.policies import plugins
-from fleetgate.policies.cel_parser import Mistake
-from fleetgate.policies.partial_evaluation import Bound, Outcome, Stage, Term, bind
+from fleetgate.policies.cel_parser import CelError
+from fleetgate.policies.partial_evaluation import Bound, EvaluationStage, Term, TermOutcome, bind
 from fleetgate.policies.type_checker import Expression, check
 
-_NO_FACTS = Facts(model="")  # for what reads nothing of a request
+_NO_FACTS = RequestAttributes(model="")  # for what reads nothing of a request
 _KEYS_MAX = 10_000  # of one Snapshot's keys, those seen here; beyond it the memory begins anew
 
 
-class Effect(NamedTuple):
+class PolicyEffect(NamedTuple):
     """What one policy does to a request. Shape: `removed` and `preferred` are Deployment slots."""
 
     policy: str
@@ -28,7 +28,7 @@ class Effect(NamedTuple):
     note: str = ""
 
 
-_Pending = Callable[[Facts], Effect | None]
+_Pending = Callable[[RequestAttributes], PolicyEffect | None]
 
 
 class _Rule:
@@ -46,7 +46,9 @@ class _Rule:
         self._all = frozenset(slots.values())
         self._prefer = tuple(slots[name] for name in policy.prefer if name in slots)
         stages = [term.stage for term in terms.values()]
-        self.stage = Stage.REQUEST if self.python is not None else max(stages, default=Stage.SNAPSHOT)
+        self.stage = (
+            EvaluationStage.REQUEST if self.python is not None else max(stages, default=EvaluationStage.SNAPSHOT)
+        )
 
     @property
     def closed(self) -> bool:
@@ -57,25 +59,27 @@ class _Rule:
         """The policy for the requests of one key; None where it can never apply to them."""
         when = bind(self.when, key) if self.when is not None else None
         require = bind(self.require, key) if self.require is not None else None
-        if self.when is not None and when is not None and self.when.stage < Stage.REQUEST:
+        if self.when is not None and when is not None and self.when.stage < EvaluationStage.REQUEST:
             outcome = when(_NO_FACTS)
             if not outcome.holds and not outcome.failed:
                 return None
         return lambda facts: self._effect(facts, key, when, require)
 
-    def _effect(self, facts: Facts, key: Key, when: Bound | None, require: Bound | None) -> Effect | None:
+    def _effect(
+        self, facts: RequestAttributes, key: Key, when: Bound | None, require: Bound | None
+    ) -> PolicyEffect | None:
         name = self._policy.name
-        scope = when(facts) if when is not None else Outcome(self._all)
+        scope = when(facts) if when is not None else TermOutcome(self._all)
         removed = scope.failed if self.closed else frozenset()
         note = self._note("when", scope.reason, len(scope.failed) == len(self._all)) if scope.failed else ""
         if not scope.holds:
-            return Effect(name, removed, note=note) if note else None
+            return PolicyEffect(name, removed, note=note) if note else None
         if require is not None:
             asked = require(facts)
             removed |= scope.holds - asked.holds
             if asked.failed & scope.holds and not note:
                 note = self._note("require", asked.reason, not asked.holds & scope.holds)
-        effect = Effect(name, removed, self._prefer, self._policy.priority, note)
+        effect = PolicyEffect(name, removed, self._prefer, self._policy.priority, note)
         return self._with_python(effect, facts, key) if self.python is not None else effect
 
     def _note(self, field: str, reason: str, everywhere: bool) -> str:
@@ -83,7 +87,7 @@ class _Rule:
         then = then if self.closed else "the policy is skipped"
         return f"policy {self._policy.name}: `{field}` cannot be evaluated: {reason}; {then}"
 
-    def _with_python(self, effect: Effect, facts: Facts, key: Key) -> Effect:
+    def _with_python(self, effect: PolicyEffect, facts: RequestAttributes, key: Key) -> PolicyEffect:
         assert self.python is not None
         try:
             said = self.python(facts, key, self._deployments)
@@ -108,13 +112,13 @@ class _Broken:
 
     expressions: dict[str, Expression] = {}
     python = None
-    stage = Stage.SNAPSHOT
+    stage = EvaluationStage.SNAPSHOT
 
     def __init__(self, policy: Policy, deployments: Sequence[Deployment], reason: str) -> None:
         closed = bool(policy.require or policy.python)
         then = "every request is refused" if closed else "the policy is skipped"
         removed = frozenset(deployment.slot for deployment in deployments) if closed else frozenset()
-        self._effect = Effect(policy.name, removed, note=f"policy {policy.name}: {reason}; {then}")
+        self._effect = PolicyEffect(policy.name, removed, note=f"policy {policy.name}: {reason}; {then}")
 
     def bind(self, key: Key) -> _Pending:
         """The same for every key."""
@@ -124,7 +128,7 @@ class _Broken:
 def _rule(policy: Policy, gateway: Gateway, deployments: Sequence[Deployment]) -> _Rule | _Broken:
     try:
         return _Rule(policy, gateway, deployments)
-    except Mistake as mistake:
+    except CelError as mistake:
         return _Broken(policy, deployments, f"{mistake.message}; {mistake.fix}")
     except plugins.NoSuchPolicy as missing:
         return _Broken(policy, deployments, str(missing))
@@ -133,17 +137,17 @@ def _rule(policy: Policy, gateway: Gateway, deployments: Sequence[Deployment]) -
 class _View:
     """The policies as they meet one key."""
 
-    def __init__(self, key: Key, effects: list[Effect | None], pending: list[tuple[int, _Pending]]) -> None:
+    def __init__(self, key: Key, effects: list[PolicyEffect | None], pending: list[tuple[int, _Pending]]) -> None:
         self.key = key
         self.effects = effects
         self.pending = pending
-        self.judgements: dict[str, Judgement] = {}  # by model, where nothing is pending
+        self.judgements: dict[str, PolicyDecision] = {}  # by model, where nothing is pending
 
 
-class RuleSet:
+class CompiledPolicies:
     """The policies of one Gateway.
 
-    Shape: `needs_headers` are lower-case names, `needs_body` paths into the JSON body: what `Facts` must bring.
+    Shape: `needs_headers` are lower-case names, `needs_body` paths into the JSON body.
     """
 
     def __init__(self, gateway: Gateway, deployments: Iterable[Deployment]) -> None:
@@ -161,14 +165,14 @@ class RuleSet:
         self.needs_body = tuple(sorted({path for rule in self._rules for path in _paths(rule)}, key=repr))
 
     @classmethod
-    def compile(cls, gateway: Gateway, deployments: Iterable[Deployment]) -> "RuleSet":
+    def compile(cls, gateway: Gateway, deployments: Iterable[Deployment]) -> "CompiledPolicies":
         """The policies of a Gateway, ready for requests; of `deployments` those behind it count.
 
         Cost: about 0.2 ms for each policy.
         """
         return cls(gateway, deployments)
 
-    def judge(self, facts: Facts, key: Key) -> Judgement:
+    def judge(self, facts: RequestAttributes, key: Key) -> PolicyDecision:
         """What the policies say of a request. There is always a key: without keys one named `anonymous`.
 
         Cost: 0.3 µs where key and Snapshot decide; else 1 µs and for each text that is read 2 µs more.
@@ -191,13 +195,13 @@ class RuleSet:
         return known
 
     def _view(self, key: Key) -> _View:
-        effects: list[Effect | None] = [None] * len(self._rules)
+        effects: list[PolicyEffect | None] = [None] * len(self._rules)
         pending: list[tuple[int, _Pending]] = []
         for position, rule in enumerate(self._rules):
             bound = rule.bind(key)
             if bound is None:
                 continue
-            if rule.stage < Stage.REQUEST:
+            if rule.stage < EvaluationStage.REQUEST:
                 effects[position] = bound(_NO_FACTS)
             else:
                 pending.append((position, bound))
@@ -207,7 +211,7 @@ class RuleSet:
         self._views[key.id] = view
         return view
 
-    def _judgement(self, effects: Sequence[Effect | None], model: str) -> Judgement:
+    def _judgement(self, effects: Sequence[PolicyEffect | None], model: str) -> PolicyDecision:
         found = [effect for effect in effects if effect is not None]
         if not found:
             return ALLOWED
@@ -216,8 +220,8 @@ class RuleSet:
         served = self._served.get(model, self._all)
         if served and served <= removed:
             notes = tuple(effect.note for effect in found if effect.note)
-            return Judgement(allowed=frozenset(), denied_by=_deniers(found, served), notes=notes)
-        return Judgement(
+            return PolicyDecision(allowed=frozenset(), denied_by=_deniers(found, served), notes=notes)
+        return PolicyDecision(
             allowed=self._all - removed if removed else None,
             preferred=preferred,
             priority=_lowest(effect.priority for effect in found) or None,
@@ -230,7 +234,7 @@ def _lowest(priorities: Iterable[str]) -> str:
     return max((priority for priority in priorities if priority), key=PRIORITIES.__getitem__, default="")
 
 
-def _deniers(effects: Sequence[Effect], served: frozenset[int]) -> str:
+def _deniers(effects: Sequence[PolicyEffect], served: frozenset[int]) -> str:
     """Who left nobody: the policies that each do so alone, or else all that took somebody away."""
     alone = {effect.policy for effect in effects if served <= effect.removed}
     return ", ".join(sorted(alone or {effect.policy for effect in effects if effect.removed & served}))

@@ -23,7 +23,7 @@ _PROSE_WITHOUT_COMMAS = _all_but(_BRACKETS + b'"' + _AFTER_BACKSLASH + _COMMA)
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
-def is_read(body: bytes) -> bool:
+def is_acceptable(body: bytes) -> bool:
     """Whether each value may be decoded: of larger bodies and of more values only what is asked for is.
 
     Cost: 1 ms a MB, nothing up to 100 KB, which hold no more values.

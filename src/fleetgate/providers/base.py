@@ -37,7 +37,7 @@ class Broken(ProviderError):
     """The place itself does not answer, or answers nonsense."""
 
 
-class Workload(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaWorkload(msgspec.Struct, frozen=True, kw_only=True):
     """What a replica runs. Shape: `{port}` in command, args and env values is the replica's port; `port` 0 is any."""
 
     image: str = ""
@@ -60,7 +60,7 @@ class ManagedDeployment(msgspec.Struct, frozen=True, kw_only=True):
     cluster: str
     provider: str
     region: str
-    workload: Workload
+    workload: ReplicaWorkload
     replicas_desired: int
 
 
@@ -71,7 +71,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     deployment: str
     cluster: str
     region: str
-    workload: Workload
+    workload: ReplicaWorkload
 
 
 class ReplicaState(StrEnum):

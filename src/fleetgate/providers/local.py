@@ -35,7 +35,7 @@ _HOST = "127.0.0.1"
 _PRIVATE_ENV = "FLEETGATE_"
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True):
+class LocalReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     """What a keeper writes of its engine. Shape: `ended` is empty while it runs; a `*_start` is in kernel ticks."""
 
     id: str
@@ -85,7 +85,7 @@ class LocalProvider:
         if workload.port and not _is_free(port):
             raise NotNow(f"{spec.deployment}: port {port} (workload.port) is taken on this machine")
         fields = {"{port}": str(port)}
-        state = State(
+        state = LocalReplicaState(
             id=spec.id,
             deployment=spec.deployment,
             fingerprint=workload.fingerprint,
@@ -190,7 +190,7 @@ class LocalProvider:
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
 
-    async def _look(self, state: State) -> Replica:
+    async def _look(self, state: LocalReplicaState) -> Replica:
         if state.ended or not state.keeper_lives:
             how = state.ended or "its keeper was killed"
             # An engine that was killed had no time to say why; its last line would only mislead.
@@ -219,10 +219,10 @@ def _filled(text: str, fields: Mapping[str, str]) -> str:
     return text
 
 
-_decode = msgspec.json.Decoder(State).decode
+_decode = msgspec.json.Decoder(LocalReplicaState).decode
 
 
-def _read(path: Path) -> State | None:
+def _read(path: Path) -> LocalReplicaState | None:
     """A state file; None when there is none, or what is there was not written by a keeper."""
     try:
         return _decode(path.read_bytes())
@@ -230,7 +230,7 @@ def _read(path: Path) -> State | None:
         return None
 
 
-def _replica(state: State, how: ReplicaState, because: str = "") -> Replica:
+def _replica(state: LocalReplicaState, how: ReplicaState, because: str = "") -> Replica:
     return Replica(
         id=state.id,
         deployment=state.deployment,

@@ -52,7 +52,7 @@ def die_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-class Keeper:
+class LocalShim:
     """Runs one engine.
 
     Shape: `job` has `state` (the fields that the state file keeps), `state_file`, `log_file`, `argv`, `env`, `life_fd`.
@@ -146,7 +146,7 @@ def _how_it_ended(code: int) -> str:
 
 def main() -> None:
     """Run one engine, as the JSON on standard input says."""
-    Keeper(json.load(sys.stdin)).run()
+    LocalShim(json.load(sys.stdin)).run()
 
 
 if __name__ == "__main__":

@@ -7,21 +7,21 @@ balancers do.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.world import Arrival, World
 
 
-class Truth(NamedTuple):
+class TrueLoad(NamedTuple):
     """What a baseline is given. Units: `capacities` in requests/s by Deployment name, as measured beforehand."""
 
-    fleet: Fleet
+    fleet: SimulatedFleet
     capacities: Mapping[str, float]
 
 
 class Baseline:
     """Sends every request at once to whom `choose` names; it learns nothing and refuses nothing."""
 
-    def __init__(self, world: World, truth: Truth) -> None:
+    def __init__(self, world: World, truth: TrueLoad) -> None:
         self.world = world
         self.fleet = truth.fleet
         self.in_flight = [0] * len(world.engines)

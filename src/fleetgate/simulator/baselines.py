@@ -5,8 +5,8 @@ But for the last they have no admission: whatever comes is sent at once, as prox
 
 from collections.abc import Callable
 
-from fleetgate.simulator.baseline import Baseline, Truth
-from fleetgate.simulator.oracle import Clairvoyant, ClairvoyantNoShed
+from fleetgate.simulator.baseline import Baseline, TrueLoad
+from fleetgate.simulator.oracle import Oracle, OracleNoShed
 from fleetgate.simulator.world import Arrival, World
 
 
@@ -67,13 +67,13 @@ class NearestFirst(RegionLocal):
         return self._nearest(arrival)
 
 
-BASELINES: dict[str, Callable[[World, Truth], Baseline]] = {
+BASELINES: dict[str, Callable[[World, TrueLoad], Baseline]] = {
     "round_robin": RoundRobin,
     "gpu_count_weights": GpuCountWeights,
     "least_outstanding": LeastOutstanding,
     "static_weights": StaticWeights,
     "region_local": RegionLocal,
     "nearest_first": NearestFirst,
-    "clairvoyant": Clairvoyant,
-    "clairvoyant_no_shed": ClairvoyantNoShed,
+    "clairvoyant": Oracle,
+    "clairvoyant_no_shed": OracleNoShed,
 }

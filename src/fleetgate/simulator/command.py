@@ -16,7 +16,13 @@ from fleetgate.simulator.faults import BadFault, check_name, parse_fault
 from fleetgate.simulator.fleet import BadFleet, UnclearGateway, fleet_of
 from fleetgate.simulator.region_phases import BadPhase, parse_phases
 from fleetgate.simulator.report import json_text, print_tables
-from fleetgate.simulator.simulation import NotPossible, Outcome, Setting, Simulation, known_strategies
+from fleetgate.simulator.simulation import (
+    NotPossible,
+    Simulation,
+    SimulationOutcome,
+    SimulationSetting,
+    known_strategies,
+)
 from fleetgate.simulator.traces import BadTrace, read_trace
 
 PLOT_SUFFIXES = (".svg", ".png")
@@ -26,11 +32,11 @@ class WrongUsage(Exception):
     """Flags that cannot be meant; the text names the flag and the fix."""
 
 
-class Failed(Exception):
+class SimulationFailed(Exception):
     """The simulation could not be done; the text says why."""
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class SimulateOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The flags. Shape: 0 and empty mean not given."""
 
     trace: Path
@@ -47,8 +53,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     plot: Path | None = None
 
 
-def check(ask: Ask) -> None:
-    """Refuse what can be refused before anything is read. Raises: `WrongUsage`, `Failed`."""
+def check(ask: SimulateOptions) -> None:
+    """Refuse what can be refused before anything is read. Raises: `WrongUsage`, `SimulationFailed`."""
     if ask.load is not None and ask.rate_rps is not None:
         raise WrongUsage("--load and --rate both say how much comes; give one of them")
     for flag, value in (("--load", ask.load), ("--rate", ask.rate_rps)):
@@ -68,14 +74,14 @@ def check(ask: Ask) -> None:
         if not ask.plot.absolute().parent.is_dir():
             raise WrongUsage(f"--plot {ask.plot}: there is no such folder; create it first")
         if importlib.util.find_spec("matplotlib") is None:
-            raise Failed("--plot needs matplotlib; install it with `pip install 'fleetgate[plot]'`")
+            raise SimulationFailed("--plot needs matplotlib; install it with `pip install 'fleetgate[plot]'`")
 
 
-def simulate(ask: Ask, snapshot: Snapshot) -> None:
-    """Run and report, on standard output. Raises: `WrongUsage`, `Failed`."""
+def simulate(ask: SimulateOptions, snapshot: Snapshot) -> None:
+    """Run and report, on standard output. Raises: `WrongUsage`, `SimulationFailed`."""
     try:
         fleet = fleet_of(snapshot, ask.gateway)
-        setting = Setting(
+        setting = SimulationSetting(
             strategies=ask.strategies or (fleet.gateway.strategy,),
             load=ask.load,
             rate_rps=ask.rate_rps,
@@ -89,7 +95,7 @@ def simulate(ask: Ask, snapshot: Snapshot) -> None:
     except (UnclearGateway, BadPhase, BadFault) as error:
         raise WrongUsage(str(error)) from None
     except BadFleet as error:
-        raise Failed(str(error)) from None
+        raise SimulationFailed(str(error)) from None
     try:
         trace = read_trace(ask.trace, ask.limit)
         with _bar() as bar:
@@ -100,7 +106,7 @@ def simulate(ask: Ask, snapshot: Snapshot) -> None:
             bar.remove_task(task)
             outcomes = [_run(simulation, strategy, bar, len(trace)) for strategy in setting.strategies]
     except (BadTrace, NotPossible) as error:
-        raise Failed(str(error)) from None
+        raise SimulationFailed(str(error)) from None
     scores = [outcome.score for outcome in outcomes]
     if ask.json:
         sys.stdout.write(json_text(scores))
@@ -110,12 +116,12 @@ def simulate(ask: Ask, snapshot: Snapshot) -> None:
         _draw(ask.plot, simulation, outcomes)
 
 
-def _run(simulation: Simulation, strategy: str, bar: Progress, total: int) -> Outcome:
+def _run(simulation: Simulation, strategy: str, bar: Progress, total: int) -> SimulationOutcome:
     task = bar.add_task(strategy, total=total)
     return simulation.run(strategy, lambda done: bar.update(task, completed=done))
 
 
-def _draw(path: Path, simulation: Simulation, outcomes: Sequence[Outcome]) -> None:
+def _draw(path: Path, simulation: Simulation, outcomes: Sequence[SimulationOutcome]) -> None:
     # Imported here: it takes a second, and most never draw.
     from fleetgate.simulator.plot import draw
 

@@ -8,7 +8,7 @@ from math import prod
 import msgspec
 
 from fleetgate.core.model import Deployment
-from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.world import World
 
 FORM = "KIND:NAME@START[+DURATION][xFACTOR], for example slow:llama-us@300+150x3, down:eu-west@600+120, refuse:b@60"
@@ -20,7 +20,7 @@ class BadFault(Exception):
     """A fault cannot be read or names nothing; the text shows the form."""
 
 
-class Fault(msgspec.Struct, frozen=True):
+class SimulatedFault(msgspec.Struct, frozen=True):
     """One fault. Units: seconds of the run; `ends_s` infinite where it lasts; `factor` of a step's time."""
 
     kind: str
@@ -30,7 +30,7 @@ class Fault(msgspec.Struct, frozen=True):
     factor: float
 
 
-def parse_fault(text: str) -> Fault:
+def parse_fault(text: str) -> SimulatedFault:
     """Read a mark of `--fault`.
 
     Raises: `BadFault`.
@@ -49,10 +49,10 @@ def parse_fault(text: str) -> Fault:
         raise BadFault(f"--fault {text!r} has a number that is none; {FORM}") from None
     if times <= 0.0:
         raise BadFault(f"--fault {text!r}: the factor must be above 0")
-    return Fault(kind, name, begins_s, ends_s, times)
+    return SimulatedFault(kind, name, begins_s, ends_s, times)
 
 
-def arrange(faults: Sequence[Fault], fleet: Fleet, world: World) -> None:
+def schedule_faults(faults: Sequence[SimulatedFault], fleet: SimulatedFleet, world: World) -> None:
     """Let the world make them happen.
 
     Raises: `BadFault` when a name is neither a Deployment nor, for `down`, a region.
@@ -67,7 +67,7 @@ def arrange(faults: Sequence[Fault], fleet: Fleet, world: World) -> None:
                     world.at(fault.ends_s, partial(site.end, fault))
 
 
-def check_name(fault: Fault, fleet: Fleet) -> None:
+def check_name(fault: SimulatedFault, fleet: SimulatedFleet) -> None:
     """Raises: `BadFault` when it would hit nothing."""
     if not any(_hits(fault, deployment) for deployment in fleet.deployments):
         regions = {deployment.region for deployment in fleet.deployments if deployment.region}
@@ -78,7 +78,7 @@ def check_name(fault: Fault, fleet: Fleet) -> None:
         raise BadFault(f"--fault {fault.kind}:{fault.name} does not name {what} of the fleet: {', '.join(known)}")
 
 
-def _hits(fault: Fault, deployment: Deployment) -> bool:
+def _hits(fault: SimulatedFault, deployment: Deployment) -> bool:
     return fault.name == deployment.name or (fault.kind == "down" and fault.name == deployment.region)
 
 
@@ -88,16 +88,16 @@ class _Site:
     def __init__(self, engine: int, world: World) -> None:
         self.engine = engine
         self.world = world
-        self.active: list[Fault] = []
+        self.active: list[SimulatedFault] = []
 
-    def begin(self, fault: Fault, now_s: float) -> None:
+    def begin(self, fault: SimulatedFault, now_s: float) -> None:
         """One more."""
         self.active.append(fault)
         if fault.kind == "down" and self._count("down") == 1:
             self.world.take_down(self.engine, now_s)
         self._settle(fault.kind, now_s)
 
-    def end(self, fault: Fault, now_s: float) -> None:
+    def end(self, fault: SimulatedFault, now_s: float) -> None:
         """One less."""
         self.active.remove(fault)
         if fault.kind == "down" and not self._count("down"):

@@ -6,8 +6,8 @@ import msgspec
 
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Slo, Snapshot
 from fleetgate.simulator.region_rtt import Rtts
-from fleetgate.simulator.replica import Replica
-from fleetgate.simulator.world import Engine
+from fleetgate.simulator.replica import SimulatedReplica
+from fleetgate.simulator.world import SimulatedEngine
 
 MODEL = "*"  # a trace names no model: every Deployment of the Gateway serves it
 
@@ -20,7 +20,7 @@ class UnclearGateway(BadFleet):
     """It is not clear which Gateway is meant; `--gateway` says it."""
 
 
-class Fleet(msgspec.Struct, frozen=True):
+class SimulatedFleet(msgspec.Struct, frozen=True):
     """What is simulated: one Gateway, and its Deployments with one Endpoint for each replica."""
 
     gateway: Gateway
@@ -41,7 +41,7 @@ class Fleet(msgspec.Struct, frozen=True):
         return next((deployment for deployment in self.deployments if deployment.name == name), None)
 
 
-def fleet_of(snapshot: Snapshot, gateway: str = "") -> Fleet:
+def fleet_of(snapshot: Snapshot, gateway: str = "") -> SimulatedFleet:
     """Take one Gateway and its Deployments out of a Snapshot.
 
     Raises: `UnclearGateway`; `BadFleet` when there is none, or a Deployment's speed is not known.
@@ -67,14 +67,16 @@ def fleet_of(snapshot: Snapshot, gateway: str = "") -> Fleet:
         )
         slot += count
         deployments.append(msgspec.structs.replace(deployment, slot=index, models={MODEL: MODEL}, endpoints=endpoints))
-    return Fleet(chosen[0], tuple(deployments))
+    return SimulatedFleet(chosen[0], tuple(deployments))
 
 
-def engines_of(fleet: Fleet, proxy_regions: Sequence[str], rtts: Rtts) -> list[Engine]:
+def engines_of(fleet: SimulatedFleet, proxy_regions: Sequence[str], rtts: Rtts) -> list[SimulatedEngine]:
     """Fresh engines for one run, in the order of their Endpoints' slots."""
     engines = []
     for deployment in fleet.deployments:
         assert deployment.profile is not None
         rtts_s = [rtts.between_s(region, deployment.region) for region in proxy_regions]
-        engines += [Engine(deployment, Replica(deployment.profile), rtts_s) for _ in deployment.endpoints]
+        engines += [
+            SimulatedEngine(deployment, SimulatedReplica(deployment.profile), rtts_s) for _ in deployment.endpoints
+        ]
     return engines

@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 from fleetgate.core.capacity.latency_model import CHUNK_TOKENS
 from fleetgate.core.capacity.units import ttft_target_s
-from fleetgate.simulator.baseline import Baseline, Truth
-from fleetgate.simulator.replica import Boundary, Job, Replica
+from fleetgate.simulator.baseline import Baseline, TrueLoad
+from fleetgate.simulator.replica import Boundary, ReplicaJob, SimulatedReplica
 from fleetgate.simulator.trace_capacity import fastest_idle_s, idle_ttft_s
-from fleetgate.simulator.world import Arrival, Engine, World
+from fleetgate.simulator.world import Arrival, SimulatedEngine, World
 
 TPOT_SHARE_MAX = 0.98  # the rest is for the error of looking at whole steps
 LOOKS_MAX = 8  # waiting requests that may try when an engine changes, so that a long one blocks none
 
 
-class View(NamedTuple):
+class OracleView(NamedTuple):
     """The truth about one engine when the step under way ends, with what is still on its way there.
 
     Shape: `coming` are prompts that no step has begun yet, with what of them is to be computed; `lives` are the steps
@@ -33,7 +33,7 @@ class View(NamedTuple):
     lives: list[int]
 
 
-class Person(NamedTuple):
+class OracleRequest(NamedTuple):
     """Somebody at an engine: steps left, seconds to spare, and prompt tokens that come between the steps."""
 
     left: int
@@ -42,22 +42,22 @@ class Person(NamedTuple):
     identity: int
 
 
-class Prospect(NamedTuple):
+class OraclePrediction(NamedTuple):
     """How a request would do at one engine if nothing more came."""
 
     end_s: float
     ttft_s: float
     tpot_s: float
     prompt_tokens: int
-    view: View
+    view: OracleView
 
 
-class Clairvoyant(Baseline):
+class Oracle(Baseline):
     """Admits by the truth; it has admission, unlike the other baselines."""
 
     sheds = True
 
-    def __init__(self, world: World, truth: Truth) -> None:
+    def __init__(self, world: World, truth: TrueLoad) -> None:
         super().__init__(world, truth)
         self.slo = truth.fleet.slo
         self._tightest: dict[int, int] = {}  # by engine: whose TPOT stood in the way last
@@ -127,10 +127,10 @@ class Clairvoyant(Baseline):
     def _target_s(self, arrival: Arrival) -> float:
         return ttft_target_s(self.slo, arrival.prompt_tokens, fastest_idle_s(self.fleet, arrival.prompt_tokens))
 
-    def _views(self, now_s: float) -> list[View]:
+    def _views(self, now_s: float) -> list[OracleView]:
         return [self._view(engine, now_s) for engine in self.up()]
 
-    def _best(self, arrival: Arrival, ttft_left_s: float, now_s: float, views: list[View]) -> int:
+    def _best(self, arrival: Arrival, ttft_left_s: float, now_s: float, views: list[OracleView]) -> int:
         """The engine where it ends first, keeps its own targets and breaks nobody's; −1 for none."""
         prospects = [self._prospect(arrival, view, now_s) for view in views]
         prospects.sort(key=lambda prospect: (prospect.end_s, prospect.view.engine))
@@ -143,7 +143,7 @@ class Clairvoyant(Baseline):
         # What is lost anyway goes where it costs others least: in overload that is one engine, given up.
         return min(prospects, key=lambda prospect: self._broken_by(arrival, prospect, now_s)).view.engine
 
-    def _view(self, engine: int, now_s: float) -> View:
+    def _view(self, engine: int, now_s: float) -> OracleView:
         truth, flying = self.world.engines[engine], self._flying[engine]
         replica = truth.replica
         boundary = replica.boundary(now_s)
@@ -162,9 +162,9 @@ class Clairvoyant(Baseline):
             tokens += uncached
             kv_tokens += prompt_tokens + output_tokens
             lives.append(output_tokens - 1)
-        return View(engine, boundary, tokens - boundary.prompt_tokens, kv_tokens, coming, lives)
+        return OracleView(engine, boundary, tokens - boundary.prompt_tokens, kv_tokens, coming, lives)
 
-    def _people(self, view: View, now_s: float) -> list[Person]:
+    def _people(self, view: OracleView, now_s: float) -> list[OracleRequest]:
         """Everybody at an engine, with what is left of their time when all that is there already is done."""
         truth, tpot_s = self.world.engines[view.engine], self.slo.tpot_s
         replica, boundary = truth.replica, view.boundary
@@ -184,16 +184,16 @@ class Clairvoyant(Baseline):
             done += left
             between = view.prompt_tokens - prompt_before
             needed_s = _needed_s(replica, left, sequence_steps, between)
-            found.append(Person(left, allowed_s - needed_s, between, identity))
+            found.append(OracleRequest(left, allowed_s - needed_s, between, identity))
         return found
 
-    def _allowed_s(self, truth: Engine, job: Job, now_s: float) -> float:
+    def _allowed_s(self, truth: SimulatedEngine, job: ReplicaJob, now_s: float) -> float:
         """When somebody who decodes must have ended."""
         other = truth.jobs[job.identity][1]
         first_s = other.first_s - 0.5 * truth.rtts_s[other.proxy] if other.first_s >= 0.0 else now_s
         return first_s + self.slo.tpot_s * (job.output_tokens - 1)
 
-    def _prospect(self, arrival: Arrival, view: View, now_s: float) -> Prospect:
+    def _prospect(self, arrival: Arrival, view: OracleView, now_s: float) -> OraclePrediction:
         truth = self.world.engines[view.engine]
         replica, profile = truth.replica, truth.replica.profile
         own_tokens = arrival.prompt_tokens - replica.cached_tokens(arrival.blocks, arrival.prompt_tokens)
@@ -207,9 +207,9 @@ class Clairvoyant(Baseline):
         company = sum([left if left < steps else steps for left in view.lives]) / steps
         tpot_s = (profile.base_s + profile.per_sequence_s * (1.0 + company)) * replica.slowness
         ttft_s = wait_s * replica.slowness + view.boundary.at_s - now_s + truth.rtts_s[arrival.proxy]
-        return Prospect(ttft_s + steps * tpot_s, ttft_s, tpot_s, own_tokens, view)
+        return OraclePrediction(ttft_s + steps * tpot_s, ttft_s, tpot_s, own_tokens, view)
 
-    def _broken_by(self, arrival: Arrival, prospect: Prospect, now_s: float) -> int:
+    def _broken_by(self, arrival: Arrival, prospect: OraclePrediction, now_s: float) -> int:
         """How many there, who would keep their TPOT otherwise, would lose it by the newcomer; the first will do."""
         engine, view = prospect.view.engine, prospect.view
         # Whoever was in the way last time mostly still is, and looking at one is ten times faster than at all.
@@ -224,7 +224,7 @@ class Clairvoyant(Baseline):
                     break
         return broken
 
-    def _is_broken(self, person: Person | None, arrival: Arrival, prospect: Prospect) -> bool:
+    def _is_broken(self, person: OracleRequest | None, arrival: Arrival, prospect: OraclePrediction) -> bool:
         if person is None or person.spare_s < 0.0:
             return False
         later = person.left - person.between // CHUNK_TOKENS  # its steps from when the newcomer's turn comes
@@ -236,7 +236,7 @@ class Clairvoyant(Baseline):
         cost_s = (prospect.prompt_tokens / profile.prefill_tokens_per_s + sequence_s) * replica.slowness
         return cost_s > person.spare_s - (1.0 - TPOT_SHARE_MAX) * self.slo.tpot_s * person.left
 
-    def _tightest_of(self, view: View, now_s: float) -> Person | None:
+    def _tightest_of(self, view: OracleView, now_s: float) -> OracleRequest | None:
         """The one who was in the way at that engine last time, as of now."""
         truth = self.world.engines[view.engine]
         known = truth.jobs.get(self._tightest.get(view.engine, -1))
@@ -248,10 +248,10 @@ class Clairvoyant(Baseline):
         sequence_steps = sum([left if left < life else life for life in view.lives])
         needed_s = _needed_s(truth.replica, left, sequence_steps, view.prompt_tokens)
         spare_s = self._allowed_s(truth, known[0], now_s) - view.boundary.at_s - needed_s
-        return Person(left, spare_s, view.prompt_tokens, known[0].identity)
+        return OracleRequest(left, spare_s, view.prompt_tokens, known[0].identity)
 
 
-def _needed_s(replica: Replica, left: int, sequence_steps: int, between: int) -> float:
+def _needed_s(replica: SimulatedReplica, left: int, sequence_steps: int, between: int) -> float:
     """Seconds that so many steps take, with so many sequences in them together and prompt tokens between them."""
     profile = replica.profile
     chunks = -(-between // CHUNK_TOKENS)
@@ -259,7 +259,7 @@ def _needed_s(replica: Replica, left: int, sequence_steps: int, between: int) ->
     return (left * profile.base_s + profile.per_sequence_s * sequence_steps + prompts_s) * replica.slowness
 
 
-class ClairvoyantNoShed(Clairvoyant):
+class OracleNoShed(Oracle):
     """The same, but what fits nowhere is sent all the same, to where it breaks least."""
 
     sheds = False

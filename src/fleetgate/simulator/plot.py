@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.score import good
 from fleetgate.simulator.world import Arrival
 
@@ -17,7 +17,7 @@ BUCKETS = 60  # of the time axis
 TTFT_SHOWN_S_MIN = 0.01
 
 
-def draw(path: Path, fleet: Fleet, work: Sequence[float], runs: Mapping[str, Sequence[Arrival]]) -> None:
+def draw(path: Path, fleet: SimulatedFleet, work: Sequence[float], runs: Mapping[str, Sequence[Arrival]]) -> None:
     """Write an SVG or PNG. Shape: `runs` has every strategy's arrivals, `work` what each weighs."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -4,34 +4,34 @@ from dataclasses import dataclass
 
 import msgspec
 
-from fleetgate.core.admission.lease import LEASE_S, Lease, Wanted, divide
+from fleetgate.core.admission.lease import LEASE_S, Lease, LeaseDemand, divide
 from fleetgate.core.admission.ledger import Ledger
-from fleetgate.core.admission.request_queue import Ticket
-from fleetgate.core.admission.work_ledger import Books, Hold
-from fleetgate.core.capacity.adaptive_limit import Counts, Lengths, Signals
-from fleetgate.core.capacity.deployment_view import Outlook, Seat
-from fleetgate.core.capacity.latency_model import Fit, Need
-from fleetgate.core.capacity.online_estimate import Estimate, Sighting, Steps
+from fleetgate.core.admission.request_queue import QueueEntry
+from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
+from fleetgate.core.capacity.adaptive_limit import EngineLoad, TokenEstimates, ViolationCounts
+from fleetgate.core.capacity.deployment_view import DeploymentView, EndpointCapacity
+from fleetgate.core.capacity.latency_model import LatencyPrediction, RequestShape
+from fleetgate.core.capacity.online_estimate import DecodeProgress, Observation, OnlineEstimate
 from fleetgate.core.model import Deployment, Slo
-from fleetgate.core.routing.prefix_affinity import BLOCK_TOKENS, Affinity
-from fleetgate.core.routing.route import Rejection, lanes_of
-from fleetgate.core.routing.scheduler import Desk, Wish
-from fleetgate.ipc.shared_memory import TALLY_CELLS, Board, Tally
-from fleetgate.simulator.fleet import MODEL, Fleet
+from fleetgate.core.routing.prefix_affinity import BLOCK_TOKENS, PrefixAffinity
+from fleetgate.core.routing.route import Rejection, model_routes
+from fleetgate.core.routing.scheduler import Scheduler, ScheduleRequest
+from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter, SharedMemory
+from fleetgate.simulator.fleet import MODEL, SimulatedFleet
 from fleetgate.simulator.world import Arrival, World
 
 LOOKS_MAX = 4  # requests of a row that may try when a place comes free, so that one that is too long blocks none
 
 
 @dataclass(slots=True, eq=False)
-class Open:
+class OpenRequest:
     """One request on its way."""
 
     arrival: Arrival
-    need: Need
-    ticket: Ticket | None = None
-    hold: Hold | None = None
-    fit: Fit | None = None
+    need: RequestShape
+    ticket: QueueEntry | None = None
+    hold: WorkReservation | None = None
+    fit: LatencyPrediction | None = None
     target_s: float = 0.0
     sent_s: float = 0.0
     first_s: float = 0.0
@@ -39,35 +39,37 @@ class Open:
     tried: tuple[int, ...] = ()
 
 
-class Proxy:
+class ProxyModel:
     """One proxy: its own books, lessons and row of waiting requests."""
 
-    def __init__(self, shell: "Shell", index: int, region: str) -> None:
+    def __init__(self, shell: "ProxyFleet", index: int, region: str) -> None:
         self.index = index
         self.shell = shell
-        self.board = Board(memoryview(bytearray(Board.bytes_needed(1))), 1)
-        self.books = Books(self.board, 0, Ledger(self.board, 0))
-        self.desk = Desk(shell.gateway, lanes_of(shell.gateway, shell.snapshot, region)[MODEL])
+        self.board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(1))), 1)
+        self.books = WorkLedger(self.board, 0, Ledger(self.board, 0))
+        self.desk = Scheduler(shell.gateway, model_routes(shell.gateway, shell.snapshot, region)[MODEL])
         self.slo = shell.gateway.slo or Slo()
-        self.estimates = {deployment.slot: Estimate(deployment, self.slo) for deployment in shell.snapshot.deployments}
-        self.lengths = Lengths()
-        self.affinity = Affinity()
-        self.open: dict[int, Open] = {}
-        self.waiting: dict[Ticket, Open] = {}
+        self.estimates = {
+            deployment.slot: OnlineEstimate(deployment, self.slo) for deployment in shell.snapshot.deployments
+        }
+        self.lengths = TokenEstimates()
+        self.affinity = PrefixAffinity()
+        self.open: dict[int, OpenRequest] = {}
+        self.waiting: dict[QueueEntry, OpenRequest] = {}
         self.shares: dict[int, float] = dict.fromkeys(self.estimates, 1.0 / shell.proxies_count)
-        self.outlooks: dict[int, Outlook] = {}
+        self.outlooks: dict[int, DeploymentView] = {}
 
     def arrive(self, arrival: Arrival, now_s: float) -> None:
         """Place it, let it wait, or refuse it."""
         warm = self.affinity.find(arrival.blocks)
-        need = Need(
+        need = RequestShape(
             prompt_tokens=arrival.prompt_tokens,
             output_tokens=self.lengths.output_tokens(MODEL, arrival.key),
             warm_slot=warm.endpoint_slot,
             warm_tokens=warm.blocks * BLOCK_TOKENS,
         )
-        request = Open(arrival, need)
-        if not self.desk.room and self._try(request, now_s):
+        request = OpenRequest(arrival, need)
+        if not self.desk.queue and self._try(request, now_s):
             return
         self._wait(request, now_s)
 
@@ -77,10 +79,10 @@ class Proxy:
         request.first_s = now_s
         assert request.hold is not None
         if request.fit is not None:
-            self.estimates[request.hold.slot].saw_first(request.fit, now_s - request.sent_s)
+            self.estimates[request.hold.slot].record_first_token(request.fit, now_s - request.sent_s)
             if now_s - arrival.at_s > request.target_s:
-                self._tally(request.hold.slot, Tally.TTFT_LATE)
-        request.hold = self.books.started(request.hold, now_s)
+                self._tally(request.hold.slot, DeploymentCounter.TTFT_LATE)
+        request.hold = self.books.first_token(request.hold, now_s)
         self._wake(now_s)
 
     def finished(self, arrival: Arrival, now_s: float) -> None:
@@ -89,10 +91,10 @@ class Proxy:
         hold = request.hold
         assert hold is not None
         tokens = arrival.output_tokens
-        self.lengths.saw_output(MODEL, arrival.key, tokens)
-        self._tally(hold.slot, Tally.ENDED)
+        self.lengths.record_output(MODEL, arrival.key, tokens)
+        self._tally(hold.slot, DeploymentCounter.ENDED)
         if tokens > 1 and (now_s - request.first_s) / (tokens - 1) > self.slo.tpot_s:
-            self._tally(hold.slot, Tally.TPOT_LATE)
+            self._tally(hold.slot, DeploymentCounter.TPOT_LATE)
         self.books.settle(hold)
         self._wake(now_s)
 
@@ -102,7 +104,7 @@ class Proxy:
         hold = request.hold
         assert hold is not None
         if failure == "full":
-            self._tally(hold.slot, Tally.REFUSED)
+            self._tally(hold.slot, DeploymentCounter.REFUSED)
         self.books.settle(hold)
         if request.first_s:
             self.shell.world.refuse(arrival, "interrupted", now_s)
@@ -120,18 +122,23 @@ class Proxy:
                 self._leave(request)
                 self.shell.world.refuse(request.arrival, "capacity_exhausted", now_s)
 
-    def _try(self, request: Open, now_s: float) -> bool:
-        wish = Wish(request.need, now_s - request.arrival.at_s)
+    def _try(self, request: OpenRequest, now_s: float) -> bool:
+        wish = ScheduleRequest(request.need, now_s - request.arrival.at_s)
         placed = self.desk.place(wish, self.outlooks, self.books, now_s, request.tried)
         if isinstance(placed, Rejection):
             return False
-        request.hold, request.fit, request.target_s, request.sent_s = placed.hold, placed.fit, placed.target_s, now_s
+        request.hold, request.fit, request.target_s, request.sent_s = (
+            placed.reservation,
+            placed.prediction,
+            placed.target_s,
+            now_s,
+        )
         self.open[request.arrival.index] = request
-        self.affinity.sent(request.arrival.blocks, placed.hold.endpoint_slot)
-        self.shell.world.send(request.arrival, placed.hold.endpoint_slot, now_s)
+        self.affinity.record(request.arrival.blocks, placed.reservation.endpoint_slot)
+        self.shell.world.send(request.arrival, placed.reservation.endpoint_slot, now_s)
         return True
 
-    def _wait(self, request: Open, now_s: float, ahead: bool = False) -> None:
+    def _wait(self, request: OpenRequest, now_s: float, ahead: bool = False) -> None:
         admission = self.desk.gateway.admission
         deadline_s = self.desk.waits_until_s(request.need, request.arrival.at_s, self.outlooks)
         if len(self.waiting) >= admission.queue_max:
@@ -140,31 +147,31 @@ class Proxy:
         if deadline_s <= now_s:
             self.shell.world.refuse(request.arrival, "capacity_exhausted", now_s)
             return
-        ticket = Ticket(deadline_s, request.arrival.key, request.need.units)
+        ticket = QueueEntry(deadline_s, request.arrival.key, request.need.units)
         request.ticket = ticket
         self.waiting[ticket] = request
-        self.desk.room.join(ticket, ahead)
+        self.desk.queue.join(ticket, ahead)
         self.shell.world.wake_at(deadline_s)
 
-    def _leave(self, request: Open, served: bool = False) -> None:
+    def _leave(self, request: OpenRequest, served: bool = False) -> None:
         ticket, request.ticket = request.ticket, None
         if ticket is not None:
             del self.waiting[ticket]
-            self.desk.room.leave(ticket, served)
+            self.desk.queue.leave(ticket, served)
 
     def _wake(self, now_s: float) -> None:
-        for ticket in self.desk.room.row(LOOKS_MAX):
+        for ticket in self.desk.queue.next_entries(LOOKS_MAX):
             request = self.waiting[ticket]
             if self._try(request, now_s):
                 self._leave(request, served=True)
 
-    def _tally(self, slot: int, cell: Tally) -> None:
-        self.board.tallies[slot * TALLY_CELLS + cell] += 1
+    def _tally(self, slot: int, cell: DeploymentCounter) -> None:
+        self.board.deployment_counters[slot * TALLY_CELLS + cell] += 1
 
-    def counts(self, slot: int) -> Counts:
+    def counts(self, slot: int) -> ViolationCounts:
         """What this proxy counted of a Deployment."""
         at = slot * TALLY_CELLS
-        return Counts(*self.board.tallies[at : at + TALLY_CELLS])
+        return ViolationCounts(*self.board.deployment_counters[at : at + TALLY_CELLS])
 
     def renew(self, now_s: float) -> None:
         """What requests read until the next tick, from the lessons and the leases."""
@@ -172,9 +179,9 @@ class Proxy:
             lease = self.shell.leases[self.index, slot].now(now_s)
             up = [endpoint for endpoint in estimate.deployment.endpoints if self.shell.world.is_up(endpoint.slot)]
             leased = up if lease.slots else []  # without a slot it is not ours to use; a limit of 0 would mean no limit
-            seats = tuple(Seat(endpoint.slot, endpoint.engines * lease.share) for endpoint in leased)
+            seats = tuple(EndpointCapacity(endpoint.slot, endpoint.engines * lease.share) for endpoint in leased)
             rtt_s = self.shell.world.rtt_s(self.index, slot)
-            outlook = estimate.outlook(Sighting(1.0 if seats else 0.0, seats, rtt_s=rtt_s))
+            outlook = estimate.view(Observation(1.0 if seats else 0.0, seats, rtt_s=rtt_s))
             self.outlooks[slot] = msgspec.structs.replace(outlook, limit=lease.slots)
 
     def learn(self, now_s: float) -> None:
@@ -189,25 +196,27 @@ class Proxy:
                 furthest[at] = max(furthest.get(at, 0), tokens - request.tokens_seen)
             request.tokens_seen = tokens
         for slot, estimate in self.estimates.items():
-            steps = [Steps(seat, furthest.get(seat.endpoint_slot, 0)) for seat in self.outlooks[slot].seats]
-            estimate.learn_pace(self.books, steps, now_s)
+            steps = [
+                DecodeProgress(seat, furthest.get(seat.endpoint_slot, 0)) for seat in self.outlooks[slot].endpoints
+            ]
+            estimate.learn_speed(self.books, steps, now_s)
 
-    def wanted(self, slot: int) -> Wanted:
+    def wanted(self, slot: int) -> LeaseDemand:
         """What this proxy asks of a Deployment's next leases."""
         in_flight = self.books.ledger.in_flight(slot)
-        return Wanted(in_flight, in_flight + len(self.waiting))
+        return LeaseDemand(in_flight, in_flight + len(self.waiting))
 
 
-class Shell:
+class ProxyFleet:
     """All proxies of one simulated fleet, and the owner of their leases."""
 
-    def __init__(self, world: World, fleet: Fleet, strategy: str) -> None:
+    def __init__(self, world: World, fleet: SimulatedFleet, strategy: str) -> None:
         self.world = world
         self.gateway = msgspec.structs.replace(fleet.gateway, strategy=strategy)
         self.snapshot = msgspec.structs.replace(fleet.snapshot, gateways=(self.gateway,))
         self.proxies_count = len(world.proxy_regions)
         self.leases: dict[tuple[int, int], Lease] = {}
-        self.proxies = [Proxy(self, index, region) for index, region in enumerate(world.proxy_regions)]
+        self.proxies = [ProxyModel(self, index, region) for index, region in enumerate(world.proxy_regions)]
         self.changes: list[str] = []
         self._lease(0.0)
         for proxy in self.proxies:
@@ -247,24 +256,24 @@ class Shell:
 
     def limit_of(self, slot: int) -> int:
         """The limit of a Deployment now, over all proxies."""
-        return int(self.proxies[0].estimates[slot].limits.limit)
+        return int(self.proxies[0].estimates[slot].adaptive_limit.limit)
 
     def _correct(self, deployment: Deployment, now_s: float) -> None:
         slot = deployment.slot
         owner = self.proxies[0].estimates[slot]
         counts = [proxy.counts(slot) for proxy in self.proxies]
-        total = Counts(*(sum(column) for column in zip(*map(msgspec.structs.astuple, counts), strict=True)))
+        total = ViolationCounts(*(sum(column) for column in zip(*map(msgspec.structs.astuple, counts), strict=True)))
         in_flight = sum(proxy.books.ledger.in_flight(slot) for proxy in self.proxies)
         change = owner.learn_limit(total, in_flight, self._signals(deployment), now_s)
         for proxy in self.proxies[1:]:
-            proxy.estimates[slot].limits = owner.limits
+            proxy.estimates[slot].adaptive_limit = owner.adaptive_limit
         if change is not None:
             self.changes.append(f"{now_s:.0f} s {deployment.name}: {change.before} to {change.after}: {change.because}")
 
-    def _signals(self, deployment: Deployment) -> Signals:
+    def _signals(self, deployment: Deployment) -> EngineLoad:
         slots = [endpoint.slot for endpoint in deployment.endpoints]
         waiting = sum(self.world.waiting(slot) for slot in slots)
-        return Signals(waiting, max((self.world.kv_share(slot) for slot in slots), default=0.0))
+        return EngineLoad(waiting, max((self.world.kv_share(slot) for slot in slots), default=0.0))
 
     def _lease(self, now_s: float) -> None:
         for deployment in self.snapshot.deployments:

@@ -17,7 +17,7 @@ BLOCK_TOKENS = 512
 BLOCKS_WITHOUT_KV = 200_000  # of prefix cache where the Profile does not say how large the KV cache is
 
 
-class Job:
+class ReplicaJob:
     """One request in an engine. Shape: `first_step` -1 until its first token."""
 
     __slots__ = (
@@ -84,7 +84,7 @@ class PrefixCache:
             self._blocks.popitem(last=False)
 
 
-class Replica:
+class SimulatedReplica:
     """An engine between two boundaries of its steps.
 
     Shape: a leap of `leap_steps` equal steps began at `began_s` and ends at `ends_s`; `version` tells a leap that was
@@ -100,9 +100,9 @@ class Replica:
         self.leap_steps = 0
         self.version = 0
         self.kv_used = 0
-        self.queue: deque[Job] = deque()
-        self.prefilling: deque[Job] = deque()
-        self.decoding: list[tuple[int, int, Job]] = []
+        self.queue: deque[ReplicaJob] = deque()
+        self.prefilling: deque[ReplicaJob] = deque()
+        self.decoding: list[tuple[int, int, ReplicaJob]] = []
         self._kv_max = profile.kv_tokens or float("inf")
         self._step_s = 0.0
         self._chunk = 0
@@ -139,7 +139,7 @@ class Replica:
         done = min(self.leap_steps, int((now_s - self.began_s) / self._step_s) + 1)
         return Boundary(self.began_s + done * self._step_s, self.steps + done, self._chunk)
 
-    def push(self, job: Job, now_s: float) -> None:
+    def push(self, job: ReplicaJob, now_s: float) -> None:
         """A request arrives; it is looked at when the step under way ends."""
         self.queue.append(job)
         if self.idle:
@@ -154,7 +154,7 @@ class Replica:
             self._cut(now_s)
         self.slowness = slowness
 
-    def die(self) -> list[Job]:
+    def die(self) -> list[ReplicaJob]:
         """Everything that was here is lost."""
         lost = [*self.queue, *self.prefilling, *(job for _, _, job in self.decoding)]
         self.queue.clear()
@@ -165,11 +165,11 @@ class Replica:
         self._cache = PrefixCache()
         return lost
 
-    def advance(self) -> tuple[list[Job], list[Job]]:
+    def advance(self) -> tuple[list[ReplicaJob], list[ReplicaJob]]:
         """The leap is over: who got a first token, and who ended. Then the next one begins."""
         self.steps += self.leap_steps
         self.began_s = self.ends_s
-        ended: list[Job] = []
+        ended: list[ReplicaJob] = []
         while self.decoding and self.decoding[0][0] <= self.steps:
             ended.append(heappop(self.decoding)[2])
         firsts = self._prefilled() if self._chunk else []
@@ -186,7 +186,7 @@ class Replica:
         self._start()
         return firsts, ended
 
-    def tokens_of(self, job: Job, now_s: float) -> int:
+    def tokens_of(self, job: ReplicaJob, now_s: float) -> int:
         """Tokens that a decoding request has brought by now."""
         if job.first_step < 0:
             return 0
@@ -194,7 +194,7 @@ class Replica:
         done = min(self.leap_steps, floor((now_s - self.began_s) / self._step_s)) if self.leap_steps else 0
         return max(1, min(job.output_tokens, self.steps + done - job.first_step + 1))
 
-    def _prefilled(self) -> list[Job]:
+    def _prefilled(self) -> list[ReplicaJob]:
         firsts, left = [], self._chunk
         while left and self.prefilling:
             job = self.prefilling[0]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.score import Score
 from fleetgate.simulator.world import Arrival
 
@@ -23,7 +23,7 @@ def json_text(scores: Sequence[Score]) -> str:
 
 
 def print_tables(
-    fleet: Fleet, trace: Sequence[Arrival], capacities_rps: Mapping[str, float], scores: Sequence[Score]
+    fleet: SimulatedFleet, trace: Sequence[Arrival], capacities_rps: Mapping[str, float], scores: Sequence[Score]
 ) -> None:
     """First what each Deployment takes of this trace, then how each strategy did."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
@@ -63,7 +63,7 @@ def _cell(value: Any) -> str:
             return str(value)
 
 
-def _capacity_table(fleet: Fleet, capacities_rps: Mapping[str, float]) -> Table:
+def _capacity_table(fleet: SimulatedFleet, capacities_rps: Mapping[str, float]) -> Table:
     rows: list[Sequence[Any]] = [
         (d.name, d.region, d.sku or None, len(d.endpoints), capacities_rps[d.name]) for d in fleet.deployments
     ]

@@ -6,7 +6,7 @@ import msgspec
 
 from fleetgate.core.capacity.units import ttft_target_s
 from fleetgate.core.model import Price
-from fleetgate.simulator.fleet import Fleet
+from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.trace_capacity import fastest_idle_s
 from fleetgate.simulator.world import Arrival, World
 
@@ -43,7 +43,7 @@ class Run(msgspec.Struct, frozen=True):
     work: Sequence[float]
 
 
-def good(arrival: Arrival, fleet: Fleet) -> tuple[bool, bool]:
+def good(arrival: Arrival, fleet: SimulatedFleet) -> tuple[bool, bool]:
     """Whether a request met its TTFT and its TPOT target; one that did not end met neither."""
     if arrival.ended_s < 0.0:
         return False, False
@@ -53,7 +53,7 @@ def good(arrival: Arrival, fleet: Fleet) -> tuple[bool, bool]:
     return arrival.first_s - arrival.at_s <= target_s, tpot_s <= slo.tpot_s
 
 
-def score(run: Run, fleet: Fleet, arrivals: Sequence[Arrival], world: World) -> Score:
+def score(run: Run, fleet: SimulatedFleet, arrivals: Sequence[Arrival], world: World) -> Score:
     """Judge a run that has ended."""
     verdicts = [good(arrival, fleet) for arrival in arrivals]
     count = len(arrivals)
@@ -82,7 +82,7 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-def spill_ratio(fleet: Fleet, arrivals: Sequence[Arrival], world: World) -> float:
+def spill_ratio(fleet: SimulatedFleet, arrivals: Sequence[Arrival], world: World) -> float:
     """The share of served requests off the first rank or, where all ranks are equal, out of their own region."""
     ranks = {upstream.deployment: upstream.rank for upstream in fleet.gateway.upstreams}
     first = min(ranks.values())
@@ -97,7 +97,7 @@ def spill_ratio(fleet: Fleet, arrivals: Sequence[Arrival], world: World) -> floa
 
 
 def cost_usd_per_mtok(
-    fleet: Fleet, arrivals: Sequence[Arrival], verdicts: Sequence[tuple[bool, bool]], world: World
+    fleet: SimulatedFleet, arrivals: Sequence[Arrival], verdicts: Sequence[tuple[bool, bool]], world: World
 ) -> float | None:
     """Dollars per million tokens inside the SLO: hours are paid whether used or not, tokens where they were served."""
     prices = {deployment.slot: deployment.price for deployment in fleet.deployments}

@@ -7,11 +7,11 @@ from random import Random
 import msgspec
 
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baseline import Truth
+from fleetgate.simulator.baseline import TrueLoad
 from fleetgate.simulator.baselines import BASELINES
-from fleetgate.simulator.faults import Fault, arrange
-from fleetgate.simulator.fleet import Fleet, engines_of
-from fleetgate.simulator.proxy_model import Shell
+from fleetgate.simulator.faults import SimulatedFault, schedule_faults
+from fleetgate.simulator.fleet import SimulatedFleet, engines_of
+from fleetgate.simulator.proxy_model import ProxyFleet
 from fleetgate.simulator.region_phases import assign_proxies, assign_regions
 from fleetgate.simulator.region_rtt import Rtts
 from fleetgate.simulator.score import Run, Score, score
@@ -23,7 +23,7 @@ class NotPossible(Exception):
     """The simulation cannot be run as asked; the text says why and what to do."""
 
 
-class Setting(msgspec.Struct, frozen=True, kw_only=True):
+class SimulationSetting(msgspec.Struct, frozen=True, kw_only=True):
     """What to simulate beside fleet and trace.
 
     Units: `load` as a share of the fleet's capacity for this trace, `rate_rps` in requests/s; neither leaves the
@@ -36,10 +36,10 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     proxies: int = 0
     phases: dict[str, float] = {}
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[SimulatedFault, ...] = ()
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class SimulationOutcome(msgspec.Struct, frozen=True):
     """A run that has ended: its score, and every arrival, for plots."""
 
     score: Score
@@ -52,9 +52,9 @@ class Simulation:
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: SimulatedFleet,
         trace: Sequence[Arrival],
-        setting: Setting,
+        setting: SimulationSetting,
         warn: Callable[[str], None],
         progress: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -75,20 +75,20 @@ class Simulation:
         near = {region: self._near(region) for region in dict.fromkeys(arrival.region for arrival in self.trace)}
         assign_proxies(self.trace, near, Random(setting.seed + 2))
 
-    def run(self, strategy: str, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+    def run(self, strategy: str, progress: Callable[[int], None] = lambda done: None) -> SimulationOutcome:
         """Run one strategy, a built-in comparison or one of ours, over all arrivals."""
         arrivals = [copy(arrival) for arrival in self.trace]
         world = World(engines_of(self.fleet, self.proxy_regions, self._rtts), self.proxy_regions)
         world.balancer = balancer = self._balancer(strategy, world)
-        arrange(self.setting.faults, self.fleet, world)
+        schedule_faults(self.setting.faults, self.fleet, world)
         world.run(arrivals, progress)
         run = Run(strategy, self.load, self.setting.seed, self.capacity_rps, self.work)
-        return Outcome(score(run, self.fleet, arrivals, world), arrivals, getattr(balancer, "changes", ()))
+        return SimulationOutcome(score(run, self.fleet, arrivals, world), arrivals, getattr(balancer, "changes", ()))
 
     def _balancer(self, strategy: str, world: World) -> Balancer:
         if strategy in BASELINES:
-            return BASELINES[strategy](world, Truth(self.fleet, self.capacities))
-        return Shell(world, self.fleet, strategy)
+            return BASELINES[strategy](world, TrueLoad(self.fleet, self.capacities))
+        return ProxyFleet(world, self.fleet, strategy)
 
     def _scaled(self, trace: Sequence[Arrival]) -> list[Arrival]:
         arrivals = [copy(arrival) for arrival in trace]

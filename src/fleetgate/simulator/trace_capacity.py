@@ -10,8 +10,8 @@ from random import Random
 
 from fleetgate.core.capacity.units import ttft_target_s
 from fleetgate.core.model import Profile, Slo
-from fleetgate.simulator.fleet import Fleet
-from fleetgate.simulator.replica import Job, Replica
+from fleetgate.simulator.fleet import SimulatedFleet
+from fleetgate.simulator.replica import ReplicaJob, SimulatedReplica
 from fleetgate.simulator.world import Arrival
 
 INSIDE_SHARE_MIN = 0.95
@@ -28,7 +28,7 @@ def work_of(arrivals: Sequence[Arrival]) -> list[float]:
     return [work / mean for work in raw]
 
 
-def fastest_idle_s(fleet: Fleet, prompt_tokens: int) -> float:
+def fastest_idle_s(fleet: SimulatedFleet, prompt_tokens: int) -> float:
     """TTFT of the fleet's fastest replica when idle: no target asks for more."""
     return min(idle_ttft_s(d.profile, prompt_tokens) for d in fleet.deployments if d.profile is not None)
 
@@ -39,7 +39,7 @@ def idle_ttft_s(profile: Profile, prompt_tokens: int) -> float:
 
 
 def capacities_rps(
-    fleet: Fleet, arrivals: Sequence[Arrival], seed: int, progress: Callable[[str], None] = lambda name: None
+    fleet: SimulatedFleet, arrivals: Sequence[Arrival], seed: int, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, float]:
     """Requests a second of the trace's mix that each Deployment serves, by name; 0 where it is too slow for all."""
     shapes = Random(seed).sample(list(arrivals), min(len(arrivals), SHAPES_MAX))
@@ -55,7 +55,7 @@ def capacities_rps(
     return found
 
 
-def _replica_rps(profile: Profile, fleet: Fleet, shapes: Sequence[Arrival]) -> float:
+def _replica_rps(profile: Profile, fleet: SimulatedFleet, shapes: Sequence[Arrival]) -> float:
     slo = fleet.slo
     targets = [ttft_target_s(slo, s.prompt_tokens, fastest_idle_s(fleet, s.prompt_tokens)) for s in shapes]
     step_s = profile.base_s + profile.per_sequence_s
@@ -83,7 +83,12 @@ def _replica_rps(profile: Profile, fleet: Fleet, shapes: Sequence[Arrival]) -> f
 
 def inside_share(profile: Profile, slo: Slo, shapes: Sequence[tuple[Arrival, float]], rate_rps: float) -> float:
     """The share of evenly spaced requests that one replica serves inside the SLO."""
-    replica, jobs, first_s, inside = Replica(profile), dict[int, tuple[Arrival, float, float]](), dict[int, float](), 0
+    replica, jobs, first_s, inside = (
+        SimulatedReplica(profile),
+        dict[int, tuple[Arrival, float, float]](),
+        dict[int, float](),
+        0,
+    )
     heap: list[tuple[float, int]] = []
 
     def run_until(now_s: float) -> int:
@@ -109,7 +114,7 @@ def inside_share(profile: Profile, slo: Slo, shapes: Sequence[tuple[Arrival, flo
         inside += run_until(now_s)
         jobs[index] = (shape, now_s, target_s)
         version = replica.version
-        replica.push(Job(index, shape.prompt_tokens, shape.output_tokens), now_s)
+        replica.push(ReplicaJob(index, shape.prompt_tokens, shape.output_tokens), now_s)
         if replica.version != version:
             heappush(heap, (replica.ends_s, replica.version))
     inside += run_until(float("inf"))

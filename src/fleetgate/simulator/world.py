@@ -7,13 +7,13 @@ from itertools import count
 from typing import Protocol
 
 from fleetgate.core.model import Deployment
-from fleetgate.simulator.replica import Job, Replica
+from fleetgate.simulator.replica import ReplicaJob, SimulatedReplica
 
 TICK_S = 1.0
 TICKS_ALONE_MAX = 600  # with nothing else to come: then nothing ever will
 
 
-class Forgotten(Exception):
+class UnfinishedRequest(Exception):
     """A balancer let go of requests: neither sent nor refused, and nothing is left that could end them."""
 
 
@@ -39,13 +39,13 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Engine:
+class SimulatedEngine:
     """A replica with its place in the fleet."""
 
     deployment: Deployment
-    replica: Replica
+    replica: SimulatedReplica
     rtts_s: Sequence[float]  # by proxy
-    jobs: dict[int, tuple[Job, Arrival]] = field(default_factory=dict)
+    jobs: dict[int, tuple[ReplicaJob, Arrival]] = field(default_factory=dict)
     refuses: bool = False
 
 
@@ -80,7 +80,7 @@ class World:
     Shape: `engines` are individually addressable; an Endpoint's slot is its index. `proxies` is how many there are.
     """
 
-    def __init__(self, engines: Sequence[Engine], proxy_regions: Sequence[str]) -> None:
+    def __init__(self, engines: Sequence[SimulatedEngine], proxy_regions: Sequence[str]) -> None:
         self.engines = engines
         self.proxy_regions = proxy_regions
         self.balancer: Balancer
@@ -146,7 +146,7 @@ class World:
     def run(self, arrivals: Sequence[Arrival], progress: Callable[[int], None] = lambda done: None) -> None:
         """Until every arrival has ended.
 
-        Raises: `Forgotten`.
+        Raises: `UnfinishedRequest`.
         """
         self._open = len(arrivals)
         for arrival in arrivals:
@@ -201,7 +201,7 @@ class World:
     def _tick(self) -> None:
         self._ticks_alone = 0 if self._heap else self._ticks_alone + 1
         if self._ticks_alone > TICKS_ALONE_MAX:
-            raise Forgotten(f"{self._open} requests were neither sent nor refused by {self.now_s:.0f} s")
+            raise UnfinishedRequest(f"{self._open} requests were neither sent nor refused by {self.now_s:.0f} s")
         self._push(self.now_s + TICK_S, self._tick, ())
         self.balancer.tick(self.now_s)
 
@@ -215,11 +215,11 @@ class World:
             # Through the heap even without a round trip: the balancer is in the middle of sending.
             self._push(self.now_s + self._half_s(arrival, engine), self._fail, (arrival, engine, failure))
             return
-        job = Job(arrival.index, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks)
+        job = ReplicaJob(arrival.index, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks)
         truth.jobs[arrival.index] = (job, arrival)
         self._poke(engine, lambda replica: replica.push(job, self.now_s))
 
-    def _poke(self, engine: int, change: Callable[[Replica], None]) -> None:
+    def _poke(self, engine: int, change: Callable[[SimulatedReplica], None]) -> None:
         replica = self.engines[engine].replica
         version = replica.version
         change(replica)

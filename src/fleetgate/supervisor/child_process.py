@@ -6,7 +6,7 @@ import sys
 import msgspec
 
 
-class Child(msgspec.Struct, kw_only=True):
+class ChildProcess(msgspec.Struct, kw_only=True):
     """One process to keep running. Shape: `env` is added to the supervisor's own; `fds` are inherited."""
 
     name: str

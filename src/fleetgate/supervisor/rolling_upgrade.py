@@ -11,14 +11,14 @@ from enum import StrEnum
 
 import msgspec
 
-from fleetgate.ipc.shared_memory import Board, Worker
-from fleetgate.supervisor.child_process import Child
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
+from fleetgate.supervisor.child_process import ChildProcess
 
 COME_UP_S_MAX = 60.0  # a start takes half a second; a machine that swaps may need longer
 RETIRED_S_MAX = 615.0  # the workers' own limit and some slack
 
 
-class Stage(StrEnum):
+class UpgradeStage(StrEnum):
     """How far a succession is."""
 
     IDLE = "idle"
@@ -26,60 +26,60 @@ class Stage(StrEnum):
     LEAVING = "leaving"
 
 
-class Renewal(msgspec.Struct, frozen=True):
+class UpgradeHooks(msgspec.Struct, frozen=True):
     """What only the caller knows. Shape: `workers_of` gives those of generation 0 or 1; `tell` makes an Event."""
 
-    workers_of: Callable[[int], list[Child]]
+    workers_of: Callable[[int], list[ChildProcess]]
     tell: Callable[[str], None]
 
 
-class Hands(msgspec.Struct, frozen=True):
+class ProcessControl(msgspec.Struct, frozen=True):
     """What the supervisor does for a succession.
 
     Shape: `retire` asks one to leave; `kill` ends one at once; `tell` makes an Event.
     """
 
-    workers_of: Callable[[int], list[Child]]
-    start: Callable[[Child, float], None]
-    retire: Callable[[Child], None]
-    kill: Callable[[Child], None]
+    workers_of: Callable[[int], list[ChildProcess]]
+    start: Callable[[ChildProcess, float], None]
+    retire: Callable[[ChildProcess], None]
+    kill: Callable[[ChildProcess], None]
     tell: Callable[[str], None]
 
 
-class Succession:
+class RollingUpgrade:
     """Decides who serves. `serving` are the workers to keep running; `leaving` those that finish their answers."""
 
-    def __init__(self, board: Board, workers: list[Child], hands: Hands) -> None:
+    def __init__(self, board: SharedMemory, workers: list[ChildProcess], hands: ProcessControl) -> None:
         self._board = board
         self._hands = hands
         self._generation = 0
         self._began_s = 0.0
         self._asked = False
-        self.stage = Stage.IDLE
+        self.stage = UpgradeStage.IDLE
         self.serving = workers
-        self.coming: list[Child] = []
-        self.leaving: list[Child] = []
+        self.coming: list[ChildProcess] = []
+        self.leaving: list[ChildProcess] = []
 
     @property
-    def everyone(self) -> list[Child]:
+    def everyone(self) -> list[ChildProcess]:
         """All workers there are."""
         return [*self.serving, *self.coming, *self.leaving]
 
     def ask(self) -> None:
         """Replace the workers; one that is under way is finished first."""
-        if self.stage is not Stage.IDLE:
+        if self.stage is not UpgradeStage.IDLE:
             self._hands.tell("an upgrade is under way; the next begins when the workers it replaced have ended")
         self._asked = True
 
     def look(self, now_s: float) -> bool:
         """Take the next step; True when new workers have just taken over."""
         match self.stage:
-            case Stage.IDLE:
+            case UpgradeStage.IDLE:
                 if self._asked:
                     self._begin(now_s)
-            case Stage.COMING:
+            case UpgradeStage.COMING:
                 return self._watch_coming(now_s)
-            case Stage.LEAVING:
+            case UpgradeStage.LEAVING:
                 self._watch_leaving(now_s)
         return False
 
@@ -87,7 +87,7 @@ class Succession:
         self._asked = False
         self._began_s = now_s
         self._generation = 1 - self._generation
-        self.stage = Stage.COMING
+        self.stage = UpgradeStage.COMING
         self.coming = self._hands.workers_of(self._generation)
         for child in self.coming:
             self._hands.start(child, now_s)
@@ -98,11 +98,11 @@ class Succession:
             if code is not None:
                 self._give_up(f"{child.name} of the new ones ended with exit code {code} before it served")
                 return False
-        if all(self._board.get(child.worker, Worker.ACCEPTING) for child in self.coming):
+        if all(self._board.get(child.worker, WorkerCell.ACCEPTING) for child in self.coming):
             for child in self.serving:
                 self._hands.retire(child)
             self.leaving, self.serving, self.coming = self.serving, self.coming, []
-            self.stage, self._began_s = Stage.LEAVING, now_s
+            self.stage, self._began_s = UpgradeStage.LEAVING, now_s
             self._hands.tell(f"{len(self.serving)} new workers serve; the old ones finish their answers and end")
             return True
         if now_s - self._began_s > COME_UP_S_MAX:
@@ -114,7 +114,7 @@ class Succession:
             self._end(child)
         self.coming = []
         self._generation = 1 - self._generation
-        self.stage = Stage.IDLE
+        self.stage = UpgradeStage.IDLE
         self._hands.tell(f"the upgrade was given up, and the workers from before it go on: {reason}")
 
     def _watch_leaving(self, now_s: float) -> None:
@@ -124,12 +124,12 @@ class Succession:
                 self._end(child)
                 self.leaving.remove(child)
         if not self.leaving:
-            self.stage = Stage.IDLE
+            self.stage = UpgradeStage.IDLE
             self._hands.tell("the upgrade is done: all workers are new ones")
 
-    def _end(self, child: Child) -> None:
+    def _end(self, child: ChildProcess) -> None:
         self._hands.kill(child)
-        self._board.sweep(child.worker)
+        self._board.clear_worker(child.worker)
         # Its next start is asked for, and none to be told of; what it had on trial is others' to try now.
-        for cell in (Worker.STARTS, Worker.SNAPSHOT_TRYING, Worker.SNAPSHOT_RETURNED):
+        for cell in (WorkerCell.STARTS, WorkerCell.SNAPSHOT_TRYING, WorkerCell.SNAPSHOT_RETURNED):
             self._board.set(child.worker, cell, 0)

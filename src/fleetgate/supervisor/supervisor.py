@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fleetgate.ipc.shared_memory import Board, Plane, Worker
+from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
 from fleetgate.proxy.worker.config import RETIRE
-from fleetgate.supervisor.child_process import Child
-from fleetgate.supervisor.rolling_upgrade import Hands, Renewal, Succession
+from fleetgate.supervisor.child_process import ChildProcess
+from fleetgate.supervisor.rolling_upgrade import ProcessControl, RollingUpgrade, UpgradeHooks
 
 RESTART_FIRST_S = 0.2
 RESTART_MAX_S = 10.0
@@ -83,13 +83,13 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def shared_memory(workers: int) -> tuple[int, Board]:
+def shared_memory(workers: int) -> tuple[int, SharedMemory]:
     """The board's memory: a descriptor that children inherit, and this process's own view."""
-    size = Board.bytes_needed(workers)
+    size = SharedMemory.bytes_needed(workers)
     fd = os.memfd_create("fleetgate-board") if hasattr(os, "memfd_create") else _unlinked_file()
     os.ftruncate(fd, size)
     os.set_inheritable(fd, True)
-    return fd, Board(memoryview(mmap.mmap(fd, size)), workers)
+    return fd, SharedMemory(memoryview(mmap.mmap(fd, size)), workers)
 
 
 def _unlinked_file() -> int:
@@ -106,11 +106,11 @@ class Supervisor:
 
     def __init__(
         self,
-        children: list[Child],
-        board: Board,
+        children: list[ChildProcess],
+        board: SharedMemory,
         grace_s: float,
         say: Callable[[str], None],
-        renewal: Renewal | None = None,
+        renewal: UpgradeHooks | None = None,
         listeners: Sequence[socket.socket] = (),
     ) -> None:
         self._board = board
@@ -118,9 +118,9 @@ class Supervisor:
         self._say = say
         self._listeners = listeners
         self._can_upgrade = renewal is not None
-        renewal = renewal or Renewal(lambda generation: [], say)
-        hands = Hands(renewal.workers_of, self._start, _retire, _kill, renewal.tell)
-        self._workers = Succession(board, [child for child in children if child.worker >= 0], hands)
+        renewal = renewal or UpgradeHooks(lambda generation: [], say)
+        hands = ProcessControl(renewal.workers_of, self._start, _retire, _kill, renewal.tell)
+        self._workers = RollingUpgrade(board, [child for child in children if child.worker >= 0], hands)
         self._others = [child for child in children if child.worker < 0]
         self._stopping = False
         self._awake, self._waker = socket.socketpair()
@@ -160,20 +160,20 @@ class Supervisor:
             elif number == signal.SIGHUP and self._can_upgrade:
                 self._workers.ask()
 
-    def _start(self, child: Child, now_s: float) -> None:
+    def _start(self, child: ChildProcess, now_s: float) -> None:
         for fd in child.fds:
             os.set_inheritable(fd, True)
         if child.worker >= 0:
-            starts = self._board.get(child.worker, Worker.STARTS)
-            self._board.set(child.worker, Worker.STARTS, starts + 1)
-            self._board.set(child.worker, Worker.DUTY, 1)  # before it runs: others must count with it when it does
+            starts = self._board.get(child.worker, WorkerCell.STARTS)
+            self._board.set(child.worker, WorkerCell.STARTS, starts + 1)
+            self._board.set(child.worker, WorkerCell.DUTY, 1)  # before it runs: others must count with it when it does
         # A process group of its own: Ctrl-C in a terminal reaches the supervisor, which drains the children.
         child.process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
             child.argv, env={**os.environ, **child.env}, pass_fds=child.fds, start_new_session=True
         )
         child.started_s = now_s
 
-    def _look(self, child: Child, now_s: float) -> int:
+    def _look(self, child: ChildProcess, now_s: float) -> int:
         """Start a child again when its time has come; the exit code when that makes no sense."""
         process = child.process
         if process is None:
@@ -198,24 +198,24 @@ class Supervisor:
         child.restarts_in_a_row = 0 if ran_s > STEADY_S else child.restarts_in_a_row + 1
         pause_s = min(RESTART_MAX_S, RESTART_FIRST_S * 2 ** max(0, child.restarts_in_a_row - 1))
         child.start_at_s = now_s + pause_s
-        swept = self._board.sweep(child.worker) if child.worker >= 0 else 0
+        swept = self._board.clear_worker(child.worker) if child.worker >= 0 else 0
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         held = f"; {swept} reservations given back" if child.worker >= 0 else ""
         self._say(f"{child.name} ended ({how}){held}; starting it again in {pause_s:.1f} s")
         return 0
 
-    def _is_hung(self, child: Child) -> bool:
-        if child.worker < 0 or not self._board.get(child.worker, Worker.ACCEPTING):
+    def _is_hung(self, child: ChildProcess) -> bool:
+        if child.worker < 0 or not self._board.get(child.worker, WorkerCell.ACCEPTING):
             child.still = 0
             return False
-        beat = self._board.get(child.worker, Worker.HEARTBEAT_MS)
+        beat = self._board.get(child.worker, WorkerCell.HEARTBEAT_MS)
         child.still = child.still + 1 if beat == child.beat else 0
         child.beat = beat
         return child.still >= HUNG_LOOKS
 
-    def _renew(self, child: Child) -> None:
+    def _renew(self, child: ChildProcess) -> None:
         """End a process that has no successor beside it, to start it with the code and the file on disk."""
-        self._board.plane[Plane.CONFIGURED] = 0
+        self._board.control_plane[ControlPlaneCell.CONFIGURED] = 0
         child.essential = False  # bad code must not end what serves
         if child.process is not None:
             child.renewing = True
@@ -245,12 +245,12 @@ class Supervisor:
             process.wait()
 
 
-def _retire(child: Child) -> None:
+def _retire(child: ChildProcess) -> None:
     if child.process is not None:
         child.process.send_signal(RETIRE)
 
 
-def _kill(child: Child) -> None:
+def _kill(child: ChildProcess) -> None:
     process, child.process = child.process, None
     if process is not None and process.poll() is None:
         process.kill()

@@ -12,15 +12,15 @@ import msgspec
 
 from fleetgate.control.config import ENV as CONTROL_ENV
 from fleetgate.control.config import ControlConfig
-from fleetgate.control.data_dir import Unusable, open_data_dir, unusable_sentence
-from fleetgate.ipc.event_spool import Happened, Spool
+from fleetgate.control.data_dir import DataDirUnusable, open_data_dir, unusable_sentence
+from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.shared_memory import WORKERS_MAX, layout
 from fleetgate.ipc.signed_file import LAST_GOOD
 from fleetgate.policies import plugins
 from fleetgate.proxy.worker.config import ENV as WORKER_ENV
 from fleetgate.proxy.worker.config import WorkerConfig
-from fleetgate.supervisor.child_process import Child, python_child
-from fleetgate.supervisor.rolling_upgrade import Renewal
+from fleetgate.supervisor.child_process import ChildProcess, python_child
+from fleetgate.supervisor.rolling_upgrade import UpgradeHooks
 from fleetgate.supervisor.supervisor import (
     CannotStart,
     Supervisor,
@@ -64,7 +64,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     body_budget_mib: int
 
 
-class Opened(msgspec.Struct, frozen=True):
+class OpenedSockets(msgspec.Struct, frozen=True):
     """What children inherit: descriptors, by use."""
 
     board: int
@@ -157,7 +157,7 @@ def run_up(options: UpOptions) -> int:
     try:
         open_data_dir(options.data_dir)
         held = hold(options.data_dir)
-    except Unusable as error:
+    except DataDirUnusable as error:
         raise CannotStart(str(error)) from None
     plugins.load()  # the control process tells of those that cannot be used
     if options.config is not None:
@@ -177,7 +177,7 @@ def run_up(options: UpOptions) -> int:
     for pair in wake:
         os.set_blocking(pair[0], False)
         os.set_blocking(pair[1], False)
-    opened = Opened(
+    opened = OpenedSockets(
         board=board_fd,
         listeners=[listener.fileno() for listener in listeners],
         tls_listeners=[listener.fileno() for listener in tls_listeners],
@@ -187,7 +187,7 @@ def run_up(options: UpOptions) -> int:
         life=life_read,
     )
 
-    def workers_of(generation: int) -> list[Child]:
+    def workers_of(generation: int) -> list[ChildProcess]:
         first = generation * options.workers
         return [worker_child(first + index, options, opened, files) for index in range(options.workers)]
 
@@ -195,7 +195,7 @@ def run_up(options: UpOptions) -> int:
     announce(options, listeners[0].getsockname()[1], api.getsockname()[1])
     try:
         grace_s = options.grace_s + max(options.lb_grace_s, LB_GRACE_S)
-        renewal = Renewal(workers_of, partial(tell, Spool(options.data_dir)))
+        renewal = UpgradeHooks(workers_of, partial(tell, EventSpool(options.data_dir)))
         return Supervisor(children, board, grace_s, say_json, renewal, [*listeners, *tls_listeners]).run()
     finally:
         os.close(life_write)
@@ -205,12 +205,12 @@ def run_up(options: UpOptions) -> int:
 def hold(data_dir: Path) -> int:
     """Hold the data directory for as long as this process lives; the kernel lets go of it however it ends.
 
-    Raises: `CannotStart` where another has it, for its workers and ours would count the same places; `Unusable`.
+    Raises: `CannotStart` where another has it, for its workers and ours would count the same places; `DataDirUnusable`.
     """
     try:
         held = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise Unusable(unusable_sentence(data_dir, error)) from error
+        raise DataDirUnusable(unusable_sentence(data_dir, error)) from error
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -222,13 +222,13 @@ def hold(data_dir: Path) -> int:
     return held
 
 
-def tell(spool: Spool, sentence: str) -> None:
+def tell(spool: EventSpool, sentence: str) -> None:
     """Log what the supervisor did, and make it an Event."""
     say_json(sentence)
-    spool.add(Happened("Worker", "all", sentence[:1].upper() + sentence[1:] + "."))
+    spool.add(EventRecord("Worker", "all", sentence[:1].upper() + sentence[1:] + "."))
 
 
-def worker_child(column: int, options: UpOptions, opened: Opened, files: tuple[str, str]) -> Child:
+def worker_child(column: int, options: UpOptions, opened: OpenedSockets, files: tuple[str, str]) -> ChildProcess:
     """One worker with its column on the board, to be started by the supervisor."""
     loopback = is_loopback(options.listen, "--listen")
     index = column % options.workers  # both generations accept from the same sockets
@@ -263,10 +263,10 @@ def worker_child(column: int, options: UpOptions, opened: Opened, files: tuple[s
     fds = [config.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds, config.life_fd]
     fds += [fd for fd in (config.tls_listen_fd, config.ops_listen_fd) if fd >= 0]
     argv, env = python_child("fleetgate.proxy.worker", WORKER_ENV, msgspec.json.encode(config))
-    return Child(name=f"worker {index}", argv=argv, env=env, fds=fds, worker=column)
+    return ChildProcess(name=f"worker {index}", argv=argv, env=env, fds=fds, worker=column)
 
 
-def control_child(options: UpOptions, opened: Opened) -> Child:
+def control_child(options: UpOptions, opened: OpenedSockets) -> ChildProcess:
     """The control process, to be started by the supervisor."""
     default_ranges = PRIVATE_RANGES if is_loopback(options.api_listen, "--api-listen") else []
     config = ControlConfig(
@@ -287,7 +287,7 @@ def control_child(options: UpOptions, opened: Opened) -> Child:
     )
     argv, env = python_child("fleetgate.control.process", CONTROL_ENV, msgspec.json.encode(config))
     fds = [opened.api, opened.board, opened.life]
-    return Child(
+    return ChildProcess(
         name="control", argv=argv, env=env, fds=fds, essential=not serves_without(options.data_dir), stop_last=True
     )
 

@@ -19,10 +19,10 @@ from fleetgate.control.api import (
 from fleetgate.control.api import (
     live_state as state,
 )
-from fleetgate.control.api.auth_middleware import Guard
+from fleetgate.control.api.auth_middleware import AuthMiddleware
 from fleetgate.control.calibration.jobs import Calibrations
 from fleetgate.control.context import Control
-from fleetgate.control.faults import Faults
+from fleetgate.control.faults import FaultService
 from fleetgate.control.resources.schema import KINDS
 
 OPENAPI_PATH = "/api/v1/openapi.json"
@@ -37,7 +37,7 @@ class ApplyRequest(BaseModel):
     confirmed: bool = False  # do it although it takes many Endpoints away
 
 
-def create_app(control: Control, hosts: list[str], injected: Faults | None = None) -> FastAPI:
+def create_app(control: Control, hosts: list[str], injected: FaultService | None = None) -> FastAPI:
     """The ASGI application; `hosts` are the names it answers to beside localhost and IP addresses."""
     app = FastAPI(
         title="Fleetgate",
@@ -54,11 +54,11 @@ def create_app(control: Control, hosts: list[str], injected: Faults | None = Non
     app.include_router(calibrations.routes(Calibrations(control)))
     app.include_router(apply.routes(control))
     app.include_router(reload.routes(control))
-    app.include_router(faults.routes(control, injected or Faults(control)))
+    app.include_router(faults.routes(control, injected or FaultService(control)))
     app.include_router(usage.routes(control))
     app.include_router(state.routes(control))
     app.include_router(ops.routes(control))
-    app.add_middleware(Guard, owner_token=control.data_dir.owner_token, hosts=hosts)
+    app.add_middleware(AuthMiddleware, owner_token=control.data_dir.owner_token, hosts=hosts)
     _describe_documents(app)
     return app
 

@@ -21,7 +21,7 @@ _SAFE_HEADERS = {
 }
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware. Shape: `hosts` are the names, beside localhost and IP addresses, that may be asked for."""
 
     def __init__(self, app: ASGIApp, owner_token: str, hosts: Iterable[str]) -> None:

@@ -8,12 +8,12 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.calibration.jobs import Calibrations, Job, Order, Plan
+from fleetgate.control.calibration.jobs import CalibrationJob, CalibrationOrder, CalibrationPlan, Calibrations
 from fleetgate.control.resources.field_types import Name
 from fleetgate.control.resources.schema import Part
-from fleetgate.core.capacity.calibration import Budget
+from fleetgate.core.capacity.calibration import SweepBudget
 
-_DEFAULT = Budget()
+_DEFAULT = SweepBudget()
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -91,10 +91,10 @@ def routes(calibrations: Calibrations) -> APIRouter:
         responses={202: {"model": CalibrationShown}},
     )
     async def create(name: str, asked: CalibrationRequest) -> JSONResponse:
-        order = Order(
+        order = CalibrationOrder(
             model=asked.model,
             profile=asked.profile or "",
-            budget=Budget(asked.requests_max, asked.tokens_max),
+            budget=SweepBudget(asked.requests_max, asked.tokens_max),
             tpot_s=asked.tpot_s,
             ttft_s=asked.ttft_s,
             force=asked.force,
@@ -124,7 +124,7 @@ def routes(calibrations: Calibrations) -> APIRouter:
     return router
 
 
-def _found(calibrations: Calibrations, name: str, job_id: str) -> Job:
+def _found(calibrations: Calibrations, name: str, job_id: str) -> CalibrationJob:
     job = calibrations.get(name, job_id)
     if job is None:
         raise ApiError(
@@ -135,7 +135,7 @@ def _found(calibrations: Calibrations, name: str, job_id: str) -> Job:
     return job
 
 
-def _plan(plan: Plan) -> PlanShown:
+def _plan(plan: CalibrationPlan) -> PlanShown:
     return PlanShown(
         deployment=plan.deployment.name,
         model=plan.model,
@@ -148,7 +148,7 @@ def _plan(plan: Plan) -> PlanShown:
         rounds=[
             RoundShown(
                 measures=one.measures,
-                at_once=one.at_once,
+                at_once=one.concurrency,
                 prompt_tokens=one.prompt_tokens,
                 output_tokens=one.output_tokens,
             )
@@ -157,7 +157,7 @@ def _plan(plan: Plan) -> PlanShown:
     )
 
 
-def _shown(job: Job) -> CalibrationShown:
+def _shown(job: CalibrationJob) -> CalibrationShown:
     return CalibrationShown(
         id=job.id,
         deployment=job.plan.deployment.name,

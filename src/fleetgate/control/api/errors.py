@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from fleetgate.control.data_dir import Unusable
-from fleetgate.control.resources.apply import Stale
-from fleetgate.control.resources.problems import Problem, Refused, path_of
-from fleetgate.control.resources.removal_guard import Unconfirmed
+from fleetgate.control.data_dir import DataDirUnusable
+from fleetgate.control.resources.apply import GenerationConflict
+from fleetgate.control.resources.problems import Problem, ResourceRefused, path_of
+from fleetgate.control.resources.removal_guard import ConfirmationRequired
 
 log = structlog.get_logger()
 
@@ -72,21 +72,21 @@ def install(app: FastAPI) -> None:
     async def _api_error(_: Request, error: ApiError) -> JSONResponse:
         return answer(error.status, str(error))
 
-    @app.exception_handler(Refused)
-    async def _refused(_: Request, error: Refused) -> JSONResponse:
+    @app.exception_handler(ResourceRefused)
+    async def _refused(_: Request, error: ResourceRefused) -> JSONResponse:
         return answer(409 if error.conflict else 422, error.message, error.problems)
 
-    @app.exception_handler(Stale)
-    async def _stale(_: Request, error: Stale) -> JSONResponse:
+    @app.exception_handler(GenerationConflict)
+    async def _stale(_: Request, error: GenerationConflict) -> JSONResponse:
         return answer(409, str(error), generation=error.current)
 
-    @app.exception_handler(Unconfirmed)
-    async def _unconfirmed(_: Request, error: Unconfirmed) -> JSONResponse:
+    @app.exception_handler(ConfirmationRequired)
+    async def _unconfirmed(_: Request, error: ConfirmationRequired) -> JSONResponse:
         body = {"message": f"nothing was changed: {error}", "errors": [], "needs_confirmation": True}
         return JSONResponse({"error": body}, 409)
 
-    @app.exception_handler(Unusable)
-    async def _unusable(_: Request, error: Unusable) -> JSONResponse:
+    @app.exception_handler(DataDirUnusable)
+    async def _unusable(_: Request, error: DataDirUnusable) -> JSONResponse:
         log.error("store_unusable", reason=str(error))
         return answer(503, f"nothing was changed: {error}")
 

@@ -11,10 +11,10 @@ from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
 from fleetgate.control.api.views import moment
 from fleetgate.control.context import Control
-from fleetgate.control.faults import Exists, Faults, new_name
+from fleetgate.control.faults import FaultExists, FaultService, new_name
 from fleetgate.control.resources.field_types import Name
 from fleetgate.control.resources.schema import Part
-from fleetgate.core.fault_injection import LASTS_S_MAX, Fault, Kind
+from fleetgate.core.fault_injection import LASTS_S_MAX, Fault, FaultKind
 
 ADOPTED_S = 0.15  # workers look ten times a second
 
@@ -58,7 +58,7 @@ class FaultList(Part):
     items: list[FaultShown]
 
 
-def routes(control: Control, faults: Faults) -> APIRouter:
+def routes(control: Control, faults: FaultService) -> APIRouter:
     """`/api/v1/faults`."""
     router = APIRouter(prefix="/api/v1/faults", tags=["faults"], responses=ERRORS)
 
@@ -70,7 +70,7 @@ def routes(control: Control, faults: Faults) -> APIRouter:
         now_s = time.time()
         fault = Fault(
             name=asked.name or new_name(asked.kind),
-            kind=Kind(asked.kind),
+            kind=FaultKind(asked.kind),
             deployment=asked.deployment,
             share=asked.share,
             begins_s=now_s,
@@ -81,7 +81,7 @@ def routes(control: Control, faults: Faults) -> APIRouter:
         )
         try:
             await asyncio.to_thread(faults.begin, fault)
-        except Exists:
+        except FaultExists:
             raise ApiError(409, f"a fault {fault.name!r} is in force; end it first, or give another name") from None
         await asyncio.sleep(ADOPTED_S)
         return _shown(fault, faults)
@@ -108,15 +108,15 @@ def routes(control: Control, faults: Faults) -> APIRouter:
     return router
 
 
-def _shown(fault: Fault, faults: Faults) -> FaultShown:
+def _shown(fault: Fault, faults: FaultService) -> FaultShown:
     return FaultShown(
         kind=fault.kind.value,
         name=fault.name,
         deployment=fault.deployment,
         share=fault.share,
         stop_below_slo=fault.stop_below_slo,
-        delay_s=fault.delay_s if fault.kind is Kind.DELAY else None,
-        status=fault.status if fault.kind is Kind.ERROR else None,
+        delay_s=fault.delay_s if fault.kind is FaultKind.DELAY else None,
+        status=fault.status if fault.kind is FaultKind.ERROR else None,
         begins_at=moment(fault.begins_s),
         ends_at=moment(fault.ends_s),
         left_s=round(max(0.0, fault.ends_s - time.time()), 1),

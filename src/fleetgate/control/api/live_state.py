@@ -10,9 +10,9 @@ from fleetgate.control.api import views as shown
 from fleetgate.control.api.errors import ErrorAnswer
 from fleetgate.control.context import Control
 from fleetgate.control.snapshot import profiles
-from fleetgate.control.telemetry.series import Series, read_series
+from fleetgate.control.telemetry.series import MetricSeries, read_series
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.ipc.shared_memory import LEARNED_CELLS, Board, Learned, Signal, Worker
+from fleetgate.ipc.shared_memory import LEARNED_CELLS, EndpointSignal, LearnedCell, SharedMemory, WorkerCell
 
 REQUESTS = "fleetgate_requests_total"
 TTFT = "fleetgate_ttft_seconds"
@@ -40,7 +40,7 @@ def routes(control: Control) -> APIRouter:
     return router
 
 
-def picture(snapshot: Snapshot | None, board: Board | None) -> dict[str, Any]:
+def picture(snapshot: Snapshot | None, board: SharedMemory | None) -> dict[str, Any]:
     """Gateways, Deployments and workers as they are now."""
     series = read_series(board.series_totals() if board else {})
     gateways = snapshot.gateways if snapshot else ()
@@ -58,28 +58,30 @@ def picture(snapshot: Snapshot | None, board: Board | None) -> dict[str, Any]:
     }
 
 
-def endpoint_up(board: Board | None, slot: int) -> bool:
+def endpoint_up(board: SharedMemory | None, slot: int) -> bool:
     """Whether an Endpoint counts as up: what was never probed does."""
-    return board is None or not board.signal(slot, Signal.SEEN_MS) or bool(board.signal(slot, Signal.UP))
+    return (
+        board is None or not board.signal(slot, EndpointSignal.SEEN_MS) or bool(board.signal(slot, EndpointSignal.UP))
+    )
 
 
-def workers_of(board: Board | None) -> list[dict[str, Any]]:
+def workers_of(board: SharedMemory | None) -> list[dict[str, Any]]:
     """The workers as they report themselves."""
     return [
         {
             "worker": worker,
-            "pid": board.get(worker, Worker.PID),
-            "accepting": bool(board.get(worker, Worker.ACCEPTING)),
-            "connections": board.get(worker, Worker.CONNECTIONS),
-            "snapshot_version": board.get(worker, Worker.SNAPSHOT_VERSION),
-            "starts": board.get(worker, Worker.STARTS),
+            "pid": board.get(worker, WorkerCell.PID),
+            "accepting": bool(board.get(worker, WorkerCell.ACCEPTING)),
+            "connections": board.get(worker, WorkerCell.CONNECTIONS),
+            "snapshot_version": board.get(worker, WorkerCell.SNAPSHOT_VERSION),
+            "starts": board.get(worker, WorkerCell.STARTS),
         }
         for worker in (board.present() if board else ())
         if board
     ]
 
 
-def _gateway(gateway: Gateway, board: Board | None, series: Series) -> dict[str, Any]:
+def _gateway(gateway: Gateway, board: SharedMemory | None, series: MetricSeries) -> dict[str, Any]:
     return {
         "name": gateway.name,
         "host": gateway.host,
@@ -94,16 +96,16 @@ def _gateway(gateway: Gateway, board: Board | None, series: Series) -> dict[str,
     }
 
 
-def _deployment(deployment: Deployment, board: Board | None, series: Series) -> dict[str, Any]:
+def _deployment(deployment: Deployment, board: SharedMemory | None, series: MetricSeries) -> dict[str, Any]:
     endpoints: list[dict[str, Any]] = [
         {
             "url": f"{endpoint.origin}{endpoint.base_path}",
             "up": endpoint_up(board, endpoint.slot),
-            "probed": bool(board and board.signal(endpoint.slot, Signal.SEEN_MS)),
-            "prefill": PREFILL[board.signal(endpoint.slot, Signal.PREFILL)] if board else PREFILL[0],
-            "running": board.signal(endpoint.slot, Signal.RUNNING) if board else 0,
-            "waiting": board.signal(endpoint.slot, Signal.WAITING) if board else 0,
-            "kv_ratio": board.signal(endpoint.slot, Signal.KV_PERMILLE) / 1000 if board else 0.0,
+            "probed": bool(board and board.signal(endpoint.slot, EndpointSignal.SEEN_MS)),
+            "prefill": PREFILL[board.signal(endpoint.slot, EndpointSignal.PREFILL)] if board else PREFILL[0],
+            "running": board.signal(endpoint.slot, EndpointSignal.RUNNING) if board else 0,
+            "waiting": board.signal(endpoint.slot, EndpointSignal.WAITING) if board else 0,
+            "kv_ratio": board.signal(endpoint.slot, EndpointSignal.KV_PERMILLE) / 1000 if board else 0.0,
         }
         for endpoint in deployment.endpoints
     ]
@@ -122,13 +124,15 @@ def _deployment(deployment: Deployment, board: Board | None, series: Series) -> 
     }
 
 
-def takes(deployment: Deployment, gateways: Iterable[Gateway], board: Board | None) -> dict[str, Any]:
+def takes(deployment: Deployment, gateways: Iterable[Gateway], board: SharedMemory | None) -> dict[str, Any]:
     """What a Deployment takes: `units` and `limit` in short, `capacity` with the token form and the source."""
-    learned_limit = board.learned[deployment.slot * LEARNED_CELLS + Learned.LIMIT] if board else 0
-    capacity = profiles.told(deployment, profiles.strictest_tpot_s(gateways, deployment.name), learned_limit)
+    learned_limit = board.learned[deployment.slot * LEARNED_CELLS + LearnedCell.LIMIT] if board else 0
+    capacity = profiles.profile_description(
+        deployment, profiles.strictest_tpot_s(gateways, deployment.name), learned_limit
+    )
     return {"limit": capacity["limit"] or 0, "units": capacity["units"] or 0.0, "capacity": capacity}
 
 
-def _ttft(series: Series, **labels: str) -> dict[str, float | None]:
+def _ttft(series: MetricSeries, **labels: str) -> dict[str, float | None]:
     histogram = series.histogram(TTFT, **labels)
     return {"ttft_p50_s": histogram.quantile_s(0.5), "ttft_p99_s": histogram.quantile_s(0.99)}

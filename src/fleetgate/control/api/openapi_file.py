@@ -9,7 +9,7 @@ from fleetgate.control.api.app import create_app
 from fleetgate.control.config import ControlConfig
 from fleetgate.control.context import Control
 from fleetgate.control.data_dir import open_data_dir
-from fleetgate.control.resources.apply import Changes
+from fleetgate.control.resources.apply import ResourceWriter
 from fleetgate.control.snapshot.publisher import Publisher
 from fleetgate.control.store.database import Database
 
@@ -21,7 +21,7 @@ def description() -> str:
         database = Database(data_dir.database)
         publisher = Publisher(database, data_dir, (), dict)
         config = ControlConfig(data_dir=folder, api_fd=-1, board_fd=-1, workers=1)
-        control = Control(config, data_dir, database, Changes(database, data_dir), publisher)
+        control = Control(config, data_dir, database, ResourceWriter(database, data_dir), publisher)
         described = create_app(control, []).openapi()
         database.close()
     return json.dumps(described, indent=2, sort_keys=True) + "\n"

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from fleetgate.control.context import Control
 from fleetgate.control.telemetry.metrics import exposition
-from fleetgate.control.telemetry.readiness import reasons_against, shortcomings
+from fleetgate.control.telemetry.readiness import degradations, reasons_against
 
 _STATIC = Path(__file__).parent.parent / "static"
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -33,7 +33,7 @@ def routes(control: Control) -> APIRouter:
         serving = control.config.serving or control.config.workers
         reasons = reasons_against(board, serving, publisher.current, control.started, now_s)
         return JSONResponse(
-            {"ready": not reasons, "reasons": reasons, **shortcomings(board, publisher.refusal, now_s, time.time())},
+            {"ready": not reasons, "reasons": reasons, **degradations(board, publisher.refusal, now_s, time.time())},
             503 if reasons else 200,
         )
 

@@ -10,7 +10,7 @@ from fleetgate.control.api.resources import ERRORS
 from fleetgate.control.context import Control
 from fleetgate.control.resources.config_file import check_file
 from fleetgate.control.resources.schema import Part
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 
 
 class ReloadBegun(Part):
@@ -37,10 +37,10 @@ def routes(control: Control) -> APIRouter:
             mistakes = check_file(control.config.config_file, control.data_dir.path)
             if mistakes:  # the new control process would read it, and go on without
                 raise ApiError(422, "\n".join(["nothing was replaced, because the file has mistakes:", *mistakes]))
-        accepting = [worker for worker in board.present() if board.get(worker, Worker.ACCEPTING)]
+        accepting = [worker for worker in board.present() if board.get(worker, WorkerCell.ACCEPTING)]
         if not accepting:
             raise ApiError(409, "no worker serves: this machine is starting or stopping; try again when /readyz is 200")
         os.kill(os.getppid(), signal.SIGHUP)
-        return ReloadBegun(replaced_pids=[board.get(worker, Worker.PID) for worker in accepting])
+        return ReloadBegun(replaced_pids=[board.get(worker, WorkerCell.PID) for worker in accepting])
 
     return router

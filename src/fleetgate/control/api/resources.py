@@ -11,7 +11,7 @@ from fleetgate.control.api.errors import ApiError, ErrorAnswer
 from fleetgate.control.api.live_state import takes
 from fleetgate.control.api.request_bodies import if_match, read_document
 from fleetgate.control.context import Control, changed_anything
-from fleetgate.control.resources.apply import API, Applied
+from fleetgate.control.resources.apply import API, ApplyResult
 from fleetgate.control.store import repository as rows
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ async def write(control: Control, document: dict[str, Any], confirmed: bool = Fa
     return await asyncio.to_thread(_one, control, result.kind, result.name, status, result.key)
 
 
-def outcome(result: Applied) -> dict[str, Any]:
+def outcome(result: ApplyResult) -> dict[str, Any]:
     """What became of a document."""
     told = {"kind": result.kind, "name": result.name, "outcome": result.outcome, "generation": result.generation}
     return {**told, "key": result.key} if result.key else told

@@ -3,16 +3,16 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from fleetgate.control.resources.apply import full, parse_stored
+from fleetgate.control.resources.apply import full_document, parse_stored
 from fleetgate.control.resources.field_types import expires_at_s
 from fleetgate.control.resources.schema import Key
-from fleetgate.control.store.repository import Event, Stored, StoredKey
+from fleetgate.control.store.repository import Event, StoredKey, StoredResource
 
 
-def document(stored: Stored, key: StoredKey | None = None) -> dict[str, Any]:
+def document(stored: StoredResource, key: StoredKey | None = None) -> dict[str, Any]:
     """A resource with its defaults filled in, its generation and its dates; never a secret."""
     resource = parse_stored(stored)
-    fields = full(resource)
+    fields = full_document(resource)
     fields.pop("value", None)
     shown = {"kind": fields.pop("kind"), "name": fields.pop("name"), **fields}
     match resource:

@@ -16,7 +16,7 @@ from fleetgate.control.resources.field_types import Url
 from fleetgate.core.model import Endpoint
 from fleetgate.protocols import engines, sse
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import Meaning
+from fleetgate.protocols.clients.openai import EventMeaning
 
 CONNECT_S_MAX = 5.0
 LOAD_S_MAX = 2.0
@@ -36,19 +36,19 @@ _WORDS = tuple(_TEXT.split())
 _CACHE_CONFIG = re.compile(rb"\nvllm:cache_config_info\{([^}\n]*)\}")
 
 
-class CannotAsk(Exception):
+class RequestFailed(Exception):
     """The Endpoint does not do what a calibration needs; the text says what, as a sentence with a fix."""
 
 
-class TooLong(Exception):
+class PromptTooLong(Exception):
     """The Endpoint refuses a prompt of this length."""
 
 
-class Full(Exception):
+class EngineFull(Exception):
     """The Endpoint takes no more requests now."""
 
 
-class Answer(msgspec.Struct, frozen=True):
+class MeasuredAnswer(msgspec.Struct, frozen=True):
     """A whole answer. Units: moments are seconds of the machine's monotonic clock.
 
     Shape: `counted` says that the engine told its token counts; else they are estimates.
@@ -67,7 +67,7 @@ class Answer(msgspec.Struct, frozen=True):
         return self.moments[0] - self.sent_s
 
 
-class Target(msgspec.Struct, frozen=True):
+class CalibrationTarget(msgspec.Struct, frozen=True):
     """What is asked. Shape: `credential` is sent as a bearer token, empty for none; `ranges` None for a trusted one."""
 
     endpoint: Endpoint
@@ -92,10 +92,10 @@ class _UsageEvent(msgspec.Struct):
 _decode_usage = msgspec.json.Decoder(_UsageEvent).decode
 
 
-class Asker:
+class CalibrationClient:
     """A client of one Endpoint."""
 
-    def __init__(self, target: Target, address: str) -> None:
+    def __init__(self, target: CalibrationTarget, address: str) -> None:
         endpoint = target.endpoint
         host = f"[{address}]" if ":" in address else address
         named = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
@@ -117,10 +117,10 @@ class Asker:
         self._words_per_token = _WORDS_PER_TOKEN_FIRST
         self._length_field = "max_tokens"
 
-    async def ask(self, prompt_tokens: int, output_tokens: int) -> Answer:
+    async def ask(self, prompt_tokens: int, output_tokens: int) -> MeasuredAnswer:
         """Send a prompt of about so many tokens that was never sent before, and read the whole answer.
 
-        Raises: `Full`, `TooLong`, `CannotAsk`.
+        Raises: `EngineFull`, `PromptTooLong`, `RequestFailed`.
         """
         words = max(1, int(prompt_tokens * self._words_per_token))
         prompt = self._prompt(words)
@@ -128,14 +128,14 @@ class Asker:
             async with asyncio.timeout(ANSWER_S_MAX):
                 answer = await self._ask(prompt, output_tokens)
         except (TimeoutError, httpx2.TimeoutException) as error:
-            raise CannotAsk(f"an answer took longer than {ANSWER_S_MAX:.0f} s; look at the engine's log") from error
+            raise RequestFailed(f"an answer took longer than {ANSWER_S_MAX:.0f} s; look at the engine's log") from error
         except httpx2.TransportError as error:
-            raise CannotAsk(f"the Endpoint broke the connection ({error}); look at the engine's log") from error
+            raise RequestFailed(f"the Endpoint broke the connection ({error}); look at the engine's log") from error
         if answer.counted:
             self._words_per_token = min(4.0, max(0.1, words / max(1, answer.uncached_tokens)))
         return answer
 
-    async def load(self) -> engines.Signals | None:
+    async def load(self) -> engines.EngineSignals | None:
         """What the engine says it has running and waiting; None where it does not say."""
         page = await self._metrics()
         module = engines.find(self._target.engine)
@@ -159,7 +159,7 @@ class Asker:
         body = " ".join(self._dice.choices(_WORDS, k=words))
         return f"{self._dice.getrandbits(48):012x} Tell a long story that never ends, with these words: {body}"
 
-    async def _ask(self, prompt: str, output_tokens: int) -> Answer:
+    async def _ask(self, prompt: str, output_tokens: int) -> MeasuredAnswer:
         body = {
             "model": self._target.upstream_model,
             "messages": [{"role": "user", "content": prompt}],
@@ -180,34 +180,34 @@ class Asker:
             return await self._ask(prompt, output_tokens)
         raise _refusal(response.status_code, text)
 
-    async def _read(self, response: httpx2.Response, sent_s: float, prompt_chars: int) -> Answer:
+    async def _read(self, response: httpx2.Response, sent_s: float, prompt_chars: int) -> MeasuredAnswer:
         kind = response.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
-            raise CannotAsk(
+            raise RequestFailed(
                 f"the Endpoint answers a streaming request with {kind[:40] or 'no content type'}, not a "
                 "stream; only an engine that streams can be calibrated"
             )
         moments: list[float] = []
         prompt, output, cached, done = 0, 0, 0, False
         async for event in _events(response):
-            meaning, usage = openai.understand(event)
+            meaning, usage = openai.classify_event(event)
             match meaning:
-                case Meaning.CONTENT:
+                case EventMeaning.CONTENT:
                     moments.append(time.monotonic())
-                case Meaning.FINISH if not moments:
+                case EventMeaning.FINISH if not moments:
                     moments.append(time.monotonic())  # an answer of one token comes together with its end
-                case Meaning.ERROR | Meaning.MALFORMED:
+                case EventMeaning.ERROR | EventMeaning.MALFORMED:
                     shown = event[:200].decode(errors="replace").strip()
-                    raise CannotAsk(f"the stream has an error in it ({shown}); look at the engine's log")
-                case Meaning.DONE:
+                    raise RequestFailed(f"the stream has an error in it ({shown}); look at the engine's log")
+                case EventMeaning.DONE:
                     done = True
             if usage is not None and usage.output:
                 prompt, output, cached = usage.prompt, usage.output, _cached(event)
         if not moments or not done:
-            raise CannotAsk("a stream ended without content or before its [DONE]; look at the engine's log")
+            raise RequestFailed("a stream ended without content or before its [DONE]; look at the engine's log")
         counted = output > 0
         uncached = max(1, prompt - cached if counted else prompt_chars // 4)
-        return Answer(sent_s, tuple(moments), time.monotonic(), uncached, output or len(moments), counted)
+        return MeasuredAnswer(sent_s, tuple(moments), time.monotonic(), uncached, output or len(moments), counted)
 
     async def _metrics(self) -> bytes:
         module = engines.find(self._target.engine)
@@ -220,15 +220,15 @@ class Asker:
         return b""
 
 
-async def reach(target: Target) -> str:
+async def reach(target: CalibrationTarget) -> str:
     """An address of the Endpoint that may be dialled and accepts a connection.
 
-    Raises: `CannotAsk`.
+    Raises: `RequestFailed`.
     """
     endpoint = target.endpoint
     match await egress.addresses(Url(endpoint.scheme, endpoint.host, endpoint.port, ""), target.ranges):
-        case egress.Denied() as denied:
-            raise CannotAsk(f"{denied.message}; {denied.fix}")
+        case egress.EgressDenied() as denied:
+            raise RequestFailed(f"{denied.message}; {denied.fix}")
         case found:
             pass
     reason = "it has no address"
@@ -241,7 +241,9 @@ async def reach(target: Target) -> str:
             continue
         writer.close()
         return address
-    raise CannotAsk(f"{endpoint.origin} does not accept a connection ({reason}); start the engine or correct the URL")
+    raise RequestFailed(
+        f"{endpoint.origin} does not accept a connection ({reason}); start the engine or correct the URL"
+    )
 
 
 async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
@@ -251,7 +253,7 @@ async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
             for event in cutter.feed(chunk):
                 yield event
     except sse.EventTooLong as error:
-        raise CannotAsk("an event of the stream is too long; look at the engine's log") from error
+        raise RequestFailed("an event of the stream is too long; look at the engine's log") from error
 
 
 def _cached(event: bytes) -> int:
@@ -267,11 +269,15 @@ def _cached(event: bytes) -> int:
 def _refusal(status: int, text: str) -> Exception:
     shown = " ".join(text.split())[:200]
     if status in FULL_STATUSES:
-        return Full(f"{status}: {shown}")
+        return EngineFull(f"{status}: {shown}")
     if status in (401, 403):
-        return CannotAsk(f"the Endpoint refused the credential ({status}); name a Secret that it takes in `credential`")
+        return RequestFailed(
+            f"the Endpoint refused the credential ({status}); name a Secret that it takes in `credential`"
+        )
     if status == 404:
-        return CannotAsk(f"the Endpoint knows no such model or path (404: {shown}); correct `upstream_name` or `url`")
+        return RequestFailed(
+            f"the Endpoint knows no such model or path (404: {shown}); correct `upstream_name` or `url`"
+        )
     if status in (400, 413, 422):
-        return TooLong(f"{status}: {shown}")
-    return CannotAsk(f"the Endpoint answered {status} ({shown}); look at the engine's log")
+        return PromptTooLong(f"{status}: {shown}")
+    return RequestFailed(f"the Endpoint answered {status} ({shown}); look at the engine's log")

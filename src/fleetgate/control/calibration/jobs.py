@@ -9,23 +9,23 @@ import msgspec
 import structlog
 
 from fleetgate.control.api.live_state import endpoint_up
-from fleetgate.control.calibration.client import Asker, CannotAsk, Target, reach
-from fleetgate.control.calibration.load_sweep import Findings, Progress, Sweep, Traffic
+from fleetgate.control.calibration.client import CalibrationClient, CalibrationTarget, RequestFailed, reach
+from fleetgate.control.calibration.load_sweep import LoadSweep, SweepFindings, SweepProgress, TrafficWatch
 from fleetgate.control.context import Control
-from fleetgate.control.data_dir import Unusable
+from fleetgate.control.data_dir import DataDirUnusable
 from fleetgate.control.resources import schema as resources
-from fleetgate.control.resources.apply import Origin, Stale, parse_stored
+from fleetgate.control.resources.apply import ChangeOrigin, GenerationConflict, parse_stored
 from fleetgate.control.resources.egress import parse_ranges
-from fleetgate.control.resources.problems import Refused, one_of
+from fleetgate.control.resources.problems import ResourceRefused, one_of
 from fleetgate.control.snapshot import profiles
 from fleetgate.control.store import repository as rows
 from fleetgate.core import model
 from fleetgate.core.capacity import calibration
-from fleetgate.core.capacity.calibration import Budget, CannotTell, Round, Targets, TooLittle
+from fleetgate.core.capacity.calibration import BudgetTooSmall, MeasurementFailed, SweepBudget, SweepRound, SweepTargets
 from fleetgate.core.capacity.online_estimate import GUESS
-from fleetgate.ipc.sealed_secret import CannotUnseal, unseal
+from fleetgate.ipc.sealed_secret import UnsealFailed, unseal
 
-ORIGIN = Origin("by a calibration")
+ORIGIN = ChangeOrigin("by a calibration")
 JOBS_KEPT = 32
 UNKNOWN_SKU = "unknown"
 NAME_CHARS_MAX = 63
@@ -33,19 +33,19 @@ NAME_CHARS_MAX = 63
 log = structlog.get_logger()
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
+class CalibrationOrder(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be calibrated, and how. Shape: empty or None where the default is meant."""
 
     model: str = ""
     profile: str = ""
-    budget: Budget = Budget()
+    budget: SweepBudget = SweepBudget()
     tpot_s: float | None = None
     ttft_s: float | None = None
     force: bool = False
     use: bool = False
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class CalibrationPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a calibration would send, and what it would write."""
 
     deployment: model.Deployment
@@ -55,13 +55,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     document: dict[str, Any]
     engines: int
-    targets: Targets
-    rounds: tuple[Round, ...]
+    targets: SweepTargets
+    rounds: tuple[SweepRound, ...]
 
     @property
     def requests_max(self) -> int:
         """The most requests it sends."""
-        return sum(one.at_once for one in self.rounds)
+        return sum(one.concurrency for one in self.rounds)
 
     @property
     def tokens_max(self) -> int:
@@ -74,13 +74,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return calibration.expected_s(self.rounds, self.deployment.profile or GUESS, self.engines)
 
 
-class Job(msgspec.Struct, kw_only=True):
+class CalibrationJob(msgspec.Struct, kw_only=True):
     """One calibration. Shape: `state` is running, done, failed or cancelled; `sentence` says how it ended."""
 
     id: str
-    plan: Plan
-    order: Order
-    progress: Progress = msgspec.field(default_factory=Progress)
+    plan: CalibrationPlan
+    order: CalibrationOrder
+    progress: SweepProgress = msgspec.field(default_factory=SweepProgress)
     state: str = "running"
     sentence: str = ""
     profile: dict[str, Any] | None = None
@@ -93,21 +93,21 @@ class Calibrations:
 
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, CalibrationJob] = {}
 
-    def of(self, deployment: str) -> list[Job]:
+    def of(self, deployment: str) -> list[CalibrationJob]:
         """The jobs of a Deployment, oldest first."""
         return [job for job in self._jobs.values() if job.plan.deployment.name == deployment]
 
-    def get(self, deployment: str, job_id: str) -> Job | None:
+    def get(self, deployment: str, job_id: str) -> CalibrationJob | None:
         """One job."""
         job = self._jobs.get(job_id)
         return job if job is not None and job.plan.deployment.name == deployment else None
 
-    async def plan(self, deployment: str, order: Order) -> Plan | None:
+    async def plan(self, deployment: str, order: CalibrationOrder) -> CalibrationPlan | None:
         """What would be sent; None for an unknown Deployment.
 
-        Raises: `Refused`.
+        Raises: `ResourceRefused`.
         """
         snapshot = self._control.publisher.current
         found = next((one for one in snapshot.deployments if one.name == deployment), None) if snapshot else None
@@ -117,13 +117,15 @@ class Calibrations:
             return None
         asked = order.model or next(iter(found.models))
         if asked not in found.models:
-            raise Refused(f"Deployment {deployment} does not serve {asked[:80]!r}; {one_of(asked, found.models)}")
+            raise ResourceRefused(
+                f"Deployment {deployment} does not serve {asked[:80]!r}; {one_of(asked, found.models)}"
+            )
         engines = found.endpoints[0].engines if found.endpoints else 1
         try:
             rounds = calibration.plan(order.budget, engines)
-        except TooLittle as error:
-            raise Refused(f"{error}; raise --max-requests and --max-tokens") from error
-        plan = Plan(
+        except BudgetTooSmall as error:
+            raise ResourceRefused(f"{error}; raise --max-requests and --max-tokens") from error
+        plan = CalibrationPlan(
             deployment=found,
             model=asked,
             profile=order.profile or profile_name(deployment, asked),
@@ -135,19 +137,21 @@ class Calibrations:
             rounds=rounds,
         )
         # With any figures, so that a Profile that could not be written in the end is refused before anything is sent.
-        trial = calibration.Measured(prefill_tokens_per_s=1.0, base_s=1.0, per_sequence_s=1.0)
+        trial = calibration.MeasuredProfile(prefill_tokens_per_s=1.0, base_s=1.0, per_sequence_s=1.0)
         await self._control.changes.check(_documents(plan, order, trial, 0), ORIGIN)
         return plan
 
-    async def start(self, plan: Plan, order: Order) -> Job:
+    async def start(self, plan: CalibrationPlan, order: CalibrationOrder) -> CalibrationJob:
         """Begin a job.
 
-        Raises: `Refused`, also while the Deployment serves traffic or is being calibrated.
+        Raises: `ResourceRefused`, also while the Deployment serves traffic or is being calibrated.
         """
         name = plan.deployment.name
         if any(job.state == "running" for job in self.of(name)):
-            raise Refused(f"Deployment {name} is being calibrated already; wait for it or cancel it", conflict=True)
-        job = Job(id=secrets.token_hex(6), plan=plan, order=order)
+            raise ResourceRefused(
+                f"Deployment {name} is being calibrated already; wait for it or cancel it", conflict=True
+            )
+        job = CalibrationJob(id=secrets.token_hex(6), plan=plan, order=order)
         self._jobs[job.id] = job  # before the first await, so that no second one begins meanwhile
         try:
             asker = await self._asker(plan, order)
@@ -159,7 +163,7 @@ class Calibrations:
             del self._jobs[old.id]
         return job
 
-    async def cancel(self, job: Job) -> None:
+    async def cancel(self, job: CalibrationJob) -> None:
         """End a job and return when it has ended; one that is just being written is let through."""
         if job.task is None:
             return
@@ -167,18 +171,18 @@ class Calibrations:
             job.task.cancel()
         await asyncio.gather(job.task, return_exceptions=True)
 
-    async def _asker(self, plan: Plan, order: Order) -> Asker:
-        """A client of the Deployment's Endpoint, if it is there and idle. Raises: `Refused`."""
+    async def _asker(self, plan: CalibrationPlan, order: CalibrationOrder) -> CalibrationClient:
+        """A client of the Deployment's Endpoint, if it is there and idle. Raises: `ResourceRefused`."""
         name, board = plan.deployment.name, self._control.board
         endpoint = next((one for one in plan.deployment.endpoints if endpoint_up(board, one.slot)), None)
         if endpoint is None:
-            raise Refused(
+            raise ResourceRefused(
                 f"Deployment {name} has no ready Endpoint; see `fleetgate describe deployment {name}`", conflict=True
             )
         in_flight = self._in_flight(plan)
         if in_flight and not order.force:
             raise _busy(name, f"{in_flight} requests are in flight")
-        target = Target(
+        target = CalibrationTarget(
             endpoint=endpoint,
             engine=plan.deployment.engine,
             upstream_model=plan.deployment.models[plan.model],
@@ -186,9 +190,9 @@ class Calibrations:
             ranges=parse_ranges(self._control.config.egress_allow) if plan.deployment.egress_checked else None,
         )
         try:
-            asker = Asker(target, await reach(target))
-        except CannotAsk as error:
-            raise Refused(f"Deployment {name} cannot be calibrated: {error}", conflict=True) from error
+            asker = CalibrationClient(target, await reach(target))
+        except RequestFailed as error:
+            raise ResourceRefused(f"Deployment {name} cannot be calibrated: {error}", conflict=True) from error
         load = await asker.load()
         at_work = (load.running or 0) + (load.waiting or 0) if load is not None else 0
         if at_work and not order.force:
@@ -196,10 +200,10 @@ class Calibrations:
             raise _busy(name, f"its engine has {at_work} requests")
         return asker
 
-    async def _run(self, job: Job, asker: Asker) -> None:
+    async def _run(self, job: CalibrationJob, asker: CalibrationClient) -> None:
         plan, name = job.plan, job.plan.deployment.name
         traffic = None if job.order.force else lambda: self._in_flight(plan)
-        sweep = Sweep(asker, plan.engines, plan.targets, job.order.budget, traffic)
+        sweep = LoadSweep(asker, plan.engines, plan.targets, job.order.budget, traffic)
         job.progress = sweep.progress
         try:
             findings = await sweep.run(plan.rounds)
@@ -208,8 +212,15 @@ class Calibrations:
         except asyncio.CancelledError:
             self._end(job, "cancelled", f"The calibration of Deployment {name} was cancelled; nothing was written.")
             raise
-        except (CannotAsk, Traffic, CannotTell, Refused, Stale, Unusable) as error:
-            hint = "; wait until it is idle or give --force" if type(error) is Traffic else ""
+        except (
+            RequestFailed,
+            TrafficWatch,
+            MeasurementFailed,
+            ResourceRefused,
+            GenerationConflict,
+            DataDirUnusable,
+        ) as error:
+            hint = "; wait until it is idle or give --force" if type(error) is TrafficWatch else ""
             text = f"The calibration of Deployment {name} was stopped: {_reason(error)}{hint}. Nothing was written."
             self._end(job, "failed", text)
         except BaseException:
@@ -219,7 +230,7 @@ class Calibrations:
         finally:
             await asker.close()
 
-    async def _save(self, job: Job, findings: Findings) -> None:
+    async def _save(self, job: CalibrationJob, findings: SweepFindings) -> None:
         """Write the Profile, and with `use` the Deployment that names it, in one step. Raises: as `Changes` does."""
         documents = _documents(job.plan, job.order, findings.measured, findings.kv_tokens)
         changes = self._control.changes
@@ -229,11 +240,11 @@ class Calibrations:
         job.profile = documents[0]
         self._end(job, "done", _told(job, findings))
 
-    def _end(self, job: Job, state: str, sentence: str) -> None:
+    def _end(self, job: CalibrationJob, state: str, sentence: str) -> None:
         job.state, job.sentence = state, sentence
         self._control.record("Deployment", job.plan.deployment.name, sentence)
 
-    def _in_flight(self, plan: Plan) -> int:
+    def _in_flight(self, plan: CalibrationPlan) -> int:
         board = self._control.board
         return board.in_flight_total(plan.deployment.slot) if board is not None else 0
 
@@ -242,8 +253,8 @@ class Calibrations:
             return ""
         try:
             return unseal(deployment.credential, self._control.data_dir.seal_key, deployment.name)
-        except CannotUnseal as error:
-            raise Refused(f"{error}; apply the Secret again", conflict=True) from error
+        except UnsealFailed as error:
+            raise ResourceRefused(f"{error}; apply the Secret again", conflict=True) from error
 
 
 def profile_name(deployment: str, asked_model: str) -> str:
@@ -252,17 +263,17 @@ def profile_name(deployment: str, asked_model: str) -> str:
     return slug[:NAME_CHARS_MAX].strip("-")
 
 
-def _targets(snapshot: model.Snapshot, deployment: str, order: Order) -> Targets:
+def _targets(snapshot: model.Snapshot, deployment: str, order: CalibrationOrder) -> SweepTargets:
     slos = [
         gateway.slo
         for gateway in snapshot.gateways
         if gateway.slo is not None and any(upstream.deployment == deployment for upstream in gateway.upstreams)
     ]
     tpot_s = order.tpot_s or profiles.strictest_tpot_s(snapshot.gateways, deployment)
-    return Targets(tpot_s, order.ttft_s or min((slo.ttft_s for slo in slos), default=model.Slo().ttft_s))
+    return SweepTargets(tpot_s, order.ttft_s or min((slo.ttft_s for slo in slos), default=model.Slo().ttft_s))
 
 
-def _accelerator(stored: rows.Stored) -> resources.Accelerator:
+def _accelerator(stored: rows.StoredResource) -> resources.Accelerator:
     """What one replica runs on; of an unknown SKU the Profile can be named, but is no peer of anybody."""
     match parse_stored(stored):
         case resources.Deployment(accelerator=resources.Accelerator() as accelerator):
@@ -271,7 +282,9 @@ def _accelerator(stored: rows.Stored) -> resources.Accelerator:
             return resources.Accelerator(sku=UNKNOWN_SKU)
 
 
-def _documents(plan: Plan, order: Order, measured: calibration.Measured, kv_tokens: int) -> list[dict[str, Any]]:
+def _documents(
+    plan: CalibrationPlan, order: CalibrationOrder, measured: calibration.MeasuredProfile, kv_tokens: int
+) -> list[dict[str, Any]]:
     """The Profile, and with `use` the Deployment as it was when the job began, now naming it."""
     profile: dict[str, Any] = {
         "kind": "Profile",
@@ -298,7 +311,7 @@ def _documents(plan: Plan, order: Order, measured: calibration.Measured, kv_toke
     return [profile, {**plan.document, "profile": plan.profile, "generation": plan.generation}]
 
 
-def _told(job: Job, findings: Findings) -> str:
+def _told(job: CalibrationJob, findings: SweepFindings) -> str:
     """The end as a sentence."""
     plan, found, progress = job.plan, findings.measured, job.progress
     replicas = " of one replica" if plan.engines > 1 else ""
@@ -319,7 +332,7 @@ def _told(job: Job, findings: Findings) -> str:
 
 def _reason(error: Exception) -> str:
     match error:
-        case Refused(problems=(_, *_) as problems):
+        case ResourceRefused(problems=(_, *_) as problems):
             return "; ".join(problem.sentence() for problem in problems)
         case _:
             return str(error)
@@ -330,6 +343,6 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _busy(name: str, what: str) -> Refused:
+def _busy(name: str, what: str) -> ResourceRefused:
     text = f"Deployment {name} serves traffic ({what}), which would spoil the figures; wait or give --force"
-    return Refused(text, conflict=True)
+    return ResourceRefused(text, conflict=True)

@@ -7,10 +7,16 @@ from typing import Any
 
 import msgspec
 
-from fleetgate.control.calibration.client import Answer, Asker, CannotAsk, Full, TooLong
+from fleetgate.control.calibration.client import (
+    CalibrationClient,
+    EngineFull,
+    MeasuredAnswer,
+    PromptTooLong,
+    RequestFailed,
+)
 from fleetgate.core.capacity import calibration
-from fleetgate.core.capacity.calibration import Budget, Round, Single, Targets, Wave
-from fleetgate.protocols.engines import Signals
+from fleetgate.core.capacity.calibration import RequestWave, SingleRequest, SweepBudget, SweepRound, SweepTargets
+from fleetgate.protocols.engines import EngineSignals
 
 LOOK_EVERY_S = 0.1
 QUEUED_LOOKS = 3
@@ -18,11 +24,11 @@ DRAIN_S_MAX = 2.0  # a metrics page may be a second old; after two, what still r
 TrafficCheck = Callable[[], int]  # requests of clients that are in flight to the Deployment
 
 
-class Traffic(Exception):
+class TrafficWatch(Exception):
     """Clients' requests came in between."""
 
 
-class Progress(msgspec.Struct):
+class SweepProgress(msgspec.Struct):
     """How far a sweep is. Units: `share` 0 to 1, of the tokens planned."""
 
     step: str = "waiting to begin"
@@ -31,36 +37,41 @@ class Progress(msgspec.Struct):
     share: float = 0.0
 
 
-class Findings(msgspec.Struct, frozen=True):
+class SweepFindings(msgspec.Struct, frozen=True):
     """What a sweep found. Shape: `estimated` says that the engine told no token counts."""
 
-    measured: calibration.Measured
+    measured: calibration.MeasuredProfile
     kv_tokens: int
     because: str
     estimated: bool
 
 
-class Sweep:
+class LoadSweep:
     """One run. Shape: `traffic` is asked ten times a second, or never where it is None."""
 
     def __init__(
-        self, asker: Asker, engines: int, targets: Targets, budget: Budget, traffic: TrafficCheck | None
+        self,
+        asker: CalibrationClient,
+        engines: int,
+        targets: SweepTargets,
+        budget: SweepBudget,
+        traffic: TrafficCheck | None,
     ) -> None:
         self._asker = asker
         self._engines = engines
         self._targets = targets
         self._budget = budget
         self._traffic = traffic
-        self._singles: list[Single] = []
-        self._waves: list[Wave] = []
+        self._singles: list[SingleRequest] = []
+        self._waves: list[RequestWave] = []
         self._estimated = False
         self._longest_tokens = 0  # 0 while no prompt was too long
-        self.progress = Progress()
+        self.progress = SweepProgress()
 
-    async def run(self, rounds: Sequence[Round]) -> Findings:
+    async def run(self, rounds: Sequence[SweepRound]) -> SweepFindings:
         """Send round after round, and say what they told.
 
-        Raises: `CannotAsk`, `Traffic`, `CannotTell`.
+        Raises: `RequestFailed`, `TrafficWatch`, `CannotTell`.
         """
         planned = sum(one.tokens for one in rounds)
         because = "all that its budget allows was sent"
@@ -78,19 +89,20 @@ class Sweep:
             self.progress.share = passed / planned
         else:
             because = calibration.stop_reason(self._waves, self._targets) or because
-        measured = calibration.measured(self._singles, self._waves, self._targets)
+        measured = calibration.measured_profile(self._singles, self._waves, self._targets)
         kv_tokens = await self._asker.kv_tokens()
         self.progress.step, self.progress.share = "done", 1.0
-        return Findings(measured, kv_tokens, because, self._estimated)
+        return SweepFindings(measured, kv_tokens, because, self._estimated)
 
-    def _affordable(self, one: Round) -> bool:
+    def _affordable(self, one: SweepRound) -> bool:
         """Whether a round still fits, now that the answers' true token counts are known."""
         budget, progress = self._budget, self.progress
         return (
-            progress.requests + one.at_once <= budget.requests_max and progress.tokens + one.tokens <= budget.tokens_max
+            progress.requests + one.concurrency <= budget.requests_max
+            and progress.tokens + one.tokens <= budget.tokens_max
         )
 
-    async def _round(self, one: Round) -> None:
+    async def _round(self, one: SweepRound) -> None:
         if self._longest_tokens and one.prompt_tokens >= self._longest_tokens:
             return
         seen = _Seen()
@@ -98,15 +110,15 @@ class Sweep:
         answers = list(self._whole(one, results))
         match one.measures:
             case "prefill" if answers:
-                self._singles.append(Single(answers[0].uncached_tokens, answers[0].ttft_s))
+                self._singles.append(SingleRequest(answers[0].uncached_tokens, answers[0].ttft_s))
             case "decode":
-                self._waves.append(self._wave(one.at_once, answers, seen))
+                self._waves.append(self._wave(one.concurrency, answers, seen))
         await self._drained()
 
-    async def _send(self, one: Round, seen: "_Seen") -> list[Answer | BaseException]:
+    async def _send(self, one: SweepRound, seen: "_Seen") -> list[MeasuredAnswer | BaseException]:
         """All requests of a round at once, with an eye on the engine and on clients' traffic meanwhile."""
-        self.progress.requests += one.at_once
-        asks = (self._asker.ask(one.prompt_tokens, one.output_tokens) for _ in range(one.at_once))
+        self.progress.requests += one.concurrency
+        asks = (self._asker.ask(one.prompt_tokens, one.output_tokens) for _ in range(one.concurrency))
         asked = asyncio.gather(*asks, return_exceptions=True)
         looker = asyncio.create_task(self._look(seen))
         either: list[asyncio.Future[Any]] = [asked, looker]
@@ -120,35 +132,35 @@ class Sweep:
             looker.cancel()
             await asyncio.gather(asked, looker, return_exceptions=True)
 
-    def _whole(self, one: Round, results: Sequence[Answer | BaseException]) -> Iterator[Answer]:
-        """The answers of a round. Raises: `CannotAsk` for what a sweep cannot go on from."""
+    def _whole(self, one: SweepRound, results: Sequence[MeasuredAnswer | BaseException]) -> Iterator[MeasuredAnswer]:
+        """The answers of a round. Raises: `RequestFailed` for what a sweep cannot go on from."""
         for result in results:
             match result:
-                case Answer() as answer:
+                case MeasuredAnswer() as answer:
                     self._estimated = self._estimated or not answer.counted
                     self.progress.tokens += answer.uncached_tokens + answer.output_tokens
                     yield answer
-                case Full() as full:
-                    if one.measures != "decode" or one.at_once <= self._engines:
-                        raise CannotAsk(f"the engine is full already ({full}); wait until it is idle") from full
-                case TooLong() as refusal:
+                case EngineFull() as full:
+                    if one.measures != "decode" or one.concurrency <= self._engines:
+                        raise RequestFailed(f"the engine is full already ({full}); wait until it is idle") from full
+                case PromptTooLong() as refusal:
                     if one.measures != "prefill" or not self._singles:
-                        raise CannotAsk(f"the engine refuses the request ({refusal}); look at its log") from refusal
+                        raise RequestFailed(f"the engine refuses the request ({refusal}); look at its log") from refusal
                     self._longest_tokens = one.prompt_tokens
                 case BaseException() as failure:
                     raise failure
 
-    def _wave(self, at_once: int, answers: Sequence[Answer], seen: "_Seen") -> Wave:
+    def _wave(self, at_once: int, answers: Sequence[MeasuredAnswer], seen: "_Seen") -> RequestWave:
         """What a round was for one of the engines behind the Endpoint, if they share it evenly."""
         if not answers:
-            raise CannotAsk(f"the engine refused all of {at_once} requests at once; look at its log")
+            raise RequestFailed(f"the engine refused all of {at_once} requests at once; look at its log")
         streams = [answer.moments for answer in answers]
         sent_s = min(answer.sent_s for answer in answers)
         prompts = sum(answer.uncached_tokens for answer in answers)
         output = sum(answer.output_tokens for answer in answers)
         prefill_s = prompts / calibration.prefill_of(self._singles) / self._engines
-        begun = calibration.begun_together(streams, sent_s, prefill_s)
-        return Wave(
+        begun = calibration.started_together(streams, sent_s, prefill_s)
+        return RequestWave(
             batch=at_once / self._engines,
             step_s=calibration.step_of(streams, output / sum(map(len, streams))),
             wave_s=max(answer.ended_s for answer in answers) - sent_s,
@@ -161,7 +173,7 @@ class Sweep:
         )
 
     async def _look(self, seen: "_Seen") -> None:
-        """Watch until cancelled. Raises: `Traffic`."""
+        """Watch until cancelled. Raises: `TrafficWatch`."""
         while True:
             self._mind_traffic()
             signals = await self._asker.load()
@@ -170,7 +182,7 @@ class Sweep:
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _drained(self) -> None:
-        """Wait until the engine is idle again. Raises: `Traffic` where somebody else keeps it busy."""
+        """Wait until the engine is idle again. Raises: `TrafficWatch` where somebody else keeps it busy."""
         self._mind_traffic()
         if self._traffic is None:
             return
@@ -179,7 +191,7 @@ class Sweep:
                 while not await self._idle():  # noqa: ASYNC110 - nothing rings when an engine is idle
                     await asyncio.sleep(LOOK_EVERY_S)
         except TimeoutError:
-            raise Traffic("the engine serves requests that did not come from here") from None
+            raise TrafficWatch("the engine serves requests that did not come from here") from None
 
     async def _idle(self) -> bool:
         """Whether the engine has nothing to do, as far as it says."""
@@ -189,7 +201,7 @@ class Sweep:
     def _mind_traffic(self) -> None:
         count = self._traffic() if self._traffic is not None else 0
         if count:
-            raise Traffic(f"{count} request{'s' if count > 1 else ''} of clients came meanwhile")
+            raise TrafficWatch(f"{count} request{'s' if count > 1 else ''} of clients came meanwhile")
 
 
 class _Seen(msgspec.Struct):
@@ -200,7 +212,7 @@ class _Seen(msgspec.Struct):
     _last: tuple[int, int] = (0, 0)
     _same_looks: int = 0
 
-    def look(self, signals: Signals) -> None:
+    def look(self, signals: EngineSignals) -> None:
         """Take in one look. Requests also wait for their turn to prefill, but then more and more are running."""
         running, waiting = signals.running or 0, signals.waiting or 0
         self.running = max(self.running, running)
@@ -209,10 +221,10 @@ class _Seen(msgspec.Struct):
         self.queued = self.queued or self._same_looks >= QUEUED_LOOKS
 
 
-def _step(one: Round) -> str:
+def _step(one: SweepRound) -> str:
     match one.measures:
         case "decode":
-            return f"{one.at_once} request{'s' if one.at_once > 1 else ''} at once"
+            return f"{one.concurrency} request{'s' if one.concurrency > 1 else ''} at once"
         case "prefill":
             return f"a prompt of {one.prompt_tokens:,} tokens"
         case _:

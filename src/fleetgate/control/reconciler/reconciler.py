@@ -25,14 +25,14 @@ NEVER_S = float("inf")
 _LIVE = (ReplicaState.STARTING, ReplicaState.READY)
 
 
-class Seen(msgspec.Struct, frozen=True):
+class ObservedReplica(msgspec.Struct, frozen=True):
     """A replica and the provider that told of it."""
 
     provider: str
     replica: Replica
 
 
-class Hold(msgspec.Struct, frozen=True):
+class BackOff(msgspec.Struct, frozen=True):
     """Why a Deployment's next replica waits. Shape: it holds only for the workload with that fingerprint."""
 
     failures: int
@@ -40,15 +40,15 @@ class Hold(msgspec.Struct, frozen=True):
     fingerprint: str
 
 
-class Observed(msgspec.Struct, frozen=True):
+class ObservedState(msgspec.Struct, frozen=True):
     """What is known when a plan is made. Shape: `blind` are providers that could not be asked just now."""
 
-    seen: tuple[Seen, ...]
-    holds: Mapping[str, Hold] = {}
+    seen: tuple[ObservedReplica, ...]
+    holds: Mapping[str, BackOff] = {}
     blind: frozenset[str] = frozenset()
 
 
-class Start(msgspec.Struct, frozen=True):
+class StartReplica(msgspec.Struct, frozen=True):
     """Start one replica of a Deployment."""
 
     deployment: ManagedDeployment
@@ -56,45 +56,49 @@ class Start(msgspec.Struct, frozen=True):
     because: str
 
 
-class Stop(msgspec.Struct, frozen=True):
+class StopReplica(msgspec.Struct, frozen=True):
     """Stop one replica, or forget one that failed."""
 
-    seen: Seen
+    seen: ObservedReplica
     because: str
 
 
-class Plan(msgspec.Struct, frozen=True):
+class ReplicaPlan(msgspec.Struct, frozen=True):
     """What to do, and why, in one sentence."""
 
-    actions: tuple[Start | Stop, ...]
+    actions: tuple[StartReplica | StopReplica, ...]
     because: str
 
 
-def plan(desired: Sequence[ManagedDeployment], observed: Observed, now_s: float) -> Plan:
+def plan(desired: Sequence[ManagedDeployment], observed: ObservedState, now_s: float) -> ReplicaPlan:
     """Decide what to start and stop so that what runs becomes what is desired."""
-    actions: list[Start | Stop] = []
+    actions: list[StartReplica | StopReplica] = []
     wanted = {deployment.name: deployment for deployment in desired}
-    by_name: dict[str, list[Seen]] = {name: [] for name in wanted}
+    by_name: dict[str, list[ObservedReplica]] = {name: [] for name in wanted}
     for seen in sorted(observed.seen, key=lambda seen: seen.replica.id):
         if seen.replica.state is ReplicaState.FAILED:
-            actions.append(Stop(seen, f"{seen.replica.id} failed"))
+            actions.append(StopReplica(seen, f"{seen.replica.id} failed"))
             continue
         deployment = wanted.get(seen.replica.deployment)
         if deployment is not None and deployment.provider == seen.provider:
             by_name[deployment.name].append(seen)
         elif seen.replica.state in _LIVE:
-            actions.append(Stop(seen, f"stop {seen.replica.id}: no Deployment wants it there"))
+            actions.append(StopReplica(seen, f"stop {seen.replica.id}: no Deployment wants it there"))
     taken = {seen.replica.id for seen in observed.seen if seen.replica.state is not ReplicaState.FAILED}
     for name in sorted(wanted):
         if wanted[name].provider not in observed.blind:
             actions += _plan_one(wanted[name], by_name[name], taken, observed.holds.get(name), now_s)
     because = "; ".join(action.because for action in actions) or f"nothing to do: {len(wanted)} Deployments are kept"
-    return Plan(tuple(actions), because)
+    return ReplicaPlan(tuple(actions), because)
 
 
 def _plan_one(
-    deployment: ManagedDeployment, seen: Sequence[Seen], taken: Collection[str], hold: Hold | None, now_s: float
-) -> list[Start | Stop]:
+    deployment: ManagedDeployment,
+    seen: Sequence[ObservedReplica],
+    taken: Collection[str],
+    hold: BackOff | None,
+    now_s: float,
+) -> list[StartReplica | StopReplica]:
     fingerprint, want = deployment.workload.fingerprint, deployment.replicas_desired
     live = [one for one in seen if one.replica.state in _LIVE]
     current = [one for one in live if one.replica.fingerprint == fingerprint]
@@ -103,20 +107,20 @@ def _plan_one(
     order = sorted(live, key=lambda one: (one in current, one.replica.state is ReplicaState.READY))
     surplus = order[: max(0, len(live) - want)]
     why = f"{len(live)} replicas run, {want} are desired"
-    actions: list[Start | Stop] = [Stop(one, f"stop {one.replica.id}: {why}") for one in surplus]
+    actions: list[StartReplica | StopReplica] = [StopReplica(one, f"stop {one.replica.id}: {why}") for one in surplus]
     leaving = len(surplus)
     held = hold is not None and hold.fingerprint == fingerprint and now_s < hold.until_s
     settled = len(live) == want and all(one.replica.state is ReplicaState.READY for one in current)
     if outdated and settled and not held:
         # One at a time, the next only when the new one is ready, so that a Deployment of several goes on serving.
-        actions.append(Stop(outdated[0], f"stop {outdated[0].replica.id}: its workload was changed"))
+        actions.append(StopReplica(outdated[0], f"stop {outdated[0].replica.id}: its workload was changed"))
         leaving = 1
     if held:
         return actions
     missing = want - (len(live) - leaving)
     ids = _free_ids(deployment.name, taken, missing)
     why = f"{len(live) - leaving} of {want} replicas run"
-    return [*actions, *(Start(deployment, replica_id, f"start {replica_id}: {why}") for replica_id in ids)]
+    return [*actions, *(StartReplica(deployment, replica_id, f"start {replica_id}: {why}") for replica_id in ids)]
 
 
 def _free_ids(name: str, taken: Collection[str], count: int) -> list[str]:
@@ -124,11 +128,11 @@ def _free_ids(name: str, taken: Collection[str], count: int) -> list[str]:
     return [replica_id for replica_id in candidates if replica_id not in taken][: max(0, count)]
 
 
-def after_failure(hold: Hold | None, fingerprint: str, now_s: float) -> Hold:
+def after_failure(hold: BackOff | None, fingerprint: str, now_s: float) -> BackOff:
     """The hold after one more failure: twice as long as the one before, up to `RETRY_MAX_S`."""
     failures = hold.failures + 1 if hold is not None and hold.fingerprint == fingerprint else 1
     wait_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 30))
-    return Hold(failures, now_s + wait_s, fingerprint)
+    return BackOff(failures, now_s + wait_s, fingerprint)
 
 
 class Reconciler:
@@ -146,10 +150,12 @@ class Reconciler:
         self._on_change = on_change
         self._record = record
         self._poked = asyncio.Event()
-        self._holds: dict[str, Hold] = {}
+        self._holds: dict[str, BackOff] = {}
         self._ready_since_s: dict[str, float] = {}
         self._stopping: dict[str, asyncio.Task[None]] = {}
-        self._last: dict[str, tuple[Seen, ...]] = {}  # by provider, for the cycles in which it cannot be asked
+        self._last: dict[
+            str, tuple[ObservedReplica, ...]
+        ] = {}  # by provider, for the cycles in which it cannot be asked
         self._troubles: dict[str, str] = {}
         # Failures that are told and not forgotten yet by their provider: id and the provider's own name for it.
         self._failed: set[tuple[str, str]] = set()
@@ -173,7 +179,7 @@ class Reconciler:
                 async with asyncio.timeout(CYCLE_S):
                     await self._poked.wait()
 
-    async def cycle(self, now_s: float) -> Plan:
+    async def cycle(self, now_s: float) -> ReplicaPlan:
         """Observe, plan and act once; what is stopped goes on stopping in the background."""
         desired = self._desired()
         observed = await self._observe(desired, now_s)
@@ -181,9 +187,9 @@ class Reconciler:
         starts = []
         for action in decided.actions:
             match action:
-                case Start():
+                case StartReplica():
                     starts.append(self._start(action, now_s))
-                case Stop(seen):
+                case StopReplica(seen):
                     if seen.replica.state is not ReplicaState.FAILED:
                         self._record("Deployment", seen.replica.deployment, action.because)
                     self._stopping[seen.replica.id] = asyncio.create_task(self._stop(seen))
@@ -194,13 +200,13 @@ class Reconciler:
         await asyncio.gather(*starts)
         return decided
 
-    async def _observe(self, desired: Sequence[ManagedDeployment], now_s: float) -> Observed:
+    async def _observe(self, desired: Sequence[ManagedDeployment], now_s: float) -> ObservedState:
         blind: set[str] = {one.provider for one in desired if one.provider not in self._providers}
         for name in blind:
             self._trouble(name, f"this Fleetgate has no provider {name}; nothing is started there")
         for name, provider in self._providers.items():
             try:
-                self._last[name] = tuple(Seen(name, replica) for replica in await provider.list())
+                self._last[name] = tuple(ObservedReplica(name, replica) for replica in await provider.list())
                 self._troubles.pop(name, None)
             except ProviderError as error:
                 blind.add(name)
@@ -214,12 +220,14 @@ class Reconciler:
         ids = {one.replica.id for one in seen}
         self._failed &= {(one.replica.id, one.replica.ref) for one in seen if one.replica.state is ReplicaState.FAILED}
         self._ready_since_s = {key: since for key, since in self._ready_since_s.items() if key in ids}
-        return Observed(tuple(one for one in seen if one.provider not in blind), dict(self._holds), frozenset(blind))
+        return ObservedState(
+            tuple(one for one in seen if one.provider not in blind), dict(self._holds), frozenset(blind)
+        )
 
-    def _as_known(self, seen: Seen) -> Seen:
+    def _as_known(self, seen: ObservedReplica) -> ObservedReplica:
         """What is being stopped is no longer live, whatever its provider still says."""
         if seen.replica.id in self._stopping:
-            return Seen(seen.provider, msgspec.structs.replace(seen.replica, state=ReplicaState.STOPPING))
+            return ObservedReplica(seen.provider, msgspec.structs.replace(seen.replica, state=ReplicaState.STOPPING))
         return seen
 
     def _learn(self, replica: Replica, fingerprint: str | None, now_s: float) -> None:
@@ -251,7 +259,7 @@ class Reconciler:
             self._troubles[provider] = sentence
             self._record("Provider", provider, sentence)
 
-    async def _start(self, action: Start, now_s: float) -> None:
+    async def _start(self, action: StartReplica, now_s: float) -> None:
         deployment = action.deployment
         fingerprint = deployment.workload.fingerprint
         spec = ReplicaSpec(
@@ -265,7 +273,7 @@ class Reconciler:
             await self._providers[deployment.provider].start(spec)
         except BadSpec as error:
             # Trying again cannot help; a changed workload has another fingerprint, which lifts the hold.
-            self._holds[deployment.name] = Hold(1, NEVER_S, fingerprint)
+            self._holds[deployment.name] = BackOff(1, NEVER_S, fingerprint)
             self._record("Deployment", deployment.name, f"{action.replica_id} cannot be started: {error}")
         except ProviderError as error:
             hold = after_failure(self._holds.get(deployment.name), fingerprint, now_s)
@@ -275,7 +283,7 @@ class Reconciler:
         else:
             self._record("Deployment", deployment.name, action.because)
 
-    async def _stop(self, seen: Seen) -> None:
+    async def _stop(self, seen: ObservedReplica) -> None:
         try:
             await self._providers[seen.provider].stop(seen.replica)
         except ProviderError as error:

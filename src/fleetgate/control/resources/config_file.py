@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fleetgate.control.data_dir import Unusable
-from fleetgate.control.resources.apply import CONFIG, Applied, Changes, find_problems
-from fleetgate.control.resources.problems import Refused
+from fleetgate.control.data_dir import DataDirUnusable
+from fleetgate.control.resources.apply import CONFIG, ApplyResult, ResourceWriter, find_problems
+from fleetgate.control.resources.problems import ResourceRefused
 from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.ipc.signed_file import LAST_GOOD
@@ -37,13 +37,13 @@ def check_file(path: str, data_dir: str | Path) -> list[str]:
         world = _world(Path(data_dir) / "fleetgate.db")
     except Unreadable as error:
         return error.messages
-    except Unusable as error:
+    except DataDirUnusable as error:
         # Workers that have something to serve from do not wait for the store: FAULTS.md row 48.
         return [] if (Path(data_dir) / LAST_GOOD).exists() else [str(error)]
     return [problem.sentence(path) for problem in find_problems(documents, world, CONFIG)[1]]
 
 
-async def apply_file(path: str, changes: Changes) -> list[Applied]:
+async def apply_file(path: str, changes: ResourceWriter) -> list[ApplyResult]:
     """Apply a file, all or nothing.
 
     Raises: `Unreadable` with every sentence.
@@ -51,7 +51,7 @@ async def apply_file(path: str, changes: Changes) -> list[Applied]:
     documents = load_documents(path)
     try:
         return changes.apply(await changes.check(documents, CONFIG), CONFIG)
-    except Refused as error:
+    except ResourceRefused as error:
         sentences = [problem.sentence(path) for problem in error.problems]
         raise Unreadable(sentences or [f"{path}: {error.message}"]) from error
 

@@ -25,7 +25,7 @@ _METADATA = tuple(
 _METADATA_NAMES = frozenset({"metadata.google.internal", "metadata.goog", "metadata", "instance-data"})
 
 
-class Denied(msgspec.Struct, frozen=True):
+class EgressDenied(msgspec.Struct, frozen=True):
     """Why an address is refused."""
 
     message: str
@@ -37,13 +37,15 @@ def parse_ranges(texts: Iterable[str]) -> tuple[IpNetwork, ...]:
     return tuple(ipaddress.ip_network(text.strip(), strict=False) for text in texts if text.strip())
 
 
-def judge(host: str, address: str, ranges: Sequence[IpNetwork], encrypted: bool = True) -> Denied | None:
+def check_addresses(
+    host: str, address: str, ranges: Sequence[IpNetwork], encrypted: bool = True
+) -> EgressDenied | None:
     """Whether one address of a host given through the API is refused, and why.
 
     Public addresses over https need no leave; private ones, and plain http, only inside the ranges.
     """
     plain = _plain(address)
-    if never(plain):
+    if is_never_allowed(plain):
         return _never_denied(host, address)
     if plain.is_global and encrypted:
         return None
@@ -51,13 +53,13 @@ def judge(host: str, address: str, ranges: Sequence[IpNetwork], encrypted: bool 
         return None
     listed = ", ".join(map(str, ranges)) or "no range"
     what = "over plain http, " if plain.is_global else ""
-    return Denied(
+    return EgressDenied(
         f"{host} is at {address}, {what}outside the ranges allowed for URLs given through the API ({listed})",
         f"start with --egress-allow {plain}/{plain.max_prefixlen}, or write the Deployment in the --config file",
     )
 
 
-def never(address: IpAddress) -> bool:
+def is_never_allowed(address: IpAddress) -> bool:
     """Whether an address is refused whatever the ranges say: link-local, metadata, unspecified, multicast."""
     return (
         address.is_link_local
@@ -67,7 +69,7 @@ def never(address: IpAddress) -> bool:
     )
 
 
-def literal_refusal(url: str) -> Denied | None:
+def literal_refusal(url: str) -> EgressDenied | None:
     """Whether a URL names a refused address without any look-up: for what the machine's operator wrote."""
     try:
         host = parse_url(url).host
@@ -81,12 +83,12 @@ def literal_refusal(url: str) -> Denied | None:
     except (OSError, UnicodeError):
         return None
     for _, _, _, _, sockaddr in found:
-        if never(_plain(str(sockaddr[0]))):
+        if is_never_allowed(_plain(str(sockaddr[0]))):
             return _never_denied(host, str(sockaddr[0]))
     return None
 
 
-async def refusal(url: str, ranges: Sequence[IpNetwork]) -> Denied | None:
+async def refusal(url: str, ranges: Sequence[IpNetwork]) -> EgressDenied | None:
     """Whether a URL given through the API is refused: each address its host resolves to must be allowed."""
     denied = literal_refusal(url)
     if denied is not None:
@@ -96,13 +98,13 @@ async def refusal(url: str, ranges: Sequence[IpNetwork]) -> Denied | None:
     except PydanticCustomError:
         return None
     match await addresses(parts, ranges):
-        case Denied() as refused:
+        case EgressDenied() as refused:
             return refused
         case _:
             return None
 
 
-async def addresses(url: Url, ranges: Sequence[IpNetwork] | None) -> list[str] | Denied:
+async def addresses(url: Url, ranges: Sequence[IpNetwork] | None) -> list[str] | EgressDenied:
     """The addresses at which a URL's host may be dialled, each judged; without ranges only the forbidden ones are.
 
     Who dials these, and not the name again, cannot be led elsewhere by a name that changes its address.
@@ -112,16 +114,16 @@ async def addresses(url: Url, ranges: Sequence[IpNetwork] | None) -> list[str] |
         async with asyncio.timeout(RESOLVE_S_MAX):
             found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError, TimeoutError):
-        return Denied(
+        return EgressDenied(
             f"{url.host} does not resolve to an address, so that it cannot be checked",
             "correct the name, or write the Deployment in the --config file",
         )
     allowed = list(dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found))
     for address in allowed:
         if ranges is None:
-            denied = _never_denied(url.host, address) if never(_plain(address)) else None
+            denied = _never_denied(url.host, address) if is_never_allowed(_plain(address)) else None
         else:
-            denied = judge(url.host, address, ranges, url.scheme == "https")
+            denied = check_addresses(url.host, address, ranges, url.scheme == "https")
         if denied is not None:
             return denied
     return allowed
@@ -138,8 +140,8 @@ def _plain(text: str) -> IpAddress:
             return address
 
 
-def _never_denied(host: str, address: str) -> Denied:
+def _never_denied(host: str, address: str) -> EgressDenied:
     where = f"{host} is at {address}" if host != address else host
-    return Denied(
+    return EgressDenied(
         f"{where}, a link-local or metadata address, which no --egress-allow opens", "use the server's own address"
     )

@@ -32,7 +32,7 @@ _BOUNDS = {
 }
 
 
-class Draft(msgspec.Struct, frozen=True):
+class ParsedDocument(msgspec.Struct, frozen=True):
     """One document. Shape: `resource` is None where it has mistakes; `raw` is what was written."""
 
     index: int
@@ -47,9 +47,9 @@ class Draft(msgspec.Struct, frozen=True):
         return Problem(f"{self.label}: {field}" if field else self.label, message, fix, self.index)
 
 
-def parse_documents(values: Sequence[object]) -> tuple[list[Draft], list[Problem]]:
+def parse_documents(values: Sequence[object]) -> tuple[list[ParsedDocument], list[Problem]]:
     """Read documents one by one; a broken one hides no mistake of another."""
-    drafts: list[Draft] = []
+    drafts: list[ParsedDocument] = []
     problems: list[Problem] = []
     if len(values) > DOCUMENTS_MAX:
         return [], [Problem("", f"there are {len(values)} documents", f"apply at most {DOCUMENTS_MAX} at once")]
@@ -68,7 +68,7 @@ def parse_documents(values: Sequence[object]) -> tuple[list[Draft], list[Problem
     return drafts, problems
 
 
-def _parse(index: int, value: object) -> tuple[Draft | None, list[Problem]]:
+def _parse(index: int, value: object) -> tuple[ParsedDocument | None, list[Problem]]:
     numbered = f"document {index + 1}"
     match value:
         case {"kind": str(kind), **rest}:
@@ -87,9 +87,9 @@ def _parse(index: int, value: object) -> tuple[Draft | None, list[Problem]]:
         resource = KINDS[kind].model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True, include_input=kind != "Secret")
-        draft = Draft(index, label, kind, name, raw, None)
+        draft = ParsedDocument(index, label, kind, name, raw, None)
         return draft, list(_problems(draft, found))
-    return Draft(index, label, kind, name, raw, resource), []
+    return ParsedDocument(index, label, kind, name, raw, resource), []
 
 
 def _unknown_kind(kind: str) -> tuple[str, str]:
@@ -100,7 +100,7 @@ def _unknown_kind(kind: str) -> tuple[str, str]:
     return f"there is no kind {_shown(kind)}", one_of(kind, KINDS)
 
 
-def _problems(draft: Draft, errors: Iterable[ErrorDetails]) -> Iterable[Problem]:
+def _problems(draft: ParsedDocument, errors: Iterable[ErrorDetails]) -> Iterable[Problem]:
     errors = list(errors)
     misspelt = {
         (*error["loc"][:-1], nearest(str(error["loc"][-1]), _field_names(draft.kind, error["loc"][:-1])))

@@ -8,7 +8,7 @@ from fleetgate.control.resources.field_types import refuse
 from fleetgate.control.resources.problems import one_of
 from fleetgate.policies import plugins
 from fleetgate.policies import type_checker as checking
-from fleetgate.policies.cel_parser import CHARS_MAX, Mistake
+from fleetgate.policies.cel_parser import CHARS_MAX, CelError
 
 POLICIES_MAX = 64  # of one Gateway: each is evaluated for every request that it may concern
 
@@ -24,7 +24,7 @@ def check_condition(source: str, without: str = "") -> str:
     """
     try:
         checking.check(source, without)
-    except Mistake as mistake:
+    except CelError as mistake:
         refuse(f"at {mistake.place(source)}: {mistake.message}", mistake.fix)
     return source
 

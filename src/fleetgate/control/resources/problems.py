@@ -21,7 +21,7 @@ class Problem(msgspec.Struct, frozen=True):
         return ": ".join(part for part in (source, self.path, f"{self.message}; {self.fix}") if part)
 
 
-class Refused(Exception):
+class ResourceRefused(Exception):
     """Something was refused as a whole, with every reason; `conflict` when the state, not the text, forbids it."""
 
     def __init__(self, message: str, problems: Iterable[Problem] = (), conflict: bool = False) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from pydantic_core import PydanticCustomError
 
 from fleetgate.control.resources.field_types import parse_url
-from fleetgate.control.resources.parser import Draft
+from fleetgate.control.resources.parser import ParsedDocument
 from fleetgate.control.resources.problems import Problem, nearest
 from fleetgate.control.resources.schema import ProviderName
 from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
@@ -48,7 +48,7 @@ def references_of(kind: str, raw: Mapping[str, Any]) -> Iterable[Reference]:
                     yield Reference(f"gateways[{at}]", "Gateway", gateway)
 
 
-def check(drafts: Iterable[Draft], stored: World) -> list[Problem]:
+def check(drafts: Iterable[ParsedDocument], stored: World) -> list[Problem]:
     """Every mistake that only shows when documents are seen together, in the file and in the store."""
     drafts = list(drafts)
     world = {**stored, **{(draft.kind, draft.name): draft.raw for draft in drafts}}
@@ -76,7 +76,7 @@ def users_of(kind: str, name: str, world: World) -> list[str]:
     )
 
 
-def _missing(draft: Draft, world: World) -> Iterable[Problem]:
+def _missing(draft: ParsedDocument, world: World) -> Iterable[Problem]:
     for reference in references_of(draft.kind, draft.raw):
         if (reference.kind, reference.name) in world:
             continue
@@ -85,7 +85,7 @@ def _missing(draft: Draft, world: World) -> Iterable[Problem]:
         yield draft.problem(reference.field, f"there is no {reference.kind} {reference.name[:63]!r}", fix)
 
 
-def _deployment(draft: Draft, world: World) -> Iterable[Problem]:
+def _deployment(draft: ParsedDocument, world: World) -> Iterable[Problem]:
     raw = draft.raw
     given = [field for field in ("url", "urls", "workload") if raw.get(field) is not None]
     if not given:
@@ -108,7 +108,7 @@ def _deployment(draft: Draft, world: World) -> Iterable[Problem]:
         yield draft.problem("price", "is by the hour and by the token", "keep usd_per_hour or the usd_per_mtok fields")
 
 
-def _profiled(draft: Draft, world: World) -> Iterable[Problem]:
+def _profiled(draft: ParsedDocument, world: World) -> Iterable[Problem]:
     """Does the Profile that a Deployment names belong to it?"""
     name = draft.raw.get("profile")
     profile = world.get(("Profile", name)) if type(name) is str else None
@@ -119,7 +119,7 @@ def _profiled(draft: Draft, world: World) -> Iterable[Problem]:
         yield draft.problem("profile", f"Profile {name} {message}", fix)
 
 
-def _misfits(draft: Draft, drafts: list[Draft], world: World) -> Iterable[Problem]:
+def _misfits(draft: ParsedDocument, drafts: list[ParsedDocument], world: World) -> Iterable[Problem]:
     """A changed Profile must still suit the Deployments of the store that name it; the file's are checked as such."""
     written = {d.name for d in drafts if d.kind == "Deployment"}
     for (kind, name), raw in world.items():
@@ -145,7 +145,7 @@ def _unlike(deployment: Mapping[str, Any], profile: Mapping[str, Any]) -> Iterab
             yield f"is of {field} {measured[:64]!r}, and the Deployment's is {own[:64]!r}"
 
 
-def _managed(draft: Draft, world: World) -> Iterable[Problem]:
+def _managed(draft: ParsedDocument, world: World) -> Iterable[Problem]:
     workload = _mapping(draft.raw.get("workload"))
     cluster = draft.raw.get("cluster")
     if cluster is None:
@@ -167,7 +167,7 @@ def _managed(draft: Draft, world: World) -> Iterable[Problem]:
             yield draft.problem("workload.image", "provider local runs no images", "give `command:` instead")
 
 
-def _gateway(draft: Draft, world: World) -> Iterable[Problem]:
+def _gateway(draft: ParsedDocument, world: World) -> Iterable[Problem]:
     upstreams = [_mapping(upstream).get("deployment") for upstream in _list(draft.raw.get("upstreams"))]
     yield from _repeated(draft, "upstreams", upstreams, ".deployment")
     policies = [_mapping(policy) for policy in _list(draft.raw.get("policies"))]
@@ -190,7 +190,7 @@ def _gateway(draft: Draft, world: World) -> Iterable[Problem]:
             yield draft.problem("default", f"Gateway {others[0]} is the default already", "keep one `default: true`")
 
 
-def _stranded(draft: Draft, drafts: list[Draft], world: World) -> Iterable[Problem]:
+def _stranded(draft: ParsedDocument, drafts: list[ParsedDocument], world: World) -> Iterable[Problem]:
     """A changed Cluster must still carry the managed Deployments that the store has; the file's are checked as such."""
     written = {d.name for d in drafts if d.kind == "Deployment"}
     if draft.raw.get("provider") in MANAGED_PROVIDERS:
@@ -200,7 +200,7 @@ def _stranded(draft: Draft, drafts: list[Draft], world: World) -> Iterable[Probl
             yield draft.problem("provider", f"Deployment {name} has a workload there", "keep local, or delete it first")
 
 
-def _repeated(draft: Draft, field: str, values: list[Any], inner: str = "") -> Iterable[Problem]:
+def _repeated(draft: ParsedDocument, field: str, values: list[Any], inner: str = "") -> Iterable[Problem]:
     counts = Counter(value for value in values if type(value) is str)
     for value, count in counts.items():
         if count > 1:

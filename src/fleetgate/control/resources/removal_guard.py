@@ -9,7 +9,7 @@ CONFIRM = "send it again with `confirmed: true` (the CLI's --yes) if it is meant
 World = Mapping[tuple[str, str], Mapping[str, Any]]  # by kind and name: the document as written
 
 
-class Unconfirmed(Exception):
+class ConfirmationRequired(Exception):
     """A change that somebody has to confirm; the text says what it takes away."""
 
 

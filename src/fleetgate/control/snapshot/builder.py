@@ -8,27 +8,27 @@ from fleetgate.control.resources import schema as resources
 from fleetgate.control.resources.apply import parse_stored
 from fleetgate.control.resources.field_types import expires_at_s, parse_url
 from fleetgate.control.snapshot import profiles
-from fleetgate.control.store.repository import Stored, StoredKey, World
+from fleetgate.control.store.repository import StoredKey, StoredResource, World
 from fleetgate.core import model
 from fleetgate.core.capacity import units as capacity
-from fleetgate.providers.base import ManagedDeployment, Workload
+from fleetgate.providers.base import ManagedDeployment, ReplicaWorkload
 
 Slots = Mapping[str, int]
 
 
-class Parts(msgspec.Struct, frozen=True):
+class SnapshotParts(msgspec.Struct, frozen=True):
     """The resources of the store by kind, as values."""
 
     clusters: dict[str, resources.Cluster]
-    deployments: dict[str, tuple[Stored, resources.Deployment]]
+    deployments: dict[str, tuple[StoredResource, resources.Deployment]]
     gateways: dict[str, resources.Gateway]
     profiles: dict[str, resources.Profile]
-    keys: dict[str, tuple[Stored, resources.Key]]
+    keys: dict[str, tuple[StoredResource, resources.Key]]
 
 
-def parts_of(world: World) -> Parts:
+def snapshot_parts(world: World) -> SnapshotParts:
     """Take the store's resources apart by kind."""
-    parts = Parts({}, {}, {}, {}, {})
+    parts = SnapshotParts({}, {}, {}, {}, {})
     for stored in world.values():
         match parse_stored(stored):
             case resources.Cluster() as cluster:
@@ -44,7 +44,7 @@ def parts_of(world: World) -> Parts:
     return parts
 
 
-def base_urls(parts: Parts, ready: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def base_urls(parts: SnapshotParts, ready: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Where each Deployment answers: what was written, or the ready replicas of a managed one; normal and unique."""
     found = {}
     for name, (_, deployment) in parts.deployments.items():
@@ -66,7 +66,7 @@ def endpoint(url: str, slot: int, engines: int = 1) -> model.Endpoint:
     )
 
 
-class Placed(msgspec.Struct, frozen=True):
+class PlacedDeployment(msgspec.Struct, frozen=True):
     """What a Deployment has beside its document.
 
     Units: `tpot_s` is the strictest TPOT target it is held to.
@@ -79,7 +79,7 @@ class Placed(msgspec.Struct, frozen=True):
     tpot_s: float
 
 
-def deployment_of(parts: Parts, name: str, placed: Placed) -> model.Deployment:
+def deployment_of(parts: SnapshotParts, name: str, placed: PlacedDeployment) -> model.Deployment:
     """A Deployment of the Snapshot, with region and labels of its Cluster where it has none of its own."""
     stored, written = parts.deployments[name]
     cluster = parts.clusters.get(written.cluster or "")
@@ -121,7 +121,7 @@ class _Capacity(msgspec.Struct, frozen=True):
     units: float
 
 
-def _capacity(written: resources.Deployment, placed: Placed, profile: model.Profile | None) -> _Capacity:
+def _capacity(written: resources.Deployment, placed: PlacedDeployment, profile: model.Profile | None) -> _Capacity:
     """What was typed is for all replicas and scales with those that are ready; a Profile is for each one.
 
     Without either, units are 0: the proxies learn them.
@@ -137,7 +137,7 @@ def _capacity(written: resources.Deployment, placed: Placed, profile: model.Prof
     return _Capacity(profile, max(1, int(concurrency * share)) if concurrency else 0, units)
 
 
-def managed_of(parts: Parts) -> tuple[ManagedDeployment, ...]:
+def managed_of(parts: SnapshotParts) -> tuple[ManagedDeployment, ...]:
     """The Deployments whose replicas we keep running."""
     return tuple(
         ManagedDeployment(
@@ -145,7 +145,7 @@ def managed_of(parts: Parts) -> tuple[ManagedDeployment, ...]:
             cluster=cluster.name,
             provider=cluster.provider,
             region=written.region or cluster.region,
-            workload=Workload(
+            workload=ReplicaWorkload(
                 image=workload.image or "",
                 command=tuple(workload.command),
                 args=tuple(workload.args),
@@ -216,7 +216,7 @@ def _policy(written: resources.Policy) -> model.Policy:
     )
 
 
-def keys_of(parts: Parts, kept: Mapping[str, StoredKey]) -> tuple[model.Key, ...]:
+def keys_of(parts: SnapshotParts, kept: Mapping[str, StoredKey]) -> tuple[model.Key, ...]:
     """The keys of the Snapshot; ended ones stay in it, because the proxy tells the two refusals apart."""
     return tuple(
         model.Key(
@@ -244,7 +244,9 @@ Credential = Callable[[str, str], str]  # Deployment and Secret name -> the valu
 Assign = Callable[[str, Sequence[str]], Slots]  # space and owners -> slots
 
 
-def build(parts: Parts, ready: Mapping[str, tuple[str, ...]], assign: Assign, credential: Credential) -> model.Snapshot:
+def build(
+    parts: SnapshotParts, ready: Mapping[str, tuple[str, ...]], assign: Assign, credential: Credential
+) -> model.Snapshot:
     """Everything but keys, ranges, version and time."""
     urls = base_urls(parts, ready)
     deployment_slots = assign("deployment", list(parts.deployments))
@@ -255,7 +257,7 @@ def build(parts: Parts, ready: Mapping[str, tuple[str, ...]], assign: Assign, cr
     for name, (_, written) in parts.deployments.items():
         owners = {url: endpoint_slots.get(endpoint_owner(name, url)) for url in urls[name]}
         engines = written.engines if written.url is not None else 1
-        placed = Placed(
+        placed = PlacedDeployment(
             slot=deployment_slots[name],
             endpoints=tuple(endpoint(url, slot, engines) for url, slot in owners.items() if slot is not None),
             credential=credential(name, written.credential.secret) if written.credential else "",

@@ -1,12 +1,12 @@
 """A fleet file as proxies would be given it, without a store, a secret or an address that anybody dials."""
 
-from fleetgate.control.resources.apply import Origin, find_problems
-from fleetgate.control.snapshot.builder import build, managed_of, parts_of
-from fleetgate.control.store.repository import Stored
+from fleetgate.control.resources.apply import ChangeOrigin, find_problems
+from fleetgate.control.snapshot.builder import build, managed_of, snapshot_parts
+from fleetgate.control.store.repository import StoredResource
 from fleetgate.core.model import Snapshot
 from fleetgate.manifests import Unreadable, read_file
 
-ON_PAPER = Origin("in a simulation")  # not trusted: that brings rules which only matter where something is served
+ON_PAPER = ChangeOrigin("in a simulation")  # not trusted: that brings rules which only matter where something is served
 
 
 def read_fleet(path: str) -> Snapshot:
@@ -17,7 +17,9 @@ def read_fleet(path: str) -> Snapshot:
     drafts, problems = find_problems([_without_value(document) for document in read_file(path)], {}, ON_PAPER)
     if problems:
         raise Unreadable([problem.sentence(path) for problem in problems])
-    parts = parts_of({(d.kind, d.name): Stored(d.kind, d.name, dict(d.raw), 1, False, 0.0, 0.0) for d in drafts})
+    parts = snapshot_parts(
+        {(d.kind, d.name): StoredResource(d.kind, d.name, dict(d.raw), 1, False, 0.0, 0.0) for d in drafts}
+    )
     # Ports that tell replicas apart and nothing else.
     ready = {
         managed.name: tuple(f"http://127.0.0.1:{port}/v1" for port in range(1, managed.replicas_desired + 1))

@@ -88,7 +88,7 @@ def strictest_tpot_s(gateways: Iterable[model.Gateway], deployment: str) -> floa
     return min(promised, default=model.Slo().tpot_s)
 
 
-def told(deployment: model.Deployment, tpot_s: float, learned_limit: int = 0) -> dict[str, Any]:
+def profile_description(deployment: model.Deployment, tpot_s: float, learned_limit: int = 0) -> dict[str, Any]:
     """What a Deployment takes, for people: CU, the token form, the limit, and where the figures come from.
 
     Units: `learned_limit` is what the proxies hold it to now, 0 where they have not said.

@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from fleetgate.control.data_dir import DataDir, Unusable, unusable_sentence, write_whole
-from fleetgate.control.snapshot.builder import build, keys_of, managed_of, parts_of, same_but_for_version
+from fleetgate.control.data_dir import DataDir, DataDirUnusable, unusable_sentence, write_whole
+from fleetgate.control.snapshot.builder import build, keys_of, managed_of, same_but_for_version, snapshot_parts
 from fleetgate.control.store import repository as rows
 from fleetgate.control.store import slot_allocator as slots
 from fleetgate.control.store.database import Database
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, decode_snapshot, encode_snapshot
-from fleetgate.ipc.sealed_secret import CannotUnseal, seal, unseal
-from fleetgate.ipc.signed_file import NotSigned, public_key, sign, verified
+from fleetgate.ipc.sealed_secret import UnsealFailed, seal, unseal
+from fleetgate.ipc.signed_file import SignatureInvalid, public_key, sign, verified
 from fleetgate.providers.base import ManagedDeployment
 
 DEBOUNCE_S = 0.005  # several changes made at once become one Snapshot
@@ -76,7 +76,7 @@ class Publisher:
             asked, managed = self._asked, self.managed
             try:
                 await asyncio.to_thread(self.publish)
-            except Unusable as error:
+            except DataDirUnusable as error:
                 log.error("not_published", reason=str(error))
                 await asyncio.sleep(RETRY_S)
                 self._wake.set()
@@ -90,17 +90,17 @@ class Publisher:
     def load_managed(self) -> tuple[ManagedDeployment, ...]:
         """What we keep running, as the store has it."""
         with self._database.read() as connection:
-            self.managed = managed_of(parts_of(rows.load_world(connection)))
+            self.managed = managed_of(snapshot_parts(rows.load_world(connection)))
         return self.managed
 
     def publish(self) -> bool:
         """Write the Snapshot if it says something new, and tell whether it did.
 
-        Raises: `Unusable` when the disk does not take it; the old Snapshot then stays whole.
+        Raises: `DataDirUnusable` when the disk does not take it; the old Snapshot then stays whole.
         """
         self._credentials = {one.name: one.credential for one in self.current.deployments} if self.current else {}
         with self._database.write() as connection:
-            parts = parts_of(rows.load_world(connection))
+            parts = snapshot_parts(rows.load_world(connection))
             self.managed = managed_of(parts)
             sealed = rows.load_secrets(connection)
             built = build(parts, self._ready(), partial(slots.assign, connection), partial(self._credential, sealed))
@@ -123,7 +123,7 @@ class Publisher:
         try:
             write_whole(self._data_dir.snapshot, sign(payload, self._data_dir.signing_key))
         except OSError as error:
-            raise Unusable(unusable_sentence(self._data_dir.path, error)) from error
+            raise DataDirUnusable(unusable_sentence(self._data_dir.path, error)) from error
         self.current = snapshot
         log.info("published", version=version)
         return True
@@ -157,7 +157,7 @@ class Publisher:
         """A Secret sealed again for one Deployment; the same text as before while the value is the same."""
         try:
             value = unseal(sealed.get(secret, ""), self._data_dir.seal_key, secret)
-        except CannotUnseal:
+        except UnsealFailed:
             log.error(
                 "secret_unreadable", secret=secret, fix="put seal.key back from a backup or apply the Secret again"
             )
@@ -166,7 +166,7 @@ class Publisher:
         try:
             if before and unseal(before, self._data_dir.seal_key, deployment) == value:
                 return before
-        except CannotUnseal:
+        except UnsealFailed:
             pass  # written under another key: sealed anew below
         return seal(value, self._data_dir.seal_key, deployment)
 
@@ -179,5 +179,5 @@ class Publisher:
             return decode_snapshot(verified(path.read_bytes(), public_key(self._data_dir.signing_key)))
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, NotSigned):
+        except (OSError, msgspec.MsgspecError, SignatureInvalid):
             return None  # unreadable or damaged: the store has everything, and the next version replaces it

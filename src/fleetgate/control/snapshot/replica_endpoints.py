@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from fleetgate.core.model import Snapshot
-from fleetgate.ipc.shared_memory import Board, Worker
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.providers.base import ManagedDeployment
 
 CARRY_S = 5.0  # replicas that outlived a restart of this process are found again well within it
 
 
-class Replicas:
+class ReplicaEndpoints:
     """Base URLs of ready replicas by Deployment.
 
     A control process that is started again while the workers serve must not take the replicas away that go on
@@ -21,11 +21,11 @@ class Replicas:
         self._seen = seen
         self._carried: Mapping[str, tuple[str, ...]] = {}
 
-    def carry(self, last: Snapshot | None, managed: tuple[ManagedDeployment, ...], board: Board | None) -> None:
+    def carry(self, last: Snapshot | None, managed: tuple[ManagedDeployment, ...], board: SharedMemory | None) -> None:
         """Take over what the last Snapshot had, if workers are serving from it."""
         if last is None or board is None:
             return
-        if any(board.get(worker, Worker.ACCEPTING) for worker in range(board.workers)):
+        if any(board.get(worker, WorkerCell.ACCEPTING) for worker in range(board.workers)):
             names = {deployment.name for deployment in managed}
             self._carried = {
                 deployment.name: tuple(f"{one.origin}{one.base_path}" for one in deployment.endpoints)

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
-from fleetgate.control.data_dir import Unusable
+from fleetgate.control.data_dir import DataDirUnusable
 
 BUSY_TIMEOUT_MS = 5_000  # longer than any of our own transactions; a stuck backup tool should not fail a write at once
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -26,7 +26,7 @@ class Database:
         self._engine = _engine(path)
 
     def migrate(self) -> None:
-        """Bring the tables up to date. Raises: `Unusable`."""
+        """Bring the tables up to date. Raises: `DataDirUnusable`."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         try:
@@ -34,11 +34,11 @@ class Database:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except CommandError as error:
-            raise Unusable(f"{self.path} was made by a newer Fleetgate ({error}); start that one") from error
+            raise DataDirUnusable(f"{self.path} was made by a newer Fleetgate ({error}); start that one") from error
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A consistent view. Raises: `Unusable` when the file cannot be read."""
+        """A consistent view. Raises: `DataDirUnusable` when the file cannot be read."""
         with self._begin(self._engine) as connection:
             yield connection
 
@@ -46,7 +46,7 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A transaction that holds the only write lock from its first step, so that what it read stays true.
 
-        Raises: `Unusable` when the file cannot be written.
+        Raises: `DataDirUnusable` when the file cannot be written.
         """
         with self._begin(self._engine.execution_options(immediate=True)) as connection:
             yield connection
@@ -64,7 +64,7 @@ class Database:
             if type(error) not in (DatabaseError, OperationalError):
                 raise  # a broken constraint is a bug of ours, not of the disk
             reason = str(error.orig)
-            raise Unusable(
+            raise DataDirUnusable(
                 f"the store {self.path} cannot be used ({reason}); check the disk and its permissions, put the file "
                 f"back from a backup, or give another directory with --data-dir"
             ) from error

@@ -13,7 +13,7 @@ EVENTS_KEPT = 10_000
 _PRUNE_EVERY = 256
 
 
-class Stored(msgspec.Struct, frozen=True):
+class StoredResource(msgspec.Struct, frozen=True):
     """A resource as it is kept. Shape: `document` is what was written, with kind and name, without a Secret's value."""
 
     kind: str
@@ -43,7 +43,7 @@ class Event(msgspec.Struct, frozen=True):
     sentence: str
 
 
-World = dict[tuple[str, str], Stored]
+World = dict[tuple[str, str], StoredResource]
 
 
 def load_world(connection: Connection) -> World:
@@ -52,14 +52,14 @@ def load_world(connection: Connection) -> World:
     return {(row.kind, row.name): _stored(row) for row in rows}
 
 
-def load_one(connection: Connection, kind: str, name: str) -> Stored | None:
+def load_one(connection: Connection, kind: str, name: str) -> StoredResource | None:
     """One resource."""
     query = select(resources).where(resources.c.kind == kind, resources.c.name == name)
     row = connection.execute(query).first()
     return _stored(row) if row is not None else None
 
 
-def save(connection: Connection, stored: Stored) -> None:
+def save(connection: Connection, stored: StoredResource) -> None:
     """Write a resource, new or changed."""
     spec = {field: value for field, value in stored.document.items() if field not in ("kind", "name")}
     values = {
@@ -136,6 +136,6 @@ def save_number(connection: Connection, name: str, value: int) -> None:
     connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"value": value}))
 
 
-def _stored(row: Any) -> Stored:
+def _stored(row: Any) -> StoredResource:
     document = {"kind": row.kind, "name": row.name, **json.loads(row.spec)}
-    return Stored(row.kind, row.name, document, row.generation, row.trusted, row.created_s, row.updated_s)
+    return StoredResource(row.kind, row.name, document, row.generation, row.trusted, row.created_s, row.updated_s)

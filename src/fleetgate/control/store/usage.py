@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects.sqlite import insert
 
 from fleetgate.control.store.schema import usage_hours, usage_open, usage_read, usage_rows
-from fleetgate.core.usage_record import Intent, Open, Progress, Row
+from fleetgate.core.usage_record import OpenAttempt, UsageIntent, UsageProgress, UsageRow
 
 ROWS_KEPT = 1_000_000
 HOUR_MS = 3_600_000
@@ -17,13 +17,13 @@ SUMS = ("attempts", "estimated", "prompt_tokens", "output_tokens", "billed_promp
 _ROWS_AT_ONCE = 500  # SQLite takes 32,766 variables in one statement
 
 _encode = msgspec.json.encode
-_intent = msgspec.json.Decoder(Intent).decode
-_progress = msgspec.json.Decoder(Progress).decode
+_intent = msgspec.json.Decoder(UsageIntent).decode
+_progress = msgspec.json.Decoder(UsageProgress).decode
 
 
-def add_rows(connection: Connection, rows: Sequence[Row]) -> int:
+def add_rows(connection: Connection, rows: Sequence[UsageRow]) -> int:
     """Write rows that are not there yet, and add those to the sums. How many were new."""
-    new: list[Row] = []
+    new: list[UsageRow] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):
         some = rows[at : at + _ROWS_AT_ONCE]
         wanted = usage_rows.c.attempt_id.in_([row.attempt_id for row in some])
@@ -82,16 +82,16 @@ def save_offsets(connection: Connection, offsets: Mapping[str, int], gone: Colle
         connection.execute(delete(usage_read).where(usage_read.c.file.in_(gone)))
 
 
-def load_open(connection: Connection) -> dict[str, list[Open]]:
+def load_open(connection: Connection) -> dict[str, list[OpenAttempt]]:
     """Attempts that are not settled, by the run of the worker that began them."""
-    found: dict[str, list[Open]] = {}
+    found: dict[str, list[OpenAttempt]] = {}
     for row in connection.execute(select(usage_open)):
         progress = _progress(row.progress) if row.progress else None
-        found.setdefault(row.run, []).append(Open(_intent(row.intent), progress))
+        found.setdefault(row.run, []).append(OpenAttempt(_intent(row.intent), progress))
     return found
 
 
-def save_open(connection: Connection, run: str, changed: Iterable[Open], settled: Collection[str]) -> None:
+def save_open(connection: Connection, run: str, changed: Iterable[OpenAttempt], settled: Collection[str]) -> None:
     """Keep what is open now and forget what is settled."""
     values = [
         {

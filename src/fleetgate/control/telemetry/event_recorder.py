@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import structlog
 
 from fleetgate.core.model import Snapshot
-from fleetgate.ipc.event_spool import Spool
-from fleetgate.ipc.shared_memory import Board, Plane, Signal, Worker
+from fleetgate.ipc.event_spool import EventSpool
+from fleetgate.ipc.shared_memory import ControlPlaneCell, EndpointSignal, SharedMemory, WorkerCell
 
 WATCH_EVERY_S = 1.0
 BEAT_EVERY_S = 0.5
@@ -16,23 +16,23 @@ log = structlog.get_logger()
 Record = Callable[[str, str, str], None]
 
 
-class Watcher:
+class EventRecorder:
     """Compares what it saw last with what it sees now. A Deployment is known from its first probe on."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: SharedMemory) -> None:
         self._board = board
         self._up: dict[tuple[str, int], bool] = {}
-        self._starts = [board.get(worker, Worker.STARTS) for worker in range(board.workers)]
+        self._starts = [board.get(worker, WorkerCell.STARTS) for worker in range(board.workers)]
 
     def changes(self, snapshot: Snapshot | None) -> Iterator[tuple[str, str, str]]:
         """Kind, name and sentence of everything that changed since the last look."""
         known: dict[tuple[str, int], bool] = {}
         for deployment in snapshot.deployments if snapshot else ():
             slots = [endpoint.slot for endpoint in deployment.endpoints]
-            probed = [slot for slot in slots if self._board.signal(slot, Signal.SEEN_MS)]
+            probed = [slot for slot in slots if self._board.signal(slot, EndpointSignal.SEEN_MS)]
             if not probed:
                 continue
-            up = any(slot not in probed or self._board.signal(slot, Signal.UP) for slot in slots)
+            up = any(slot not in probed or self._board.signal(slot, EndpointSignal.UP) for slot in slots)
             identity = (deployment.name, deployment.slot)
             known[identity] = up
             before = self._up.get(identity)
@@ -47,20 +47,22 @@ class Watcher:
 
     def _restarts(self) -> Iterator[tuple[str, str, str]]:
         for worker in range(self._board.workers):
-            starts = self._board.get(worker, Worker.STARTS)
+            starts = self._board.get(worker, WorkerCell.STARTS)
             if starts > self._starts[worker] and starts > 1:
-                yield "Worker", str(worker), f"Worker {worker} ended and was started again (start {starts})."
+                yield "WorkerCell", str(worker), f"Worker {worker} ended and was started again (start {starts})."
             self._starts[worker] = starts
 
 
-async def beat(board: Board) -> None:
+async def beat(board: SharedMemory) -> None:
     """Tell the workers that the control plane lives, for as long as it does."""
     while True:
-        board.plane[Plane.HEARTBEAT_MS] = int(time.monotonic() * 1000)
+        board.control_plane[ControlPlaneCell.HEARTBEAT_MS] = int(time.monotonic() * 1000)
         await asyncio.sleep(BEAT_EVERY_S)
 
 
-async def watch(watcher: Watcher, spool: Spool, snapshot: Callable[[], Snapshot | None], record: Record) -> None:
+async def watch(
+    watcher: EventRecorder, spool: EventSpool, snapshot: Callable[[], Snapshot | None], record: Record
+) -> None:
     """Look about once a second, for as long as the process lives."""
     while True:
         await asyncio.sleep(WATCH_EVERY_S)
@@ -68,7 +70,7 @@ async def watch(watcher: Watcher, spool: Spool, snapshot: Callable[[], Snapshot 
         await asyncio.to_thread(_record_all, changes, spool, record)
 
 
-def _record_all(changes: Iterable[tuple[str, str, str]], spool: Spool, record: Record) -> None:
+def _record_all(changes: Iterable[tuple[str, str, str]], spool: EventSpool, record: Record) -> None:
     for change in changes:
         record(*change)
     try:

@@ -11,12 +11,12 @@ from prometheus_client.registry import Collector
 
 from fleetgate.control.api.live_state import endpoint_up
 from fleetgate.control.context import Control
-from fleetgate.control.telemetry.overload_metrics import accounts, gauges
-from fleetgate.control.telemetry.series import Labels, Series, read_series
-from fleetgate.core.admission.work_ledger import Work
+from fleetgate.control.telemetry.overload_metrics import gauges, usage_gauges
+from fleetgate.control.telemetry.series import Labels, MetricSeries, read_series
+from fleetgate.core.admission.work_ledger import WorkCell
 from fleetgate.core.model import Snapshot
 from fleetgate.core.usage_record import JOURNAL
-from fleetgate.ipc.shared_memory import Board, Signal, Worker
+from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory, WorkerCell
 
 _HELP = {
     "fleetgate_requests": "Requests by how they ended.",
@@ -69,7 +69,7 @@ class _BoardCollector(Collector):
             yield from _histograms(series)
             yield from _workers(board)
             yield from gauges(board)
-            yield from accounts(board, self._control.data_dir.path / JOURNAL)
+            yield from usage_gauges(board, self._control.data_dir.path / JOURNAL)
         if snapshot is not None:
             age = GaugeMetricFamily("fleetgate_snapshot_age_seconds", "Seconds since the Snapshot was made.")
             age.add_metric([], max(0.0, time.time() - snapshot.made_at_s))
@@ -78,7 +78,7 @@ class _BoardCollector(Collector):
             yield from _gauges(board, snapshot)
 
 
-def _counters(series: Series) -> Iterable[Metric]:
+def _counters(series: MetricSeries) -> Iterable[Metric]:
     for metric, cells in sorted(series.counters.items()):
         base = metric.removesuffix("_total")
         for names, rows in _by_label_names(cells):
@@ -88,7 +88,7 @@ def _counters(series: Series) -> Iterable[Metric]:
             yield family
 
 
-def _histograms(series: Series) -> Iterable[Metric]:
+def _histograms(series: MetricSeries) -> Iterable[Metric]:
     for metric, cells in sorted(series.histograms.items()):
         for names, rows in _by_label_names(cells):
             families = [HistogramMetricFamily(metric, _HELP.get(metric, metric), labels=names)]
@@ -114,21 +114,21 @@ def _bound(bound: float) -> str:
     return "+Inf" if bound == float("inf") else f"{bound:.6g}"
 
 
-def _workers(board: Board) -> Iterable[Metric]:
-    live = [worker for worker in range(board.workers) if board.get(worker, Worker.PID)]
+def _workers(board: SharedMemory) -> Iterable[Metric]:
+    live = [worker for worker in range(board.workers) if board.get(worker, WorkerCell.PID)]
     yield GaugeMetricFamily("fleetgate_workers", "Workers that run.", value=len(live))
-    restarts = sum(max(0, board.get(worker, Worker.STARTS) - 1) for worker in range(board.workers))
+    restarts = sum(max(0, board.get(worker, WorkerCell.STARTS) - 1) for worker in range(board.workers))
     yield CounterMetricFamily("fleetgate_worker_restarts", "Workers started again after they ended.", value=restarts)
     connections = GaugeMetricFamily("fleetgate_connections", "Client connections that are open.", labels=["worker"])
     version = GaugeMetricFamily("fleetgate_snapshot_version", "The Snapshot a worker uses.", labels=["worker"])
     for worker in live:
-        connections.add_metric([str(worker)], board.get(worker, Worker.CONNECTIONS))
-        version.add_metric([str(worker)], board.get(worker, Worker.SNAPSHOT_VERSION))
+        connections.add_metric([str(worker)], board.get(worker, WorkerCell.CONNECTIONS))
+        version.add_metric([str(worker)], board.get(worker, WorkerCell.SNAPSHOT_VERSION))
     yield connections
     yield version
 
 
-def _gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
+def _gauges(board: SharedMemory, snapshot: Snapshot) -> Iterable[Metric]:
     yield from _deployment_gauges(board, snapshot)
     yield from _endpoint_gauges(board, snapshot)
     queue = GaugeMetricFamily("fleetgate_queue", "Requests that wait for room.", labels=["gateway"])
@@ -137,7 +137,7 @@ def _gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
     yield queue
 
 
-def _deployment_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
+def _deployment_gauges(board: SharedMemory, snapshot: Snapshot) -> Iterable[Metric]:
     """What a Deployment takes and has: as learned, until then as written."""
 
     def gauge(name: str, told: str) -> GaugeMetricFamily:
@@ -151,7 +151,7 @@ def _deployment_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
     for deployment in snapshot.deployments:
         where = [deployment.name, deployment.region]
         in_flight.add_metric(where, board.in_flight_total(deployment.slot))
-        learned = board.learned_of(deployment.slot)
+        learned = board.learned_limits(deployment.slot)
         limit_now = learned.limit if learned is not None else deployment.concurrency_max
         if limit_now:
             limit.add_metric(where, limit_now)
@@ -164,7 +164,7 @@ def _deployment_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
     return [in_flight, limit, units, margin, held]
 
 
-def _endpoint_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
+def _endpoint_gauges(board: SharedMemory, snapshot: Snapshot) -> Iterable[Metric]:
     at = ["deployment", "endpoint"]
     up = GaugeMetricFamily("fleetgate_endpoint_up", "Whether an Endpoint answers its probe.", labels=at)
     running = GaugeMetricFamily("fleetgate_engine_running", "Requests the engine says it runs.", labels=at)
@@ -182,11 +182,11 @@ def _endpoint_gauges(board: Board, snapshot: Snapshot) -> Iterable[Metric]:
         for endpoint in deployment.endpoints:
             which = [deployment.name, f"{endpoint.origin}{endpoint.base_path}"]
             up.add_metric(which, int(endpoint_up(board, endpoint.slot)))
-            prefill.add_metric(which, board.signal(endpoint.slot, Signal.PREFILL))
-            if board.signal(endpoint.slot, Signal.LOAD_SEEN_MS):
-                running.add_metric(which, board.signal(endpoint.slot, Signal.RUNNING))
-                waiting.add_metric(which, board.signal(endpoint.slot, Signal.WAITING))
-                kv.add_metric(which, board.signal(endpoint.slot, Signal.KV_PERMILLE) / 1000)
-            work.add_metric([*which, "pending"], board.work_total(endpoint.slot, Work.PENDING_TOKENS))
-            work.add_metric([*which, "kv"], board.work_total(endpoint.slot, Work.KV_TOKENS))
+            prefill.add_metric(which, board.signal(endpoint.slot, EndpointSignal.PREFILL))
+            if board.signal(endpoint.slot, EndpointSignal.LOAD_SEEN_MS):
+                running.add_metric(which, board.signal(endpoint.slot, EndpointSignal.RUNNING))
+                waiting.add_metric(which, board.signal(endpoint.slot, EndpointSignal.WAITING))
+                kv.add_metric(which, board.signal(endpoint.slot, EndpointSignal.KV_PERMILLE) / 1000)
+            work.add_metric([*which, "pending"], board.work_total(endpoint.slot, WorkCell.PENDING_TOKENS))
+            work.add_metric([*which, "kv"], board.work_total(endpoint.slot, WorkCell.KV_TOKENS))
     return [up, prefill, running, waiting, kv, work]

@@ -6,25 +6,25 @@ from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from fleetgate.ipc.machine_status import running
-from fleetgate.ipc.shared_memory import Board, Worker
-from fleetgate.ipc.shortage import Shortage
+from fleetgate.ipc.machine_status import running_workers
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
+from fleetgate.ipc.shortage import OverloadBits
 
 
-def gauges(board: Board) -> Iterable[Metric]:
+def gauges(board: SharedMemory) -> Iterable[Metric]:
     """Whether a worker is short of something."""
     family = GaugeMetricFamily("fleetgate_short", "1 while a worker is short of it.", labels=["worker", "what"])
-    for worker in running(board):
-        short = Shortage(board.get(worker, Worker.SHORT))
-        for each in Shortage:
+    for worker in running_workers(board):
+        short = OverloadBits(board.get(worker, WorkerCell.SHORT))
+        for each in OverloadBits:
             family.add_metric([str(worker), str(each.name).lower()], int(each in short))
-        family.add_metric([str(worker), "journal"], board.get(worker, Worker.JOURNAL_SHORT))
+        family.add_metric([str(worker), "journal"], board.get(worker, WorkerCell.JOURNAL_SHORT))
     yield family
 
 
-def accounts(board: Board, journal: Path) -> Iterable[Metric]:
+def usage_gauges(board: SharedMemory, journal: Path) -> Iterable[Metric]:
     """Attempts without a row, and what of the journals lies on the disk."""
-    lost = sum(board.get(worker, Worker.ROWS_LOST) for worker in range(board.workers))
+    lost = sum(board.get(worker, WorkerCell.ROWS_LOST) for worker in range(board.workers))
     yield CounterMetricFamily(
         "fleetgate_journal_rows_lost", "Journal rows that found no room, neither on the disk nor in memory.", value=lost
     )

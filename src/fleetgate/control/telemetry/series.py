@@ -19,7 +19,7 @@ Labels = tuple[tuple[str, str], ...]
 BOUNDS_S = tuple(float(bucket_bound(bit)) for bit in range(BUCKET_FIRST_BIT, BUCKET_LAST_BIT + 1))
 
 
-class Histogram(msgspec.Struct):
+class HistogramSeries(msgspec.Struct):
     """Counts by upper bound, each bucket's own; `sum_s` in seconds."""
 
     counts: dict[float, int]
@@ -54,15 +54,15 @@ class Histogram(msgspec.Struct):
         return lower
 
 
-class Series(msgspec.Struct):
+class MetricSeries(msgspec.Struct):
     """Every series of the board, by metric name and labels."""
 
     counters: dict[str, dict[Labels, int]]
-    histograms: dict[str, dict[Labels, Histogram]]
+    histograms: dict[str, dict[Labels, HistogramSeries]]
 
-    def histogram(self, metric: str, **labels: str) -> Histogram:
+    def histogram(self, metric: str, **labels: str) -> HistogramSeries:
         """All histograms of a metric with these labels, added up."""
-        merged = Histogram({})
+        merged = HistogramSeries({})
         for found, histogram in self.histograms.get(metric, {}).items():
             if labels.items() <= dict(found).items():
                 merged.sum_s += histogram.sum_s
@@ -80,9 +80,9 @@ class Series(msgspec.Struct):
         return answer
 
 
-def read_series(totals: Mapping[str, int]) -> Series:
+def read_series(totals: Mapping[str, int]) -> MetricSeries:
     """Sort the board's totals into counters and histograms."""
-    series = Series({}, {})
+    series = MetricSeries({}, {})
     for name, value in totals.items():
         metric, labels = parse_name(name)
         if metric.endswith("_bucket"):
@@ -113,5 +113,5 @@ def _unescape(text: str) -> str:
     return _ESCAPE.sub(lambda match: _UNESCAPED.get(match[1], match[1]), text)
 
 
-def _histogram(series: Series, metric: str, labels: Labels) -> Histogram:
-    return series.histograms.setdefault(metric, {}).setdefault(labels, Histogram({}))
+def _histogram(series: MetricSeries, metric: str, labels: Labels) -> HistogramSeries:
+    return series.histograms.setdefault(metric, {}).setdefault(labels, HistogramSeries({}))

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import structlog
 
-from fleetgate.control.data_dir import Unusable
+from fleetgate.control.data_dir import DataDirUnusable
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.core.usage_record import JOURNAL, Fold, Open, Row, entries_in
+from fleetgate.core.usage_record import JOURNAL, JournalReplay, OpenAttempt, UsageRow, entries_in
 
 TAKE_EVERY_S = 1.0
 PRUNE_EVERY = 600  # takes
@@ -30,21 +30,21 @@ class _Taken(NamedTuple):
     """What one run's files brought."""
 
     run: str
-    rows: list[Row]
-    changed: list[Open]
+    rows: list[UsageRow]
+    changed: list[OpenAttempt]
     settled: list[str]
     offsets: dict[str, int]
     done: list[Path]
     left_bytes: int  # that may be read in the same transaction
 
 
-class UsageBook:
+class UsageIngest:
     """Takes journals in. Only one process does, which the store's own lock sees to."""
 
     def __init__(self, data_dir: Path, database: Database) -> None:
         self._directory = data_dir / JOURNAL
         self._database = database
-        self._folds: dict[str, Fold] = {}
+        self._folds: dict[str, JournalReplay] = {}
         self._offsets: dict[str, int] = {}
         self._gone: list[str] = []
         self._takes = 0
@@ -58,7 +58,7 @@ class UsageBook:
             try:
                 await asyncio.to_thread(self.take)
                 trouble = ""
-            except (OSError, Unusable) as error:  # the journals stay where they are
+            except (OSError, DataDirUnusable) as error:  # the journals stay where they are
                 self._loaded = False
                 if str(error) != trouble:
                     trouble = str(error)
@@ -68,7 +68,7 @@ class UsageBook:
     def take(self) -> int:
         """Bring the book up to date; how many rows are new.
 
-        Raises: `OSError`, `Unusable`; nothing is lost then. Cost: 15 µs a row.
+        Raises: `OSError`, `DataDirUnusable`; nothing is lost then. Cost: 15 µs a row.
         """
         with self._lock:  # the last take of a process may meet the one before it
             new, is_more = 0, True
@@ -111,7 +111,7 @@ class UsageBook:
     def _load(self) -> None:
         with self._database.read() as connection:
             self._offsets = usage.load_offsets(connection)
-            self._folds = {run: Fold(known) for run, known in usage.load_open(connection).items()}
+            self._folds = {run: JournalReplay(known) for run, known in usage.load_open(connection).items()}
         self._gone = [name for name in self._offsets if not (self._directory / name).exists()]
         self._loaded = True
 
@@ -133,8 +133,8 @@ class UsageBook:
     def _read(self, run: str, paths: list[Path], left_bytes: int) -> _Taken:
         # Asked before reading: what a worker wrote before it died is then all there.
         dead = self._is_dead(run)
-        fold = self._folds.setdefault(run, Fold())
-        before = dict(fold.open)
+        fold = self._folds.setdefault(run, JournalReplay())
+        before = dict(fold.open_attempts)
         taken = _Taken(run, [], [], [], {}, [], left_bytes)
         for number, path in enumerate(paths):
             # Asked before reading, too. The next file may be there long before anything is in it.
@@ -157,8 +157,8 @@ class UsageBook:
             taken.rows.extend(fold.abandon(int(time.time() * 1000)))
             taken.done.append(self._directory / f"{run}.lock")
             del self._folds[run]
-        taken.changed.extend(one for name, one in fold.open.items() if before.get(name) is not one)
-        taken.settled.extend(name for name in before if name not in fold.open)
+        taken.changed.extend(one for name, one in fold.open_attempts.items() if before.get(name) is not one)
+        taken.settled.extend(name for name in before if name not in fold.open_attempts)
         return taken._replace(left_bytes=left_bytes)
 
     def _is_dead(self, run: str) -> bool:

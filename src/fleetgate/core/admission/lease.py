@@ -14,7 +14,7 @@ LOST_SHARE = 0.8  # of its lease that a proxy goes on with while it cannot renew
 SLOTS_LEAST = 4  # below this a proxy's share is too coarse to be of use, so fewer proxies get one
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class LeaseDemand(msgspec.Struct, frozen=True):
     """What a proxy reports at renewal. Units: requests it has in flight; requests it could use, waiting ones too."""
 
     in_flight: int
@@ -35,7 +35,7 @@ class Lease(msgspec.Struct, frozen=True):
         return Lease(int(self.slots * LOST_SHARE), self.share * LOST_SHARE, self.until_s)
 
 
-def divide(limit: int, wanted: Mapping[str, Wanted], deployment: str = "") -> dict[str, int]:
+def divide(limit: int, wanted: Mapping[str, LeaseDemand], deployment: str = "") -> dict[str, int]:
     """Divide a limit: what is in flight stays covered, then one slot each, the rest in proportion to demand.
 
     The sum never exceeds `limit` unless what is in flight already does. The order of the mapping changes nothing.
@@ -62,7 +62,7 @@ def divide(limit: int, wanted: Mapping[str, Wanted], deployment: str = "") -> di
     return slots
 
 
-def _members(limit: int, wanted: Mapping[str, Wanted], deployment: str) -> list[str]:
+def _members(limit: int, wanted: Mapping[str, LeaseDemand], deployment: str) -> list[str]:
     """The proxies that share a Deployment, by rendezvous hashing where there are too many for its limit."""
     places = max(1, limit // SLOTS_LEAST)
     if len(wanted) <= places:

@@ -12,7 +12,7 @@ def _no_lock(slot: int) -> None:
     """One worker alone needs no lock."""
 
 
-class InFlightCells(Protocol):
+class InFlightMemory(Protocol):
     """Memory that all workers share. Shape: `in_flight` is [Deployment slot][worker]."""
 
     @property
@@ -36,7 +36,7 @@ class Ledger:
 
     def __init__(
         self,
-        cells: InFlightCells,
+        cells: InFlightMemory,
         worker: int,
         lock: Callable[[int], None] = _no_lock,
         unlock: Callable[[int], None] = _no_lock,
@@ -46,9 +46,9 @@ class Ledger:
         self._workers = cells.workers
         self._lock = lock
         self._unlock = unlock
-        self.sees(0, cells.workers)
+        self.set_columns(0, cells.workers)
 
-    def sees(self, first: int, last: int) -> None:
+    def set_columns(self, first: int, last: int) -> None:
         """Count with the columns from `first` up to, not including, `last`; all others must be nobody's."""
         self.first, self.last = first, last
         self._alone = last - first == 1

@@ -18,12 +18,12 @@ class RetryBudget:
         self._tokens = RETRY_FLOOR_PER_S
         self._at_s = now_s
 
-    def request(self) -> None:
+    def record_request(self) -> None:
         """A request came: it adds its share."""
         tokens = self._tokens + self._ratio
         self._tokens = tokens if tokens < TOKENS_MAX else TOKENS_MAX
 
-    def request_again(self) -> None:
+    def record_client_retry(self) -> None:
         """A client's own retry came: a further attempt at what was counted before, for which it did not ask."""
         self._tokens = max(0.0, self._tokens - 1.0)
 
@@ -53,15 +53,15 @@ class KeyBudget:
         self._gateway = gateway
         self._own = own
 
-    def request(self) -> None:
+    def record_request(self) -> None:
         """A request of this key came."""
-        self._gateway.request()
-        self._own.request()
+        self._gateway.record_request()
+        self._own.record_request()
 
-    def request_again(self) -> None:
+    def record_client_retry(self) -> None:
         """A client's own retry came."""
-        self._gateway.request_again()
-        self._own.request_again()
+        self._gateway.record_client_retry()
+        self._own.record_client_retry()
 
     def take(self, now_s: float) -> bool:
         """Spend one further attempt of both, or of none."""
@@ -73,6 +73,6 @@ class KeyBudget:
         return True
 
 
-def spread_s(retry_after_s: float, entropy: float) -> float:
+def jittered_s(retry_after_s: float, entropy: float) -> float:
     """A Retry-After a little sooner or later. Shape: `entropy` is 0 to 1."""
     return retry_after_s * (1.0 + SPREAD * (2.0 * entropy - 1.0))

@@ -4,10 +4,10 @@ from enum import IntEnum
 from math import exp
 from typing import NamedTuple, Protocol
 
-from fleetgate.core.admission.ledger import InFlightCells, Ledger
+from fleetgate.core.admission.ledger import InFlightMemory, Ledger
 
 
-class Work(IntEnum):
+class WorkCell(IntEnum):
     """The cells a worker keeps about what it sent to one Endpoint. DESIGN.md section 4.3: room is predicted from it."""
 
     PENDING_TOKENS = 0  # uncached prompt tokens whose first answer token has not come
@@ -23,7 +23,7 @@ WORK_CELLS = 7
 
 # A member read off its enum costs 70 ns each time, a name of this module 5.
 _PENDING_TOKENS, _SEQUENCES, _KV_TOKENS, _HEAD_SINCE_US, _PREFILLED_TOKENS, _RECENT_TOKENS, _RECENT_AT_US = map(
-    int, Work
+    int, WorkCell
 )
 
 # Of a prompt that the engine is working on, at most this much is taken for done before its first token proves it.
@@ -44,7 +44,7 @@ class TokenWork(NamedTuple):
     recent_tokens: float = 0
 
 
-class WorkCells(InFlightCells, Protocol):
+class WorkMemory(InFlightMemory, Protocol):
     """Memory that all workers share. Shape: `work` is [Endpoint slot][worker][Work]."""
 
     @property
@@ -56,7 +56,7 @@ class WorkCells(InFlightCells, Protocol):
         """CU in flight × 1,000. Shape: [Deployment slot][worker]."""
 
 
-class Hold(NamedTuple):
+class WorkReservation(NamedTuple):
     """What one request holds from pick to end: a place, and its token work at one Endpoint.
 
     Units: `milliunits` are CU × 1,000; `pending_tokens` are uncached; `window_s` is how long its prompt is recent.
@@ -70,7 +70,7 @@ class Hold(NamedTuple):
     window_s: float = 10.0
 
 
-class Books:
+class WorkLedger:
     """Reserve, start, settle: each a few integer writes in this worker's own cells.
 
     Cost: 1 µs for the three together, beside the ledger's.
@@ -78,14 +78,14 @@ class Books:
 
     __slots__ = ("_milliunits", "_work", "_worker", "_workers", "ledger")
 
-    def __init__(self, cells: WorkCells, worker: int, ledger: Ledger) -> None:
+    def __init__(self, cells: WorkMemory, worker: int, ledger: Ledger) -> None:
         self._work = cells.work
         self._milliunits = cells.milliunits
         self._worker = worker
         self._workers = cells.workers
         self.ledger = ledger
 
-    def reserve(self, hold: Hold, limit: int, now_s: float) -> bool:
+    def reserve(self, hold: WorkReservation, limit: int, now_s: float) -> bool:
         """Take a place and enter the token work in one step, or say that the Deployment is full; 0 is no limit."""
         if not self.ledger.reserve(hold.slot, limit):
             return False
@@ -101,7 +101,7 @@ class Books:
         self._milliunits[hold.slot * self._workers + self._worker] += hold.milliunits
         return True
 
-    def started(self, hold: Hold, now_s: float) -> Hold:
+    def first_token(self, hold: WorkReservation, now_s: float) -> WorkReservation:
         """The first token came: the prompt is through, and the engine turns to the next one."""
         work, at = self._work, self._at(hold.endpoint_slot)
         work[at + _PENDING_TOKENS] -= hold.pending_tokens
@@ -109,14 +109,14 @@ class Books:
         work[at + _HEAD_SINCE_US] = int(now_s * 1e6)
         return hold._replace(pending_tokens=0)
 
-    def moved(self, hold: Hold, endpoint_slot: int) -> Hold:
+    def move(self, hold: WorkReservation, endpoint_slot: int) -> WorkReservation:
         """The token work goes to another Endpoint of the same Deployment."""
         self._enter(hold, -1)
         hold = hold._replace(endpoint_slot=endpoint_slot)
         self._enter(hold, 1)
         return hold
 
-    def settle(self, hold: Hold) -> None:
+    def settle(self, hold: WorkReservation) -> None:
         """Give everything back.
 
         Raises: `SettledTwice` when this worker holds no such place.
@@ -159,7 +159,7 @@ class Books:
         at = endpoint_slot * self._workers * WORK_CELLS
         return sum(self._work[at : at + self._workers * WORK_CELLS][_PREFILLED_TOKENS::WORK_CELLS])
 
-    def _enter(self, hold: Hold, sign: int) -> None:
+    def _enter(self, hold: WorkReservation, sign: int) -> None:
         work, at = self._work, self._at(hold.endpoint_slot)
         work[at + _PENDING_TOKENS] += sign * hold.pending_tokens
         work[at + _SEQUENCES] += sign

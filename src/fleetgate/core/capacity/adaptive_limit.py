@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import msgspec
 
-from fleetgate.core.capacity.latency_model import Pace
+from fleetgate.core.capacity.latency_model import SpeedFactor
 
 # --- token counts -----------------------------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ TOKENS_PER_BYTE_FIRST = 0.25  # English text with any current tokenizer, within 
 LENGTH_SHARE = 0.05  # of a new observation in a running mean: about the last forty count
 
 
-class Lengths:
+class TokenEstimates:
     """What a model's answers and prompts usually measure, in tokens."""
 
     __slots__ = ("_output", "_per_byte")
@@ -35,7 +35,7 @@ class Lengths:
         """Expected prompt tokens of a body."""
         return body_bytes * self._per_byte.get(model, TOKENS_PER_BYTE_FIRST)
 
-    def saw_output(self, model: str, key: str, tokens: int) -> None:
+    def record_output(self, model: str, key: str, tokens: int) -> None:
         """An answer ended."""
         for name in ((model, key), (model, "")):
             before = self._output.pop(name, float(tokens))
@@ -43,7 +43,7 @@ class Lengths:
         if len(self._output) > KEYS_MAX:
             self._output.popitem(last=False)
 
-    def saw_prompt(self, model: str, body_bytes: int, tokens: int) -> None:
+    def record_prompt(self, model: str, body_bytes: int, tokens: int) -> None:
         """A usage came back."""
         seen = tokens / max(1, body_bytes)
         before = self._per_byte.get(model, seen)
@@ -57,37 +57,37 @@ PACE_SHARE = 0.2  # of one observation: a silent slow-down is believed after abo
 PREFILL_TELLS_S = 0.02  # shorter prefills drown in the network's and the step's own noise
 
 
-class PaceLearner:
+class SpeedLearner:
     """How much slower or faster than its Profile a Deployment is, from its own streams."""
 
-    __slots__ = ("pace",)
+    __slots__ = ("factor",)
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, pace: SpeedFactor) -> None:
+        self.factor = pace
 
-    def saw_first(self, predicted_s: float, observed_s: float, prefill_s: float) -> None:
+    def record_first_token(self, predicted_s: float, observed_s: float, prefill_s: float) -> None:
         """A first token came. Units: `prefill_s` is the part of the prediction that prompts made, at this pace."""
         if prefill_s < PREFILL_TELLS_S or prefill_s < 0.25 * predicted_s:
             return
         ratio = max(0.25, (observed_s - (predicted_s - prefill_s)) / prefill_s)
         share = PACE_SHARE * min(1.0, prefill_s / 0.2)  # a long prefill tells more than a short one
-        prefill = self.pace.prefill * min(4.0, ratio) ** share
-        self.pace = Pace(min(PACE_MAX, max(PACE_MIN, prefill)), self.pace.decode)
+        prefill = self.factor.prefill * min(4.0, ratio) ** share
+        self.factor = SpeedFactor(min(PACE_MAX, max(PACE_MIN, prefill)), self.factor.decode)
 
-    def saw_decode(self, decode_s: float, step_s: float, steps: int) -> None:
+    def record_decode(self, decode_s: float, step_s: float, steps: int) -> None:
         """Streams moved for a while. Units: seconds left for decoding, the Profile's step then, and steps done."""
         if steps < 5 or step_s <= 0.0:
             return
         ratio = min(PACE_MAX, max(PACE_MIN, decode_s / (steps * step_s)))
-        decode = self.pace.decode * (ratio / self.pace.decode) ** PACE_SHARE
-        self.pace = Pace(self.pace.prefill, decode)
+        decode = self.factor.decode * (ratio / self.factor.decode) ** PACE_SHARE
+        self.factor = SpeedFactor(self.factor.prefill, decode)
 
 
 SLOT_SHARE = 0.02  # of an answer in the running sums: about the last fifty count
 SLOT_TELLS = 5  # answers before which a guess is better
 
 
-class SlotPace:
+class ThroughputEstimate:
     """What one place of a Deployment gets done, by Little's law, for engines of which nothing is known.
 
     It needs no model of the engine: what limits it is in how long its answers hold their places.
@@ -100,7 +100,7 @@ class SlotPace:
         self._units = 0.0
         self._held_s = 0.0
 
-    def saw_end(self, units: float, held_s: float) -> None:
+    def record_end(self, units: float, held_s: float) -> None:
         """An answer ended. Units: `units` in CU by its real lengths, `held_s` from sending to the end."""
         self._seen += 1
         self._units += units - SLOT_SHARE * self._units
@@ -131,7 +131,7 @@ TOLD_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that fall
 KV_SHARE_MAX = 0.9
 
 
-class Counts(msgspec.Struct, frozen=True):
+class ViolationCounts(msgspec.Struct, frozen=True):
     """What a Deployment's requests came to, as counters that only rise."""
 
     ended: int = 0
@@ -139,9 +139,9 @@ class Counts(msgspec.Struct, frozen=True):
     tpot_late: int = 0
     refused: int = 0
 
-    def since(self, before: "Counts") -> "Counts":
+    def minus(self, before: "ViolationCounts") -> "ViolationCounts":
         """What was counted in between; a counter that fell (its worker was started anew) counts from zero."""
-        return Counts(
+        return ViolationCounts(
             max(0, self.ended - before.ended),
             max(0, self.ttft_late - before.ttft_late),
             max(0, self.tpot_late - before.tpot_late),
@@ -149,14 +149,14 @@ class Counts(msgspec.Struct, frozen=True):
         )
 
 
-class Signals(msgspec.Struct, frozen=True):
+class EngineLoad(msgspec.Struct, frozen=True):
     """What an engine says of itself; None where it says nothing or nothing fresh."""
 
     waiting: int | None = None
     kv_share: float | None = None
 
 
-class Bounds(msgspec.Struct, frozen=True):
+class LimitBounds(msgspec.Struct, frozen=True):
     """Where a limit starts, how far it may move, and whether the operator wrote it: then nothing raises it.
 
     Units: `start` 0 is no limit until the engine refuses or lets requests wait.
@@ -168,7 +168,7 @@ class Bounds(msgspec.Struct, frozen=True):
     written: bool = False
 
 
-class Change(msgspec.Struct, frozen=True):
+class LimitChange(msgspec.Struct, frozen=True):
     """A limit that moved, with its reason as one sentence."""
 
     before: int
@@ -176,7 +176,7 @@ class Change(msgspec.Struct, frozen=True):
     because: str
 
 
-class LimitLearner:
+class AdaptiveLimit:
     """One Deployment's limit and TPOT margin: AIMD on what went wrong, once a second, never from idle.
 
     An engine of which nothing is known has no limit until it refuses, or has requests waiting: then what it carried.
@@ -185,22 +185,22 @@ class LimitLearner:
 
     __slots__ = ("_bounds", "_history", "_polls_waiting", "_settled", "_told", "_wait_until_s", "limit", "margin")
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: LimitBounds) -> None:
         self._bounds = bounds
-        self._history: list[tuple[float, Counts]] = []
+        self._history: list[tuple[float, ViolationCounts]] = []
         self._polls_waiting = 0
-        self._settled = Counts()
+        self._settled = ViolationCounts()
         self._wait_until_s = float("-inf")
         self.limit = float(bounds.start)
         self._told = bounds.start
         self.margin = MARGIN_FIRST
 
-    def look(self, counts: Counts, in_flight: int, signals: Signals, now_s: float) -> Change | None:
+    def update(self, counts: ViolationCounts, in_flight: int, signals: EngineLoad, now_s: float) -> LimitChange | None:
         """Correct the limit and the margin by the last ten seconds."""
         self._history.append((now_s, counts))
         while len(self._history) > 2 and self._history[1][0] <= now_s - WINDOW_S:
             self._history.pop(0)
-        recent = counts.since(self._history[0][1])
+        recent = counts.minus(self._history[0][1])
         # A few always wait for the step under way to end; more than that wait for a place.
         queues = (signals.waiting or 0) > WAITING_SHARE_MAX * in_flight
         self._polls_waiting = self._polls_waiting + 1 if queues else 0
@@ -208,7 +208,7 @@ class LimitLearner:
             self._settled, self._polls_waiting = counts, 0
         before = int(self.limit)
         self._correct_margin(recent, in_flight)
-        trouble = self._trouble(recent, counts.since(self._settled), signals)
+        trouble = self._trouble(recent, counts.minus(self._settled), signals)
         if trouble:
             self._back_off(in_flight, signals.waiting if queues and signals.waiting else 0, now_s)
         elif in_flight > 0.5 * self.limit and not queues:
@@ -218,9 +218,9 @@ class LimitLearner:
         if after == self._told or crept:
             return None
         told, self._told = self._told, after
-        return Change(told, after, trouble or "it was busy, and nothing came late or was refused")
+        return LimitChange(told, after, trouble or "it was busy, and nothing came late or was refused")
 
-    def _trouble(self, recent: Counts, settled: Counts, signals: Signals) -> str:
+    def _trouble(self, recent: ViolationCounts, settled: ViolationCounts, signals: EngineLoad) -> str:
         """What is wrong, as a sentence, or nothing. Shape: `settled` is counted since the last step down took hold."""
         ended, refused = min(recent.ended, settled.ended), min(recent.refused, settled.refused)
         if refused and refused > REFUSED_SHARE_MAX * (ended + refused):
@@ -255,7 +255,7 @@ class LimitLearner:
             ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
             self.limit = min(ceiling, self.limit + max(1.0, CREEP_SHARE * self.limit))
 
-    def _correct_margin(self, recent: Counts, in_flight: int) -> None:
+    def _correct_margin(self, recent: ViolationCounts, in_flight: int) -> None:
         late = max(recent.ttft_late, recent.tpot_late)
         if recent.ended and late > LATE_SHARE_MAX * recent.ended:
             self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)

@@ -29,61 +29,61 @@ WAITED_PREFILLS = 2.0  # decode steps in between make a prefill longer, but not 
 SPAN_EVENTS = 8  # a step is timed over so many, because one arrival tells as much of the network as of the engine
 
 
-class Budget(msgspec.Struct, frozen=True):
+class SweepBudget(msgspec.Struct, frozen=True):
     """The most that a calibration may send."""
 
     requests_max: int = 600
     tokens_max: int = 400_000
 
 
-class Targets(msgspec.Struct, frozen=True):
+class SweepTargets(msgspec.Struct, frozen=True):
     """What an answer is held to."""
 
     tpot_s: float = 0.05
     ttft_s: float = 2.0
 
 
-class Round(msgspec.Struct, frozen=True):
+class SweepRound(msgspec.Struct, frozen=True):
     """Requests that start together. Shape: `measures` is warm-up, prefill or decode."""
 
     measures: str
-    at_once: int
+    concurrency: int
     prompt_tokens: int
     output_tokens: int
 
     @property
     def tokens(self) -> int:
         """Prompt and output tokens of all its requests."""
-        return self.at_once * (self.prompt_tokens + self.output_tokens)
+        return self.concurrency * (self.prompt_tokens + self.output_tokens)
 
 
-class TooLittle(Exception):
+class BudgetTooSmall(Exception):
     """A budget does not allow two sizes of prompts and two waves; `least` does."""
 
-    def __init__(self, least: Budget) -> None:
+    def __init__(self, least: SweepBudget) -> None:
         super().__init__(f"at least {least.requests_max} requests and {least.tokens_max} tokens are needed")
-        self.least = least
+        self.minimum = least
 
 
-class CannotTell(Exception):
+class MeasurementFailed(Exception):
     """There are too few measurements to say anything; the text says which are missing."""
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def plan(budget: Budget, engines: int = 1) -> tuple[Round, ...]:
+def plan(budget: SweepBudget, engines: int = 1) -> tuple[SweepRound, ...]:
     """All that a calibration would send if nothing stopped it earlier; never more than the budget.
 
-    Raises: `TooLittle`.
+    Raises: `BudgetTooSmall`.
     """
     least = least_budget(engines)
     if budget.requests_max < least.requests_max or budget.tokens_max < least.tokens_max:
-        raise TooLittle(least)
+        raise BudgetTooSmall(least)
     rounds = list(_prefills(2))
     first_waves = list(_waves(engines))[:2]
-    spare = Budget(
-        budget.requests_max - sum(one.at_once for one in first_waves), budget.tokens_max - _tokens(first_waves)
+    spare = SweepBudget(
+        budget.requests_max - sum(one.concurrency for one in first_waves), budget.tokens_max - _tokens(first_waves)
     )
     for sizes in range(3, len(PREFILL_PROMPT_TOKENS) + 1):
         longer = list(_prefills(sizes))
@@ -92,57 +92,57 @@ def plan(budget: Budget, engines: int = 1) -> tuple[Round, ...]:
             rounds = longer
     requests, tokens = len(rounds), _tokens(rounds)
     for wave in _waves(engines):
-        requests, tokens = requests + wave.at_once, tokens + wave.tokens
+        requests, tokens = requests + wave.concurrency, tokens + wave.tokens
         if requests > budget.requests_max or tokens > budget.tokens_max:
             break
         rounds.append(wave)
     return tuple(rounds)
 
 
-def least_budget(engines: int = 1) -> Budget:
+def least_budget(engines: int = 1) -> SweepBudget:
     """What two sizes of prompts and two waves need."""
     rounds = [*_prefills(2), *list(_waves(engines))[:2]]
-    return Budget(sum(one.at_once for one in rounds), _tokens(rounds))
+    return SweepBudget(sum(one.concurrency for one in rounds), _tokens(rounds))
 
 
-def expected_s(rounds: Iterable[Round], profile: Profile, engines: int = 1) -> float:
+def expected_s(rounds: Iterable[SweepRound], profile: Profile, engines: int = 1) -> float:
     """About how long rounds take on engines with such speeds."""
     return sum(
-        one.at_once / engines * one.prompt_tokens / profile.prefill_tokens_per_s
-        + one.output_tokens * step_s(profile, one.at_once / engines)
+        one.concurrency / engines * one.prompt_tokens / profile.prefill_tokens_per_s
+        + one.output_tokens * step_s(profile, one.concurrency / engines)
         for one in rounds
     )
 
 
-def _prefills(sizes: int) -> Iterator[Round]:
-    yield Round("warm-up", 1, PREFILL_PROMPT_TOKENS[0], PREFILL_OUTPUT_TOKENS)
+def _prefills(sizes: int) -> Iterator[SweepRound]:
+    yield SweepRound("warm-up", 1, PREFILL_PROMPT_TOKENS[0], PREFILL_OUTPUT_TOKENS)
     for prompt_tokens in PREFILL_PROMPT_TOKENS[:sizes]:
         for _ in range(PREFILL_REPEATS):
-            yield Round("prefill", 1, prompt_tokens, PREFILL_OUTPUT_TOKENS)
+            yield SweepRound("prefill", 1, prompt_tokens, PREFILL_OUTPUT_TOKENS)
 
 
-def _waves(engines: int) -> Iterator[Round]:
+def _waves(engines: int) -> Iterator[SweepRound]:
     batch = 1
     while batch <= WAVE_MAX:
-        yield Round("decode", batch * engines, WAVE_PROMPT_TOKENS, WAVE_OUTPUT_TOKENS)
+        yield SweepRound("decode", batch * engines, WAVE_PROMPT_TOKENS, WAVE_OUTPUT_TOKENS)
         batch *= 2
 
 
-def _tokens(rounds: Iterable[Round]) -> int:
+def _tokens(rounds: Iterable[SweepRound]) -> int:
     return sum(one.tokens for one in rounds)
 
 
 # --- what was seen ----------------------------------------------------------------------------------------------------
 
 
-class Single(msgspec.Struct, frozen=True):
+class SingleRequest(msgspec.Struct, frozen=True):
     """A request that had the engine for itself."""
 
     uncached_tokens: float
     ttft_s: float
 
 
-class Wave(msgspec.Struct, frozen=True, kw_only=True):
+class RequestWave(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that started together, as one engine saw them.
 
     Units: `batch` requests of one engine; `step_s` while all of them were decoding, 0 where that never was;
@@ -194,7 +194,7 @@ def step_of(streams: Sequence[Sequence[float]], tokens_per_event: float) -> floa
     return median(spans) / max(tokens_per_event, 1e-9) if spans else 0.0
 
 
-def begun_together(streams: Sequence[Sequence[float]], sent_s: float, prefill_s: float) -> int:
+def started_together(streams: Sequence[Sequence[float]], sent_s: float, prefill_s: float) -> int:
     """How many streams the engine ran at once: all, or those that began before the first of them ended.
 
     Units: `prefill_s` is what all the prompts take; where no stream waited much longer than that, none was queued.
@@ -207,7 +207,7 @@ def begun_together(streams: Sequence[Sequence[float]], sent_s: float, prefill_s:
     return sum(moments[0] < first_end_s for moments in streams)
 
 
-def stop_reason(waves: Sequence[Wave], targets: Targets) -> str:
+def stop_reason(waves: Sequence[RequestWave], targets: SweepTargets) -> str:
     """Why no larger wave is worth sending, as the end of a sentence; empty while one is."""
     if not waves:
         return ""
@@ -230,7 +230,7 @@ def stop_reason(waves: Sequence[Wave], targets: Targets) -> str:
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
+class MeasuredProfile(msgspec.Struct, frozen=True, kw_only=True):
     """What a sweep says of one engine. Shape: 0 where it could not be measured: it is then derived from the rest."""
 
     prefill_tokens_per_s: float
@@ -241,10 +241,12 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     units: float = 0.0
 
 
-def measured(singles: Sequence[Single], waves: Sequence[Wave], targets: Targets) -> Measured:
+def measured_profile(
+    singles: Sequence[SingleRequest], waves: Sequence[RequestWave], targets: SweepTargets
+) -> MeasuredProfile:
     """Put the measurements together.
 
-    Raises: `CannotTell`.
+    Raises: `MeasurementFailed`.
     """
     prefill_tokens_per_s = prefill_of(singles)
     base_s, per_sequence_s = decode_of(waves)
@@ -263,7 +265,7 @@ def measured(singles: Sequence[Single], waves: Sequence[Wave], targets: Targets)
         shape = waves[-1]
         each = cost_units(profile, targets.tpot_s, shape.prompt_tokens, shape.output_tokens)
         units = requests_per_s * each
-    return Measured(
+    return MeasuredProfile(
         prefill_tokens_per_s=prefill_tokens_per_s,
         base_s=base_s,
         per_sequence_s=per_sequence_s,
@@ -273,10 +275,10 @@ def measured(singles: Sequence[Single], waves: Sequence[Wave], targets: Targets)
     )
 
 
-def prefill_of(singles: Sequence[Single]) -> float:
+def prefill_of(singles: Sequence[SingleRequest]) -> float:
     """Prompt tokens a second, from `TTFT = fixed + tokens / speed`.
 
-    Raises: `CannotTell`.
+    Raises: `MeasurementFailed`.
     Source: Theil-Sen, the median slope over all pairs, each weighed by its distance: a few late answers do not matter.
     """
     slopes = sorted(
@@ -285,7 +287,7 @@ def prefill_of(singles: Sequence[Single]) -> float:
         if (weight := abs(far.uncached_tokens - near.uncached_tokens)) >= 64
     )
     if not slopes:
-        raise CannotTell("no two prompts of different length were answered")
+        raise MeasurementFailed("no two prompts of different length were answered")
     half, passed = sum(weight for _, weight in slopes) / 2, 0.0
     slope = slopes[-1][0]
     for one, weight in slopes:
@@ -296,14 +298,14 @@ def prefill_of(singles: Sequence[Single]) -> float:
     return 1.0 / max(slope, 1.0 / PREFILL_TOKENS_PER_S_MAX)
 
 
-def decode_of(waves: Sequence[Wave]) -> tuple[float, float]:
+def decode_of(waves: Sequence[RequestWave]) -> tuple[float, float]:
     """The step's fixed seconds and those of each sequence, by least squares over what the engine ran at once.
 
-    Raises: `CannotTell`.
+    Raises: `MeasurementFailed`.
     """
     seen = [(wave.batch, wave.step_s) for wave in waves if wave.step_s > 0.0 and not wave.saturated]
     if not seen:
-        raise CannotTell("no answer was long enough to time its tokens")
+        raise MeasurementFailed("no answer was long enough to time its tokens")
     mean_batch, mean_s = fmean(batch for batch, _ in seen), fmean(seconds for _, seconds in seen)
     spread = sum((batch - mean_batch) ** 2 for batch, _ in seen)
     slope = sum((batch - mean_batch) * (seconds - mean_s) for batch, seconds in seen) / spread if spread else 0.0
@@ -315,7 +317,7 @@ def decode_of(waves: Sequence[Wave]) -> tuple[float, float]:
     return base_s, slope
 
 
-def _places(waves: Sequence[Wave]) -> float:
+def _places(waves: Sequence[RequestWave]) -> float:
     """How many requests the engine runs at once, 0 where it never had to say no."""
     full = next((wave for wave in waves if wave.saturated), None)
     if full is None:
@@ -325,7 +327,7 @@ def _places(waves: Sequence[Wave]) -> float:
     return min(full.batch, max(ran, took, 1.0))
 
 
-def _knee(waves: Sequence[Wave], targets: Targets) -> tuple[float, float] | None:
+def _knee(waves: Sequence[RequestWave], targets: SweepTargets) -> tuple[float, float] | None:
     """The largest batch within the TPOT target and the requests that end a second there; None if none was too large.
 
     Between waves, and from the last good one up to the engine's places, `tpot_s` is a straight line.
@@ -350,12 +352,12 @@ def _knee(waves: Sequence[Wave], targets: Targets) -> tuple[float, float] | None
     return None
 
 
-def _crossing(near: Wave, far: Wave, tpot_s: float) -> float:
+def _crossing(near: RequestWave, far: RequestWave, tpot_s: float) -> float:
     """The batch at which the line through two waves reaches a TPOT."""
     return near.batch + (far.batch - near.batch) * (tpot_s - near.tpot_s) / (far.tpot_s - near.tpot_s)
 
 
-def _at(batch: float, near: Wave, far: Wave) -> tuple[float, float]:
+def _at(batch: float, near: RequestWave, far: RequestWave) -> tuple[float, float]:
     """Batch, and requests that end a second there."""
     tpot_s = near.tpot_s + (far.tpot_s - near.tpot_s) * (batch - near.batch) / (far.batch - near.batch)
     return batch, batch / (tpot_s * far.output_tokens)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from fleetgate.core.capacity.latency_model import Pace, Speed
+from fleetgate.core.capacity.latency_model import CurrentProfile, SpeedFactor
 from fleetgate.core.capacity.units import REFERENCE_OUTPUT_TOKENS, output_token_s, tpot_target_s
 from fleetgate.core.model import Profile, Slo
 
@@ -16,14 +16,14 @@ SHORT_ANSWER_TOKENS = 18.0
 OWN_HEADROOM_MAX = 0.6
 
 
-class Seat(NamedTuple):
+class EndpointCapacity(NamedTuple):
     """One Endpoint that is up, and how many engines stand behind it; a proxy with a lease counts its part of them."""
 
     endpoint_slot: int
     engines: float = 1.0
 
 
-class Outlook(msgspec.Struct, frozen=True):
+class DeploymentView(msgspec.Struct, frozen=True):
     """What a proxy knows of a Deployment between two looks: renewed by its sweep, read by every request.
 
     Units: `health` 0 to 1, breaker times slow start; `limit` in requests, 0 for none; `foreign` requests that did not
@@ -32,28 +32,28 @@ class Outlook(msgspec.Struct, frozen=True):
 
     health: float
     limit: int = 0
-    foreign: int = 0
-    seats: tuple[Seat, ...] = ()
+    external_in_flight: int = 0
+    endpoints: tuple[EndpointCapacity, ...] = ()
     units: float = 1.0
-    speed: Speed | None = None
-    places: int = 0
+    current_profile: CurrentProfile | None = None
+    slots: int = 0
 
 
-class Lessons(NamedTuple):
+class Corrections(NamedTuple):
     """What was learned of a Deployment.
 
     Units: `margin` of the TPOT target that may be used.
     """
 
-    pace: Pace
+    speed: SpeedFactor
     margin: float
 
 
-def speed_of(profile: Profile, slo: Slo, lessons: Lessons, rtt_s: float) -> Speed:
+def current_profile(profile: Profile, slo: Slo, lessons: Corrections, rtt_s: float) -> CurrentProfile:
     """A Profile as it is now, held to an SLO less a margin."""
     pace, margin = lessons
     target_s = tpot_target_s(profile, slo.tpot_s)
-    return Speed(
+    return CurrentProfile(
         profile=profile,
         prompt_token_s=pace.prefill / profile.prefill_tokens_per_s,
         base_s=profile.base_s * pace.decode,

@@ -18,17 +18,17 @@ PROMPTS_SHARE_MAX = 0.95  # past it a prediction would run away
 OUTPUT_WEIGHT = 8.0  # prompt tokens that one output token weighs; measured on A100s and H100s: 8 to 12
 
 
-class Pace(NamedTuple):
+class SpeedFactor(NamedTuple):
     """How much slower (above 1) or faster than its Profile an engine is now; learned from its streams."""
 
     prefill: float = 1.0
     decode: float = 1.0
 
 
-STEADY = Pace()
+NOMINAL_SPEED = SpeedFactor()
 
 
-class Need(NamedTuple):
+class RequestShape(NamedTuple):
     """What a request needs, as far as can be known before it is answered.
 
     Units: `ttft_left_s` is what is left of its TTFT target, infinite where nothing was promised.
@@ -53,7 +53,7 @@ class Need(NamedTuple):
         return max(1.0, self.prompt_tokens - self.warm_tokens)
 
 
-class Fit(msgspec.Struct, frozen=True, gc=False):
+class LatencyPrediction(msgspec.Struct, frozen=True, gc=False):
     """How a request would do at one Endpoint. `late` is empty where it would keep its SLO, else it says why not.
 
     `tight` is where it would keep it at the cost of those who are there: its long prompt holds up their answers.
@@ -69,7 +69,7 @@ class Fit(msgspec.Struct, frozen=True, gc=False):
     tight: bool = False
 
 
-class Speed(msgspec.Struct, frozen=True, gc=False):
+class CurrentProfile(msgspec.Struct, frozen=True, gc=False):
     """A Profile as it is now: at the pace that streams have shown, and held to an SLO less a margin.
 
     Units: `prompt_token_s` of one prompt token, `base_s` and `per_sequence_s` of a decode step; `window_s` is the
@@ -90,12 +90,14 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
     sequence_s: float
 
 
-def idle_ttft_s(speed: Speed, prompt_tokens: float) -> float:
+def idle_ttft_s(speed: CurrentProfile, prompt_tokens: float) -> float:
     """TTFT of a replica that has nothing else to do."""
     return speed.rtt_s + prompt_tokens * speed.prompt_token_s
 
 
-def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: TokenWork) -> Fit:
+def predict(
+    need: RequestShape, speed: CurrentProfile, endpoint_slot: int, engines: float, work: TokenWork
+) -> LatencyPrediction:
     """Predict TTFT and TPOT of a request at one Endpoint.
 
     Cost: 0.8 µs. Source: ALGORITHMS.md section 9; the TPOT is the step at the batch it would join, stretched by the
@@ -134,4 +136,4 @@ def fit(need: Need, speed: Speed, endpoint_slot: int, engines: float, work: Toke
             late = "batch"
     if ttft_s > ttft_left_s:
         late = "TTFT"
-    return Fit(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late, tight)
+    return LatencyPrediction(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late, tight)

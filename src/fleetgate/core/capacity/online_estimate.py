@@ -9,10 +9,18 @@ from typing import NamedTuple
 
 import msgspec
 
-from fleetgate.core.admission.work_ledger import Books
-from fleetgate.core.capacity.adaptive_limit import Bounds, Change, Counts, LimitLearner, PaceLearner, Signals, SlotPace
-from fleetgate.core.capacity.deployment_view import Lessons, Outlook, Seat, speed_of
-from fleetgate.core.capacity.latency_model import STEADY, Fit
+from fleetgate.core.admission.work_ledger import WorkLedger
+from fleetgate.core.capacity.adaptive_limit import (
+    AdaptiveLimit,
+    EngineLoad,
+    LimitBounds,
+    LimitChange,
+    SpeedLearner,
+    ThroughputEstimate,
+    ViolationCounts,
+)
+from fleetgate.core.capacity.deployment_view import Corrections, DeploymentView, EndpointCapacity, current_profile
+from fleetgate.core.capacity.latency_model import NOMINAL_SPEED, LatencyPrediction
 from fleetgate.core.capacity.units import batch_within, limit_of, rate_at, step_s, units_of
 from fleetgate.core.model import Deployment, Profile, ProfileSource, Slo
 
@@ -32,23 +40,23 @@ UNKNOWN_MOST = 4096  # requests at once in one engine of which nothing is known
 UNKNOWN_BATCH = 32.0  # at which unknown engines are compared until their limits are known
 
 
-class Sighting(NamedTuple):
+class Observation(NamedTuple):
     """What the shell knows of a Deployment besides: fitness 0 to 1, Endpoints that are up, others' requests, RTT."""
 
     health: float
-    seats: tuple[Seat, ...]
-    foreign: int = 0
+    endpoints: tuple[EndpointCapacity, ...]
+    external_in_flight: int = 0
     rtt_s: float = 0.0
 
 
-class Steps(NamedTuple):
+class DecodeProgress(NamedTuple):
     """How far the streams of one Endpoint came since the last tick: the most tokens that one of them got."""
 
-    seat: Seat
+    endpoint: EndpointCapacity
     steps: int
 
 
-class Estimate:
+class OnlineEstimate:
     """One Deployment in one proxy.
 
     Shape: `slo` is the strictest of the Gateways that list it. Only where a Profile is known is room predicted; other
@@ -59,18 +67,18 @@ class Estimate:
         self.deployment = deployment
         self.slo = slo
         self.profile = deployment.profile
-        self.pace = PaceLearner(STEADY)
+        self.speed = SpeedLearner(NOMINAL_SPEED)
         self.engines = max(1, sum(endpoint.engines for endpoint in deployment.endpoints))
-        self.slots = SlotPace()
-        self.places_guess = UNKNOWN_BATCH  # of one engine, while it has no limit
-        self.limits = LimitLearner(self._bounds())
+        self.throughput = ThroughputEstimate()
+        self.slots_guess = UNKNOWN_BATCH  # of one engine, while it has no limit
+        self.adaptive_limit = AdaptiveLimit(self._bounds())
         self._prefilled: dict[int, int] = {}
         self._ticked_s = 0.0
 
     @property
-    def known(self) -> Profile:
+    def current_profile(self) -> Profile:
         """The Profile at the pace of now, the guess where there is none."""
-        profile, pace = self.profile or GUESS, self.pace.pace
+        profile, pace = self.profile or GUESS, self.speed.factor
         return msgspec.structs.replace(
             profile,
             prefill_tokens_per_s=profile.prefill_tokens_per_s / pace.prefill,
@@ -88,45 +96,49 @@ class Estimate:
         if self.profile is None and self.deployment.units > 0.0:
             return self.deployment.units
         if self.profile is None:
-            places = self.limits.limit or self.places_guess * self.engines
-            measured = self.slots.units_per_s * places
+            places = self.adaptive_limit.limit or self.slots_guess * self.engines
+            measured = self.throughput.units_per_s * places
             return measured or rate_at(GUESS, places / self.engines) * self.engines
         at_rest, tpot_s = units_of(self.profile, self.slo.tpot_s), self.slo.tpot_s
-        return (self.deployment.units or at_rest * self.engines) * units_of(self.known, tpot_s) / at_rest
+        return (self.deployment.units or at_rest * self.engines) * units_of(self.current_profile, tpot_s) / at_rest
 
-    def outlook(self, sighting: Sighting) -> Outlook:
+    def view(self, sighting: Observation) -> DeploymentView:
         """What requests read until the next tick."""
-        limit = int(self.limits.limit)
+        limit = int(self.adaptive_limit.limit)
         speed = None
         if self.profile is not None:
-            lessons = Lessons(self.pace.pace, self.limits.margin)
-            speed = speed_of(self.profile, self.slo, lessons, sighting.rtt_s)
-        places = limit or (0 if self.deployment.units > 0.0 else int(self.places_guess * self.engines))
-        return Outlook(sighting.health, limit, sighting.foreign, sighting.seats, self.units, speed, places)
+            lessons = Corrections(self.speed.factor, self.adaptive_limit.margin)
+            speed = current_profile(self.profile, self.slo, lessons, sighting.rtt_s)
+        places = limit or (0 if self.deployment.units > 0.0 else int(self.slots_guess * self.engines))
+        return DeploymentView(
+            sighting.health, limit, sighting.external_in_flight, sighting.endpoints, self.units, speed, places
+        )
 
-    def saw_first(self, fit: Fit, observed_s: float) -> None:
+    def record_first_token(self, fit: LatencyPrediction, observed_s: float) -> None:
         """A first token came so long after the request was sent."""
         if fit.ahead_s <= AHEAD_SHARE_MAX * fit.prefill_s:  # behind other prompts it would tell of them as well
-            self.pace.saw_first(fit.ttft_s, observed_s, fit.prefill_s)
+            self.speed.record_first_token(fit.ttft_s, observed_s, fit.prefill_s)
 
-    def saw_end(self, units: float, held_s: float) -> None:
+    def record_end(self, units: float, held_s: float) -> None:
         """An answer ended as it should. Units: CU by its real lengths; seconds from sending to its end."""
-        self.slots.saw_end(units, held_s)
+        self.throughput.record_end(units, held_s)
 
-    def learn_pace(self, books: Books, streams: Sequence[Steps], now_s: float) -> None:
+    def learn_speed(self, books: WorkLedger, streams: Sequence[DecodeProgress], now_s: float) -> None:
         """Compare the last second with the Profile."""
         passed_s, self._ticked_s = now_s - self._ticked_s, now_s
         if self.profile is not None and 0.0 < passed_s < 10.0:
             self._learn_pace(self.profile, books, streams, passed_s, now_s)
 
-    def learn_limit(self, counts: Counts, in_flight: int, signals: Signals, now_s: float) -> Change | None:
+    def learn_limit(
+        self, counts: ViolationCounts, in_flight: int, signals: EngineLoad, now_s: float
+    ) -> LimitChange | None:
         """Correct limit and margin by what went wrong lately."""
-        return self.limits.look(counts, in_flight, signals, now_s)
+        return self.adaptive_limit.update(counts, in_flight, signals, now_s)
 
     def _learn_pace(
-        self, profile: Profile, books: Books, streams: Sequence[Steps], passed_s: float, now_s: float
+        self, profile: Profile, books: WorkLedger, streams: Sequence[DecodeProgress], passed_s: float, now_s: float
     ) -> None:
-        prompt_token_s = self.pace.pace.prefill / profile.prefill_tokens_per_s
+        prompt_token_s = self.speed.factor.prefill / profile.prefill_tokens_per_s
         for seat, steps in streams:
             total = books.prefilled_tokens(seat.endpoint_slot)
             tokens = total - self._prefilled.get(seat.endpoint_slot, total)
@@ -136,14 +148,14 @@ class Estimate:
             # A long prompt in hand has taken time that no first token has accounted for yet.
             if work.pending_tokens / seat.engines * prompt_token_s <= UNTOLD_SHARE_MAX * passed_s:
                 batch = work.sequences / seat.engines
-                self.pace.saw_decode(max(0.0, passed_s - prompts_s), step_s(profile, batch), steps)
+                self.speed.record_decode(max(0.0, passed_s - prompts_s), step_s(profile, batch), steps)
 
-    def _bounds(self) -> Bounds:
+    def _bounds(self) -> LimitBounds:
         deployment, tpot_s = self.deployment, self.slo.tpot_s
         if deployment.concurrency_max:
-            return Bounds(deployment.concurrency_max, 1, deployment.concurrency_max, written=True)
+            return LimitBounds(deployment.concurrency_max, 1, deployment.concurrency_max, written=True)
         if deployment.profile is None:
-            return Bounds(0, self.engines, UNKNOWN_MOST * self.engines)
+            return LimitBounds(0, self.engines, UNKNOWN_MOST * self.engines)
         start = limit_of(deployment.profile, tpot_s, self.engines)
         most = max(LIMIT_MOST_SHARE * start, batch_within(deployment.profile, tpot_s) * self.engines)
-        return Bounds(start, max(self.engines, int(LIMIT_LEAST_SHARE * start)), int(most))
+        return LimitBounds(start, max(self.engines, int(LIMIT_LEAST_SHARE * start)), int(most))

@@ -1,6 +1,6 @@
 """Whether an Endpoint is fit for traffic: one circuit breaker, fed by real requests and by probes alike.
 
-`MOVES` is the whole of it: what is not listed there changes nothing. docs/reference/health.md is drawn from it.
+`TRANSITIONS` is the whole of it: what is not listed there changes nothing. docs/reference/health.md is drawn from it.
 A refusal because of load ("full") is no sign here: it moves load and teaches capacity, it never opens a breaker.
 """
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from fleetgate.core.health.outlier_detection import NO_RESULTS, Results
+from fleetgate.core.health.outlier_detection import NO_RESULTS, ResultCounts
 
 BROKEN_IN_A_ROW = 3  # one reset is chance, three are a fault. ALGORITHMS.md section 8.4
 EJECTION_FIRST_S = 2.0
@@ -21,7 +21,7 @@ FLAPS = 3  # out so often without having been steady: its probes are not believe
 RETURNS_MAX = 3  # good requests in a row that one who flaps has to show
 
 
-class Breaker(StrEnum):
+class BreakerState(StrEnum):
     """The five states. Only `closed` and `half_open` get requests, the latter few at a time."""
 
     CLOSED = "closed"
@@ -31,7 +31,7 @@ class Breaker(StrEnum):
     HALF_OPEN = "half_open"
 
 
-class Sign(StrEnum):
+class Signal(StrEnum):
     """What was seen of an Endpoint."""
 
     WENT_WELL = "went_well"
@@ -48,154 +48,158 @@ class Sign(StrEnum):
     NEW_CREDENTIAL = "new_credential"
 
 
-class Move(NamedTuple):
+class Transition(NamedTuple):
     """Where a sign leads. Shape: `after` is how many in a row it takes; 0 is one for each ejection, at most three."""
 
-    to: Breaker
+    to: BreakerState
     after: int = 1
-    believed: bool = True  # also of one that flaps
+    verified: bool = True  # also of one that flaps
 
 
-_CLOSED, _OPEN, _DOWN, _DENIED, _HALF_OPEN = Breaker
+_CLOSED, _OPEN, _DOWN, _DENIED, _HALF_OPEN = BreakerState
 OUT = (_OPEN, _DOWN, _DENIED)
 
-MOVES: dict[tuple[Breaker, Sign], Move] = {
-    (_CLOSED, Sign.BROKE): Move(_OPEN, after=BROKEN_IN_A_ROW),
-    (_CLOSED, Sign.MOSTLY_BROKE): Move(_OPEN),
-    (_CLOSED, Sign.SLOW): Move(_OPEN),
-    (_CLOSED, Sign.UNREACHABLE): Move(_DOWN, after=BROKEN_IN_A_ROW),
-    (_CLOSED, Sign.PROBE_BROKE): Move(_DOWN, after=BROKEN_IN_A_ROW),
-    (_CLOSED, Sign.DENIED): Move(_DENIED),
-    (_CLOSED, Sign.REGION_LOST): Move(_HALF_OPEN),
-    (_OPEN, Sign.BACK_OFF_OVER): Move(_HALF_OPEN),
-    (_OPEN, Sign.EVERYBODY_OUT): Move(_HALF_OPEN),
+TRANSITIONS: dict[tuple[BreakerState, Signal], Transition] = {
+    (_CLOSED, Signal.BROKE): Transition(_OPEN, after=BROKEN_IN_A_ROW),
+    (_CLOSED, Signal.MOSTLY_BROKE): Transition(_OPEN),
+    (_CLOSED, Signal.SLOW): Transition(_OPEN),
+    (_CLOSED, Signal.UNREACHABLE): Transition(_DOWN, after=BROKEN_IN_A_ROW),
+    (_CLOSED, Signal.PROBE_BROKE): Transition(_DOWN, after=BROKEN_IN_A_ROW),
+    (_CLOSED, Signal.DENIED): Transition(_DENIED),
+    (_CLOSED, Signal.REGION_LOST): Transition(_HALF_OPEN),
+    (_OPEN, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
+    (_OPEN, Signal.EVERYBODY_OUT): Transition(_HALF_OPEN),
     # A probe proves the port, not the engine: it brings back only whom it, or a refused connection, took out.
-    (_OPEN, Sign.PROBE_BROKE): Move(_DOWN),
-    (_OPEN, Sign.DENIED): Move(_DENIED),
-    (_DOWN, Sign.BACK_OFF_OVER): Move(_HALF_OPEN),
-    (_DOWN, Sign.EVERYBODY_OUT): Move(_HALF_OPEN),
-    (_DOWN, Sign.PROBE_WELL): Move(_HALF_OPEN, believed=False),
-    (_DOWN, Sign.DENIED): Move(_DENIED),
-    (_DENIED, Sign.BACK_OFF_OVER): Move(_HALF_OPEN),
-    (_DENIED, Sign.NEW_CREDENTIAL): Move(_HALF_OPEN),
-    (_HALF_OPEN, Sign.WENT_WELL): Move(_CLOSED, after=0),
-    (_HALF_OPEN, Sign.BROKE): Move(_OPEN),
-    (_HALF_OPEN, Sign.SLOW): Move(_OPEN),
-    (_HALF_OPEN, Sign.UNREACHABLE): Move(_DOWN),
-    (_HALF_OPEN, Sign.PROBE_BROKE): Move(_DOWN),
-    (_HALF_OPEN, Sign.DENIED): Move(_DENIED),
+    (_OPEN, Signal.PROBE_BROKE): Transition(_DOWN),
+    (_OPEN, Signal.DENIED): Transition(_DENIED),
+    (_DOWN, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
+    (_DOWN, Signal.EVERYBODY_OUT): Transition(_HALF_OPEN),
+    (_DOWN, Signal.PROBE_WELL): Transition(_HALF_OPEN, verified=False),
+    (_DOWN, Signal.DENIED): Transition(_DENIED),
+    (_DENIED, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
+    (_DENIED, Signal.NEW_CREDENTIAL): Transition(_HALF_OPEN),
+    (_HALF_OPEN, Signal.WENT_WELL): Transition(_CLOSED, after=0),
+    (_HALF_OPEN, Signal.BROKE): Transition(_OPEN),
+    (_HALF_OPEN, Signal.SLOW): Transition(_OPEN),
+    (_HALF_OPEN, Signal.UNREACHABLE): Transition(_DOWN),
+    (_HALF_OPEN, Signal.PROBE_BROKE): Transition(_DOWN),
+    (_HALF_OPEN, Signal.DENIED): Transition(_DENIED),
 }
 
 
-class Health(msgspec.Struct, frozen=True):
+class EndpointHealth(msgspec.Struct, frozen=True):
     """One Endpoint's state. Units: seconds of the clock that the shell passes in.
 
     Shape: `ejections` since it was last steady, `returns` how many attempts to come back from the last one failed;
     probes are counted apart from requests, whose port may answer while they break.
     """
 
-    breaker: Breaker = Breaker.CLOSED
-    broken_in_a_row: int = 0
-    probes_broken_in_a_row: int = 0
-    well_in_a_row: int = 0
+    breaker: BreakerState = BreakerState.CLOSED
+    consecutive_failures: int = 0
+    consecutive_probe_failures: int = 0
+    consecutive_successes: int = 0
     ejections: int = 0
-    returns: int = 0
+    recoveries: int = 0
     open_until_s: float = 0.0
     recovered_at_s: float = float("-inf")
-    results: Results = NO_RESULTS
+    results: ResultCounts = NO_RESULTS
 
 
-HEALTHY = Health()
+HEALTHY = EndpointHealth()
 
 
-def after(health: Health, sign: Sign, now_s: float, entropy: float = 0.5) -> Health:
+def after(health: EndpointHealth, sign: Signal, now_s: float, entropy: float = 0.5) -> EndpointHealth:
     """The state that follows a sign; the same object when nothing changed. Shape: `entropy` is 0 to 1."""
     if health.breaker in OUT and now_s >= health.open_until_s:
-        health = _enter(health, MOVES[health.breaker, Sign.BACK_OFF_OVER].to, now_s, entropy)
+        health = _enter(health, TRANSITIONS[health.breaker, Signal.BACK_OFF_OVER].to, now_s, entropy)
     health = _counted(health, sign, now_s)
-    move = MOVES.get((health.breaker, sign))
-    if health.breaker is _CLOSED and health.results.mostly_broke and sign in (Sign.BROKE, Sign.UNREACHABLE):
-        move = MOVES[_CLOSED, Sign.MOSTLY_BROKE]
-    if move is None or (health.ejections >= FLAPS and not move.believed):
+    move = TRANSITIONS.get((health.breaker, sign))
+    if health.breaker is _CLOSED and health.results.mostly_broke and sign in (Signal.BROKE, Signal.UNREACHABLE):
+        move = TRANSITIONS[_CLOSED, Signal.MOSTLY_BROKE]
+    if move is None or (health.ejections >= FLAPS and not move.verified):
         return health
     needed = move.after or min(RETURNS_MAX, max(1, health.ejections))
     return _enter(health, move.to, now_s, entropy) if _in_a_row(health, sign) >= needed or needed == 1 else health
 
 
-def current(health: Health, now_s: float) -> Breaker:
+def current(health: EndpointHealth, now_s: float) -> BreakerState:
     """The state now: an Endpoint that is out and whose back-off is over is half open."""
     if health.breaker in OUT and now_s >= health.open_until_s:
-        return Breaker.HALF_OPEN
+        return BreakerState.HALF_OPEN
     return health.breaker
 
 
-def _in_a_row(health: Health, sign: Sign) -> int:
-    if sign is Sign.WENT_WELL:
-        return health.well_in_a_row
-    return health.probes_broken_in_a_row if sign is Sign.PROBE_BROKE else health.broken_in_a_row
+def _in_a_row(health: EndpointHealth, sign: Signal) -> int:
+    if sign is Signal.WENT_WELL:
+        return health.consecutive_successes
+    return health.consecutive_probe_failures if sign is Signal.PROBE_BROKE else health.consecutive_failures
 
 
-def _counted(health: Health, sign: Sign, now_s: float) -> Health:
+def _counted(health: EndpointHealth, sign: Signal, now_s: float) -> EndpointHealth:
     """What is remembered of a sign besides the state."""
     replace = msgspec.structs.replace
     match health.breaker, sign:
-        case Breaker.CLOSED, Sign.WENT_WELL:
+        case BreakerState.CLOSED, Signal.WENT_WELL:
             return _well(health, now_s)
-        case Breaker.CLOSED, Sign.BROKE | Sign.UNREACHABLE:
-            results = health.results.more(now_s, broken=True)
-            return replace(health, broken_in_a_row=health.broken_in_a_row + 1, results=results)
-        case Breaker.CLOSED, Sign.PROBE_BROKE:
-            return replace(health, probes_broken_in_a_row=health.probes_broken_in_a_row + 1)
-        case Breaker.CLOSED, Sign.PROBE_WELL:
-            return replace(health, probes_broken_in_a_row=0) if health.probes_broken_in_a_row else health
-        case Breaker.HALF_OPEN, Sign.WENT_WELL:
-            return replace(health, well_in_a_row=health.well_in_a_row + 1)
+        case BreakerState.CLOSED, Signal.BROKE | Signal.UNREACHABLE:
+            results = health.results.plus(now_s, broken=True)
+            return replace(health, consecutive_failures=health.consecutive_failures + 1, results=results)
+        case BreakerState.CLOSED, Signal.PROBE_BROKE:
+            return replace(health, consecutive_probe_failures=health.consecutive_probe_failures + 1)
+        case BreakerState.CLOSED, Signal.PROBE_WELL:
+            return replace(health, consecutive_probe_failures=0) if health.consecutive_probe_failures else health
+        case BreakerState.HALF_OPEN, Signal.WENT_WELL:
+            return replace(health, consecutive_successes=health.consecutive_successes + 1)
         case _:
             return health
 
 
-def _well(health: Health, now_s: float) -> Health:
+def _well(health: EndpointHealth, now_s: float) -> EndpointHealth:
     """A request went well, which says more than any probe."""
     if health.results.is_over(now_s):  # whatever broke is long ago
         if now_s - health.recovered_at_s > STEADY_S:
             return HEALTHY
-        if health.results is NO_RESULTS and not health.broken_in_a_row and not health.probes_broken_in_a_row:
+        if health.results is NO_RESULTS and not health.consecutive_failures and not health.consecutive_probe_failures:
             return health
-        return Health(ejections=health.ejections, recovered_at_s=health.recovered_at_s)
-    results = health.results.more(now_s, broken=False)
-    return msgspec.structs.replace(health, broken_in_a_row=0, probes_broken_in_a_row=0, results=results)
+        return EndpointHealth(ejections=health.ejections, recovered_at_s=health.recovered_at_s)
+    results = health.results.plus(now_s, broken=False)
+    return msgspec.structs.replace(health, consecutive_failures=0, consecutive_probe_failures=0, results=results)
 
 
-def _enter(health: Health, to: Breaker, now_s: float, entropy: float) -> Health:
-    if to is Breaker.CLOSED:
-        return Health(ejections=health.ejections, recovered_at_s=now_s)
-    ejections, returns, until_s = health.ejections, health.returns, health.open_until_s
-    if to is Breaker.HALF_OPEN:
+def _enter(health: EndpointHealth, to: BreakerState, now_s: float, entropy: float) -> EndpointHealth:
+    if to is BreakerState.CLOSED:
+        return EndpointHealth(ejections=health.ejections, recovered_at_s=now_s)
+    ejections, returns, until_s = health.ejections, health.recoveries, health.open_until_s
+    if to is BreakerState.HALF_OPEN:
         recovered_s = health.recovered_at_s
-        return Health(to, ejections=ejections, returns=returns, open_until_s=now_s, recovered_at_s=recovered_s)
-    if health.breaker is Breaker.HALF_OPEN and ejections:
+        return EndpointHealth(
+            to, ejections=ejections, recoveries=returns, open_until_s=now_s, recovered_at_s=recovered_s
+        )
+    if health.breaker is BreakerState.HALF_OPEN and ejections:
         returns += 1
-    elif health.breaker in (Breaker.CLOSED, Breaker.HALF_OPEN):
+    elif health.breaker in (BreakerState.CLOSED, BreakerState.HALF_OPEN):
         ejections, returns = (1 if now_s - health.recovered_at_s > STEADY_S else ejections + 1), 0
-    if health.breaker not in OUT or to is Breaker.DENIED:
-        until_s = now_s + pause_s(DENIED_FIRST_S if to is Breaker.DENIED else EJECTION_FIRST_S, ejections + returns)
+    if health.breaker not in OUT or to is BreakerState.DENIED:
+        until_s = now_s + open_s(DENIED_FIRST_S if to is BreakerState.DENIED else EJECTION_FIRST_S, ejections + returns)
         until_s += (until_s - now_s) * JITTER * (2.0 * entropy - 1.0)
         until_s = min(until_s, now_s + EJECTION_MAX_S)
-    return Health(to, ejections=ejections, returns=returns, open_until_s=until_s, recovered_at_s=health.recovered_at_s)
+    return EndpointHealth(
+        to, ejections=ejections, recoveries=returns, open_until_s=until_s, recovered_at_s=health.recovered_at_s
+    )
 
 
-def pause_s(first_s: float, times: int) -> float:
+def open_s(first_s: float, times: int) -> float:
     """How long it stays out the so-manieth time: each twice the one before."""
     return min(EJECTION_MAX_S, first_s * 2.0 ** min(16, max(0, times - 1)))
 
 
 # --- as other workers read it -----------------------------------------------------------------------------------------
 
-_CODES = {Breaker.OPEN: 1, Breaker.DOWN: 2, Breaker.DENIED: 3}
+_CODES = {BreakerState.OPEN: 1, BreakerState.DOWN: 2, BreakerState.DENIED: 3}
 _BREAKERS = {code: breaker for breaker, code in _CODES.items()}
 
 
-def told_ms(health: Health) -> int:
+def told_ms(health: EndpointHealth) -> int:
     """Until when it is out and why, in one integer that grows with the moment; 0 while it is in."""
     code = _CODES.get(health.breaker)
     return int(health.open_until_s * 1000) * 4 + code if code else 0
@@ -206,7 +210,7 @@ def until_ms(told: int) -> int:
     return told // 4
 
 
-def adopted(told: int) -> Health:
+def adopted(told: int) -> EndpointHealth:
     """What another worker told, as one's own state."""
-    breaker = _BREAKERS.get(told % 4, Breaker.OPEN)
-    return Health(breaker, ejections=1, open_until_s=until_ms(told) / 1000)
+    breaker = _BREAKERS.get(told % 4, BreakerState.OPEN)
+    return EndpointHealth(breaker, ejections=1, open_until_s=until_ms(told) / 1000)

@@ -6,7 +6,7 @@ Source: Dean and Barroso, "The tail at scale" (hedged requests); ALGORITHMS.md s
 from collections.abc import Iterable
 
 from fleetgate.core.admission.request_queue import Priority
-from fleetgate.core.routing.strategies import Standing
+from fleetgate.core.routing.strategies import CandidateState
 
 SLOW_QUANTILE = 0.95  # of requests of about this size: whoever takes longer is slow
 SEEN_MIN = 20  # first tokens before anything is called slow
@@ -16,7 +16,7 @@ FIRST_BIT, LAST_BIT = 10, 28  # cells end at powers of two microseconds: 1 ms to
 CELLS = LAST_BIT - FIRST_BIT + 1
 
 
-class FirstTokens:
+class HedgeThreshold:
     """How long first tokens took, by the size of the prompt in powers of two. Cost: 0.5 µs for each one seen."""
 
     __slots__ = ("_cells",)
@@ -24,14 +24,14 @@ class FirstTokens:
     def __init__(self) -> None:
         self._cells: dict[int, list[int]] = {}
 
-    def saw(self, prompt_tokens: float, ttft_s: float) -> None:
+    def record(self, prompt_tokens: float, ttft_s: float) -> None:
         """One first token."""
         cells = self._cells.setdefault(int(prompt_tokens).bit_length(), [0] * CELLS)
         cells[min(max(int(ttft_s * 1e6).bit_length(), FIRST_BIT), LAST_BIT) - FIRST_BIT] += 1
         if sum(cells) > SEEN_MAX:
             cells[:] = [count // 2 for count in cells]
 
-    def slow_s(self, prompt_tokens: float) -> float:
+    def threshold_s(self, prompt_tokens: float) -> float:
         """What only one in twenty requests of this size takes longer than; infinite while too few were seen."""
         cells = self._cells.get(int(prompt_tokens).bit_length(), ())
         total = sum(cells)
@@ -50,7 +50,7 @@ def may_hedge(mode: str, priority: int) -> bool:
     return mode == "all" or (mode == "critical" and priority == Priority.CRITICAL)
 
 
-def has_room_to_spare(standings: Iterable[Standing]) -> bool:
+def has_room_to_spare(standings: Iterable[CandidateState]) -> bool:
     """Whether so much is free that a copy takes nobody's place. A Deployment without a limit tells nothing."""
     limited = [standing for standing in standings if standing.limit and standing.health > 0.0]
     places = sum(standing.limit for standing in limited)

@@ -16,7 +16,7 @@ SLOW_LOOKS = 3  # seconds in a row
 BUSY_FACTOR, BUSY_MORE = 2.0, 4  # beyond it what is slow is only busy
 
 
-class Results(msgspec.Struct, frozen=True, gc=False):
+class ResultCounts(msgspec.Struct, frozen=True, gc=False):
     """What the requests of the last seconds came to, counted from the first that broke.
 
     Units: seconds of the shell's clock.
@@ -26,11 +26,11 @@ class Results(msgspec.Struct, frozen=True, gc=False):
     ended: int = 0
     broken: int = 0
 
-    def more(self, now_s: float, broken: bool) -> "Results":
+    def plus(self, now_s: float, broken: bool) -> "ResultCounts":
         """One more result of a request."""
         if now_s - self.since_s > RESULTS_S:
-            return Results(now_s, 1, int(broken))
-        return Results(self.since_s, self.ended + 1, self.broken + int(broken))
+            return ResultCounts(now_s, 1, int(broken))
+        return ResultCounts(self.since_s, self.ended + 1, self.broken + int(broken))
 
     def is_over(self, now_s: float) -> bool:
         """Whether whatever broke is long ago."""
@@ -42,10 +42,10 @@ class Results(msgspec.Struct, frozen=True, gc=False):
         return self.ended >= RESULTS_MIN and self.broken > BROKEN_SHARE * self.ended
 
 
-NO_RESULTS = Results()
+NO_RESULTS = ResultCounts()
 
 
-class Slowness:
+class LatencyOutlier:
     """Whether one thing that is measured takes far longer than it used to, at about the same load.
 
     Fed with what comes by, looked at once a second. Cost: 0.3 µs a look.
@@ -61,12 +61,12 @@ class Slowness:
         self._sum = 0.0
         self._count = 0
 
-    def saw(self, took_s: float) -> None:
+    def record(self, took_s: float) -> None:
         """One measurement."""
         self._sum += log(max(took_s, 1e-6))
         self._count += 1
 
-    def look(self, in_flight: int) -> bool:
+    def evaluate(self, in_flight: int) -> bool:
         """Once a second: whether it has been far too slow for several looks with news."""
         if not self._count:
             return False

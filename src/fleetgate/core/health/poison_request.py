@@ -6,7 +6,7 @@ DEATHS_MAX = 2  # one engine may die of anything; two of one request are its doi
 TOGETHER_S = 0.2  # what is lost so close together at one Endpoint is lost for one reason
 
 
-class Loss(NamedTuple):
+class LostAttempt(NamedTuple):
     """How an attempt was lost. Units: `since_other_s` since another waiting request was lost at the same Endpoint.
 
     Shape: `reset` is a connection that ended without an answer after the whole request was sent; `others_waiting` are
@@ -16,15 +16,15 @@ class Loss(NamedTuple):
     reset: bool
     others_waiting: int
     served: bool
-    since_other_s: float
+    last_loss_age_s: float
 
 
-def is_suspicious(loss: Loss) -> bool:
+def is_suspicious(loss: LostAttempt) -> bool:
     """Whether the request may be why: it was the newest there, and the only one that nothing had come back of yet.
 
     A refusal, a timeout, an error status and a loss that hits several waiting requests say nothing of this one.
     """
-    return loss.reset and loss.served and not loss.others_waiting and loss.since_other_s > TOGETHER_S
+    return loss.reset and loss.served and not loss.others_waiting and loss.last_loss_age_s > TOGETHER_S
 
 
 def is_poison(died: int) -> bool:

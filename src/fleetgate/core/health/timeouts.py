@@ -34,7 +34,7 @@ def whole_answer_s(first_s: float | None, token_s: float | None, tokens_max: int
     return min(WHOLE_MAX_S, max(WHOLE_MIN_S, WHOLE_FACTOR * ((first_s or 0.0) + token_s * tokens_max)))
 
 
-class Firsts:
+class FirstTokenTimes:
     """How long first tokens of one Deployment take, by the size of the request in powers of two.
 
     Only the slow end is kept: what is slower counts at once, what is quicker lets it fade. Cost: 0.3 µs to ask.
@@ -47,14 +47,14 @@ class Firsts:
         self._seen = 0
         self._at_s = float("-inf")
 
-    def saw(self, body_bytes: int, ttft_s: float, now_s: float) -> None:
+    def record(self, body_bytes: int, ttft_s: float, now_s: float) -> None:
         """A first token came."""
         self._seen += 1
         self._at_s = now_s
         size = body_bytes.bit_length()
         self._slow_s[size] = max(ttft_s, FADES_TO * self._slow_s.get(size, 0.0))
 
-    def saw_waiting(self, body_bytes: int, waited_s: float, now_s: float) -> None:
+    def record_waiting(self, body_bytes: int, waited_s: float, now_s: float) -> None:
         """A request waits so long already: where others are served that is the pace of now, else it tells nothing."""
         if now_s - self._at_s <= FIRST_ALIVE_S:
             size = body_bytes.bit_length()
@@ -75,24 +75,24 @@ class Firsts:
         return max(smaller) if smaller else min(self._slow_s.values())
 
 
-class Pulse:
+class StreamTiming:
     """How one Deployment streams, as one proxy sees it.
 
     The slow end of a share of a hundredth is followed without keeping samples: what is slower counts at once, what is
     quicker lets it fade. Cost: 0.2 µs a stream.
     """
 
-    __slots__ = ("_gap_s", "_streams", "_tpot_s", "_whole_token_s", "_wholes", "firsts")
+    __slots__ = ("_gap_s", "_streams", "_tpot_s", "_whole_token_s", "_wholes", "first_tokens")
 
     def __init__(self) -> None:
-        self.firsts = Firsts()
+        self.first_tokens = FirstTokenTimes()
         self._tpot_s = 0.0
         self._gap_s = 0.0
         self._streams = 0
         self._whole_token_s = 0.0
         self._wholes = 0
 
-    def saw_whole(self, token_s: float) -> None:
+    def record_response(self, token_s: float) -> None:
         """An answer that was not streamed ended as it should. Units: seconds per token, its prompt's share included."""
         self._wholes += 1
         self._whole_token_s = max(token_s, FADES_TO * self._whole_token_s)
@@ -104,13 +104,13 @@ class Pulse:
             return self._whole_token_s
         return self._tpot_s if self._streams >= SEEN_MIN else None
 
-    def saw_stream(self, tpot_s: float) -> None:
+    def record_stream(self, tpot_s: float) -> None:
         """A stream ended as it should. Units: seconds per token over its whole length."""
         self._streams += 1
         self._tpot_s = max(tpot_s, FADES_TO * self._tpot_s)
         self._gap_s *= FADES_TO
 
-    def saw_gap(self, silent_s: float) -> None:
+    def record_gap(self, silent_s: float) -> None:
         """A stream was silent so long, and then went on."""
         self._gap_s = max(self._gap_s, silent_s)
 

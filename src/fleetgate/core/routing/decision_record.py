@@ -9,13 +9,13 @@ from typing import NamedTuple
 import msgspec
 
 from fleetgate.core.admission.request_queue import Priority
-from fleetgate.core.capacity.latency_model import Fit
-from fleetgate.core.routing.route import Decision, Lane, NoPlace, Rejection, route
-from fleetgate.core.routing.scheduler import Considered, Wish, limit_for, preferred_first
-from fleetgate.core.routing.strategies import Candidate, Load, Standing, Turn
+from fleetgate.core.capacity.latency_model import LatencyPrediction
+from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, route
+from fleetgate.core.routing.scheduler import ConsideredCandidate, ScheduleRequest, limit_for, preferred_first
+from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Turn
 
 
-class Stood(msgspec.Struct, frozen=True, array_like=True):
+class RecordedCandidate(msgspec.Struct, frozen=True, array_like=True):
     """How one candidate stood.
 
     Shape: `fit` is TTFT and TPOT in seconds, then why it would be late, if so, and whether others would be.
@@ -31,7 +31,9 @@ class Stood(msgspec.Struct, frozen=True, array_like=True):
     places: int = 0
 
 
-class Recorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", tag="decision"):
+class RecordedDecision(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", tag="decision"
+):
     """One decision: what was known, and what was decided.
 
     Units: `at_s` since the epoch; `target_s` is the TTFT it was promised, `waited_s` what of it was gone.
@@ -45,7 +47,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     key: str
     prompt_tokens: float
     output_tokens: float
-    load: dict[str, Stood]
+    load: dict[str, RecordedCandidate]
     turn: dict[str, float]
     tried: list[str]
     order: list[str]
@@ -59,7 +61,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     preferred: list[str] = []
 
 
-class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", tag="ended"):
+class RecordedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="record", tag="ended"):
     """What became of a request.
 
     Units: `at_s` since the epoch, of its end; `duration_s` from its arrival; `ttft_s` 0 where no content came; tokens
@@ -82,7 +84,7 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
     estimated: bool = False
 
 
-Record = Recorded | Ended
+Record = RecordedDecision | RecordedEnd
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Record).decode
@@ -102,7 +104,7 @@ def read_line(line: bytes) -> Record:
     return record
 
 
-class Whose(NamedTuple):
+class RequestIdentity(NamedTuple):
     """Whose request, and which proxy's decision. Units: `at_s` since the epoch."""
 
     at_s: float
@@ -114,22 +116,24 @@ class Whose(NamedTuple):
     worker: int = 0
 
 
-def record_of(whose: Whose, considered: Considered, wish: Wish, tried: Collection[int], chosen: str) -> Recorded:
+def record_of(
+    whose: RequestIdentity, considered: ConsideredCandidate, wish: ScheduleRequest, tried: Collection[int], chosen: str
+) -> RecordedDecision:
     """The record of a decision that a desk has just taken.
 
     Cost: with its line 6 µs with three candidates, 15 µs with sixteen.
     """
     candidates, decision = considered.candidates, considered.decision
     names = {candidate.slot: candidate.name for candidate in candidates}
-    return Recorded(
+    return RecordedDecision(
         **whose._asdict(),
-        prompt_tokens=wish.need.prompt_tokens,
-        output_tokens=wish.need.output_tokens,
+        prompt_tokens=wish.shape.prompt_tokens,
+        output_tokens=wish.shape.output_tokens,
         waited_s=wish.waited_s,
         target_s=considered.target_s,
         priority=int(wish.priority),
         preferred=[names[slot] for slot in wish.preferred if slot in names],
-        load=stood_of(candidates, considered.load),
+        load=recorded_candidate(candidates, considered.load),
         turn=turn_of(candidates, considered.turn),
         tried=[names[slot] for slot in tried if slot in names],
         order=[candidate.name for candidate in decision.order] if isinstance(decision, Decision) else [],
@@ -137,13 +141,13 @@ def record_of(whose: Whose, considered: Considered, wish: Wish, tried: Collectio
     )
 
 
-def stood_of(candidates: Sequence[Candidate], load: Load) -> dict[str, Stood]:
+def recorded_candidate(candidates: Sequence[Candidate], load: Load) -> dict[str, RecordedCandidate]:
     """How the candidates stood, by name."""
     found = {}
     for candidate in candidates:
         one = load[candidate.slot]
         short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late, one.fit.tight)
-        found[candidate.name] = Stood(
+        found[candidate.name] = RecordedCandidate(
             one.in_flight, one.health, one.limit, one.units, short, one.warm, one.usd, one.places
         )
     return found
@@ -154,7 +158,9 @@ def turn_of(candidates: Sequence[Candidate], turn: Turn) -> dict[str, float]:
     return {candidate.name: turn[candidate.slot] for candidate in candidates if candidate.slot in turn}
 
 
-def decide_again(record: Recorded, lane: Lane, turn: Mapping[str, float] | None = None) -> Decision | Rejection:
+def decide_again(
+    record: RecordedDecision, lane: ModelRoute, turn: Mapping[str, float] | None = None
+) -> Decision | Rejection:
     """Take the decision again in a Lane of any configuration; Deployments that were not there then are left out.
 
     Shape: `turn` replaces what the record says of it.
@@ -169,7 +175,7 @@ def decide_again(record: Recorded, lane: Lane, turn: Mapping[str, float] | None 
     return route(msgspec.structs.replace(lane, candidates=known), load, remembered, tried)
 
 
-def choice_of(record: Recorded, again: Decision | Rejection) -> str:
+def choice_of(record: RecordedDecision, again: Decision | Rejection) -> str:
     """Who gets the request by a decision if nobody else is quicker; empty for nobody."""
     if isinstance(again, Rejection):
         return ""
@@ -183,7 +189,7 @@ def choice_of(record: Recorded, again: Decision | Rejection) -> str:
     return ""
 
 
-def same(record: Recorded, again: Decision | Rejection) -> bool:
+def same(record: RecordedDecision, again: Decision | Rejection) -> bool:
     """Whether a decision came out as it was recorded: the same order, and one out of it, or nobody, was chosen.
 
     The first of the order need not be it: another worker may have taken its last place in between.
@@ -192,7 +198,7 @@ def same(record: Recorded, again: Decision | Rejection) -> bool:
     return order == record.order and (record.chosen in order or not record.chosen)
 
 
-def missed(record: Recorded, chosen: str, tpot_s: float) -> bool | None:
+def missed(record: RecordedDecision, chosen: str, tpot_s: float) -> bool | None:
     """Whether a choice was predicted to miss its targets; None where no Profile predicts.
 
     Units: `tpot_s` is the target; that of TTFT is in the record.
@@ -205,6 +211,8 @@ def missed(record: Recorded, chosen: str, tpot_s: float) -> bool | None:
     return bool(fit[2]) or record.waited_s + fit[0] > record.target_s or fit[1] > tpot_s
 
 
-def _standing(stood: Stood) -> Standing:
-    fit = None if stood.fit is None else Fit(-1, stood.fit[0], stood.fit[1], 0.0, 0.0, *stood.fit[2:])
-    return Standing(stood.in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places)
+def _standing(stood: RecordedCandidate) -> CandidateState:
+    fit = None if stood.fit is None else LatencyPrediction(-1, stood.fit[0], stood.fit[1], 0.0, 0.0, *stood.fit[2:])
+    return CandidateState(
+        stood.in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places
+    )

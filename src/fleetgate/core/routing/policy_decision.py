@@ -10,7 +10,7 @@ PathStep = str | int  # a field's name, or a place in a list
 BodyPath = tuple[PathStep, ...]
 
 
-class Facts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+class RequestAttributes(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A request as policies see it.
 
     Shape: `headers` has lower-case names and `body` paths into the JSON body, both only what some policy names
@@ -26,7 +26,7 @@ class Facts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     body: Mapping[BodyPath, object] = {}
 
 
-class Judgement(msgspec.Struct, frozen=True, kw_only=True):
+class PolicyDecision(msgspec.Struct, frozen=True, kw_only=True):
     """What the policies of a Gateway say of one request.
 
     Shape: `allowed` and `preferred` are Deployment slots, `allowed` None where every one may be used and empty where
@@ -48,7 +48,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
         return f"{subject} {self.denied_by} {'leave' if several else 'leaves'} no Deployment for this request"
 
 
-ALLOWED = Judgement()
+ALLOWED = PolicyDecision()
 
 # A policy in Python. It may have attributes `needs_headers` (lower-case names) and `needs_body` (paths).
-PythonPolicy = Callable[[Facts, Key, Sequence[Deployment]], Judgement]
+PythonPolicy = Callable[[RequestAttributes, Key, Sequence[Deployment]], PolicyDecision]

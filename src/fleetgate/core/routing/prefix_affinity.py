@@ -18,17 +18,17 @@ WARM_SHARE_MIN = 0.5
 WARM_CREDIT = 1.0
 
 
-class Warm(NamedTuple):
+class WarmPrefix(NamedTuple):
     """Where a prompt's beginning went last; slot -1 for nowhere."""
 
     endpoint_slot: int = -1
     blocks: int = 0
 
 
-COLD = Warm()
+COLD = WarmPrefix()
 
 
-class Affinity:
+class PrefixAffinity:
     """The blocks of one Lane in one proxy. Cost: 0.1 µs a block."""
 
     __slots__ = ("_seen",)
@@ -36,16 +36,16 @@ class Affinity:
     def __init__(self) -> None:
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
 
-    def find(self, chain: Sequence[Hashable]) -> Warm:
+    def find(self, chain: Sequence[Hashable]) -> WarmPrefix:
         """The Endpoint that saw the longest beginning of this prompt."""
         seen = self._seen
         for blocks in range(len(chain), 0, -1):
             endpoint_slot = seen.get(chain[blocks - 1])
             if endpoint_slot is not None:
-                return Warm(endpoint_slot, blocks)
+                return WarmPrefix(endpoint_slot, blocks)
         return COLD
 
-    def sent(self, chain: Sequence[Hashable], endpoint_slot: int) -> None:
+    def record(self, chain: Sequence[Hashable], endpoint_slot: int) -> None:
         """This prompt goes to that Endpoint now."""
         seen = self._seen
         for digest in chain:

@@ -5,11 +5,11 @@ from enum import StrEnum
 
 import msgspec
 
-from fleetgate.core.capacity.latency_model import Fit
+from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.units import REFERENCE_OUTPUT_TOKENS, REFERENCE_PROMPT_TOKENS
 from fleetgate.core.model import Deployment, Gateway, Snapshot
 from fleetgate.core.routing.load_view import COOLING
-from fleetgate.core.routing.strategies import Candidate, Load, Ranking, Standing, Strategy, Turn, find, find_lead
+from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Ranking, Strategy, Turn, find, find_lead
 
 
 class NoPlace(StrEnum):
@@ -37,7 +37,7 @@ class Rejection(msgspec.Struct, frozen=True):
     left_out: tuple[tuple[str, str], ...] = ()
 
 
-class Lane(msgspec.Struct, frozen=True):
+class ModelRoute(msgspec.Struct, frozen=True):
     """One model in one Gateway: the Deployments that serve it and the strategy that orders them.
 
     Made once per Snapshot, so that a request only looks it up.
@@ -48,7 +48,7 @@ class Lane(msgspec.Struct, frozen=True):
     lead: Candidate | None = None  # comes first while healthy and below its spill limit: `route` need not be asked
 
 
-def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lane]:
+def model_routes(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, ModelRoute]:
     """The Lanes of a Gateway by the model names that clients ask for; `region` is the proxy's own."""
     deployments = {deployment.name: deployment for deployment in snapshot.deployments}
     by_model: dict[str, list[Candidate]] = {}
@@ -61,12 +61,12 @@ def lanes_of(gateway: Gateway, snapshot: Snapshot, region: str) -> dict[str, Lan
     # Sorted, so that the order in which an operator writes Deployments can never decide anything.
     ordered = {model: tuple(sorted(candidates, key=lambda c: c.name)) for model, candidates in by_model.items()}
     return {
-        model: Lane(candidates, strategy, candidates[0] if len(candidates) == 1 else lead_of(candidates))
+        model: ModelRoute(candidates, strategy, candidates[0] if len(candidates) == 1 else lead_of(candidates))
         for model, candidates in ordered.items()
     }
 
 
-def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> Decision | Rejection:
+def route(lane: ModelRoute, load: Load, turn: Turn, tried: Collection[int] = ()) -> Decision | Rejection:
     """Order the Deployments that are up, have a place and were not tried yet; or say why there is none.
 
     Whoever comes first keeps the SLO, its own and that of those who are there; the latter gives way where nobody else
@@ -102,14 +102,14 @@ def route(lane: Lane, load: Load, turn: Turn, tried: Collection[int] = ()) -> De
     return Rejection(reason, tuple(left_out))
 
 
-def full_sentence(standing: Standing) -> str:
+def full_sentence(standing: CandidateState) -> str:
     """Why a Deployment has no free place."""
     if standing.in_flight >= COOLING:
         return "full: its engine asked to be left alone for a while"
     return f"full: {standing.in_flight} of {standing.limit} in flight"
 
 
-def late_sentence(fit: Fit | None) -> str:
+def late_sentence(fit: LatencyPrediction | None) -> str:
     """Why a Deployment with free places has no room for this request."""
     assert fit is not None
     return f"no room: {fit.late} would be over its target (TTFT {fit.ttft_s:.2f} s, TPOT {fit.tpot_s * 1e3:.0f} ms)"

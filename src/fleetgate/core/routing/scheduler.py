@@ -6,14 +6,14 @@ The live proxy and the simulator both ask here, so what one shows the other does
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from fleetgate.core.admission.request_queue import SHEDDABLE_SHARE_MAX, Priority, WaitingRoom
-from fleetgate.core.admission.work_ledger import Books, Hold
-from fleetgate.core.capacity.deployment_view import Outlook
-from fleetgate.core.capacity.latency_model import Fit, Need
+from fleetgate.core.admission.request_queue import SHEDDABLE_SHARE_MAX, Priority, RequestQueue
+from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
+from fleetgate.core.capacity.deployment_view import DeploymentView
+from fleetgate.core.capacity.latency_model import LatencyPrediction, RequestShape
 from fleetgate.core.capacity.units import cost_units, ttft_target_s
 from fleetgate.core.model import Gateway, Slo
-from fleetgate.core.routing.load_view import Scene, least_idle_s
-from fleetgate.core.routing.route import Decision, Lane, NoPlace, Rejection, late_sentence, route
+from fleetgate.core.routing.load_view import CandidateLoads, idle_ttft_min_s
+from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, late_sentence, route
 from fleetgate.core.routing.strategies import NO_TURN, Candidate, Load, Turn
 
 DEFAULT_SLO = Slo()
@@ -22,33 +22,33 @@ DEFAULT_SLO = Slo()
 TTFT_MARGIN = 0.9
 
 
-class Wish(NamedTuple):
+class ScheduleRequest(NamedTuple):
     """A request as it asks for a place.
 
     Units: `waited_s` since it came.
     Shape: `allowed` are the slots that policies leave, None for all; `preferred` those they want first, in order.
     """
 
-    need: Need
+    shape: RequestShape
     waited_s: float = 0.0
     priority: Priority = Priority.STANDARD
     allowed: frozenset[int] | None = None
     preferred: tuple[int, ...] = ()
 
 
-class Placed(NamedTuple):
+class Placement(NamedTuple):
     """A place was found and reserved: at whom, what is held, and how the request should do there.
 
     Units: `target_s` is the TTFT it was promised.
     """
 
     candidate: Candidate
-    hold: Hold
-    fit: Fit | None
+    reservation: WorkReservation
+    prediction: LatencyPrediction | None
     target_s: float
 
 
-class Considered(NamedTuple):
+class ConsideredCandidate(NamedTuple):
     """Everything that a decision was taken from, and the decision. Units: `target_s` is the TTFT that was promised."""
 
     candidates: Sequence[Candidate]
@@ -58,48 +58,53 @@ class Considered(NamedTuple):
     decision: Decision | Rejection
 
 
-class Desk:
+class Scheduler:
     """What a Lane remembers from request to request: whose turn it is, and who waits.
 
     Shape: `considered` is the last decision, kept only while `keeps_considered`, for whoever records it.
     """
 
-    __slots__ = ("considered", "gateway", "keeps_considered", "lane", "promised", "room", "scene", "slo", "turn")
+    __slots__ = ("considered", "gateway", "has_slo", "loads", "queue", "record_considered", "route", "slo", "turn")
 
-    def __init__(self, gateway: Gateway, lane: Lane) -> None:
+    def __init__(self, gateway: Gateway, lane: ModelRoute) -> None:
         self.gateway = gateway
-        self.lane = lane
+        self.route = lane
         self.slo = gateway.slo or DEFAULT_SLO
-        self.promised = gateway.slo is not None
+        self.has_slo = gateway.slo is not None
         self.turn: Turn = NO_TURN
-        self.room = WaitingRoom()
-        self.scene = Scene(lane.candidates)
-        self.keeps_considered = False
-        self.considered: Considered | None = None
+        self.queue = RequestQueue()
+        self.loads = CandidateLoads(lane.candidates)
+        self.record_considered = False
+        self.considered: ConsideredCandidate | None = None
 
     def place(
-        self, wish: Wish, outlooks: Mapping[int, Outlook], books: Books, now_s: float, tried: Collection[int] = ()
-    ) -> Placed | Rejection:
+        self,
+        wish: ScheduleRequest,
+        outlooks: Mapping[int, DeploymentView],
+        books: WorkLedger,
+        now_s: float,
+        tried: Collection[int] = (),
+    ) -> Placement | Rejection:
         """Route the request and reserve its place, or say why there is none.
 
         Cost: with Profiles 10 µs with one candidate, 22 µs with sixteen of which the first has room.
         """
-        lane, scene = self.lane, self.scene
-        scene.set(outlooks, books, now_s)
+        lane, scene = self.route, self.loads
+        scene.refresh(outlooks, books, now_s)
         if wish.allowed is None:
-            idle_s = scene.least_idle_s(wish.need.prompt_tokens)
+            idle_s = scene.idle_ttft_min_s(wish.shape.prompt_tokens)
         else:
-            lane = Lane(tuple(c for c in lane.candidates if c.slot in wish.allowed), lane.strategy)
-            idle_s = least_idle_s(wish.need, lane.candidates, outlooks)
+            lane = ModelRoute(tuple(c for c in lane.candidates if c.slot in wish.allowed), lane.strategy)
+            idle_s = idle_ttft_min_s(wish.shape, lane.candidates, outlooks)
         # Without a written SLO nothing is refused by it: what a request has waited takes nothing from its target.
-        promised_s = ttft_target_s(self.slo, wish.need.prompt_tokens, idle_s)
-        need = wish.need._replace(ttft_left_s=TTFT_MARGIN * promised_s - (wish.waited_s if self.promised else 0.0))
-        load = scene.ask(need)
-        if self.keeps_considered:
-            scene.predict()  # while nothing is reserved yet
+        promised_s = ttft_target_s(self.slo, wish.shape.prompt_tokens, idle_s)
+        need = wish.shape._replace(ttft_left_s=TTFT_MARGIN * promised_s - (wish.waited_s if self.has_slo else 0.0))
+        load = scene.for_request(need)
+        if self.record_considered:
+            scene.predict_all()  # while nothing is reserved yet
         decision = route(lane, load, self.turn, tried)
-        if self.keeps_considered:
-            self.considered = Considered(lane.candidates, load, self.turn, promised_s, decision)
+        if self.record_considered:
+            self.considered = ConsideredCandidate(lane.candidates, load, self.turn, promised_s, decision)
         if isinstance(decision, Rejection):
             return decision
         left_out = decision.left_out
@@ -111,33 +116,44 @@ class Desk:
                 continue
             limit = limit_for(wish.priority, standing.limit)
             hold = self._hold(need, candidate, fit, outlook, books)
-            if books.reserve(hold, limit and max(1, limit - outlook.foreign), now_s):
+            if books.reserve(hold, limit and max(1, limit - outlook.external_in_flight), now_s):
                 self.turn = decision.turn
-                return Placed(candidate, hold, fit, promised_s)
+                return Placement(candidate, hold, fit, promised_s)
         return Rejection(NoPlace.ALL_FULL, left_out)
 
     def waits_until_s(
-        self, need: Need, came_s: float, outlooks: Mapping[int, Outlook], timeout_s: float = 0.0
+        self, need: RequestShape, came_s: float, outlooks: Mapping[int, DeploymentView], timeout_s: float = 0.0
     ) -> float:
         """How long it may wait: the queue's limit, the client's own, and, with an SLO, while its TTFT can be kept."""
         limits_s = [self.gateway.admission.queue_timeout_s]
         if timeout_s:
             limits_s.append(timeout_s)
-        if self.promised:
-            idle_s = least_idle_s(need, self.lane.candidates, outlooks)
+        if self.has_slo:
+            idle_s = idle_ttft_min_s(need, self.route.candidates, outlooks)
             limits_s.append(TTFT_MARGIN * ttft_target_s(self.slo, need.prompt_tokens, idle_s) - idle_s)
         return came_s + min(limits_s)
 
-    def _hold(self, need: Need, candidate: Candidate, fit: Fit | None, outlook: Outlook, books: Books) -> Hold:
-        speed = outlook.speed
+    def _hold(
+        self,
+        need: RequestShape,
+        candidate: Candidate,
+        fit: LatencyPrediction | None,
+        outlook: DeploymentView,
+        books: WorkLedger,
+    ) -> WorkReservation:
+        speed = outlook.current_profile
         if fit is None or speed is None:
-            seats = outlook.seats
+            seats = outlook.endpoints
             at = 0 if len(seats) <= 1 else min(range(len(seats)), key=lambda n: books.sequences(seats[n].endpoint_slot))
-            return Hold(candidate.slot, seats[at].endpoint_slot if seats else 0, int(need.prompt_tokens), 0, 1000)
+            return WorkReservation(
+                candidate.slot, seats[at].endpoint_slot if seats else 0, int(need.prompt_tokens), 0, 1000
+            )
         uncached = need.uncached_at(fit.endpoint_slot)
         units = cost_units(speed.profile, self.slo.tpot_s, uncached, need.output_tokens)
         kv_tokens = int(need.prompt_tokens + need.output_tokens)
-        return Hold(candidate.slot, fit.endpoint_slot, int(uncached), kv_tokens, int(units * 1000), speed.window_s)
+        return WorkReservation(
+            candidate.slot, fit.endpoint_slot, int(uncached), kv_tokens, int(units * 1000), speed.window_s
+        )
 
 
 def limit_for(priority: int, limit: int) -> int:

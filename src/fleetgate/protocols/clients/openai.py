@@ -57,7 +57,7 @@ class _Fields(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Ask(msgspec.Struct, frozen=True):
+class RequestInfo(msgspec.Struct, frozen=True):
     """What routing needs of a body. Shape: `plain` says that the one `"model"` in the body is the top-level key;
     `several` says that its answer may have more than one choice."""
 
@@ -85,7 +85,7 @@ _TOO_DEEP = (
 _TOO_MUCH = f"the request body has more than {bounds.VALUES_MAX} values; send fewer"
 
 
-def read_ask(body: bytes) -> Ask:
+def read_request(body: bytes) -> RequestInfo:
     """Read `model` and `stream` once; of the rest only that it is JSON, and numbers that engines can read.
 
     Numbers are looked at in bodies up to 1 MB and 50,000 values.
@@ -101,7 +101,7 @@ def read_ask(body: bytes) -> Ask:
     model: Any = None
     stream: Any = None
     wants_usage = several = False
-    if not bounds.is_read(body):
+    if not bounds.is_acceptable(body):
         fields = _read_fields(body)
     else:
         try:
@@ -128,10 +128,10 @@ def read_ask(body: bytes) -> Ask:
         _walk(body)
     if not model:
         raise _unnamed()
-    return Ask(model, stream is True, wants_usage, wants_usage, plain, several)
+    return RequestInfo(model, stream is True, wants_usage, wants_usage, plain, several)
 
 
-def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> Ask:
+def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> RequestInfo:
     options = fields.stream_options
     wants_usage = isinstance(options, _StreamOptions) and bool(options.include_usage)
     # Options without usage are walked now because `rewrite` may walk them later, when it is too late to refuse.
@@ -140,7 +140,7 @@ def _ask_with_options(body: bytes, fields: _Fields, plain: bool) -> Ask:
     if not fields.model:
         raise _unnamed()
     several = bytes(fields.n) not in (b"null", b"1") or bytes(fields.prompt).startswith(b"[")
-    return Ask(fields.model, bool(fields.stream), wants_usage, options is not msgspec.UNSET, plain, several)
+    return RequestInfo(fields.model, bool(fields.stream), wants_usage, options is not msgspec.UNSET, plain, several)
 
 
 def _unnamed() -> InvalidBody:
@@ -209,7 +209,7 @@ _decode_options = msgspec.json.Decoder(dict[str, msgspec.Raw] | None).decode
 _MODEL_VALUE = re.compile(rb'("model"[ \t\r\n]*:[ \t\r\n]*)"(?:[^"\\]|\\.)*"')
 
 
-def rewrite(body: bytes, ask: Ask, upstream_name: str, add_usage: bool) -> bytes:
+def rewrite(body: bytes, ask: RequestInfo, upstream_name: str, add_usage: bool) -> bytes:
     """The body for one engine: its own name for the model, and usage asked for; all other bytes as they came."""
     rename = upstream_name != ask.model
     if not rename and not add_usage:
@@ -225,7 +225,7 @@ def rewrite(body: bytes, ask: Ask, upstream_name: str, add_usage: bool) -> bytes
     return _rewrite_walked(body, ask, upstream_name if rename else None, add_usage)
 
 
-def _rewrite_walked(body: bytes, ask: Ask, upstream_name: str | None, add_usage: bool) -> bytes:
+def _rewrite_walked(body: bytes, ask: RequestInfo, upstream_name: str | None, add_usage: bool) -> bytes:
     for name, start, end in reversed(top_level(body)):
         if name == "model" and upstream_name is not None:
             body = body[:start] + msgspec.json.encode(upstream_name) + body[end:]
@@ -293,7 +293,7 @@ def model_body(name: str, owner: str) -> bytes:
 # --- what an event means ----------------------------------------------------------------------------------------------
 
 
-class Meaning(Enum):
+class EventMeaning(Enum):
     """What an event of a stream is to a relay."""
 
     CONTENT = "content"
@@ -366,42 +366,42 @@ _NO_FINISH = frozenset({"error", "abort"})  # the engine gave up, and SDKs would
 _ERROR_FIELDS = (b"event: error\n", b"event:error\n", b"event: error\r", b"event:error\r")
 
 
-def understand(event: bytes) -> tuple[Meaning, Usage | None]:
+def classify_event(event: bytes) -> tuple[EventMeaning, Usage | None]:
     """What one whole event means. Cost: 0.8 µs; the relay calls it only where one `find` does not settle it."""
     data = sse.data_of(event)
     if data is None:
-        return Meaning.COMMENT, None
+        return EventMeaning.COMMENT, None
     if data.rstrip(b" \t") == b"[DONE]":  # clients compare the begin, so with a space before it, it is none
-        return Meaning.DONE, None
+        return EventMeaning.DONE, None
     try:
         if not data.isascii():
             data.decode()
         decoded = _decode_event(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return Meaning.MALFORMED, None
+        return EventMeaning.MALFORMED, None
     if bytes(decoded.error) != b"null" or event.startswith(_ERROR_FIELDS):
-        return Meaning.ERROR, None
+        return EventMeaning.ERROR, None
     if decoded.type is not None:
         return _understand_typed(decoded)
     usage = decoded.usage
     if not decoded.choices:
-        return (Meaning.USAGE if usage is not None else Meaning.OTHER), usage
+        return (EventMeaning.USAGE if usage is not None else EventMeaning.OTHER), usage
     if any(choice.finish_reason for choice in decoded.choices):
         gave_up = any(choice.finish_reason in _NO_FINISH for choice in decoded.choices)
-        return (Meaning.ERROR if gave_up else Meaning.FINISH), usage
+        return (EventMeaning.ERROR if gave_up else EventMeaning.FINISH), usage
     if any(_has_content(choice) for choice in decoded.choices):
-        return Meaning.CONTENT, usage
-    return Meaning.OTHER, usage
+        return EventMeaning.CONTENT, usage
+    return EventMeaning.OTHER, usage
 
 
-def _understand_typed(decoded: _Event) -> tuple[Meaning, Usage | None]:
+def _understand_typed(decoded: _Event) -> tuple[EventMeaning, Usage | None]:
     kind = decoded.type or ""
     usage = decoded.response.usage if decoded.response is not None else decoded.usage
     if kind in _RESPONSES_ENDS:
-        return Meaning.FINISH, usage
+        return EventMeaning.FINISH, usage
     if kind in _RESPONSES_ERRORS:
-        return Meaning.ERROR, usage
-    return (Meaning.CONTENT if kind.endswith(".delta") else Meaning.OTHER), None
+        return EventMeaning.ERROR, usage
+    return (EventMeaning.CONTENT if kind.endswith(".delta") else EventMeaning.OTHER), None
 
 
 def _has_content(choice: _Choice) -> bool:
@@ -449,7 +449,7 @@ def rename_model(data: bytes, upstream_name: bytes, asked_name: bytes) -> bytes:
     return data
 
 
-def named_otherwise(data: bytes, asked_name: bytes) -> bytes | None:
+def other_model_name(data: bytes, asked_name: bytes) -> bytes | None:
     """The name an engine gave its answer or event where that is not the asked one: a dated alias, say."""
     match = _MODEL_MEMBER.search(data)
     if match is None or match[1] == asked_name or _same_text(match[1], asked_name):

@@ -14,7 +14,7 @@ import msgspec
 COUNT_MAX = 1e12  # an engine that says more, or +Inf, says nothing
 
 
-class Signals(msgspec.Struct, frozen=True):
+class EngineSignals(msgspec.Struct, frozen=True):
     """What an engine says of its load; None where it does not say. Units: `kv_ratio` 0 to 1."""
 
     running: int | None = None

@@ -1,16 +1,16 @@
 """llama.cpp's server: `/metrics` only with `--metrics`; current builds no longer tell the KV cache's use."""
 
-from fleetgate.protocols.engines import Signals, metric_sum
+from fleetgate.protocols.engines import EngineSignals, metric_sum
 
 HEALTH_PATH = "/health"
 METRICS_PATH = "/metrics"
 
 
-def read(metrics: bytes) -> Signals:
+def read(metrics: bytes) -> EngineSignals:
     """Requests in slots, requests waiting for one, and the KV cache's use where an older build tells it."""
     running = metric_sum(metrics, b"llamacpp:requests_processing")
     waiting = metric_sum(metrics, b"llamacpp:requests_deferred")
-    return Signals(
+    return EngineSignals(
         running=None if running is None else int(running),
         waiting=None if waiting is None else int(waiting),
         kv_ratio=metric_sum(metrics, b"llamacpp:kv_cache_usage_ratio"),

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from fleetgate.protocols.http1 import Malformed
-from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way
+from fleetgate.protocols.resume.transcript import Mismatch, ResumeMethod, StreamSplicer, Transcript
 
 _BEGINS = frozenset({"response.created", "response.queued", "response.in_progress"})
 _DELTA = ".delta"
@@ -43,7 +43,7 @@ class _Wants(msgspec.Struct):
 _decode_wants = msgspec.json.Decoder(_Wants).decode
 
 
-def response_ways_of(body: bytes) -> frozenset[Way]:
+def response_resume_methods(body: bytes) -> frozenset[ResumeMethod]:
     """How the answer to a request of `/v1/responses` may go on elsewhere: only what is greedy and held by no engine."""
     try:
         wants = _decode_wants(body)
@@ -53,7 +53,7 @@ def response_ways_of(body: bytes) -> frozenset[Way]:
     acts = any(tool.type != "function" for tool in wants.tools or ())
     if wants.temperature != 0 or held or acts or wants.include or wants.top_logprobs:
         return frozenset()
-    return frozenset({Way.REPLAY})
+    return frozenset({ResumeMethod.REPLAY})
 
 
 class _Item(msgspec.Struct):
@@ -132,11 +132,11 @@ class ResponseTranscript(Transcript):
                 self._runs.append((channel, [event.delta]))
 
 
-class ResponseSeam(Seam):
+class ResponseSplicer(StreamSplicer):
     """Joins a response to a broken one: ids, time and numbers are those of the first."""
 
     def __init__(self, transcript: ResponseTranscript, model: str) -> None:
-        super().__init__(transcript, Way.REPLAY, model)
+        super().__init__(transcript, ResumeMethod.REPLAY, model)
         self._first = transcript
         self._sequence = transcript.sequence
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from fleetgate.protocols.clients.openai import Operation
-from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript, Way
+from fleetgate.protocols.resume.transcript import Mismatch, ResumeMethod, StreamSplicer, Transcript
 
 COMPLETIONS = b"/v1/completions"
 COMPLETION_TOKENS = 16  # what an engine gives who sets no limit there; for chat it is all that the context holds
@@ -78,7 +78,7 @@ def tokens_body(body: bytes, transcript: Transcript) -> bytes | None:
     )
 
 
-class TokenSeam(Seam):
+class TokenSplicer(StreamSplicer):
     """Joins an answer that goes on from token ids; of a chat it makes chat events.
 
     Ids that its client has but whose text never came, halves of a character, are said again and compared.
@@ -87,7 +87,7 @@ class TokenSeam(Seam):
 
     def __init__(self, transcript: Transcript, model: str, operation: Operation) -> None:
         transcript.digest()
-        super().__init__(transcript, Way.TOKENS, model)
+        super().__init__(transcript, ResumeMethod.TOKENS, model)
         self._prefilled_tokens = transcript.settled
         self._owed = list(transcript.ids[transcript.settled :])
         self._is_chat = operation.name == "chat"

@@ -24,7 +24,7 @@ DIGEST_EVERY = 32  # events; few enough to bound memory, enough to be cheap
 _NONE = msgspec.Raw(b"null")
 
 
-class Way(StrEnum):
+class ResumeMethod(StrEnum):
     """How an answer goes on."""
 
     REPLAY = "replay"
@@ -76,7 +76,7 @@ _GUIDES = (
 )
 
 
-def ways_of(body: bytes, operation: Operation) -> frozenset[Way]:
+def resume_methods(body: bytes, operation: Operation) -> frozenset[ResumeMethod]:
     """How the answer to this request may go on elsewhere; empty for one that cannot. Cost: 1 µs at 1 KiB."""
     if operation.name not in ("chat", "completions"):
         return frozenset()
@@ -90,15 +90,15 @@ def ways_of(body: bytes, operation: Operation) -> frozenset[Way]:
         return frozenset()
     ways = set()
     if wants.temperature == 0 or wants.top_k == 1:
-        ways.add(Way.REPLAY)
+        ways.add(ResumeMethod.REPLAY)
     guided = any(bytes(getattr(wants, name)) not in _NO for name in _GUIDES)
     listed = operation.name == "completions" and not bytes(wants.prompt).startswith(b'"')
     if wants.return_token_ids:
         # Text that is cut into tokens anew would not go on with the ids that the client has: never by prefill.
         if not guided and not wants.echo:
-            ways.add(Way.TOKENS)
+            ways.add(ResumeMethod.TOKENS)
     elif not guided and not listed and not wants.echo:
-        ways.add(Way.PREFILL)
+        ways.add(ResumeMethod.PREFILL)
     return frozenset(ways)
 
 
@@ -297,7 +297,7 @@ def _is_quiet(choice: _Choice) -> bool:
 
 
 def _pieces(choice: _Choice) -> Iterator[tuple[str, str]]:
-    """What one event adds, by channel, in the order in which `Seam` looks at it."""
+    """What one event adds, by channel, in the order in which `StreamSplicer` looks at it."""
     if choice.text:
         yield "text", choice.text
     delta = choice.delta
@@ -321,22 +321,22 @@ _TEXTS = ("reasoning_content", "reasoning", "content", "refusal")
 # --- what is left to say ----------------------------------------------------------------------------------------------
 
 
-class Seam:
+class StreamSplicer:
     """Joins a new answer to a broken one: takes its events and gives those that the client has not read.
 
     All of them carry the id, the time and the model name of the first answer: to its client it is one.
     """
 
-    def __init__(self, transcript: Transcript, way: Way, model: str) -> None:
-        self._runs = transcript.runs if way is Way.REPLAY else []
+    def __init__(self, transcript: Transcript, way: ResumeMethod, model: str) -> None:
+        self._runs = transcript.runs if way is ResumeMethod.REPLAY else []
         self._said = {channel for channel, _ in self._runs}
         self._prefilled_tokens = 0
-        if way is Way.PREFILL:
+        if way is ResumeMethod.PREFILL:
             _, again, self._prefilled_tokens = transcript.prefix()
             self._runs = [(transcript.runs[-1][0], again)] if again else []
         self._transcript = transcript
-        self._counts_ids = way is not Way.PREFILL and transcript.token_mark != 0
-        self._owed = list(transcript.ids) if way is Way.REPLAY and self._counts_ids else []
+        self._counts_ids = way is not ResumeMethod.PREFILL and transcript.token_mark != 0
+        self._owed = list(transcript.ids) if way is ResumeMethod.REPLAY and self._counts_ids else []
         self._model = model
         self._run = self._at = 0
 

@@ -4,20 +4,20 @@ import hmac
 
 from fleetgate.core.api_keys import hmac_hex, parse_key
 from fleetgate.core.model import Gateway, Key
-from fleetgate.proxy.routing.routing_table import Tables
+from fleetgate.proxy.routing.routing_table import RoutingTable
 
 MEMO_MAX = 10_000  # digests of whole keys seen with this Snapshot; FAULTS.md row 84: bounded
 ANONYMOUS = Key(id="", name="anonymous", secret_hmac="")
 _NOBODY_HMAC = "0" * 64
 
 
-class Gatekeeper:
+class Authenticator:
     """Checks client keys. Shape: `pepper` is the data directory's; without it (None) every request is `anonymous`."""
 
     def __init__(self, pepper: bytes | None) -> None:
         self._pepper = pepper
 
-    def find(self, authorization: bytes, tables: Tables) -> Key | None:
+    def find(self, authorization: bytes, tables: RoutingTable) -> Key | None:
         """The key of an Authorization header, valid or expired; None for one that is not known.
 
         Cost: 0.1 µs for a key seen with this Snapshot, else 5 µs, the same for unknown ids.
@@ -36,7 +36,7 @@ class Gatekeeper:
         memo[token] = key
         return key
 
-    def _check(self, token: bytes, tables: Tables) -> Key | None:
+    def _check(self, token: bytes, tables: RoutingTable) -> Key | None:
         parsed = parse_key(token)
         key_id, secret = parsed if parsed is not None else ("", "")
         key = tables.keys.get(key_id)

@@ -10,12 +10,12 @@ from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.clients.openai import InvalidBody
 from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
-from fleetgate.proxy.downstream.half_close import Leaving
-from fleetgate.proxy.downstream.idempotency import Replay, claim
-from fleetgate.proxy.downstream.policy_filter import judge
-from fleetgate.proxy.downstream.request_authorizer import Admitted, Denied, admit
+from fleetgate.proxy.downstream.half_close import HalfCloseDetector
+from fleetgate.proxy.downstream.idempotency import IdempotentReplay, claim
+from fleetgate.proxy.downstream.policy_filter import evaluate_policies
+from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected, authorize
 from fleetgate.proxy.request import response_heads as answers
-from fleetgate.proxy.request.handler import Conversation
+from fleetgate.proxy.request.handler import RequestHandler
 from fleetgate.proxy.transport import tcp_info as tcp
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class ClientConnection(asyncio.Protocol):
         self.transport: asyncio.Transport
         self._buffer = b""
         self._memo = HeadMemo()
-        self._remembered: Admitted | None = None  # what the head in `_memo` led to; the two change together
-        self._admitted: Admitted | None = None  # of the body that is still coming
+        self._remembered: RequestContext | None = None  # what the head in `_memo` led to; the two change together
+        self._admitted: RequestContext | None = None  # of the body that is still coming
         self._parts: list[bytes] | None = None  # a body that is still coming
         self._missing = 0
         self._received = 0
@@ -78,13 +78,13 @@ class ClientConnection(asyncio.Protocol):
         self._paused = False  # reading, while a request is served
         self._unread = False  # the client is behind with reading what it was sent
         self._unsent_bytes = 0  # at the last look
-        self._leaving: Leaving | None = None  # since its FIN
+        self._leaving: HalfCloseDetector | None = None  # since its FIN
         self._rated_bytes = 0  # of the body, at the last look at its pace
         self._slack_s = 0.0  # how long the body may go on coming too slowly
         self._held_bytes = 0  # of the budget for bodies
         self.key = ""  # whose connection it is counted as
         self.address = ""  # where it is counted as coming from
-        self.conversation: Conversation | None = None
+        self.conversation: RequestHandler | None = None
         self.keep_alive = True
         self.closing = False
         self.deadline_s = 0.0
@@ -108,12 +108,12 @@ class ClientConnection(asyncio.Protocol):
             conversation.client_gone()
 
     def eof_received(self) -> bool:
-        """A FIN: where an answer is due, the client may still want it; `Leaving` finds out. FAULTS.md rows 41, 42."""
+        """A FIN. If an answer is due, `HalfCloseDetector` finds out whether the client waits. FAULTS.md rows 41, 42."""
         # Over TLS nothing can be sent after it that would tell the two apart.
         if not self.is_due or self.transport.get_extra_info("sslcontext") is not None:
             return False
         if self._leaving is None:
-            self._leaving = Leaving(self, self._hub.loop)
+            self._leaving = HalfCloseDetector(self, self._hub.loop)
         return True
 
     @property
@@ -155,8 +155,6 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._read_head(self._buffer + data if self._buffer else data)
 
-    # --- a request comes in ---
-
     def _read_head(self, data: bytes) -> None:
         known = self._remembered
         if known is not None and known.tables is self._hub.tables:
@@ -168,7 +166,7 @@ class ClientConnection(asyncio.Protocol):
         data = http1.without_empty_lines(data)
         end = data.find(http1.HEAD_END)
         if (len(data) if end < 0 else end) > http1.HEAD_BYTES_MAX:
-            self._deny_and_close(Denied(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
+            self._deny_and_close(RequestRejected(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
             return
         if end < 0:
             if data and not self._buffer:  # the first head's time runs since the connection was made
@@ -185,12 +183,12 @@ class ClientConnection(asyncio.Protocol):
         try:
             parsed = http1.parse_request_head(head)
         except Malformed as error:
-            self._deny_and_close(Denied(error.status, error.code, error.message))
+            self._deny_and_close(RequestRejected(error.status, error.code, error.message))
             return
         self.keep_alive = parsed.keep_alive
         try:
-            admitted = admit(parsed, self._hub)
-        except Denied as denied:
+            admitted = authorize(parsed, self._hub)
+        except RequestRejected as denied:
             if not parsed.chunked and max(parsed.content_length, 0) <= len(rest):
                 self._buffer = rest[max(parsed.content_length, 0) :]
                 self._deny(denied, no_body=parsed.method == b"HEAD")
@@ -198,7 +196,7 @@ class ClientConnection(asyncio.Protocol):
                 self._deny_and_close(denied, no_body=parsed.method == b"HEAD")
             return
         if not self._hub.guards.carries(self, admitted.key.name):
-            self._deny_and_close(Denied(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
+            self._deny_and_close(RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
             return
         lasting = not (admitted.key.expires_s or admitted.key.require_fresh_s)
         if lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):
@@ -207,9 +205,9 @@ class ClientConnection(asyncio.Protocol):
             self._chunks = ChunkedBody()
         self._begin(admitted, 0 if parsed.content_length < 0 else parsed.content_length, rest)
 
-    def _begin(self, admitted: Admitted, length: int, rest: bytes) -> None:
+    def _begin(self, admitted: RequestContext, length: int, rest: bytes) -> None:
         if length > http1.BODY_BYTES_MAX:
-            self._deny_and_close(Denied(413, "invalid_request", _too_large()))
+            self._deny_and_close(RequestRejected(413, "invalid_request", _too_large()))
             return
         guards = self._hub.guards
         if guards.shed_share and guards.sheds():
@@ -230,7 +228,7 @@ class ClientConnection(asyncio.Protocol):
         if rest:
             self._more_body(rest)
 
-    def _pending(self, admitted: Admitted, length: int) -> None:
+    def _pending(self, admitted: RequestContext, length: int) -> None:
         self._admitted = admitted
         self._parts = []
         self._received = 0
@@ -260,7 +258,7 @@ class ClientConnection(asyncio.Protocol):
             try:
                 data = chunks.feed(data)
             except Malformed as error:
-                self._deny_and_close(Denied(error.status, error.code, error.message))
+                self._deny_and_close(RequestRejected(error.status, error.code, error.message))
                 return
             whole, rest = chunks.done, chunks.rest
             if not self._hold_body(len(data)):
@@ -273,41 +271,41 @@ class ClientConnection(asyncio.Protocol):
         parts.append(data)
         self._received += len(data)
         if self._received > http1.BODY_BYTES_MAX:
-            self._deny_and_close(Denied(413, "invalid_request", _too_large()))
+            self._deny_and_close(RequestRejected(413, "invalid_request", _too_large()))
             return
         if whole:
             self._parts = self._chunks = None
             self._buffer = rest
             if admitted.tables is not self._hub.tables or admitted.key.expires_s:
                 try:  # its key may be gone by now: FAULTS.md row 64
-                    admitted = admit(admitted.head, self._hub)
-                except Denied as denied:
+                    admitted = authorize(admitted.head, self._hub)
+                except RequestRejected as denied:
                     self._deny(denied)
                     return
             self._serve(admitted, b"".join(parts))
 
     # --- and is served ---
 
-    def _serve(self, admitted: Admitted, body: bytes) -> None:
+    def _serve(self, admitted: RequestContext, body: bytes) -> None:
         hub = self._hub
         if admitted.operation is None:
             self._answer_models(admitted)
             return
         try:
-            ask = openai.read_ask(body)
+            ask = openai.read_request(body)
             lane = admitted.site.lanes.get(ask.model)
             if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
-                raise Denied(404, "model_not_found", _no_model(ask.model, admitted), "model")
-            judgement = ALLOWED if admitted.site.rules.is_empty else judge(hub, admitted, ask, body)
+                raise RequestRejected(404, "model_not_found", _no_model(ask.model, admitted), "model")
+            judgement = ALLOWED if admitted.site.rules.is_empty else evaluate_policies(hub, admitted, ask, body)
             claimed = claim(hub, admitted, body) if admitted.idempotency else None
         except InvalidBody as error:
-            self._deny(Denied(400, error.code, error.message, error.param, admitted.answer_headers))
+            self._deny(RequestRejected(400, error.code, error.message, error.param, admitted.answer_headers))
             return
-        except Denied as denied:
+        except RequestRejected as denied:
             denied.extra += admitted.answer_headers
             self._deny(denied)
             return
-        if isinstance(claimed, Replay):
+        if isinstance(claimed, IdempotentReplay):
             hub.record_denied(200, "replayed")
             extra = claimed.headers + admitted.answer_headers + b"idempotent-replayed: true\r\n"
             self._write_plain(200, claimed.body, extra, no_body=False)
@@ -316,18 +314,20 @@ class ClientConnection(asyncio.Protocol):
         if admitted.raw:
             self.keep_alive = self.keep_alive and not ask.stream
         self.deadline_s = inf
-        conversation = self.conversation = Conversation(hub, self, admitted, lane, ask)
+        conversation = self.conversation = RequestHandler(hub, self, admitted, lane, ask)
         if judgement is not ALLOWED:
             conversation.judgement = judgement
         if claimed is not None:
             conversation.claim = claimed
         conversation.start(body, hub.next_id())
 
-    def _answer_models(self, admitted: Admitted) -> None:
+    def _answer_models(self, admitted: RequestContext) -> None:
         name = admitted.path.removeprefix(openai.MODELS_PATH).removeprefix(b"/").decode("ascii", "replace")
         allowed = [model for model in admitted.site.lanes if not admitted.key.models or model in admitted.key.models]
         if name and name not in allowed:
-            self._deny(Denied(404, "model_not_found", _no_model(name, admitted), "model"), no_body=admitted.no_body)
+            self._deny(
+                RequestRejected(404, "model_not_found", _no_model(name, admitted), "model"), no_body=admitted.no_body
+            )
             return
         body = openai.model_body(name, "fleetgate") if name else openai.models_body(dict.fromkeys(allowed, "fleetgate"))
         self._write_plain(200, body, answers.JSON + admitted.answer_headers, admitted.no_body)
@@ -388,18 +388,18 @@ class ClientConnection(asyncio.Protocol):
 
     # --- errors ---
 
-    def _deny(self, denied: Denied, no_body: bool = False) -> None:
+    def _deny(self, denied: RequestRejected, no_body: bool = False) -> None:
         self._write_denied(denied, no_body)
         self.ended(self._hub.clock())
 
-    def _deny_and_close(self, denied: Denied, no_body: bool = False) -> None:
+    def _deny_and_close(self, denied: RequestRejected, no_body: bool = False) -> None:
         """Answer, then close: after a framing error or with a body unread, the next byte cannot be trusted."""
         self.keep_alive = False
         self._parts = self._chunks = None
         self._write_denied(denied, no_body)
         self._linger()
 
-    def _write_denied(self, denied: Denied, no_body: bool) -> None:
+    def _write_denied(self, denied: RequestRejected, no_body: bool) -> None:
         hub = self._hub
         hub.record_denied(denied.status, denied.code)
         if denied.status == 204:
@@ -428,7 +428,7 @@ class ClientConnection(asyncio.Protocol):
         data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
         self.transport.write(data[: -len(body)] if no_body else data)
 
-    def fail(self, request_id: bytes, put_away: Callable[[Conversation], None]) -> None:
+    def fail(self, request_id: bytes, put_away: Callable[[RequestHandler], None]) -> None:
         """A mistake of ours ended the request: say so if nothing was said yet, and never let it look whole."""
         was_closing, self.closing = self.closing, True  # what is put away must not begin the next request
         conversation = self.conversation
@@ -468,7 +468,7 @@ class ClientConnection(asyncio.Protocol):
             self.closing = True
             self.transport.close()
         else:
-            self._deny_and_close(Denied(408, "invalid_request", "the request did not arrive in time"))
+            self._deny_and_close(RequestRejected(408, "invalid_request", "the request did not arrive in time"))
 
     def _is_body_fast_enough(self, now_s: float) -> bool:
         passed_s = now_s - self.deadline_s + 1.0
@@ -482,7 +482,7 @@ class ClientConnection(asyncio.Protocol):
 
         Behind what the worker holds, the kernel holds some too, and it may have been taken from that.
         """
-        link = tcp.look(self.transport)
+        link = tcp.read_tcp_info(self.transport)
         acked_bytes = link.acked_bytes if link is not None else 0
         if acked_bytes in (0, self._unsent_bytes):
             self.transport.abort()
@@ -494,7 +494,7 @@ def _too_large() -> str:
     return f"the request body is over {http1.BODY_BYTES_MAX // (1024 * 1024)} MiB"
 
 
-def _no_model(name: str, admitted: Admitted) -> str:
+def _no_model(name: str, admitted: RequestContext) -> str:
     known = [model for model in sorted(admitted.site.lanes) if not admitted.key.models or model in admitted.key.models]
     shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
     return f"the model {name[:200]!r} does not exist here or this key may not use it; there are: {shown or 'none'}"

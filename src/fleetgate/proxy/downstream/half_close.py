@@ -22,7 +22,7 @@ PROBE_MAX_S = 64.0
 UNACKED_MAX_S = 5.0  # its kernel does not even acknowledge: it is gone, and something between us drops what we send
 
 
-class Begun(asyncio.Transport):
+class ResponseStart(asyncio.Transport):
     """A transport whose next answer has begun: what was sent of it is left out of the first write."""
 
     def __init__(self, client: "ClientConnection", transport: asyncio.Transport) -> None:
@@ -73,7 +73,7 @@ class Begun(asyncio.Transport):
         return self._transport.get_extra_info(name, default)
 
 
-class Leaving:
+class HalfCloseDetector:
     """Finds out, as long as an answer is under way. Shape: made at the FIN; it keeps its own timer, for it is rare."""
 
     def __init__(self, client: "ClientConnection", loop: asyncio.AbstractEventLoop) -> None:
@@ -96,7 +96,7 @@ class Leaving:
         if self._transport.is_closing() or not self._client.is_due:
             return
         now_s = self._loop.time()
-        link = tcp.look(self._transport)
+        link = tcp.read_tcp_info(self._transport)
         if link is None or link.state != tcp.CLOSE_WAIT:
             self._transport.abort()
             return
@@ -116,8 +116,8 @@ class Leaving:
         if conversation is None or self._transport.get_write_buffer_size():
             return
         if not conversation.written:
-            if not isinstance(client.transport, Begun):
-                client.transport = Begun(client, self._transport)
+            if not isinstance(client.transport, ResponseStart):
+                client.transport = ResponseStart(client, self._transport)
             client.transport.probe()
             self._probe_s = min(2 * self._probe_s, PROBE_MAX_S)  # there are nine such bytes, and ten minutes to wait
         elif conversation.written == self._written or self._written < 0:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fleetgate.core.exchange import Outcome
-from fleetgate.proxy.downstream.request_authorizer import Admitted, Denied
+from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import Conversation
+    from fleetgate.proxy.request.handler import RequestHandler
     from fleetgate.proxy.worker.services import Hub
 
 DIRECTORY = "idempotency"
@@ -43,14 +43,14 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(_Kept).decode
 
 
-class Replay(msgspec.Struct, frozen=True):
+class IdempotentReplay(msgspec.Struct, frozen=True):
     """The answer that was given before. Shape: `headers` are whole lines."""
 
     headers: bytes
     body: bytes
 
 
-class Claim:
+class IdempotencyClaim:
     """The right to answer one request, held until it is answered."""
 
     __slots__ = ("_fd", "_path", "_print")
@@ -61,7 +61,7 @@ class Claim:
         self._print = fingerprint
         self._write(_Kept(fingerprint, RUNNING), b"")
 
-    def end(self, conversation: "Conversation") -> None:
+    def end(self, conversation: "RequestHandler") -> None:
         """The request is over: keep its answer, or that it had one, before its client has all of it.
 
         What failed may be asked again.
@@ -96,15 +96,15 @@ class Claim:
         self._close()
 
 
-def claim(hub: "Hub", admitted: Admitted, body: bytes) -> Claim | Replay | None:
+def claim(hub: "Hub", admitted: RequestContext, body: bytes) -> IdempotencyClaim | IdempotentReplay | None:
     """The right to answer, or the answer that is kept; None where the disk keeps nothing. FAULTS.md row 68.
 
-    Raises: `Denied` with 400 for a name that is none, 409 while another answers it or where its answer is not kept, 422
-    where the same name was given to another request. Cost: 60 µs, for requests with the header only.
+    Raises: `RequestRejected` with 400 for a name that is none, 409 while another answers it or where its answer is not
+    kept, 422 where the same name was given to another request. Cost: 60 µs, for requests with the header only.
     """
     name = admitted.idempotency
     if len(name) > NAME_BYTES_MAX or not name.isascii():
-        raise Denied(400, "invalid_request", f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters")
+        raise RequestRejected(400, "invalid_request", f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters")
     owner = f"{admitted.site.gateway.name}\0{admitted.key.id or admitted.key.name}\0".encode()
     path = Path(hub.config.data_dir) / DIRECTORY / sha256(owner + name).hexdigest()
     try:
@@ -114,20 +114,20 @@ def claim(hub: "Hub", admitted: Admitted, body: bytes) -> Claim | Replay | None:
         return None
 
 
-def _claim(path: Path, fingerprint: str) -> Claim | Replay:
+def _claim(path: Path, fingerprint: str) -> IdempotencyClaim | IdempotentReplay:
     fd = _open(path)
     if fd < 0:
-        raise Denied(409, "invalid_request", _BUSY, extra=b"retry-after: 1\r\n")
+        raise RequestRejected(409, "invalid_request", _BUSY, extra=b"retry-after: 1\r\n")
     try:
         found = _read(fd)
         if found is None:
-            return Claim(os.dup(fd), path, fingerprint)
+            return IdempotencyClaim(os.dup(fd), path, fingerprint)
         kept, answer = found
         if kept.print != fingerprint:
-            raise Denied(422, "invalid_request", _OTHER)
+            raise RequestRejected(422, "invalid_request", _OTHER)
         if kept.state == WHOLE:
-            return Replay(kept.headers, answer)
-        raise Denied(409, "invalid_request", _STREAM if kept.state == STREAM else _LARGE, extra=_FOR_GOOD)
+            return IdempotentReplay(kept.headers, answer)
+        raise RequestRejected(409, "invalid_request", _STREAM if kept.state == STREAM else _LARGE, extra=_FOR_GOOD)
     finally:
         os.close(fd)
 
@@ -166,7 +166,7 @@ def _read(fd: int) -> tuple[_Kept, bytes] | None:
     return (kept, answer) if kept.state != RUNNING else None
 
 
-def tidy(data_dir: Path) -> None:
+def remove_expired(data_dir: Path) -> None:
     """Remove what is too old, and the oldest beyond the bounds. It reads a directory, so it is for another thread."""
     found = []
     try:

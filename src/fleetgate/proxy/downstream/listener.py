@@ -13,7 +13,7 @@ SHUTDOWN_MAX_S = 2.0  # for the answer to our close_notify, which many never sen
 BACKLOG = 4096
 
 
-class Door:
+class Listener:
     """Accepts on an inherited descriptor. Shape: the descriptor stays open, so nobody in the queue is reset."""
 
     def __init__(self, fd: int, tls: ssl.SSLContext | None, make: Callable[[], asyncio.Protocol]) -> None:
@@ -24,7 +24,7 @@ class Door:
         self._wanted = True
         self._task: asyncio.Task[None] | None = None
 
-    async def open(self) -> "Door":
+    async def open(self) -> "Listener":
         """Begin to accept."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(

@@ -4,24 +4,24 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fleetgate.core.routing.policy_decision import Facts, Judgement
-from fleetgate.ipc.event_spool import Happened
-from fleetgate.protocols.clients.openai import Ask, output_tokens_max
-from fleetgate.proxy.downstream.request_authorizer import Admitted, Denied
+from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
+from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.protocols.clients.openai import RequestInfo, output_tokens_max
+from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
 
 
-def judge(hub: "Hub", admitted: Admitted, ask: Ask, body: bytes) -> Judgement:
+def evaluate_policies(hub: "Hub", admitted: RequestContext, ask: RequestInfo, body: bytes) -> PolicyDecision:
     """The Deployments that policies leave, those they want first, and the request's priority.
 
-    Raises: `Denied` when they leave none; `openai.InvalidBody`. Cost: 10 µs with three policies.
+    Raises: `RequestRejected` when they leave none; `openai.InvalidBody`. Cost: 10 µs with three policies.
     """
     site = admitted.site
     rules = site.rules
     headers = admitted.head.headers
-    facts = Facts(
+    facts = RequestAttributes(
         model=ask.model,
         path=admitted.path.decode("ascii", "replace"),
         prompt_tokens=int(hub.lengths.prompt_tokens(ask.model, len(body))),
@@ -34,13 +34,13 @@ def judge(hub: "Hub", admitted: Admitted, ask: Ask, body: bytes) -> Judgement:
     if judgement.notes:
         _tell(hub, site.gateway.name, judgement.notes)
     if judgement.denied_by:
-        raise Denied(403, "policy_denied", judgement.denial)
+        raise RequestRejected(403, "policy_denied", judgement.denial)
     return judgement
 
 
 def _tell(hub: "Hub", gateway: str, notes: tuple[str, ...]) -> None:
     """A policy that fails is an Event and a line of the log, once a minute, not once a request."""
     for note in hub.notices.fresh(notes, hub.clock()):
-        hub.spool.add(Happened("Gateway", gateway, note))
+        hub.spool.add(EventRecord("Gateway", gateway, note))
         line = {"at_ms": int(hub.epoch_s() * 1000), "event": "policy_trouble", "gateway": gateway, "message": note}
         hub.log.add(msgspec.json.encode(line) + b"\n")

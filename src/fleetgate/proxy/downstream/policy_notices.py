@@ -5,7 +5,7 @@ from collections.abc import Iterable
 QUIET_S = 60.0
 
 
-class Notices:
+class PolicyNotices:
     """Lets each note through once a minute.
 
     Notes name policies and reasons and nothing a client sent, so there are only as many as there are policies.

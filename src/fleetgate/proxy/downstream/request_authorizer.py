@@ -9,7 +9,7 @@ from fleetgate.core.model import Key
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import RequestHead
 from fleetgate.proxy.downstream.authenticator import may_use
-from fleetgate.proxy.routing.routing_table import Site, Tables
+from fleetgate.proxy.routing.routing_table import GatewayState, RoutingTable
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
@@ -21,7 +21,7 @@ SESSION_BYTES_MAX = 128
 _PASSED = (b"accept", b"traceparent", b"tracestate", b"openai-beta", b"x-session-id")
 
 
-class Denied(Exception):
+class RequestRejected(Exception):
     """The request ends here with an error of ours. Shape: `extra` are header lines."""
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None, extra: bytes = b"") -> None:
@@ -33,7 +33,7 @@ class Denied(Exception):
         self.extra = extra
 
 
-class Admitted:
+class RequestContext:
     """What a head led to."""
 
     __slots__ = (
@@ -55,7 +55,7 @@ class Admitted:
         "timeout_s",
     )
 
-    def __init__(self, head: RequestHead, tables: Tables, site: Site, key: Key) -> None:
+    def __init__(self, head: RequestHead, tables: RoutingTable, site: GatewayState, key: Key) -> None:
         headers = head.headers
         self.head = head
         self.tables = tables
@@ -76,43 +76,49 @@ class Admitted:
         self.timeout_s = _timeout_s(headers.get(b"x-fleetgate-timeout-ms", b""))
 
 
-def admit(head: RequestHead, hub: "Hub") -> Admitted:
+def authorize(head: RequestHead, hub: "Hub") -> RequestContext:
     """Decide Gateway, key and path, in this order.
 
-    Raises: `Denied`.
+    Raises: `RequestRejected`.
     """
     tables = hub.tables
     site = _site_of(head.host, tables)
     cors = _cors(head, hub)
     if head.method == b"OPTIONS":
         allow = b"allow: %b\r\n" % _methods_of(head.path)
-        raise Denied(204, "options", "", extra=allow + cors)
+        raise RequestRejected(204, "options", "", extra=allow + cors)
     key = hub.gatekeeper.find(head.headers.get(b"authorization", b""), tables)
     if key is None or (key.expires_s and key.expires_s <= hub.epoch_s()):
         what = "has expired" if key is not None else "is missing or not known"
         if key is None and hub.freshness.stale:
             what = "cannot be checked: the control plane has been away for longer than --max-stale-s"
-        raise Denied(401, "invalid_api_key", f"the API key {what}; send `Authorization: Bearer <key>`", extra=cors)
+        raise RequestRejected(
+            401, "invalid_api_key", f"the API key {what}; send `Authorization: Bearer <key>`", extra=cors
+        )
     if key.require_fresh_s and hub.freshness.silent_s(hub.clock()) > key.require_fresh_s:
         message = f"this API key needs a sign of the control plane every {key.require_fresh_s:g} s, and there is none"
-        raise Denied(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
+        raise RequestRejected(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
     if not may_use(key, site.gateway):
-        raise Denied(403, "policy_denied", f"this API key may not use the Gateway {site.gateway.name}", extra=cors)
+        raise RequestRejected(
+            403, "policy_denied", f"this API key may not use the Gateway {site.gateway.name}", extra=cors
+        )
     methods = _methods_of(head.path)
     if not methods:
         path = head.path.decode("ascii", "replace")
-        raise Denied(404, "unknown_path", f"no such path: {path[:200]}; this Gateway speaks the OpenAI API", extra=cors)
+        raise RequestRejected(
+            404, "unknown_path", f"no such path: {path[:200]}; this Gateway speaks the OpenAI API", extra=cors
+        )
     if head.method not in methods.split(b", "):
         allow = b"allow: %b\r\n" % methods
         method, known = head.method.decode(), methods.decode()
-        raise Denied(405, "invalid_request", f"{method} is not possible here; use {known}", extra=allow + cors)
+        raise RequestRejected(405, "invalid_request", f"{method} is not possible here; use {known}", extra=allow + cors)
     encoding = head.headers.get(b"content-encoding", b"").strip().lower()
     if encoding not in (b"", b"identity"):
         # Never inflated: a small body may become a very large one. FAULTS.md row 39.
         shown = encoding.decode("ascii", "replace")[:40]
         message = f"content-encoding {shown!r} is not taken here; send the body uncompressed, without that header"
-        raise Denied(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
-    admitted = Admitted(head, tables, site, key)
+        raise RequestRejected(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
+    admitted = RequestContext(head, tables, site, key)
     admitted.answer_headers = cors
     return admitted
 
@@ -125,7 +131,7 @@ def _methods_of(path: bytes) -> bytes:
     return b""
 
 
-def _site_of(host: bytes, tables: Tables) -> Site:
+def _site_of(host: bytes, tables: RoutingTable) -> GatewayState:
     name = host if host.startswith(b"[") else host.partition(b":")[0]
     site = tables.sites.get(name.removesuffix(b"."))
     if site is not None:
@@ -134,7 +140,7 @@ def _site_of(host: bytes, tables: Tables) -> Site:
         return tables.default
     known = "set `default: true` on one Gateway" if _is_address(name) else "use <name>.<domain> of a Gateway"
     shown = name.decode("ascii", "replace")[:200]
-    raise Denied(404, "gateway_not_found", f"no Gateway answers at {shown or 'an empty Host'}; {known}")
+    raise RequestRejected(404, "gateway_not_found", f"no Gateway answers at {shown or 'an empty Host'}; {known}")
 
 
 def _is_address(host: bytes) -> bool:
@@ -163,7 +169,7 @@ def _cors(head: RequestHead, hub: "Hub") -> bytes:
     own = origin.partition(b"://")[2] == head.host
     if hub.config.auth == "none" and not own:
         message = "requests from web pages of another origin need --cors ORIGIN while --auth is none"
-        raise Denied(403, "policy_denied", message)
+        raise RequestRejected(403, "policy_denied", message)
     return b""
 
 

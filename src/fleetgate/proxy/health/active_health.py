@@ -8,12 +8,12 @@ import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fleetgate.core.health.circuit_breaker import Sign
+from fleetgate.core.health.circuit_breaker import Signal
 from fleetgate.core.model import Deployment
-from fleetgate.ipc.shared_memory import Board, Signal
+from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory
 from fleetgate.protocols import engines, http1
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead
-from fleetgate.proxy.transport.connection_pool import Peer, Refused, UpstreamConnection
+from fleetgate.proxy.transport.connection_pool import AddressRefused, EndpointState, UpstreamConnection
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
@@ -24,7 +24,7 @@ ANSWER_BYTES_MAX = 1024 * 1024
 UNKNOWN = -1
 
 
-class OneAnswer:
+class ProbeResponse:
     """One answer on a connection of its own."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -70,7 +70,7 @@ class OneAnswer:
             self.answer.set_result((head, body))
 
 
-class Prober:
+class HealthChecker:
     """Probes every Endpoint once a second while this worker holds the prober's lock; all workers read the signs."""
 
     def __init__(self, hub: "Hub", become_prober: Callable[[], bool]) -> None:
@@ -78,7 +78,7 @@ class Prober:
         self._become_prober = become_prober
         self.mine = False
         self._foreign: dict[int, int] = {}  # by Endpoint slot, as the last poll had it
-        self._running: dict[Peer, asyncio.Task[None]] = {}
+        self._running: dict[EndpointState, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Probe, and follow what was probed, until cancelled."""
@@ -93,7 +93,7 @@ class Prober:
         hub, now_ms = self._hub, int(self._hub.clock() * 1000)
         for place in hub.tables.places.values():
             for peer in place.peers:
-                seen_ms = hub.board.signal(peer.endpoint.slot, Signal.SEEN_MS)
+                seen_ms = hub.board.signal(peer.endpoint.slot, EndpointSignal.SEEN_MS)
                 running = self._running.get(peer)
                 if (running is None or running.done()) and now_ms - seen_ms >= PROBE_EVERY_S * 1000:
                     self._running[peer] = hub.loop.create_task(self._probe(place.deployment, peer))
@@ -104,13 +104,13 @@ class Prober:
         """Feed what the prober saw to this worker's breakers."""
         hub = self._hub
         for peer in hub.tables.peers.values():
-            seen_ms = hub.board.signal(peer.endpoint.slot, Signal.SEEN_MS)
+            seen_ms = hub.board.signal(peer.endpoint.slot, EndpointSignal.SEEN_MS)
             if seen_ms > peer.probe_seen_ms:
                 peer.probe_seen_ms = seen_ms
-                up = hub.board.signal(peer.endpoint.slot, Signal.UP)
-                hub.ward.saw(peer, Sign.PROBE_WELL if up else Sign.PROBE_BROKE)
+                up = hub.board.signal(peer.endpoint.slot, EndpointSignal.UP)
+                hub.ward.saw(peer, Signal.PROBE_WELL if up else Signal.PROBE_BROKE)
 
-    async def _probe(self, deployment: Deployment, peer: Peer) -> None:
+    async def _probe(self, deployment: Deployment, peer: EndpointState) -> None:
         hub = self._hub
         engine = engines.find(deployment.engine)
         health_path = deployment.health_path or (engine.HEALTH_PATH if engine is not None else "")
@@ -128,19 +128,19 @@ class Prober:
                     connection.drop()
                 if up and engine is not None and engine.METRICS_PATH:
                     await self._read_load(engine.read, engine.METRICS_PATH, deployment, peer)
-        except (OSError, TimeoutError, ssl.SSLError, Refused, Malformed):
+        except (OSError, TimeoutError, ssl.SSLError, AddressRefused, Malformed):
             up = 0
         self._write(hub.board, peer.endpoint.slot, up, rtt_us)
 
-    async def _get(self, connection: UpstreamConnection, peer: Peer, path: str) -> tuple[ResponseHead, bytes]:
-        get = OneAnswer(self._hub.loop)
+    async def _get(self, connection: UpstreamConnection, peer: EndpointState, path: str) -> tuple[ResponseHead, bytes]:
+        get = ProbeResponse(self._hub.loop)
         host = peer.endpoint.host
         head = f"GET {path} HTTP/1.1\r\nhost: {host}:{peer.endpoint.port}\r\nuser-agent: fleetgate-probe\r\n"
         connection.carry(get, ((head + "accept-encoding: identity\r\nconnection: close\r\n\r\n").encode(),))
         return await get.answer
 
     async def _read_load(
-        self, read: Callable[[bytes], engines.Signals], path: str, deployment: Deployment, peer: Peer
+        self, read: Callable[[bytes], engines.EngineSignals], path: str, deployment: Deployment, peer: EndpointState
     ) -> None:
         """Load is optional: an engine without metrics is routed by our own counts, and stays up."""
         hub, slot = self._hub, peer.endpoint.slot
@@ -156,21 +156,21 @@ class Prober:
             return
         signals = read(body)
         board = hub.board
-        board.set_signal(slot, Signal.RUNNING, UNKNOWN if signals.running is None else signals.running)
-        board.set_signal(slot, Signal.WAITING, UNKNOWN if signals.waiting is None else signals.waiting)
+        board.set_signal(slot, EndpointSignal.RUNNING, UNKNOWN if signals.running is None else signals.running)
+        board.set_signal(slot, EndpointSignal.WAITING, UNKNOWN if signals.waiting is None else signals.waiting)
         kv = UNKNOWN if signals.kv_ratio is None else int(signals.kv_ratio * 1000)
-        board.set_signal(slot, Signal.KV_PERMILLE, kv)
+        board.set_signal(slot, EndpointSignal.KV_PERMILLE, kv)
         # What others send to the same engine; ours before and after, so that a request that just ended is not foreign.
         ours = max(ours_before, board.in_flight_total(deployment.slot))
         there = (signals.running or 0) + (signals.waiting or 0)
         foreign = max(0, there - ours) if len(deployment.endpoints) == 1 else 0
         # Seen twice: an engine goes on counting a request of ours for a moment after we have its last byte.
-        board.set_signal(slot, Signal.FOREIGN, min(foreign, self._foreign.get(slot, 0)))
+        board.set_signal(slot, EndpointSignal.FOREIGN, min(foreign, self._foreign.get(slot, 0)))
         self._foreign[slot] = foreign
-        board.set_signal(slot, Signal.LOAD_SEEN_MS, int(hub.clock() * 1000))
+        board.set_signal(slot, EndpointSignal.LOAD_SEEN_MS, int(hub.clock() * 1000))
 
-    def _write(self, board: Board, slot: int, up: int, rtt_us: int) -> None:
-        board.set_signal(slot, Signal.UP, up)
+    def _write(self, board: SharedMemory, slot: int, up: int, rtt_us: int) -> None:
+        board.set_signal(slot, EndpointSignal.UP, up)
         if rtt_us:
-            board.set_signal(slot, Signal.RTT_US, rtt_us)
-        board.set_signal(slot, Signal.SEEN_MS, int(self._hub.clock() * 1000))
+            board.set_signal(slot, EndpointSignal.RTT_US, rtt_us)
+        board.set_signal(slot, EndpointSignal.SEEN_MS, int(self._hub.clock() * 1000))

@@ -2,22 +2,22 @@
 
 from collections.abc import Mapping
 
-from fleetgate.core.health.circuit_breaker import Breaker, Health, Sign
+from fleetgate.core.health.circuit_breaker import BreakerState, EndpointHealth, Signal
 from fleetgate.core.health.outlier_detection import REGION_S
 from fleetgate.core.model import Deployment, Endpoint
 
 _BECAUSE = {
-    Sign.BROKE: "its answers break",
-    Sign.UNREACHABLE: "it cannot be connected to",
-    Sign.PROBE_BROKE: "it does not answer its probes",
-    Sign.SLOW: "it is several times slower than usual, and others can take its work",
+    Signal.BROKE: "its answers break",
+    Signal.UNREACHABLE: "it cannot be connected to",
+    Signal.PROBE_BROKE: "it does not answer its probes",
+    Signal.SLOW: "it is several times slower than usual, and others can take its work",
 }
 
 
-def out_sentence(endpoint: Endpoint, health: Health, sign: Sign, now_s: float) -> str:
+def out_sentence(endpoint: Endpoint, health: EndpointHealth, sign: Signal, now_s: float) -> str:
     """Why an Endpoint gets no requests."""
     for_s = health.open_until_s - now_s
-    if health.breaker is Breaker.DENIED:
+    if health.breaker is BreakerState.DENIED:
         return (
             f"{endpoint.origin} refuses the Deployment's credential and gets no requests for {for_s:.0f} s; "
             "renew the Secret that `credential` names"

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fleetgate.ipc.shared_memory import Signal
+from fleetgate.ipc.shared_memory import EndpointSignal
 from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, mark_of
 from fleetgate.protocols.resume.transcript import Transcript, prefix_fields
 from fleetgate.protocols.sse import Events, EventTooLong
-from fleetgate.proxy.health.active_health import OneAnswer
-from fleetgate.proxy.routing.routing_table import Place
-from fleetgate.proxy.transport.connection_pool import Peer, Refused
+from fleetgate.proxy.health.active_health import ProbeResponse
+from fleetgate.proxy.routing.routing_table import DeploymentState
+from fleetgate.proxy.transport.connection_pool import AddressRefused, EndpointState
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
@@ -34,13 +34,13 @@ NO_MARK = 1
 ASKED = {"role": "user", "content": "Tell me about the sea."}
 
 
-class PrefillProbe:
+class ResumeProbe:
     """One worker's probing. Shape: `mine` says whether this worker does it."""
 
     def __init__(self, hub: "Hub", mine: Callable[[], bool]) -> None:
         self._hub = hub
         self._mine = mine
-        self._asked: set[tuple[Peer, str]] = set()
+        self._asked: set[tuple[EndpointState, str]] = set()
 
     async def run(self) -> None:
         """Look for Endpoints that came up, until cancelled."""
@@ -51,14 +51,14 @@ class PrefillProbe:
                     for peer in place.peers:
                         await self._look(place, peer)
 
-    async def _look(self, place: Place, peer: Peer) -> None:
+    async def _look(self, place: DeploymentState, peer: EndpointState) -> None:
         board, slot = self._hub.board, peer.endpoint.slot
         identity = (peer, place.deployment.name)
-        if not board.signal(slot, Signal.UP):
+        if not board.signal(slot, EndpointSignal.UP):
             # What comes up again may be another engine.
             self._asked.discard(identity)
-            board.set_signal(slot, Signal.PREFILL, UNKNOWN)
-            board.set_signal(slot, Signal.TOKENS, UNKNOWN)
+            board.set_signal(slot, EndpointSignal.PREFILL, UNKNOWN)
+            board.set_signal(slot, EndpointSignal.TOKENS, UNKNOWN)
         elif place.deployment.engine in ENGINES and identity not in self._asked and self._take_place(place):
             self._asked.add(identity)
             try:
@@ -68,14 +68,14 @@ class PrefillProbe:
             finally:
                 self._hub.ledger.settle(place.slot)
                 self._hub.room_freed(place.slot)
-            board.set_signal(slot, Signal.TOKENS, mark)
-            board.set_signal(slot, Signal.PREFILL, YES if goes_on else NO)
+            board.set_signal(slot, EndpointSignal.TOKENS, mark)
+            board.set_signal(slot, EndpointSignal.PREFILL, YES if goes_on else NO)
 
-    def _take_place(self, place: Place) -> bool:
+    def _take_place(self, place: DeploymentState) -> bool:
         """Its requests count against the limit as a client's do; where there is no room they wait for quieter times."""
         return not place.foreign and self._hub.ledger.reserve(place.slot, place.limit)
 
-    async def _goes_on(self, place: Place, peer: Peer, said: str) -> bool:
+    async def _goes_on(self, place: DeploymentState, peer: EndpointState, said: str) -> bool:
         """Whether an answer and one that goes on from its middle are the same."""
         cut = said.find(" ", len(said) // 2)
         if cut <= 0:
@@ -86,7 +86,7 @@ class PrefillProbe:
         again = said[:cut] + rest
         return bool(rest) and (again.startswith(said) or said.startswith(again))
 
-    async def _token_mark(self, place: Place, peer: Peer, said: Transcript) -> int:
+    async def _token_mark(self, place: DeploymentState, peer: EndpointState, said: Transcript) -> int:
         """Whose token ids it gives and takes: from its middle, the same ids must follow."""
         half = len(said.ids) // 2
         if not said.token_mark or not said.prompt_ids or not half:
@@ -97,7 +97,9 @@ class PrefillProbe:
             return NO_MARK
         return mark_of(next(iter(place.upstream_names.values()), ""), said.prompt_ids)
 
-    async def _ask(self, place: Place, peer: Peer, what: dict[str, object], path: bytes = CHAT) -> Transcript:
+    async def _ask(
+        self, place: DeploymentState, peer: EndpointState, what: dict[str, object], path: bytes = CHAT
+    ) -> Transcript:
         """What one answer says, nothing where there is none; streamed, as it is for clients: llama.cpp repeats what was
         said in an answer that is not."""
         model = next(iter(place.upstream_names.values()), "")
@@ -105,7 +107,7 @@ class PrefillProbe:
             {"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, "stream": True, **what}
         )
         head = b"%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (place.heads[peer.endpoint.slot][path], len(body))
-        answer = OneAnswer(self._hub.loop)
+        answer = ProbeResponse(self._hub.loop)
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 connection = await peer.connect(self._hub.loop, TIMEOUT_S)
@@ -115,7 +117,7 @@ class PrefillProbe:
                 finally:
                     connection.drop()
             events = Events().feed(data) if response.status == 200 else []
-        except (OSError, TimeoutError, ssl.SSLError, Refused, Malformed, EventTooLong):
+        except (OSError, TimeoutError, ssl.SSLError, AddressRefused, Malformed, EventTooLong):
             events = []
         transcript = Transcript(NO_MARK)
         for event in events:

@@ -18,7 +18,7 @@ class _Group(NamedTuple):
     prefix: str  # of the rows in `stat`
 
 
-class Memory:
+class MemoryPressure:
     """Shape: `root` and `proc` are where the kernel shows cgroups and processes. Cost: 40 µs a look."""
 
     def __init__(self, root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> None:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from fleetgate.ipc.event_spool import Happened
-from fleetgate.ipc.shared_memory import Worker
-from fleetgate.ipc.shortage import Shortage
+from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.ipc.shared_memory import WorkerCell
+from fleetgate.ipc.shortage import OverloadBits
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.client_connection import ClientConnection
-from fleetgate.proxy.downstream.listener import Door
-from fleetgate.proxy.downstream.request_authorizer import Denied
-from fleetgate.proxy.overload.memory_pressure import Memory
-from fleetgate.proxy.overload.watchdog import Watchdog, places
-from fleetgate.proxy.request.handler import Conversation
+from fleetgate.proxy.downstream.listener import Listener
+from fleetgate.proxy.downstream.request_authorizer import RequestRejected
+from fleetgate.proxy.overload.memory_pressure import MemoryPressure
+from fleetgate.proxy.overload.watchdog import Watchdog, stack_summary
+from fleetgate.proxy.request.handler import RequestHandler
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
@@ -43,14 +43,14 @@ _RETRY = b"retry-after: 1\r\nretry-after-ms: 1000\r\nx-should-retry: true\r\n"
 _DESCRIPTORS = Path("/proc/self/fd")
 
 
-class Guards:
+class OverloadManager:
     """One worker's. Made with the hub, before the loop runs."""
 
     def __init__(self, hub: "Hub") -> None:
         config = hub.config
         self._hub = hub
         self._descriptors = _raise_descriptor_limit()
-        self._memory = Memory()
+        self._memory = MemoryPressure()
         self.connections_max = config.connections_max or self._descriptors // 2  # FAULTS.md row 69
         self._ip_max = config.ip_connections_max
         self._key_max = config.key_connections_max
@@ -66,7 +66,7 @@ class Guards:
         self._connections = 0
         self._by_address: dict[str, int] = {}
         self._by_key: dict[str, int] = {}
-        self._doors: list[Door] = []
+        self._doors: list[Listener] = []
         self._sweeps = 0
         self._refused = 0
         self._said: dict[str, float] = {}
@@ -81,14 +81,14 @@ class Guards:
         self._watchdog = Watchdog(period_s, self._lagged)
         self._hub.loop.set_exception_handler(lambda _, context: self._uncaught(context))
 
-    def watch(self, door: Door) -> Door:
+    def watch(self, door: Listener) -> Listener:
         """Close this door while there are too many connections."""
         self._doors.append(door)
         return door
 
     # --- connections ---
 
-    def greet(self, client: ClientConnection) -> Denied | None:
+    def greet(self, client: ClientConnection) -> RequestRejected | None:
         """Count a new connection; the refusal if there are too many."""
         self._connections += 1
         if self._connections >= self.connections_max * SURPLUS:
@@ -109,7 +109,7 @@ class Guards:
         self._refused += 1
         if self._refused > LINGERING_MAX:
             client.transport.abort()
-        return Denied(429, "rate_limited", _TOO_MANY_OF_ADDRESS, extra=_RETRY)
+        return RequestRejected(429, "rate_limited", _TOO_MANY_OF_ADDRESS, extra=_RETRY)
 
     def left(self, client: ClientConnection) -> None:
         """A connection ended."""
@@ -151,9 +151,9 @@ class Guards:
         self._shed_sum -= 1.0
         return True
 
-    def refusal(self) -> Denied:
+    def refusal(self) -> RequestRejected:
         """What is said to those."""
-        return Denied(503, "overloaded", _OVERLOADED, extra=_RETRY)
+        return RequestRejected(503, "overloaded", _OVERLOADED, extra=_RETRY)
 
     # --- the sweep ---
 
@@ -189,9 +189,9 @@ class Guards:
                 door.resume()
         by_memory = self._memory.shed_share()
         self.shed_share = max(by_memory, min(1.0, max(0.0, (used - SURPLUS) / (FULL - SURPLUS))))
-        short = Shortage.MEMORY * (by_memory > 0) + Shortage.CONNECTIONS * (full >= TIGHT)
-        short += Shortage.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
-        hub.board.set(hub.config.index, Worker.SHORT, short)
+        short = OverloadBits.MEMORY * (by_memory > 0) + OverloadBits.CONNECTIONS * (full >= TIGHT)
+        short += OverloadBits.BODIES * (self._held_bytes > self.body_budget_bytes * TIGHT)
+        hub.board.set(hub.config.index, WorkerCell.SHORT, short)
         if by_memory > 0:
             self.say("memory", f"memory runs short: {by_memory:.0%} of new requests get 503, running answers go on")
         if full >= TIGHT:
@@ -210,7 +210,7 @@ class Guards:
             touched.add(client.conversation)
             ids.setdefault(client, client.conversation.request_id)
         # The place, not the message: that may hold a prompt or a secret.
-        where = places(error.__traceback__) if error.__traceback__ is not None else "an unknown place"
+        where = stack_summary(error.__traceback__) if error.__traceback__ is not None else "an unknown place"
         for each in clients:
             request_id = ids.setdefault(each, hub.next_id())
             self._line("internal_error", f"{type(error).__name__} at {where}", request_id.decode())
@@ -233,8 +233,8 @@ class Guards:
         cells, index = hub.telemetry.cells, hub.config.index
         cells[self._lags] += 1
         cells[self._lag_ms] += lag_ms
-        hub.board.set(index, Worker.LAG_MS, lag_ms)
-        hub.board.set(index, Worker.LAG_AT_MS, int(hub.clock() * 1000))
+        hub.board.set(index, WorkerCell.LAG_MS, lag_ms)
+        hub.board.set(index, WorkerCell.LAG_AT_MS, int(hub.clock() * 1000))
         self.say("lag", f"the event loop stood still for {lag_ms} ms: {where}")
 
     def say(self, what: str, sentence: str) -> None:
@@ -245,27 +245,27 @@ class Guards:
             self._line(what, sentence, "")
         if now_s - self._said.get(f"event {what}", float("-inf")) >= EVENT_EVERY_S:
             self._said[f"event {what}"] = now_s
-            self._hub.spool.add(Happened("Proxy", f"worker {self._hub.config.index}", sentence))
+            self._hub.spool.add(EventRecord("Proxy", f"worker {self._hub.config.index}", sentence))
 
     def _line(self, event: str, message: str, request_id: str) -> None:
         line = {"event": event, "worker": self._hub.config.index, "message": message}
         sys.stderr.write(msgspec.json.encode({**line, "id": request_id} if request_id else line).decode() + "\n")
 
 
-def _touched(error: BaseException) -> set[Conversation]:
+def _touched(error: BaseException) -> set[RequestHandler]:
     """The requests that a mistake happened to: those that functions on its stack were given."""
-    found: set[Conversation] = set()
+    found: set[RequestHandler] = set()
     at = error.__traceback__
     while at is not None:
         code, held = at.tb_frame.f_code, at.tb_frame.f_locals
         # Arguments only: a loop's variable may be somebody whose turn is over.
         given = (held.get(name) for name in code.co_varnames[: code.co_argcount])
-        found.update(each for each in given if isinstance(each, Conversation))
+        found.update(each for each in given if isinstance(each, RequestHandler))
         at = at.tb_next
     return found
 
 
-def _put_away(conversation: Conversation) -> None:
+def _put_away(conversation: RequestHandler) -> None:
     """Cancel upstream, settle the place, leave the books; whatever of it does not work any more is left out."""
     conversation.tail = b""
     try:

@@ -47,10 +47,10 @@ class Watchdog:
             if time.monotonic() - beat_at_s - self._period_s > LAG_MAX_S:
                 frame = sys._current_frames().get(self._thread_id)
                 if frame is not None and beat_at_s == self._beat_at_s:
-                    self._caught = places(frame)
+                    self._caught = stack_summary(frame)
 
 
-def places(at: FrameType | TracebackType) -> str:
+def stack_summary(at: FrameType | TracebackType) -> str:
     """The innermost places of a stack, `file:line in function`. No values: they may hold prompts or secrets."""
     stack = traceback.extract_stack(at) if isinstance(at, FrameType) else traceback.extract_tb(at)
     shown = [f"{'/'.join(row.filename.split('/')[-2:])}:{row.lineno} in {row.name}" for row in stack[-FRAMES_MAX:]]

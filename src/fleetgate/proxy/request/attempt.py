@@ -7,17 +7,19 @@ import msgspec
 
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols.clients import openai
-from fleetgate.proxy.routing.routing_table import Place
-from fleetgate.proxy.transport.connection_pool import Peer, Refused, UpstreamConnection
-from fleetgate.proxy.transport.response_relay import Names, Owner, Relay
+from fleetgate.proxy.routing.routing_table import DeploymentState
+from fleetgate.proxy.transport.connection_pool import AddressRefused, EndpointState, UpstreamConnection
+from fleetgate.proxy.transport.response_relay import AttemptListener, ModelNames, ResponseRelay
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import Conversation
+    from fleetgate.proxy.request.handler import RequestHandler
 
 ONE_WRITE_BYTES_MAX = 65536  # up to it, joining head and body costs less than a second write
 
 
-def request_bytes(conversation: "Conversation", peer: Peer, place: Place, add_usage: bool) -> tuple[bytes, ...]:
+def request_bytes(
+    conversation: "RequestHandler", peer: EndpointState, place: DeploymentState, add_usage: bool
+) -> tuple[bytes, ...]:
     """The request as this Endpoint gets it: its own name for the model, and what was said, if an answer goes on."""
     ask, body, path = conversation.ask, conversation.body, conversation.request.path
     if conversation.resumption is not None:
@@ -35,7 +37,7 @@ def request_bytes(conversation: "Conversation", peer: Peer, place: Place, add_us
     return (head + body,) if len(body) < ONE_WRITE_BYTES_MAX else (head, body)
 
 
-def relay_for(conversation: "Conversation", owner: Owner, place: Place) -> Relay:
+def relay_for(conversation: "RequestHandler", owner: AttemptListener, place: DeploymentState) -> ResponseRelay:
     """Who reads the answer of an attempt at this Deployment."""
     ask, operation = conversation.ask, conversation.request.operation
     assert operation is not None
@@ -43,9 +45,9 @@ def relay_for(conversation: "Conversation", owner: Owner, place: Place) -> Relay
     add_usage = ask.stream and not ask.wants_usage and place.adds_usage and operation.usage_option
     names = conversation.lane.same_name
     if upstream_name != ask.model:
-        names = Names(msgspec.json.encode(upstream_name), names.asked)
+        names = ModelNames(msgspec.json.encode(upstream_name), names.asked)
     if conversation.resumption is None:
-        relay = Relay(owner, operation, add_usage, names)
+        relay = ResponseRelay(owner, operation, add_usage, names)
         relay.wants_whole = not ask.stream
         if ask.several and ask.stream:
             relay.choices, relay.operation = {}, msgspec.structs.replace(operation, fast_mark=b"\x00")  # each is read
@@ -56,7 +58,13 @@ def relay_for(conversation: "Conversation", owner: Owner, place: Place) -> Relay
     return relay
 
 
-def send(conversation: "Conversation", relay: Relay, peer: Peer, place: Place, fresh: bool = False) -> None:
+def send(
+    conversation: "RequestHandler",
+    relay: ResponseRelay,
+    peer: EndpointState,
+    place: DeploymentState,
+    fresh: bool = False,
+) -> None:
     """Send the request on a kept connection, or on a new one where there is none or it must be `fresh`."""
     connection = None if fresh else peer.take_idle()
     if connection is None:
@@ -65,7 +73,9 @@ def send(conversation: "Conversation", relay: Relay, peer: Peer, place: Place, f
         _carry(conversation, connection, relay, request_bytes(conversation, peer, place, relay.hide_usage))
 
 
-async def _connect(conversation: "Conversation", peer: Peer, place: Place, relay: Relay) -> None:
+async def _connect(
+    conversation: "RequestHandler", peer: EndpointState, place: DeploymentState, relay: ResponseRelay
+) -> None:
     """Make a connection and send on it; why that failed goes to the log, that it did to who owns the attempt."""
     hub = conversation.hub
     timeout_s = conversation.lane.site.gateway.resilience.connect_timeout_s
@@ -75,7 +85,7 @@ async def _connect(conversation: "Conversation", peer: Peer, place: Place, relay
         connection = await peer.connect(hub.loop, timeout_s)
     except ssl.SSLError as error:
         failure, why = Failure.TLS, f"TLS: {error.reason or error}"
-    except (OSError, TimeoutError, Refused) as error:
+    except (OSError, TimeoutError, AddressRefused) as error:
         failure, why = Failure.UNREACHABLE, str(error) or "connect timed out"
     finally:
         slow.cancel()
@@ -94,7 +104,7 @@ async def _connect(conversation: "Conversation", peer: Peer, place: Place, relay
 
 
 def _carry(
-    conversation: "Conversation", connection: UpstreamConnection, relay: Relay, request: tuple[bytes, ...]
+    conversation: "RequestHandler", connection: UpstreamConnection, relay: ResponseRelay, request: tuple[bytes, ...]
 ) -> None:
     """Send it; where an answer goes on, its client may be behind with reading."""
     relay.connection = connection

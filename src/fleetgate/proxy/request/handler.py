@@ -6,35 +6,35 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from fleetgate.core.admission.request_queue import Ticket
+from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.exchange import (
     FINISHED,
     GONE,
+    AttemptFailed,
+    ClientGone,
     Command,
     Commit,
     Content,
     Continue,
     Event,
     Exchange,
-    Failed,
     Failure,
     Finish,
-    Gone,
     Interrupt,
     Overdue,
     Pick,
     Refuse,
-    Room,
+    RoomFreed,
     Send,
     State,
     Wait,
 )
-from fleetgate.core.health.circuit_breaker import HEALTHY, Breaker, Sign
+from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, Signal
 from fleetgate.core.routing.policy_decision import ALLOWED
-from fleetgate.ipc.shared_memory import Tally
+from fleetgate.ipc.shared_memory import DeploymentCounter
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import Ask
-from fleetgate.proxy.downstream.idempotency import Claim
+from fleetgate.protocols.clients.openai import RequestInfo
+from fleetgate.proxy.downstream.idempotency import IdempotencyClaim
 from fleetgate.proxy.request import (
     attempt as sending,
 )
@@ -51,49 +51,51 @@ from fleetgate.proxy.request import (
     usage as accounts,
 )
 from fleetgate.proxy.request.hedging import Hedge, dial_elsewhere
-from fleetgate.proxy.request.reservation import Booking, Wanting
-from fleetgate.proxy.request.response_writer import Speaker
-from fleetgate.proxy.request.resume import Resumption, script_of
-from fleetgate.proxy.routing.routing_table import LaneState, Place
-from fleetgate.proxy.transport.connection_pool import Peer
-from fleetgate.proxy.transport.response_relay import Relay
+from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
+from fleetgate.proxy.request.response_writer import ResponseWriter
+from fleetgate.proxy.request.resume import Resume, transcript_of
+from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState
+from fleetgate.proxy.transport.connection_pool import EndpointState
+from fleetgate.proxy.transport.response_relay import ResponseRelay
 
 if TYPE_CHECKING:
     from fleetgate.proxy.downstream.client_connection import ClientConnection
-    from fleetgate.proxy.downstream.request_authorizer import Admitted
+    from fleetgate.proxy.downstream.request_authorizer import RequestContext
     from fleetgate.proxy.worker.services import Hub
 
-ROOM = Room()
+ROOM = RoomFreed()
 CONTENT_OK = Content(200)
 
-ENDED, REFUSED = int(Tally.ENDED), int(Tally.REFUSED)
+ENDED, REFUSED = int(DeploymentCounter.ENDED), int(DeploymentCounter.REFUSED)
 
 
-class Conversation(Speaker):
+class RequestHandler(ResponseWriter):
     """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
-    last_place: Place | None = None  # where the last attempt went, for the books
-    peer: Peer | None = None
-    failed_peers: tuple[Peer, ...] = ()
-    stale_at: Peer | None = None  # where a kept connection was closed under it
-    relay: Relay | None = None
-    ticket: Ticket | None = None
-    wanting: Wanting | None = None
+    last_place: DeploymentState | None = None  # where the last attempt went, for the books
+    peer: EndpointState | None = None
+    failed_peers: tuple[EndpointState, ...] = ()
+    stale_at: EndpointState | None = None  # where a kept connection was closed under it
+    relay: ResponseRelay | None = None
+    ticket: QueueEntry | None = None
+    wanting: PlacementRequest | None = None
     judgement = ALLOWED  # what policies say of it
-    booking: Booking | None = None  # beside `place`, unless the Lane's lead took the request
+    booking: Reservation | None = None  # beside `place`, unless the Lane's lead took the request
     hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
-    resumption: Resumption | None = None  # once its answer broke off and goes on elsewhere
-    claim: Claim | None = None  # its client said how it would call it again
+    resumption: Resume | None = None  # once its answer broke off and goes on elsewhere
+    claim: IdempotencyClaim | None = None  # its client said how it would call it again
     on_trial = False  # its attempt is to show whether an Endpoint that was out is well again
     sent_s = 0.0  # when the attempt in hand was sent
     attempt = b""  # its id in the accounts, empty while there is none
-    deaths: Mapping[Peer, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
+    deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
     seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
     deadline_s = float("inf")
     progress = 0
 
-    def __init__(self, hub: "Hub", client: "ClientConnection", request: "Admitted", lane: LaneState, ask: Ask) -> None:
+    def __init__(
+        self, hub: "Hub", client: "ClientConnection", request: "RequestContext", lane: ModelRouteState, ask: RequestInfo
+    ) -> None:
         self.hub = hub
         self.client = client
         self.request = request
@@ -146,11 +148,11 @@ class Conversation(Speaker):
         peer = self._peer_at(place, now_s)
         self.attempts += 1
         if peer is None:
-            self._lost(Failed(Failure.UNREACHABLE, sent=False))
+            self._lost(AttemptFailed(Failure.UNREACHABLE, sent=False))
             return
         self.peer = peer
         peer.in_flight += 1
-        if peer.health is not HEALTHY and peer.health.breaker is not Breaker.CLOSED:
+        if peer.health is not HEALTHY and peer.health.breaker is not BreakerState.CLOSED:
             self.on_trial = self.hub.tables.try_out(peer, now_s)
         self.progress = 0
         self.sent_s = now_s
@@ -160,7 +162,7 @@ class Conversation(Speaker):
         self.hub.accounts.begin(self, place, attempt)
         sending.send(self, relay, peer, place)
 
-    def _peer_at(self, place: Place, now_s: float) -> Peer | None:
+    def _peer_at(self, place: DeploymentState, now_s: float) -> EndpointState | None:
         """The Endpoint that the desk chose, or, where it has just fallen out, another of the same Deployment."""
         booking = self.booking
         if booking is None:
@@ -172,7 +174,7 @@ class Conversation(Speaker):
                 booking.moved(peer.endpoint.slot)
         return peer
 
-    def dials_long(self, relay: Relay) -> None:
+    def dials_long(self, relay: ResponseRelay) -> None:
         """The attempt in hand has no connection yet, and should have: somebody else may be nearer."""
         exchange = self.exchange
         if relay is not self.relay or exchange.state is not State.TRYING or exchange.resumes or self.hedge is not None:
@@ -181,7 +183,7 @@ class Conversation(Speaker):
         if self.hedge is not None and self.hedge.relay.connection is not None:
             self.connected(self.hedge.relay)
 
-    def connected(self, relay: Relay) -> None:
+    def connected(self, relay: ResponseRelay) -> None:
         """One of two attempts has its connection: another that has none is given up before it was sent."""
         hedge = self.hedge
         if hedge is None or self.relay is None:
@@ -195,17 +197,17 @@ class Conversation(Speaker):
 
     # --- what the relay reports ---
 
-    def on_first(self, relay: Relay) -> None:
+    def on_first(self, relay: ResponseRelay) -> None:
         """The first content is here."""
         if self.hedge is not None:
             self._end_hedge()
         self.report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
-    def on_failed(self, relay: Relay, event: Failed) -> None:
+    def on_failed(self, relay: ResponseRelay, event: AttemptFailed) -> None:
         """The attempt is lost."""
         self._lost(event)
 
-    def on_stale(self, relay: Relay) -> None:
+    def on_stale(self, relay: ResponseRelay) -> None:
         """The kept connection was closed before the request got there: send it again on a new one."""
         assert self.peer is not None and self.place is not None
         self.stale_at = self.peer
@@ -213,11 +215,11 @@ class Conversation(Speaker):
         self.relay = sending.relay_for(self, self, self.place)
         sending.send(self, self.relay, self.peer, self.place, fresh=True)
 
-    def on_ended(self, relay: Relay, tail: bytes) -> None:
+    def on_ended(self, relay: ResponseRelay, tail: bytes) -> None:
         """The answer ended as it should."""
         self.tail += tail
         if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
-            self.hub.ward.saw(self.peer, Sign.WENT_WELL)
+            self.hub.ward.saw(self.peer, Signal.WENT_WELL)
         if self.booking is not None:
             self.hub.learn(self, self.booking, relay)
         elif self.place is not None:
@@ -228,7 +230,7 @@ class Conversation(Speaker):
         """The loop's clock."""
         return self.hub.clock()
 
-    def _lost(self, event: Failed) -> None:
+    def _lost(self, event: AttemptFailed) -> None:
         """Settle the attempt's place, tell health, and let the core say what comes next."""
         if self.place is not None:
             self.hub.count_failure(self.lane, self.place, event.failure)
@@ -254,12 +256,12 @@ class Conversation(Speaker):
         if attempt:
             self.hub.accounts.lost(self, attempt, self.relay, how)
 
-    def judged(self, event: Failed) -> None:
+    def judged(self, event: AttemptFailed) -> None:
         """What was held back until more was known of it."""
         if self.exchange.state is State.TRYING:
             self.report(event)
 
-    def blame(self, peer: Peer, failure: Failure) -> None:
+    def blame(self, peer: EndpointState, failure: Failure) -> None:
         """An attempt at this Endpoint is lost."""
         self.failed_peers = (*self.failed_peers, peer)
         self.hub.ward.blame(self, peer, failure)
@@ -282,13 +284,13 @@ class Conversation(Speaker):
         if hedge is not None:
             hedge.cancel()
 
-    def _resumable(self, event: Failed) -> Failed:
+    def _resumable(self, event: AttemptFailed) -> AttemptFailed:
         """The same loss, with whether the answer that is half-way out can go on elsewhere."""
         relay = self.relay
         if relay is not None and relay.finish_seen:
             return event  # behind an end there is nothing to go on with: an engine that is asked to would say more
         if self.resumption is None and relay is not None and relay.script is not None:
-            self.resumption = Resumption.of(self, relay, self.hub.clock())
+            self.resumption = Resume.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
             return event
         self.resumption.broke_off(relay, self.hub.clock())
@@ -302,7 +304,7 @@ class Conversation(Speaker):
                 self._tried_out(peer, now_s, well=False)
         place, self.place = self.place, None
         if place is not None:
-            self.lane.drain.ended(now_s)
+            self.lane.drain.record_end(now_s)
             booking, self.booking = self.booking, None
             if booking is None:
                 self.hub.ledger.settle(place.slot)
@@ -310,7 +312,7 @@ class Conversation(Speaker):
                 booking.settle()
             self.hub.room_freed(place.slot)
 
-    def _tried_out(self, peer: Peer, now_s: float, well: bool) -> None:
+    def _tried_out(self, peer: EndpointState, now_s: float, well: bool) -> None:
         self.on_trial = False
         self.hub.tables.tried_out(peer, now_s, well)
 
@@ -338,15 +340,15 @@ class Conversation(Speaker):
             self.write(head)
             self._flow(relay)
 
-    def _flow(self, relay: Relay) -> None:
+    def _flow(self, relay: ResponseRelay) -> None:
         """From here on the answer goes to the client as it comes."""
         self.deadline_s = self.first_s + watching.stall_s(self)
         if self.on_trial and self.peer is not None:  # others need not wait for the end of a long answer
             self._tried_out(self.peer, self.first_s, well=True)
         if self.lane.hedges and self.wanting is not None and relay.stream:
-            self.lane.first_tokens.saw(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
+            self.lane.first_tokens.record(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
         if relay.stream:
-            relay.script = script_of(self)
+            relay.script = transcript_of(self)
         if self.booking is not None:
             self.booking.first_token(self.first_s - self.started_s, self.first_s)
             self.hub.prompt_done()
@@ -400,7 +402,7 @@ class Conversation(Speaker):
 
     # --- what ends it from outside ---
 
-    def client_gone(self, event: Gone = GONE) -> None:
+    def client_gone(self, event: ClientGone = GONE) -> None:
         """The client left: cancel upstream, in whatever phase."""
         if self.exchange.state is State.ENDED:
             return
@@ -415,12 +417,12 @@ class Conversation(Speaker):
         if self.exchange.state is State.WAITING:
             placing.stop_waiting(self)
             ahead = max(1, len(self.lane.room))
-            self.report(Overdue(self.lane.drain.wait_s(ahead)))
+            self.report(Overdue(self.lane.drain.retry_after_s(ahead)))
         elif relay is not None and relay.paused:
             self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
         elif relay is not None and not relay.finish() and not watching.has_more_time(self, now_s):
             relay.cancel()
-            self._lost(Failed(Failure.TIMEOUT))
+            self._lost(AttemptFailed(Failure.TIMEOUT))
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""
@@ -438,10 +440,10 @@ class Conversation(Speaker):
 ACTIONS: dict[type, Callable[..., None]] = {
     Pick: placing.pick,
     Wait: placing.wait,
-    Send: Conversation._send,
-    Commit: Conversation._commit,
-    Continue: Conversation._continue,
-    Refuse: Conversation._refuse,
-    Interrupt: Conversation._interrupt,
-    Finish: Conversation._end,
+    Send: RequestHandler._send,
+    Commit: RequestHandler._commit,
+    Continue: RequestHandler._continue,
+    Refuse: RequestHandler._refuse,
+    Interrupt: RequestHandler._interrupt,
+    Finish: RequestHandler._end,
 }

@@ -2,21 +2,21 @@
 
 from typing import TYPE_CHECKING
 
-from fleetgate.core.admission.request_queue import Ticket
+from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.exchange import NotPicked, Overdue, Pick, Picked, QueueFull, Wait
 from fleetgate.core.routing.route import NoPlace, Rejection
-from fleetgate.proxy.request.reservation import Booking, Wanting
-from fleetgate.proxy.routing.routing_table import LaneState
+from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
+from fleetgate.proxy.routing.routing_table import ModelRouteState
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import Conversation
+    from fleetgate.proxy.request.handler import RequestHandler
 
 COOLS_WAIT_MAX_S = 2.0  # FAULTS.md row 16: in place only for so long
 QUEUE_FULL = QueueFull()
 LOST = (NoPlace.NONE_UP, NoPlace.ALL_TRIED)  # unless somebody who is out proves better than thought
 
 
-def pick(conversation: "Conversation", command: Pick) -> None:
+def pick(conversation: "RequestHandler", command: Pick) -> None:
     """Look for a place, and report what came of it."""
     hub, lane = conversation.hub, conversation.lane
     if lane.tables is not hub.tables:
@@ -31,9 +31,9 @@ def pick(conversation: "Conversation", command: Pick) -> None:
     _pick_by_route(conversation, command, lane)
 
 
-def _pick_by_route(conversation: "Conversation", command: Pick, lane: LaneState) -> None:
+def _pick_by_route(conversation: "RequestHandler", command: Pick, lane: ModelRouteState) -> None:
     hub, now_s = conversation.hub, conversation.hub.clock()
-    wanting = conversation.wanting = conversation.wanting or Wanting(conversation)
+    wanting = conversation.wanting = conversation.wanting or PlacementRequest(conversation)
     first = lane.room.first() if conversation.ticket is None and not command.tried else None
     if first is not None and first.priority <= wanting.priority:
         conversation.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
@@ -55,20 +55,20 @@ def _pick_by_route(conversation: "Conversation", command: Pick, lane: LaneState)
             conversation.report(NotPicked(why))
         return
     conversation.place = conversation.last_place = hub.tables.places[placed.candidate.slot]
-    conversation.booking = Booking(hub, placed, lane.desk.promised, now_s)
-    lane.affinity.sent(wanting.chain, placed.hold.endpoint_slot)
+    conversation.booking = Reservation(hub, placed, lane.desk.has_slo, now_s)
+    lane.affinity.record(wanting.chain, placed.reservation.endpoint_slot)
     if conversation.ticket is not None:
         stop_waiting(conversation, served=True)
     conversation.report(Picked(placed.candidate))
 
 
-def _exhausted(conversation: "Conversation", slots: tuple[int, ...], now_s: float) -> list[int]:
+def _exhausted(conversation: "RequestHandler", slots: tuple[int, ...], now_s: float) -> list[int]:
     """Those of the Deployments tried that have no other Endpoint to try."""
     places, failed = conversation.hub.tables.places, conversation.failed_peers
     return [slot for slot in slots if slot not in places or not places[slot].choose(now_s, failed)]
 
 
-def wait(conversation: "Conversation", command: Wait) -> None:
+def wait(conversation: "RequestHandler", command: Wait) -> None:
     """Join the row, unless it is full or the wait would be in vain."""
     if conversation.ticket is not None:
         return  # woken in vain: it keeps its place in the row
@@ -80,7 +80,7 @@ def wait(conversation: "Conversation", command: Wait) -> None:
         conversation.report(Overdue(cools_s))
         return
     if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
-        shed = lane.room.latest(wanting.priority, request.key.name)
+        shed = lane.room.shed_candidate(wanting.priority, request.key.name)
         if shed is None:
             conversation.report(QUEUE_FULL)
             return
@@ -88,17 +88,17 @@ def wait(conversation: "Conversation", command: Wait) -> None:
     need, outlooks = wanting.need, hub.learning.outlooks
     conversation.deadline_s = lane.desk.waits_until_s(need, conversation.wants_since_s, outlooks, request.timeout_s)
     promised = gateway.slo is not None or request.timeout_s  # to the client, or by it to somebody
-    expected_s = hub.clock() + lane.drain.expected_s(len(lane.room) + 1) if promised else 0.0
+    expected_s = hub.clock() + lane.drain.wait_expected_s(len(lane.room) + 1) if promised else 0.0
     if expected_s > conversation.deadline_s:  # it would only wait in vain
-        conversation.report(Overdue(lane.drain.wait_s(len(lane.room) + 1)))
+        conversation.report(Overdue(lane.drain.retry_after_s(len(lane.room) + 1)))
         return
-    conversation.ticket = Ticket(conversation.deadline_s, request.key.name, need.units, wanting.priority)
+    conversation.ticket = QueueEntry(conversation.deadline_s, request.key.name, need.units, wanting.priority)
     lane.room.join(conversation.ticket, ahead=conversation.exchange.moves > 0)
     hub.waiters[conversation.ticket] = conversation
     hub.count_waiting(lane, 1)
 
 
-def stop_waiting(conversation: "Conversation", served: bool = False) -> None:
+def stop_waiting(conversation: "RequestHandler", served: bool = False) -> None:
     """Leave the row, if it waits."""
     ticket, conversation.ticket = conversation.ticket, None
     if ticket is not None:

@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from fleetgate.core.admission.retry_budget import spread_s
+from fleetgate.core.admission.retry_budget import jittered_s
 from fleetgate.core.exchange import Refuse
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import status_line
-from fleetgate.proxy.routing.routing_table import Place
-from fleetgate.proxy.transport.response_relay import Relay
+from fleetgate.proxy.routing.routing_table import DeploymentState
+from fleetgate.proxy.transport.response_relay import ResponseRelay
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import Conversation
-    from fleetgate.proxy.request.response_writer import Speaker
+    from fleetgate.proxy.request.handler import RequestHandler
+    from fleetgate.proxy.request.response_writer import ResponseWriter
 
 _OK = status_line(200)
 JSON = b"content-type: application/json\r\n"
@@ -34,7 +34,7 @@ MESSAGES = {
 }
 
 
-def relayed_head(conversation: "Conversation", relay: Relay, place: Place, length: int) -> bytes:
+def relayed_head(conversation: "RequestHandler", relay: ResponseRelay, place: DeploymentState, length: int) -> bytes:
     """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
     client_headers = conversation.request.answer_headers + _closing(conversation)
     if length >= 0:
@@ -55,14 +55,14 @@ def relayed_head(conversation: "Conversation", relay: Relay, place: Place, lengt
     )
 
 
-def _closing(conversation: "Speaker") -> bytes:
+def _closing(conversation: "ResponseWriter") -> bytes:
     """What tells the client that this connection's last answer begins: while the worker drains each is one."""
     if conversation.hub.draining:
         conversation.client.keep_alive = False
     return b"" if conversation.client.keep_alive else _CLOSE
 
 
-def early_head(conversation: "Speaker", place: Place) -> bytes:
+def early_head(conversation: "ResponseWriter", place: DeploymentState) -> bytes:
     """The head of a stream whose first event is not here yet; it names the attempt in hand."""
     client_headers = conversation.request.answer_headers + _closing(conversation)
     framing = b"" if conversation.request.raw else b"transfer-encoding: chunked\r\n"
@@ -77,7 +77,7 @@ def early_head(conversation: "Speaker", place: Place) -> bytes:
     )
 
 
-def place_comment(place: Place, attempts: int) -> bytes:
+def place_comment(place: DeploymentState, attempts: int) -> bytes:
     """Who answers from here on, where the head named somebody else: a comment, which SDKs ignore."""
     deployment = place.deployment
     return b": fleetgate deployment=%b region=%b attempts=%d\n\n" % (
@@ -87,13 +87,13 @@ def place_comment(place: Place, attempts: int) -> bytes:
     )
 
 
-def refusal(conversation: "Conversation", refuse: Refuse) -> bytes:
+def refusal(conversation: "RequestHandler", refuse: Refuse) -> bytes:
     """An error of ours after the core has decided."""
     extra = JSON + b"x-fleetgate-attempts: %d\r\n" % conversation.attempts
     if refuse.retry_after_s:
         wait_s = refuse.retry_after_s
         if refuse.status == 503:
-            wait_s = spread_s(wait_s, crc32(conversation.request_id) / 2**32)
+            wait_s = jittered_s(wait_s, crc32(conversation.request_id) / 2**32)
         extra += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (max(1, round(wait_s)), max(1, round(wait_s * 1000)))
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")

@@ -5,30 +5,30 @@ from typing import TYPE_CHECKING
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
 from fleetgate.proxy.request import response_heads as answers
-from fleetgate.proxy.routing.routing_table import Place
+from fleetgate.proxy.routing.routing_table import DeploymentState
 
 if TYPE_CHECKING:
     from fleetgate.proxy.downstream.client_connection import ClientConnection
-    from fleetgate.proxy.downstream.request_authorizer import Admitted
-    from fleetgate.proxy.request.usage import Owed
+    from fleetgate.proxy.downstream.request_authorizer import RequestContext
+    from fleetgate.proxy.request.usage import PendingCharge
     from fleetgate.proxy.worker.services import Hub
 
 COMMENT_EVERY_S = 10.0  # FAULTS.md row 6
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Speaker:
+class ResponseWriter:
     """Writes to one client. Its attributes are a conversation's."""
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
     hub: "Hub"
     client: "ClientConnection"
-    request: "Admitted"
+    request: "RequestContext"
     request_id: bytes
-    place: Place | None = None  # where a reservation is held
+    place: DeploymentState | None = None  # where a reservation is held
     first_s = 0.0
     attempts = 0
-    owed: "Owed | None" = None  # an attempt that broke off half-way, until it is known who goes on
+    owed: "PendingCharge | None" = None  # an attempt that broke off half-way, until it is known who goes on
     status = 0
     written = 0
     tail = b""  # the answer's last bytes, written when its place is free again
@@ -49,7 +49,7 @@ class Speaker:
         """Send an event or comment of our own."""
         self.write(self.framed(event))
 
-    def say_who_answers(self, place: Place) -> None:
+    def say_who_answers(self, place: DeploymentState) -> None:
         """Name the Deployment that answers from here on, where the head named an earlier one."""
         if self.attempts != self.early_attempts:
             self.write_event(answers.place_comment(place, self.attempts))

@@ -1,15 +1,15 @@
 """Requests that we end while their clients are there: their key was revoked, or the worker has to go."""
 
-from fleetgate.core.exchange import Gone, Outcome, Refuse, State
+from fleetgate.core.exchange import ClientGone, Outcome, Refuse, State
 from fleetgate.protocols.clients import openai
 from fleetgate.proxy.request import response_heads as answers
-from fleetgate.proxy.request.handler import Conversation
+from fleetgate.proxy.request.handler import RequestHandler
 
 REVOKED = Refuse(401, "invalid_api_key", should_retry=False)
 SHUTTING_DOWN = Refuse(503, "shutting_down", retry_after_s=1.0, should_retry=True)
 
 
-def cut_off(conversation: Conversation, why: Refuse) -> None:
+def terminate(conversation: RequestHandler, why: Refuse) -> None:
     """End it with an answer that says why, or as loudly as half an answer can be ended."""
     if conversation.exchange.state is State.ENDED:
         return
@@ -17,7 +17,7 @@ def cut_off(conversation: Conversation, why: Refuse) -> None:
     if not conversation.written:
         conversation.account(Outcome.REFUSED.value.encode())  # nobody is billed for it
         conversation.status, conversation.tail = why.status, answers.refusal(conversation, why)
-        conversation.client_gone(Gone(Outcome.REFUSED))
+        conversation.client_gone(ClientGone(Outcome.REFUSED))
         return
     if conversation.ask.stream:
         conversation.write_event(openai.error_event(why.code, answers.MESSAGES[why.code]))

@@ -11,17 +11,17 @@ from zlib import crc32
 
 import msgspec
 
-from fleetgate.core.admission.work_ledger import Books
-from fleetgate.core.capacity.adaptive_limit import Change, Counts, Signals
-from fleetgate.core.capacity.deployment_view import Outlook, Seat
-from fleetgate.core.capacity.latency_model import Fit
-from fleetgate.core.capacity.online_estimate import UNKNOWN_BATCH, Estimate, Sighting, Steps
+from fleetgate.core.admission.work_ledger import WorkLedger
+from fleetgate.core.capacity.adaptive_limit import EngineLoad, LimitChange, ViolationCounts
+from fleetgate.core.capacity.deployment_view import DeploymentView, EndpointCapacity
+from fleetgate.core.capacity.latency_model import LatencyPrediction
+from fleetgate.core.capacity.online_estimate import UNKNOWN_BATCH, DecodeProgress, Observation, OnlineEstimate
 from fleetgate.core.model import Deployment, Slo, Snapshot
 from fleetgate.core.routing.load_view import COOLING
-from fleetgate.ipc.shared_memory import LEARNED_CELLS, TALLY_CELLS, Board, Learned, Signal
+from fleetgate.ipc.shared_memory import LEARNED_CELLS, TALLY_CELLS, EndpointSignal, LearnedCell, SharedMemory
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.routing.routing_table import Place
+    from fleetgate.proxy.routing.routing_table import DeploymentState
 
 FRESH_MS = 3_000  # three polls: an older signal counts as no signal
 
@@ -51,16 +51,16 @@ def mark_of(deployment: Deployment, slo: Slo) -> int:
     return crc32(msgspec.json.encode(bearing)) + 1
 
 
-class Learning:
+class CapacityTracker:
     """The Estimates of one worker, by Deployment name, and the Outlooks that requests read, by slot."""
 
-    def __init__(self, board: Board, books: Books) -> None:
+    def __init__(self, board: SharedMemory, books: WorkLedger) -> None:
         self._board = board
         self._books = books
-        self._estimates: dict[str, Estimate] = {}
-        self._by_slot: dict[int, Estimate] = {}
+        self._estimates: dict[str, OnlineEstimate] = {}
+        self._by_slot: dict[int, OnlineEstimate] = {}
         self._marks: dict[str, int] = {}
-        self.outlooks: dict[int, Outlook] = {}
+        self.outlooks: dict[int, DeploymentView] = {}
 
     def use(self, snapshot: Snapshot) -> None:
         """Take a new Snapshot; what was learned of Deployments that stay the same stays."""
@@ -72,32 +72,34 @@ class Learning:
                 known.deployment = deployment
                 self._estimates[deployment.name] = known
             else:
-                self._estimates[deployment.name] = Estimate(deployment, slo)
+                self._estimates[deployment.name] = OnlineEstimate(deployment, slo)
         self._by_slot = {estimate.deployment.slot: estimate for estimate in self._estimates.values()}
         self._marks = {name: mark_of(one.deployment, one.slo) for name, one in self._estimates.items()}
 
-    def saw_first(self, slot: int, fit: Fit, observed_s: float) -> None:
+    def saw_first(self, slot: int, fit: LatencyPrediction, observed_s: float) -> None:
         """A first token came so long after its request was sent."""
         if slot in self._by_slot:
-            self._by_slot[slot].saw_first(fit, observed_s)
+            self._by_slot[slot].record_first_token(fit, observed_s)
 
     def saw_end(self, slot: int, units: float, held_s: float) -> None:
         """An answer ended as it should, of so many CU, so long after its request was sent."""
         if slot in self._by_slot:
-            self._by_slot[slot].saw_end(units, held_s)
+            self._by_slot[slot].record_end(units, held_s)
 
-    def renew(self, place: "Place", now_ms: int) -> None:
+    def renew(self, place: "DeploymentState", now_ms: int) -> None:
         """Work out what requests read of a Deployment until the next look. Cost: 6 µs."""
         deployment = place.deployment
         estimate = self._estimates[deployment.name]
-        seats = tuple(Seat(peer.endpoint.slot, peer.endpoint.engines) for peer in place.fit_peers(now_ms / 1000))
-        rtt_s = min((self._board.signal(seat.endpoint_slot, Signal.RTT_US) for seat in seats), default=0) / 1e6
+        seats = tuple(
+            EndpointCapacity(peer.endpoint.slot, peer.endpoint.engines) for peer in place.fit_peers(now_ms / 1000)
+        )
+        rtt_s = min((self._board.signal(seat.endpoint_slot, EndpointSignal.RTT_US) for seat in seats), default=0) / 1e6
         at = deployment.slot * LEARNED_CELLS
         seen_ms, limit, margin_permille, _, mark = self._board.learned[at : at + LEARNED_CELLS]
         if now_ms - seen_ms < FRESH_MS and mark == self._marks[deployment.name]:
-            estimate.limits.limit = float(limit)
-            estimate.limits.margin = margin_permille / 1000
-        outlook = estimate.outlook(Sighting(place.fit, seats, place.foreign, rtt_s))
+            estimate.adaptive_limit.limit = float(limit)
+            estimate.adaptive_limit.margin = margin_permille / 1000
+        outlook = estimate.view(Observation(place.fit, seats, place.foreign, rtt_s))
         if place.foreign >= COOLING and not outlook.limit:
             outlook = msgspec.structs.replace(outlook, limit=1)  # without a limit nothing is ever full
         share = place.share(now_ms / 1000)
@@ -112,51 +114,51 @@ class Learning:
         for estimate in self._estimates.values():
             outlook = self.outlooks.get(estimate.deployment.slot)
             if outlook is not None:
-                steps = [Steps(seat, furthest.get(seat.endpoint_slot, 0)) for seat in outlook.seats]
-                estimate.learn_pace(self._books, steps, now_s)
+                steps = [DecodeProgress(seat, furthest.get(seat.endpoint_slot, 0)) for seat in outlook.endpoints]
+                estimate.learn_speed(self._books, steps, now_s)
 
     def _guess_places(self) -> None:
         """An engine of which no limit is known yet is taken to hold what the others hold: so they can be compared."""
         unknown = [estimate for estimate in self._estimates.values() if estimate.deployment.profile is None]
-        known = [one.limits.limit / one.engines for one in unknown if one.limits.limit]
+        known = [one.adaptive_limit.limit / one.engines for one in unknown if one.adaptive_limit.limit]
         for estimate in unknown:
-            estimate.places_guess = sum(known) / len(known) if known else UNKNOWN_BATCH
+            estimate.slots_guess = sum(known) / len(known) if known else UNKNOWN_BATCH
 
-    def correct_limits(self, now_ms: int) -> Iterable[tuple[str, Change]]:
+    def correct_limits(self, now_ms: int) -> Iterable[tuple[str, LimitChange]]:
         """Once a second, in the prober's worker: every limit that moved, by Deployment, with the reason."""
         for name, estimate in self._estimates.items():
             slot = estimate.deployment.slot
             counts, signals = self._counts(slot), self._signals(estimate.deployment, now_ms)
             change = estimate.learn_limit(counts, self._board.in_flight_total(slot), signals, now_ms / 1000)
-            at, limits = slot * LEARNED_CELLS, estimate.limits
-            self._board.learned[at + Learned.LIMIT] = int(limits.limit)
-            self._board.learned[at + Learned.MARGIN_PERMILLE] = int(limits.margin * 1000)
-            self._board.learned[at + Learned.MILLIUNITS] = int(estimate.units * 1000)
-            self._board.learned[at + Learned.OF] = self._marks[name]
-            self._board.learned[at + Learned.SEEN_MS] = now_ms
+            at, limits = slot * LEARNED_CELLS, estimate.adaptive_limit
+            self._board.learned[at + LearnedCell.LIMIT] = int(limits.limit)
+            self._board.learned[at + LearnedCell.MARGIN_PERMILLE] = int(limits.margin * 1000)
+            self._board.learned[at + LearnedCell.MILLIUNITS] = int(estimate.units * 1000)
+            self._board.learned[at + LearnedCell.OF] = self._marks[name]
+            self._board.learned[at + LearnedCell.SEEN_MS] = now_ms
             if change is not None:
                 yield name, change
 
-    def _counts(self, slot: int) -> Counts:
+    def _counts(self, slot: int) -> ViolationCounts:
         at = slot * self._board.workers * TALLY_CELLS
-        cells = self._board.tallies[at : at + self._board.workers * TALLY_CELLS]
-        return Counts(*(sum(cells[cell::TALLY_CELLS]) for cell in range(TALLY_CELLS)))
+        cells = self._board.deployment_counters[at : at + self._board.workers * TALLY_CELLS]
+        return ViolationCounts(*(sum(cells[cell::TALLY_CELLS]) for cell in range(TALLY_CELLS)))
 
-    def _signals(self, deployment: Deployment, now_ms: int) -> Signals:
+    def _signals(self, deployment: Deployment, now_ms: int) -> EngineLoad:
         board = self._board
         fresh = [
             endpoint.slot
             for endpoint in deployment.endpoints
-            if now_ms - board.signal(endpoint.slot, Signal.LOAD_SEEN_MS) < FRESH_MS
+            if now_ms - board.signal(endpoint.slot, EndpointSignal.LOAD_SEEN_MS) < FRESH_MS
         ]
         if not fresh:
-            return Signals()
-        kv_share = max(board.signal(slot, Signal.KV_PERMILLE) for slot in fresh) / 1000
-        waiting = sum(max(0, board.signal(slot, Signal.WAITING)) for slot in fresh)
-        return Signals(waiting, kv_share if kv_share >= 0 else None)
+            return EngineLoad()
+        kv_share = max(board.signal(slot, EndpointSignal.KV_PERMILLE) for slot in fresh) / 1000
+        waiting = sum(max(0, board.signal(slot, EndpointSignal.WAITING)) for slot in fresh)
+        return EngineLoad(waiting, kv_share if kv_share >= 0 else None)
 
 
-def change_sentence(deployment: str, change: Change) -> str:
+def change_sentence(deployment: str, change: LimitChange) -> str:
     """A limit that moved, as one sentence for the log and the Event."""
     before, after = str(change.before or "none"), str(change.after or "none")
     return f"The limit of Deployment {deployment} went from {before} to {after}: {change.because}."

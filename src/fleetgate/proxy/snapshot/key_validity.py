@@ -9,14 +9,14 @@ import msgspec
 
 from fleetgate.core.model import Snapshot
 from fleetgate.ipc.revocation_list import REVOKED, read_revoked
-from fleetgate.ipc.shared_memory import Board, Plane
-from fleetgate.ipc.signed_file import PUBLIC_KEY, NotSigned
+from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory
+from fleetgate.ipc.signed_file import PUBLIC_KEY, SignatureInvalid
 
 
-class Freshness:
+class KeyValidity:
     """One worker's view. Units: `max_stale_s` 0 for no end."""
 
-    def __init__(self, data_dir: Path, board: Board, max_stale_s: float) -> None:
+    def __init__(self, data_dir: Path, board: SharedMemory, max_stale_s: float) -> None:
         self._path = data_dir / REVOKED
         self._public_key_path = data_dir / PUBLIC_KEY
         self._board = board
@@ -29,7 +29,7 @@ class Freshness:
 
     def silent_s(self, now_s: float) -> float:
         """Since when nothing was heard of the control plane; since ever where it never was."""
-        heard_ms = self._board.plane[Plane.HEARTBEAT_MS]
+        heard_ms = self._board.control_plane[ControlPlaneCell.HEARTBEAT_MS]
         return now_s - heard_ms / 1000 if heard_ms else float("inf")
 
     def look(self, now_s: float) -> bool:
@@ -53,7 +53,7 @@ class Freshness:
     def _read(self) -> None:
         try:
             listed = read_revoked(self._path, self._public_key_path.read_bytes())
-        except (NotSigned, OSError, ValueError) as error:
+        except (SignatureInvalid, OSError, ValueError) as error:
             # Whoever can damage the list must not bring a revoked key back to life with that.
             self.refused = f"{self._path} is refused, and what it said before stays: {error}"
             return

@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from fleetgate.core.canary_analysis import Results, Stage, Trial, judge, retry_after_s
+from fleetgate.core.canary_analysis import AttemptCounts, CanaryStage, CanaryTrial, next_stage, retry_after_s
 from fleetgate.core.model import Snapshot, same_routing
-from fleetgate.ipc.shared_memory import Board, Worker
-from fleetgate.proxy.snapshot.failure_rates import ResultReader
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
+from fleetgate.proxy.snapshot.failure_rates import FailureRateReader
 from fleetgate.proxy.snapshot.snapshot_file import EMPTY, SnapshotFile
 
 FOLLOW_S_MAX = 0.35  # a canary that hangs holds a change up for no longer
@@ -19,15 +19,15 @@ ALIVE_MS_MAX = 500  # since a worker's last sweep
 BASIS_EVERY_S = 5.0  # so the time before a change that it is compared with is 5 to 10 s
 
 
-class Basis(NamedTuple):
+class Baseline(NamedTuple):
     """Counts at a moment."""
 
     at_s: float
-    own: Results
-    others: Results
+    own: AttemptCounts
+    others: AttemptCounts
 
 
-class Owner(Protocol):
+class SnapshotUser(Protocol):
     """The worker around it."""
 
     def take(self, snapshot: Snapshot) -> bool:
@@ -43,30 +43,32 @@ class Owner(Protocol):
 class Rollout:
     """One worker's way from Snapshot to Snapshot. `careful` False takes each at once, without a trial."""
 
-    def __init__(self, file: SnapshotFile, board: Board, index: int, owner: Owner, careful: bool = True) -> None:
+    def __init__(
+        self, file: SnapshotFile, board: SharedMemory, index: int, owner: SnapshotUser, careful: bool = True
+    ) -> None:
         self._file = file
         self._board = board
         self._index = index
         self._owner = owner
         self._careful = careful
-        self._reader = ResultReader(board)
+        self._reader = FailureRateReader(board)
         self._current = EMPTY
         self._good = EMPTY  # what is gone back to
         self._next: Snapshot | None = None  # seen, and not in use
         self._next_since_s = 0.0
         self._taken_s = 0.0
-        self._trial: Trial | None = None
-        self._basis = [Basis(0.0, Results(), Results())] * 2
+        self._trial: CanaryTrial | None = None
+        self._basis = [Baseline(0.0, AttemptCounts(), AttemptCounts())] * 2
 
     # --- from start to end ---
 
     def start(self, now_s: float) -> None:
         """Take what there is: the file, or the last good copy where the file is not good or was returned from."""
         good, newest = self._file.last_good(), self._file.changed()
-        died_with = self._board.get(self._index, Worker.SNAPSHOT_TRYING)
-        self._set(Worker.SNAPSHOT_TRYING, 0)
+        died_with = self._board.get(self._index, WorkerCell.SNAPSHOT_TRYING)
+        self._set(WorkerCell.SNAPSHOT_TRYING, 0)
         if newest is not None and good is not None and self._careful and newest.version != good.version:
-            bad = {died_with, self._file.given_up(), *self._cells(Worker.SNAPSHOT_RETURNED)}
+            bad = {died_with, self._file.given_up(), *self._cells(WorkerCell.SNAPSHOT_RETURNED)}
             if newest.version in bad and self._owner.take(msgspec.structs.replace(good, keys=newest.keys)):
                 self._current = self._good = msgspec.structs.replace(good, keys=newest.keys)
                 self._next, self._next_since_s = newest, now_s
@@ -82,16 +84,16 @@ class Rollout:
 
     def _perhaps_own_the_trial(self, version: int, now_s: float) -> None:
         """Somebody has to try again what was given up: who gave it up, or anyone where that is not known."""
-        returned = self._cells(Worker.SNAPSHOT_RETURNED)
+        returned = self._cells(WorkerCell.SNAPSHOT_RETURNED)
         if returned[self._index] == version or version not in returned:
-            self._set(Worker.SNAPSHOT_RETURNED, version)
-            none = Results()
-            self._trial = Trial(Stage.WAITING, now_s, none, none, none, none, returns=1)
+            self._set(WorkerCell.SNAPSHOT_RETURNED, version)
+            none = AttemptCounts()
+            self._trial = CanaryTrial(CanaryStage.WAITING, now_s, none, none, none, none, returns=1)
 
     def look(self, now_s: float) -> None:
         """Ten times a second. Cost: 4 µs when nothing changed."""
         if now_s - self._basis[1].at_s >= BASIS_EVERY_S:
-            self._basis = [self._basis[1], Basis(now_s, self._own(), self._others())]
+            self._basis = [self._basis[1], Baseline(now_s, self._own(), self._others())]
         newest = self._file.changed()
         if newest is not None:
             self._arrived(newest, now_s)
@@ -100,7 +102,7 @@ class Rollout:
         elif self._next is not None:
             self._consider(self._next, now_s)
         elif self._good is not self._current:
-            if self._current.version in self._cells(Worker.SNAPSHOT_RETURNED):
+            if self._current.version in self._cells(WorkerCell.SNAPSHOT_RETURNED):
                 self._go_back(now_s)
             elif not self._is_trying():
                 self._good = self._current
@@ -109,7 +111,7 @@ class Rollout:
     def is_urgent(self) -> bool:
         """Whether to look sooner: others wait for this worker, or it waits for one of them."""
         trial = self._trial
-        return trial.stage is Stage.LOOK if trial is not None else self._next is not None
+        return trial.stage is CanaryStage.LOOK if trial is not None else self._next is not None
 
     # --- a new one ---
 
@@ -121,23 +123,23 @@ class Rollout:
             self._take_keys(newest)
         elif self._next is None and same_routing(newest, self._current):
             if self._trial is not None:
-                self._set(Worker.SNAPSHOT_TRYING, newest.version)
+                self._set(WorkerCell.SNAPSHOT_TRYING, newest.version)
             if self._take(newest, now_s) and not self._is_trying():
                 self._good = self._current
                 if self._is_canary(now_s):
                     self._settle()
         else:
-            if max(self._cells(Worker.SNAPSHOT_PROVEN)) >= self._current.version:
+            if max(self._cells(WorkerCell.SNAPSHOT_PROVEN)) >= self._current.version:
                 self._good = self._current
             self._trial = None
-            self._set(Worker.SNAPSHOT_TRYING, 0)
-            self._set(Worker.SNAPSHOT_RETURNED, 0)
+            self._set(WorkerCell.SNAPSHOT_TRYING, 0)
+            self._set(WorkerCell.SNAPSHOT_RETURNED, 0)
             self._next, self._next_since_s = newest, now_s
 
     def _take_keys(self, newest: Snapshot) -> None:
         """Its routing is not taken (yet), but keys do not wait for that."""
         if self._trial is not None:
-            self._set(Worker.SNAPSHOT_RETURNED, newest.version)
+            self._set(WorkerCell.SNAPSHOT_RETURNED, newest.version)
             self._file.give_up(newest.version)
         self._next = newest
         merged = msgspec.structs.replace(self._current, keys=newest.keys)
@@ -146,9 +148,9 @@ class Rollout:
             self._current = merged
 
     def _consider(self, newest: Snapshot, now_s: float) -> None:
-        if newest.version in self._cells(Worker.SNAPSHOT_RETURNED):
+        if newest.version in self._cells(WorkerCell.SNAPSHOT_RETURNED):
             self._next_since_s = now_s
-        elif max(self._cells(Worker.SNAPSHOT_PROVEN)) >= newest.version:
+        elif max(self._cells(WorkerCell.SNAPSHOT_PROVEN)) >= newest.version:
             self._take(newest, now_s)
         elif self._is_canary(now_s):
             self._try(newest, now_s)
@@ -157,42 +159,42 @@ class Rollout:
 
     def _try(self, newest: Snapshot, now_s: float) -> None:
         """Take it before the others do."""
-        self._set(Worker.SNAPSHOT_TRYING, newest.version)
+        self._set(WorkerCell.SNAPSHOT_TRYING, newest.version)
         before, before_all = self._before()
         if not self._take(newest, now_s):
-            self._set(Worker.SNAPSHOT_RETURNED, newest.version)
-            self._set(Worker.SNAPSHOT_TRYING, 0)
+            self._set(WorkerCell.SNAPSHOT_RETURNED, newest.version)
+            self._set(WorkerCell.SNAPSHOT_TRYING, 0)
             self._next = None
             self._owner.tell(newest.version, f"Snapshot {newest.version} cannot be used; {self._stays()}.")
             return
-        self._trial = Trial(Stage.LOOK, now_s, before, before_all, self._own(), self._others())
+        self._trial = CanaryTrial(CanaryStage.LOOK, now_s, before, before_all, self._own(), self._others())
 
     # --- on trial ---
 
-    def _judge(self, trial: Trial, now_s: float) -> None:
-        after = judge(trial, self._own(), self._others(), now_s)
+    def _judge(self, trial: CanaryTrial, now_s: float) -> None:
+        after = next_stage(trial, self._own(), self._others(), now_s)
         self._trial = after
         if after.stage is trial.stage:
             return
         match after.stage:
-            case Stage.PROBATION:
-                self._set(Worker.SNAPSHOT_PROVEN, self._current.version)
-            case Stage.GOOD:
+            case CanaryStage.PROBATION:
+                self._set(WorkerCell.SNAPSHOT_PROVEN, self._current.version)
+            case CanaryStage.GOOD:
                 self._settle()
-            case Stage.RETURNED:
+            case CanaryStage.RETURNED:
                 self._return(after, trial.stage, now_s)
-            case Stage.WAITING:
+            case CanaryStage.WAITING:
                 pass
-            case Stage.LOOK | Stage.CLEARED if self._next is not None:
+            case CanaryStage.LOOK | CanaryStage.CLEARED if self._next is not None:
                 self._again(after, self._next, now_s)
 
-    def _return(self, trial: Trial, stage: Stage, now_s: float) -> None:
+    def _return(self, trial: CanaryTrial, stage: CanaryStage, now_s: float) -> None:
         given_up, took_s = self._current.version, now_s - self._taken_s
-        self._set(Worker.SNAPSHOT_RETURNED, given_up)
-        self._set(Worker.SNAPSHOT_PROVEN, self._good.version)
-        self._set(Worker.SNAPSHOT_TRYING, 0)
+        self._set(WorkerCell.SNAPSHOT_RETURNED, given_up)
+        self._set(WorkerCell.SNAPSHOT_PROVEN, self._good.version)
+        self._set(WorkerCell.SNAPSHOT_TRYING, 0)
         self._file.give_up(given_up)
-        bad, everywhere = trial.bad, stage is Stage.PROBATION
+        bad, everywhere = trial.bad, stage is CanaryStage.PROBATION
         who = "all workers" if everywhere else f"worker {self._index}"
         before = trial.before_all if everywhere else trial.before
         self._go_back(now_s)
@@ -210,14 +212,14 @@ class Rollout:
             self._current = self._good = back
             self._next, self._next_since_s = newest, now_s
 
-    def _again(self, trial: Trial, newest: Snapshot, now_s: float) -> None:
+    def _again(self, trial: CanaryTrial, newest: Snapshot, now_s: float) -> None:
         """Take what was returned from: on trial once more, or for good because going back did not help."""
-        self._set(Worker.SNAPSHOT_RETURNED, 0)
+        self._set(WorkerCell.SNAPSHOT_RETURNED, 0)
         before, before_all = self._before()
         if not self._take(newest, now_s):
             return
-        if trial.stage is Stage.LOOK:
-            self._set(Worker.SNAPSHOT_TRYING, newest.version)
+        if trial.stage is CanaryStage.LOOK:
+            self._set(WorkerCell.SNAPSHOT_TRYING, newest.version)
             self._trial = msgspec.structs.replace(trial, before=before, before_all=before_all)
             return
         self._owner.tell(
@@ -242,9 +244,9 @@ class Rollout:
         self._good = self._current
         version = self._current.version
         for cell, value in (
-            (Worker.SNAPSHOT_PROVEN, version),
-            (Worker.SNAPSHOT_TRYING, 0),
-            (Worker.SNAPSHOT_RETURNED, 0),
+            (WorkerCell.SNAPSHOT_PROVEN, version),
+            (WorkerCell.SNAPSHOT_TRYING, 0),
+            (WorkerCell.SNAPSHOT_RETURNED, 0),
         ):
             self._set(cell, value)
         self._file.give_up(0)
@@ -258,33 +260,33 @@ class Rollout:
         board, oldest_ms = self._board, now_s * 1000 - ALIVE_MS_MAX
         for worker in range(board.workers):
             if worker == self._index:
-                return bool(board.get(worker, Worker.ACCEPTING))
-            if board.get(worker, Worker.ACCEPTING) and board.get(worker, Worker.HEARTBEAT_MS) >= oldest_ms:
+                return bool(board.get(worker, WorkerCell.ACCEPTING))
+            if board.get(worker, WorkerCell.ACCEPTING) and board.get(worker, WorkerCell.HEARTBEAT_MS) >= oldest_ms:
                 return False
         return False
 
     def _is_trying(self) -> bool:
         """Whether any worker has a Snapshot on trial."""
-        return any(self._cells(Worker.SNAPSHOT_TRYING))
+        return any(self._cells(WorkerCell.SNAPSHOT_TRYING))
 
-    def _cells(self, cell: Worker) -> list[int]:
+    def _cells(self, cell: WorkerCell) -> list[int]:
         return [self._board.get(worker, cell) for worker in range(self._board.workers)]
 
-    def _set(self, cell: Worker, value: int) -> None:
+    def _set(self, cell: WorkerCell, value: int) -> None:
         self._board.set(self._index, cell, value)
 
     def _gateways(self) -> list[str]:
         """Those that both have: what fails in a new Gateway would not do better without it."""
         return [gateway.name for gateway in self._good.gateways]
 
-    def _before(self) -> tuple[Results, Results]:
+    def _before(self) -> tuple[AttemptCounts, AttemptCounts]:
         """What ended in the last seconds, in this worker and in all."""
         basis = self._basis[0]
-        own = self._own().since(basis.own)
-        return own, own.plus(self._others().since(basis.others))
+        own = self._own().minus(basis.own)
+        return own, own.plus(self._others().minus(basis.others))
 
-    def _own(self) -> Results:
+    def _own(self) -> AttemptCounts:
         return self._reader.of(self._index, self._gateways())
 
-    def _others(self) -> Results:
+    def _others(self) -> AttemptCounts:
         return self._reader.of_others(self._index, self._gateways())

@@ -6,13 +6,13 @@ from pathlib import Path
 import msgspec
 
 from fleetgate.core.model import SNAPSHOT_BYTES_MAX, Snapshot, decode_snapshot
-from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, NotSigned, verified
+from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, SignatureInvalid, verified
 
 EMPTY = Snapshot(version=0, made_at_s=0.0)
 GIVEN_UP = "snapshot.given-up"  # a note beside them: the version that was returned from, for those who start later
 
 
-class Unfit(Exception):
+class SnapshotUnusable(Exception):
     """A Snapshot that is not taken; the text says why."""
 
 
@@ -49,7 +49,7 @@ class SnapshotFile:
         except OSError as error:
             self.refused = f"{self._path} cannot be read: {error.strerror}"  # and the next look tries again
             return None
-        except Unfit as error:
+        except SnapshotUnusable as error:
             self.refused = f"{self._path} is refused: {error}"
             snapshot = None
         else:
@@ -61,7 +61,7 @@ class SnapshotFile:
         """The copy, if it is good: what a proxy starts from when the file is not."""
         try:
             snapshot = self._read(self._copy.read_bytes())
-        except (OSError, Unfit):
+        except (OSError, SnapshotUnusable):
             return None
         self._copied = snapshot.version
         self._newest = max(self._newest, snapshot.version)
@@ -107,14 +107,14 @@ class SnapshotFile:
     def _take(self, size_bytes: int) -> Snapshot | None:
         """The file's Snapshot; None for the one that was taken before."""
         if size_bytes > SNAPSHOT_BYTES_MAX:
-            raise Unfit(f"it has {size_bytes} bytes and {SNAPSHOT_BYTES_MAX} are the most")
+            raise SnapshotUnusable(f"it has {size_bytes} bytes and {SNAPSHOT_BYTES_MAX} are the most")
         data = self._path.read_bytes()
         snapshot = self._read(data)
         if snapshot.version < self._newest:
-            raise Unfit(f"it is version {snapshot.version}, and version {self._newest} was seen before")
+            raise SnapshotUnusable(f"it is version {snapshot.version}, and version {self._newest} was seen before")
         if snapshot.version == self._newest and self.data:
             if data != self.data:
-                raise Unfit(f"it is another version {snapshot.version} than the one seen before")
+                raise SnapshotUnusable(f"it is another version {snapshot.version} than the one seen before")
             return None
         self._newest, self.data = snapshot.version, data
         return snapshot
@@ -124,15 +124,17 @@ class SnapshotFile:
             try:
                 self._public_key = self._public_key_path.read_bytes()
             except OSError as error:
-                raise Unfit(f"{self._public_key_path}, which it is checked with, cannot be read: {error}") from None
+                raise SnapshotUnusable(
+                    f"{self._public_key_path}, which it is checked with, cannot be read: {error}"
+                ) from None
         try:
             snapshot = decode_snapshot(verified(data, self._public_key))
-        except (NotSigned, msgspec.MsgspecError) as error:
-            raise Unfit(str(error)) from None
+        except (SignatureInvalid, msgspec.MsgspecError) as error:
+            raise SnapshotUnusable(str(error)) from None
         except ValueError:
-            raise Unfit(f"{self._public_key_path}, which it is checked with, is damaged") from None
+            raise SnapshotUnusable(f"{self._public_key_path}, which it is checked with, is damaged") from None
         if snapshot.version < 1:
-            raise Unfit("its version is under 1")
+            raise SnapshotUnusable("its version is under 1")
         if not (snapshot.gateways or snapshot.emptied):
-            raise Unfit("it has no Gateway and does not say that this is meant")
+            raise SnapshotUnusable("it has no Gateway and does not say that this is meant")
         return snapshot

@@ -5,18 +5,18 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fleetgate.core.exchange import Outcome
-from fleetgate.core.routing.decision_record import Ended, Whose, line_of, record_of
+from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity, line_of, record_of
 from fleetgate.core.routing.route import Rejection
-from fleetgate.core.routing.scheduler import Placed, Wish
-from fleetgate.proxy.routing.routing_table import Tables
+from fleetgate.core.routing.scheduler import Placement, ScheduleRequest
+from fleetgate.proxy.routing.routing_table import RoutingTable
 from fleetgate.proxy.telemetry.metrics import LineLog
 from fleetgate.proxy.worker.config import WorkerConfig
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import Conversation
+    from fleetgate.proxy.request.handler import RequestHandler
 
 
-class Recorder:
+class DecisionLog:
     """Writes one worker's records. Cost: 9 µs a request with three Deployments.
 
     A record has the names of keys, Gateways, models and Deployments; it has no prompt, no answer and no secret.
@@ -27,15 +27,19 @@ class Recorder:
         self.log = LineLog(config.record)
         self._region, self._worker = config.region, config.index
 
-    def watch(self, tables: Tables) -> None:
+    def watch(self, tables: RoutingTable) -> None:
         """See every decision: nothing may be given to a Lane's lead without asking the strategy."""
         for site in tables.sites.values():
             for lane in site.lanes.values():
                 lane.lead = None
-                lane.desk.keeps_considered = True
+                lane.desk.record_considered = True
 
     def decided(
-        self, conversation: "Conversation", wish: Wish, tried: Collection[int], placed: Placed | Rejection
+        self,
+        conversation: "RequestHandler",
+        wish: ScheduleRequest,
+        tried: Collection[int],
+        placed: Placement | Rejection,
     ) -> None:
         """A decision was taken."""
         lane = conversation.lane
@@ -45,7 +49,7 @@ class Recorder:
         chosen = "" if isinstance(placed, Rejection) else placed.candidate.name
         self.log.add(line_of(record_of(self._whose(conversation), considered, wish, tried, chosen)))
 
-    def ended(self, conversation: "Conversation") -> None:
+    def ended(self, conversation: "RequestHandler") -> None:
         """A request ended."""
         relay, wanting, place = conversation.relay, conversation.wanting, conversation.last_place
         if wanting is None:
@@ -57,7 +61,7 @@ class Recorder:
             prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
             output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
         first_s, started_s = conversation.first_s, conversation.started_s
-        record = Ended(
+        record = RecordedEnd(
             **self._whose(conversation)._asdict(),
             outcome=(conversation.exchange.outcome or Outcome.FAILED).value,
             duration_s=conversation.seen_s - started_s,
@@ -69,7 +73,7 @@ class Recorder:
         )
         self.log.add(line_of(record))
 
-    def _whose(self, conversation: "Conversation") -> Whose:
+    def _whose(self, conversation: "RequestHandler") -> RequestIdentity:
         lane, key = conversation.lane, conversation.request.key.name
         at_s, request_id = time.time(), conversation.request_id.decode()
-        return Whose(at_s, request_id, lane.site.gateway.name, lane.model, key, self._region, self._worker)
+        return RequestIdentity(at_s, request_id, lane.site.gateway.name, lane.model, key, self._region, self._worker)

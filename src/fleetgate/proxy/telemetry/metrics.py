@@ -5,7 +5,7 @@ import queue
 import threading
 from pathlib import Path
 
-from fleetgate.ipc.shared_memory import BUCKET_FIRST_BIT, BUCKET_LAST_BIT, Board, bucket_bound
+from fleetgate.ipc.shared_memory import BUCKET_FIRST_BIT, BUCKET_LAST_BIT, SharedMemory, bucket_bound
 
 _BITS = 64  # microseconds of 292,000 years
 LOG_BACKLOG_BLOCKS_MAX = 1_200  # one a sweep: a minute
@@ -23,13 +23,13 @@ def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-class Telemetry:
+class WorkerMetrics:
     """One worker's column of named integers.
 
     A worker that is started again goes on with the counts of the one before it.
     """
 
-    def __init__(self, board: Board, worker: int) -> None:
+    def __init__(self, board: SharedMemory, worker: int) -> None:
         self.cells = board.series
         self._board = board
         self._worker = worker
@@ -44,9 +44,9 @@ class Telemetry:
         """Count something rare by name. Cost: 2 µs."""
         self.cells[self.counter(name, labels)] += 1
 
-    def histogram(self, name: str, labels: dict[str, str]) -> "Histogram":
+    def histogram(self, name: str, labels: dict[str, str]) -> "LatencyHistogram":
         """A histogram of durations; its cells are made at its first observation of each bucket."""
-        return Histogram(self, name, labels)
+        return LatencyHistogram(self, name, labels)
 
     def _cell(self, full_name: str) -> int:
         index = self._known.get(full_name)
@@ -58,12 +58,12 @@ class Telemetry:
         return index
 
 
-class Histogram:
+class LatencyHistogram:
     """Durations in buckets of powers of two. Cost: 0.2 µs an observation."""
 
     __slots__ = ("_buckets", "_cells", "_labels", "_name", "_sum", "_telemetry")
 
-    def __init__(self, telemetry: Telemetry, name: str, labels: dict[str, str]) -> None:
+    def __init__(self, telemetry: WorkerMetrics, name: str, labels: dict[str, str]) -> None:
         self._telemetry = telemetry
         self._cells = telemetry.cells
         self._name = name
@@ -90,12 +90,12 @@ class Histogram:
         return index
 
 
-class TokenMeter:
+class TokenEstimateError:
     """How far token estimates are off. Shape: `kind` is `prompt` or `output`."""
 
     __slots__ = ("_cells", "_error", "_estimated")
 
-    def __init__(self, telemetry: Telemetry, kind: str) -> None:
+    def __init__(self, telemetry: WorkerMetrics, kind: str) -> None:
         self._cells = telemetry.cells
         self._estimated = telemetry.counter("fleetgate_estimated_tokens_total", {"kind": kind})
         self._error = telemetry.counter("fleetgate_token_error_total", {"kind": kind})

@@ -10,8 +10,8 @@ from http import HTTPStatus
 
 import msgspec
 
-from fleetgate.ipc.machine_status import Standing, standing_of
-from fleetgate.ipc.shared_memory import Board, Worker
+from fleetgate.ipc.machine_status import MachineStatus, machine_status
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 
 HEAD_BYTES_MAX = 8192
 PATIENCE_S = 5.0
@@ -22,7 +22,7 @@ _JSON, _TEXT = "application/json", "text/plain; version=0.0.4; charset=utf-8"
 class OpsServer:
     """One worker's share of the operations listener."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: SharedMemory) -> None:
         self._board = board
         self._open = 0
 
@@ -50,45 +50,45 @@ class OpsServer:
             case b"/healthz":
                 body = b"ok\n"
             case b"/readyz":
-                kind, standing = _JSON, standing_of(self._board, now_s, epoch_s)
+                kind, standing = _JSON, machine_status(self._board, now_s, epoch_s)
                 reasons = _reasons_against(self._board, standing)
                 status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
                 body = msgspec.json.encode(readiness(standing, reasons))
             case b"/metrics":
-                standing = standing_of(self._board, now_s, epoch_s)
+                standing = machine_status(self._board, now_s, epoch_s)
                 body = "".join(f"{line}\n" for line in _metrics(self._board, standing)).encode()
             case _:
                 status, body = HTTPStatus.NOT_FOUND, b"ask for /healthz, /readyz or /metrics\n"
         return _response(status, kind, body, words[0] == b"HEAD")
 
 
-def readiness(standing: Standing, reasons: list[str]) -> dict[str, object]:
+def readiness(standing: MachineStatus, reasons: list[str]) -> dict[str, object]:
     """The body of `/readyz`."""
     return {
         "ready": not reasons,
         "reasons": reasons,
         "degraded": standing.degraded,
         "snapshot": {"version": standing.version, "age_s": round(standing.age_s, 1)},
-        "control_silent_s": round(standing.silent_s, 1),
+        "control_silent_s": round(standing.control_plane_silent_s, 1),
     }
 
 
-def _reasons_against(board: Board, standing: Standing) -> list[str]:
+def _reasons_against(board: SharedMemory, standing: MachineStatus) -> list[str]:
     """One worker that accepts is enough: this is for load balancers, who should not take a machine out for less."""
-    if not any(board.get(worker, Worker.ACCEPTING) for worker in range(board.workers)):
+    if not any(board.get(worker, WorkerCell.ACCEPTING) for worker in range(board.workers)):
         return ["no worker accepts connections"]
     return [] if standing.version else ["this proxy was never configured: it has no Snapshot"]
 
 
-def _metrics(board: Board, standing: Standing) -> Iterator[str]:
+def _metrics(board: SharedMemory, standing: MachineStatus) -> Iterator[str]:
     yield "# TYPE fleetgate_snapshot_age_seconds gauge"
     yield f"fleetgate_snapshot_age_seconds {standing.age_s:.3f}"
     yield "# TYPE fleetgate_control_silent_seconds gauge"
-    yield f"fleetgate_control_silent_seconds {standing.silent_s:.3f}"
+    yield f"fleetgate_control_silent_seconds {standing.control_plane_silent_s:.3f}"
     yield "# TYPE fleetgate_snapshot_version gauge"
     for worker in range(board.workers):
-        if board.get(worker, Worker.PID):
-            yield f'fleetgate_snapshot_version{{worker="{worker}"}} {board.get(worker, Worker.SNAPSHOT_VERSION)}'
+        if board.get(worker, WorkerCell.PID):
+            yield f'fleetgate_snapshot_version{{worker="{worker}"}} {board.get(worker, WorkerCell.SNAPSHOT_VERSION)}'
     typed = ""
     for name, value in sorted(board.series_totals().items()):
         metric = name.partition("{")[0]

@@ -4,7 +4,7 @@ from fleetgate.protocols.http1 import ChunkedBody, Malformed
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 
 
-class Remainder:
+class BodyDrain:
     """Reads the terminating chunk that follows `[DONE]`, so that the connection can be used again.
 
     The client has its whole answer by then and waits for nothing.

@@ -7,17 +7,17 @@ from functools import partial
 from typing import Protocol
 
 from fleetgate.core.capacity.units import SLOW_START_MIN, slow_start
-from fleetgate.core.health.circuit_breaker import HEALTHY, Breaker, Health, Sign, after, current
-from fleetgate.core.health.outlier_detection import Slowness
+from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, EndpointHealth, Signal, after, current
+from fleetgate.core.health.outlier_detection import LatencyOutlier
 from fleetgate.core.model import Endpoint
 from fleetgate.protocols.http1 import ResponseMemo
 from fleetgate.proxy.downstream.server_tls import UpstreamTls
 from fleetgate.proxy.transport import tcp_info as tcp
-from fleetgate.proxy.transport.dns import Addresses, EgressRule, Refused
+from fleetgate.proxy.transport.dns import Addresses, AddressRefused, EgressRule
 from fleetgate.proxy.transport.happy_eyeballs import AFTER_S as RACE_AFTER_S
 from fleetgate.proxy.transport.happy_eyeballs import race
 
-__all__ = ["Attempt", "EgressRule", "Harm", "Peer", "Refused", "UpstreamConnection"]
+__all__ = ["AddressRefused", "EgressRule", "EndpointState", "FaultInjector", "ResponseReader", "UpstreamConnection"]
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512
@@ -26,7 +26,7 @@ DIAL_SLOW_TIMES = 3.0  # a dial that takes so many times what dials here usually
 DIAL_SLOW_SHARE = 0.5  # and so is one that takes this part of its limit
 
 
-class Attempt(Protocol):
+class ResponseReader(Protocol):
     """What a connection needs of the attempt it carries."""
 
     def on_data(self, data: bytes) -> None:
@@ -36,14 +36,14 @@ class Attempt(Protocol):
         """The connection ended; None means by a regular close."""
 
 
-class Harm(Protocol):
+class FaultInjector(Protocol):
     """Injected faults on one Endpoint. There is none unless an operator asked for it: `transport/harm.py`."""
 
     def strikes(self) -> bool:
         """Whether the request that wants a connection is to be struck: its next `connect` then is."""
 
     async def connect(
-        self, peer: "Peer", loop: asyncio.AbstractEventLoop, timeout_s: float
+        self, peer: "EndpointState", loop: asyncio.AbstractEventLoop, timeout_s: float
     ) -> "UpstreamConnection | None":
         """A connection that does harm, or None for an ordinary one."""
 
@@ -53,17 +53,17 @@ class UpstreamConnection(asyncio.Protocol):
 
     __slots__ = ("address", "attempt", "idle_since_s", "peer", "served", "transport")
 
-    def __init__(self, peer: "Peer") -> None:
+    def __init__(self, peer: "EndpointState") -> None:
         self.peer = peer
         self.address = ""  # that it was dialled at
-        self.attempt: Attempt | None = None
+        self.attempt: ResponseReader | None = None
         self.transport: asyncio.Transport
         self.served = 0
         self.idle_since_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        tcp.bound_unheard(transport)
+        tcp.limit_unacknowledged(transport)
 
     def data_received(self, data: bytes) -> None:
         if self.attempt is None:
@@ -81,7 +81,7 @@ class UpstreamConnection(asyncio.Protocol):
         if attempt is not None:
             attempt.on_lost(error)
 
-    def carry(self, attempt: Attempt, request: tuple[bytes, ...]) -> None:
+    def carry(self, attempt: ResponseReader, request: tuple[bytes, ...]) -> None:
         """Send a request and hand its answer to `attempt`."""
         self.attempt = attempt
         self.served += 1
@@ -100,12 +100,12 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport.abort()
 
 
-class Peer:
+class EndpointState:
     """One Endpoint as this worker knows it: its idle connections, addresses and health."""
 
     def __init__(self, endpoint: Endpoint, tls: UpstreamTls | None, allow: "EgressRule | None") -> None:
         self.endpoint = endpoint
-        self.health: Health = HEALTHY
+        self.health: EndpointHealth = HEALTHY
         self.in_flight = 0
         self.trials = 0  # half open: real requests under way that have brought nothing yet
         self.trial_s = float("-inf")  # when the last of them was sent
@@ -115,7 +115,9 @@ class Peer:
         self.adopted = 0  # the last that another worker told of it, or this one the others
         self.lost_s = float("-inf")  # when a request that waited for its first content was last lost here
         self.panicked_s = float("-inf")  # when it was last tried because everybody was out
-        self.slowness: dict[int, Slowness] = {}  # 0: of its tokens; else of first tokens, by the request's size in bits
+        self.slowness: dict[
+            int, LatencyOutlier
+        ] = {}  # 0: of its tokens; else of first tokens, by the request's size in bits
         self.memo = ResponseMemo()
         self._finishing: set[UpstreamConnection] = set()
         self._retired = False
@@ -125,7 +127,7 @@ class Peer:
         self.addresses = Addresses(endpoint.host, endpoint.port, check)
         self._answered_at = ""
         self._dial_s = 0.0  # what a dial lately took, 0 while none succeeded
-        self.harm: Harm | None = None
+        self.harm: FaultInjector | None = None
 
     # --- health ---
 
@@ -136,14 +138,14 @@ class Peer:
         does answer is not held to the pace of its first tokens.
         """
         match current(self.health, now_s):
-            case Breaker.CLOSED:
+            case BreakerState.CLOSED:
                 return slow_start(now_s - self.health.recovered_at_s)
-            case Breaker.HALF_OPEN:
+            case BreakerState.HALF_OPEN:
                 return SLOW_START_MIN if self.trials <= self.shown else 0.0
             case _:
                 return 0.0
 
-    def saw(self, sign: Sign, now_s: float, entropy: float) -> bool:
+    def saw(self, sign: Signal, now_s: float, entropy: float) -> bool:
         """Feed the breaker; True when its state changed."""
         before = self.health
         self.health = after(before, sign, now_s, entropy)
@@ -152,9 +154,9 @@ class Peer:
         self.shown = 0
         return True
 
-    def slowness_of(self, size: int) -> Slowness:
+    def slowness_of(self, size: int) -> LatencyOutlier:
         """Whether it is slower than usual: its tokens (0), or its first tokens for requests of so many bits."""
-        return self.slowness.get(size) or self.slowness.setdefault(size, Slowness())
+        return self.slowness.get(size) or self.slowness.setdefault(size, LatencyOutlier())
 
     # --- connections ---
 
@@ -206,7 +208,7 @@ class Peer:
     async def connect(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> UpstreamConnection:
         """Make a connection to one of the Endpoint's addresses, each checked against the egress rule before the dial.
 
-        Raises: `OSError` (refused, no address), `TimeoutError`, `ssl.SSLError`, `Refused`.
+        Raises: `OSError` (refused, no address), `TimeoutError`, `ssl.SSLError`, `AddressRefused`.
         """
         harmful = await self.harm.connect(self, loop, timeout_s) if self.harm is not None else None
         return harmful or await self.dial(loop, timeout_s, lambda: UpstreamConnection(self))

@@ -11,11 +11,11 @@ _BROKEN = (OSError, TimeoutError, UnicodeError)
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
-class Refused(Exception):
+class AddressRefused(Exception):
     """An address is outside the ranges that Endpoints may be dialled in."""
 
 
-async def ask_system(host: str, port: int) -> list[str]:
+async def resolve(host: str, port: int) -> list[str]:
     """The system's own resolver, in a thread.
 
     Raises: `OSError`.
@@ -27,7 +27,7 @@ async def ask_system(host: str, port: int) -> list[str]:
 class Addresses:
     """What a name resolves to now. Every set is checked by `check` before it is used; a bad one changes nothing.
 
-    Shape: `check` raises `Refused`. Cost: nothing for requests; one question every 5 s for each name in use.
+    Shape: `check` raises `AddressRefused`. Cost: nothing for requests; one question every 5 s for each name in use.
     """
 
     def __init__(self, host: str, port: int, check: Callable[[str, list[str]], None]) -> None:
@@ -37,14 +37,14 @@ class Addresses:
         self._asking: asyncio.Task[list[str]] | None = None
         self._asked_s = float("-inf")
         self._fixed = _is_literal(host)
-        self.resolve: Resolve = ask_system
+        self.resolve: Resolve = resolve
         self.current: list[str] = []
         self.trouble = ""  # why the last question brought nothing new
 
     async def get(self, now_s: float, timeout_s: float) -> list[str]:
         """The last good set at once, whatever its age; only the first request has to wait for one.
 
-        Raises: `OSError`, `TimeoutError` and `Refused` while there is none.
+        Raises: `OSError`, `TimeoutError` and `AddressRefused` while there is none.
         """
         if self.current:
             self.refresh(now_s)
@@ -71,7 +71,7 @@ class Addresses:
             if not addresses:
                 raise OSError(f"{self._host} has no address")
             self._check(self._host, addresses)
-        except (*_BROKEN, Refused) as error:
+        except (*_BROKEN, AddressRefused) as error:
             self.trouble = str(error) or f"{self._host} was not resolved in {RESOLVE_S_MAX:.0f} s"
             if not self.current:
                 raise
@@ -107,7 +107,7 @@ class EgressRule:
     def check(self, host: str, addresses: list[str]) -> None:
         """Refuse a host one of whose addresses is outside.
 
-        Raises: `Refused`.
+        Raises: `AddressRefused`.
         """
         for text in addresses:
             address = ipaddress.ip_address(text.partition("%")[0])
@@ -115,4 +115,4 @@ class EgressRule:
                 address = address.ipv4_mapped
             inside = any(address in network for network in self._networks if network.version == address.version)
             if address.is_link_local or not (inside or (self._encrypted and address.is_global)):
-                raise Refused(f"{host} resolves to {text}, which --egress-allow does not include")
+                raise AddressRefused(f"{host} resolves to {text}, which --egress-allow does not include")

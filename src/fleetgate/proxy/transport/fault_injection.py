@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.core.fault_injection import Fault, Injected, Kind, decode_injected, in_force, struck
+from fleetgate.core.fault_injection import Fault, FaultKind, InjectedFaults, decode_injected, in_force, is_affected
 from fleetgate.protocols.http1 import HEAD_END, status_line
-from fleetgate.proxy.transport.connection_pool import Attempt, Harm, Peer, UpstreamConnection
+from fleetgate.proxy.transport.connection_pool import EndpointState, FaultInjector, ResponseReader, UpstreamConnection
 
 FAULTS = "faults.json"
 CUT_BYTES_MAX = 2_000  # some ten events into a stream
@@ -25,7 +25,7 @@ class FaultFile:
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / FAULTS
         self._seen = (0, 0)
-        self._injected = Injected(watched_s=0.0)
+        self._injected = InjectedFaults(watched_s=0.0)
 
     def now(self, now_s: float) -> tuple[Fault, ...]:
         """What is in force. Cost: one `stat`, 2 µs, when nothing changed."""
@@ -36,13 +36,13 @@ class FaultFile:
                 self._seen = seen
                 self._injected = decode_injected(self._path.read_bytes())
         except FileNotFoundError:
-            self._injected = Injected(watched_s=0.0)
+            self._injected = InjectedFaults(watched_s=0.0)
         except (OSError, msgspec.MsgspecError):
-            self._injected = Injected(watched_s=0.0)
+            self._injected = InjectedFaults(watched_s=0.0)
         return in_force(self._injected, now_s) if self._injected.faults else ()
 
 
-class Harmful(Harm):
+class ActiveFaults(FaultInjector):
     """The faults on one Endpoint. Shape: `on_strike` counts, by Deployment and kind."""
 
     def __init__(self, faults: tuple[Fault, ...], on_strike: Callable[[Fault], None]) -> None:
@@ -51,47 +51,49 @@ class Harmful(Harm):
         self._owed: list[Fault] = []
         self._random = random.Random()
         # Probes come over `connect` alone, and meet a closed door only where everybody does.
-        self._closed = next((one for one in faults if one.kind is Kind.REFUSE and one.share >= 1.0), None)
+        self._closed = next((one for one in faults if one.kind is FaultKind.REFUSE and one.share >= 1.0), None)
 
     def strikes(self) -> bool:
         """Whether the request that asks for a connection is struck; `connect` then is its blow."""
-        fault = struck(self.faults, self._random.random())
+        fault = is_affected(self.faults, self._random.random())
         if fault is not None:
             self._on_strike(fault)
             self._owed.append(fault)
         return fault is not None
 
-    async def connect(self, peer: Peer, loop: asyncio.AbstractEventLoop, timeout_s: float) -> UpstreamConnection | None:
+    async def connect(
+        self, peer: EndpointState, loop: asyncio.AbstractEventLoop, timeout_s: float
+    ) -> UpstreamConnection | None:
         """The connection for a struck request; None when this one was not struck.
 
-        Raises: `ConnectionRefusedError` and what `Peer.connect` raises.
+        Raises: `ConnectionRefusedError` and what `EndpointState.connect` raises.
         """
         fault = self._owed.pop() if self._owed else self._closed
         if fault is None:
             return None
-        if fault.kind is Kind.REFUSE:
+        if fault.kind is FaultKind.REFUSE:
             raise ConnectionRefusedError("an injected fault refuses the connection")
-        if fault.kind is Kind.DELAY:
+        if fault.kind is FaultKind.DELAY:
             await asyncio.sleep(fault.delay_s)
             return None
         left = self._random.randrange(CUT_BYTES_MAX)
-        return await peer.dial(loop, timeout_s, lambda: HarmfulConnection(peer, fault, left))
+        return await peer.dial(loop, timeout_s, lambda: FaultyConnection(peer, fault, left))
 
 
-class HarmfulConnection(UpstreamConnection):
+class FaultyConnection(UpstreamConnection):
     """A connection that answers with an error, or whose answer ends too early. Never used twice."""
 
     __slots__ = ("_begun", "_fault", "_left")
 
-    def __init__(self, peer: Peer, fault: Fault, left: int) -> None:
+    def __init__(self, peer: EndpointState, fault: Fault, left: int) -> None:
         super().__init__(peer)
         self._fault = fault
         self._left = left
         self._begun = False
 
-    def carry(self, attempt: Attempt, request: tuple[bytes, ...]) -> None:
+    def carry(self, attempt: ResponseReader, request: tuple[bytes, ...]) -> None:
         """Send the request, unless the answer is made here."""
-        if self._fault.kind is not Kind.ERROR:
+        if self._fault.kind is not FaultKind.ERROR:
             super().carry(attempt, request)
             return
         self.attempt = attempt
@@ -110,7 +112,7 @@ class HarmfulConnection(UpstreamConnection):
         passed, self._left = data[: self._left], max(0, self._left - len(data))
         if passed:
             super().data_received(passed)
-        if len(passed) < len(data) and self._fault.kind is Kind.CUT:
+        if len(passed) < len(data) and self._fault.kind is FaultKind.CUT:
             attempt, self.attempt = self.attempt, None
             self.transport.abort()
             if attempt is not None:

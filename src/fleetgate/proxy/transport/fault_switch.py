@@ -4,23 +4,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetgate.core.fault_injection import Fault
-from fleetgate.proxy.transport.fault_injection import FaultFile, Harmful
+from fleetgate.proxy.transport.fault_injection import ActiveFaults, FaultFile
 
 if TYPE_CHECKING:
-    from fleetgate.proxy.routing.routing_table import Tables
+    from fleetgate.proxy.routing.routing_table import RoutingTable
     from fleetgate.proxy.worker.services import Hub
 
 STRIKES = "fleetgate_injected_faults_total"
 
 
-class Harming:
+class FaultSwitch:
     """One worker's part. It looks for itself whether a fault's time is over, whoever else may be dead."""
 
     def __init__(self, hub: "Hub", data_dir: Path) -> None:
         self._hub = hub
         self._file = FaultFile(data_dir)
         self._faults: tuple[Fault, ...] = ()
-        self._tables: Tables | None = None
+        self._tables: RoutingTable | None = None
 
     def look(self) -> None:
         """Ten times a second. Cost: 2 µs while there is none."""
@@ -31,7 +31,7 @@ class Harming:
         for place in tables.places.values():
             of_place = tuple(fault for fault in faults if fault.deployment == place.deployment.name)
             for peer in place.peers:
-                peer.harm = Harmful(of_place, self._count) if of_place else None
+                peer.harm = ActiveFaults(of_place, self._count) if of_place else None
 
     def _count(self, fault: Fault) -> None:
         telemetry = self._hub.telemetry

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from time import time
 from typing import Protocol
 
-from fleetgate.core.exchange import Failed, Failure
+from fleetgate.core.exchange import AttemptFailed, Failure
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import Meaning, Operation, Usage
+from fleetgate.protocols.clients.openai import EventMeaning, Operation, Usage
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
 from fleetgate.protocols.json_validity import as_text, is_json, is_plain, is_text
 from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from fleetgate.protocols.upstream_errors import failure_of, retry_after_s, status_of_error
-from fleetgate.proxy.transport.body_drain import Remainder
+from fleetgate.proxy.transport.body_drain import BodyDrain
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 
 BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a whole answer is held back and checked up to this; DESIGN.md section 5
@@ -25,26 +25,26 @@ HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first 
 RETRY_AFTER_DEFAULT_S = 1.0
 
 # What an answer may hold before its first content; it is kept until the request can no longer move.
-_NOT_YET = frozenset({Meaning.OTHER, Meaning.USAGE, Meaning.COMMENT})
+_NOT_YET = frozenset({EventMeaning.OTHER, EventMeaning.USAGE, EventMeaning.COMMENT})
 # How a content event begins that the fast path passes on.
 _PLAIN_BEGINS = (b"data: {", b"event: response.output_text.delta\ndata: {")
 
 _PASSED = (b"content-type", b"openai-processing-ms", b"openai-version", b"openai-model")
 
 
-class Owner(Protocol):
+class AttemptListener(Protocol):
     """The conversation that an attempt belongs to."""
 
-    def on_first(self, relay: "Relay") -> None:
+    def on_first(self, relay: "ResponseRelay") -> None:
         """The first content is here: commit, then take `relay.held`."""
 
-    def on_failed(self, relay: "Relay", event: Failed) -> None:
+    def on_failed(self, relay: "ResponseRelay", event: AttemptFailed) -> None:
         """The attempt is lost."""
 
-    def on_stale(self, relay: "Relay") -> None:
+    def on_stale(self, relay: "ResponseRelay") -> None:
         """A kept connection had been closed before this request reached it: nothing is known against the Endpoint."""
 
-    def on_ended(self, relay: "Relay", tail: bytes) -> None:
+    def on_ended(self, relay: "ResponseRelay", tail: bytes) -> None:
         """The answer ended as it should. Its last bytes are the owner's to write, after it has settled its place:
         a client that asks again at once must not find that place still taken."""
 
@@ -55,7 +55,7 @@ class Owner(Protocol):
         """The loop's clock."""
 
 
-class Names:
+class ModelNames:
     """What an engine and its client call the model, as JSON strings; `mark` is how answers usually say the latter."""
 
     __slots__ = ("asked", "mark", "rename")
@@ -66,7 +66,7 @@ class Names:
         self.mark = b'"model":%b' % (asked if upstream == asked else upstream)
 
 
-class Relay:
+class ResponseRelay:
     """Reads one answer. `on_data` and `on_lost` are called by the connection that carries it."""
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
@@ -96,7 +96,7 @@ class Relay:
     _body: list[bytes]
     _events: Events
 
-    def __init__(self, owner: Owner, operation: Operation, hide_usage: bool, names: Names) -> None:
+    def __init__(self, owner: AttemptListener, operation: Operation, hide_usage: bool, names: ModelNames) -> None:
         self.owner = owner
         self.operation = operation
         self.hide_usage = hide_usage
@@ -141,7 +141,7 @@ class Relay:
         """There is no connection to send the request on."""
         if not self._closed:
             self._closed = True
-            self.owner.on_failed(self, Failed(failure, sent=False))
+            self.owner.on_failed(self, AttemptFailed(failure, sent=False))
 
     def finish(self) -> bool:
         """End an answer of which only usage and `[DONE]` may be missing; False where it is not that far."""
@@ -314,19 +314,19 @@ class Relay:
 
     def _peek(self, data: bytes) -> None:
         events = self._events.feed(self._payload(data))
-        meaning: Meaning | None = None
+        meaning: EventMeaning | None = None
         for position, event in enumerate(map(as_text, events)):
-            meaning, usage = openai.understand(event)
+            meaning, usage = openai.classify_event(event)
             self.usage = usage or self.usage
-            if meaning is Meaning.ERROR:
+            if meaning is EventMeaning.ERROR:
                 self._fail_as_told(data_of(event) or b"")
                 return
-            if meaning is Meaning.DONE:
+            if meaning is EventMeaning.DONE:
                 break  # nothing was said: an empty stream, which may still move
-            if meaning is Meaning.MALFORMED:
+            if meaning is EventMeaning.MALFORMED:
                 self.dropped += 1
                 continue
-            if meaning is Meaning.USAGE and self.hide_usage:
+            if meaning is EventMeaning.USAGE and self.hide_usage:
                 continue
             self._learn_name(event)
             if self.choices is not None:
@@ -343,7 +343,7 @@ class Relay:
             return
         if sum(map(len, self.held)) > HELD_EVENTS_BYTES_MAX:
             raise Malformed(502, "no content event among the first ones")
-        if self._whole() or meaning is Meaning.DONE:
+        if self._whole() or meaning is EventMeaning.DONE:
             self._fail(Failure.BAD_OUTPUT)  # an empty stream
 
     # --- a stream after it ---
@@ -406,25 +406,25 @@ class Relay:
                 self.event_count += 1
                 out.append(self._named(event))
                 continue
-            meaning, usage = openai.understand(event)
+            meaning, usage = openai.classify_event(event)
             self.usage = usage or self.usage
-            if meaning is Meaning.MALFORMED:
+            if meaning is EventMeaning.MALFORMED:
                 self.dropped += 1
                 continue
-            if meaning is Meaning.ERROR:
+            if meaning is EventMeaning.ERROR:
                 raise Malformed(502, "the upstream reported an error in its stream")
-            if meaning is Meaning.DONE:
+            if meaning is EventMeaning.DONE:
                 if not self.finish_seen:
                     raise Malformed(502, "[DONE] without any finish_reason")
                 self.done_seen = True
                 out.append(event)
                 return  # what follows is nobody's
-            if meaning is Meaning.FINISH:
+            if meaning is EventMeaning.FINISH:
                 self.finish_seen = True
                 self.event_count += 1
-            elif meaning is Meaning.CONTENT:
+            elif meaning is EventMeaning.CONTENT:
                 self.event_count += 1
-            elif meaning is Meaning.USAGE and self.hide_usage:
+            elif meaning is EventMeaning.USAGE and self.hide_usage:
                 continue
             if self.choices is not None:
                 openai.note_choices(event, self.choices)
@@ -450,7 +450,7 @@ class Relay:
         """Clients read the name they asked for, whatever the engine calls itself."""
         names = self._names
         if data.find(names.mark) < 0:  # `in` on bytes costs twice as much
-            other = openai.named_otherwise(data, names.asked)
+            other = openai.other_model_name(data, names.asked)
             if other is not None:
                 self._rename = (other, names.asked)
 
@@ -475,14 +475,14 @@ class Relay:
                 connection.release(self.owner.now_s())
             elif good and self.stream:
                 connection.peer.watch_end(connection, self.owner.now_s())
-                connection.attempt = Remainder(connection, chunked)
+                connection.attempt = BodyDrain(connection, chunked)
             else:
                 connection.drop()
         self.owner.on_ended(self, tail)
 
     def _fail(self, failure: Failure, wait_s: float = 0.0) -> None:
         self.cancel()
-        self.owner.on_failed(self, Failed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
+        self.owner.on_failed(self, AttemptFailed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
 
 
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:

@@ -3,17 +3,23 @@
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols import sse
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import Meaning, Operation
+from fleetgate.protocols.clients.openai import EventMeaning, Operation
 from fleetgate.protocols.http1 import Malformed, ResponseHead
-from fleetgate.protocols.resume.transcript import Mismatch, Seam, Transcript
-from fleetgate.proxy.transport.response_relay import Names, Owner, Relay
+from fleetgate.protocols.resume.transcript import Mismatch, StreamSplicer, Transcript
+from fleetgate.proxy.transport.response_relay import AttemptListener, ModelNames, ResponseRelay
 
 
-class Continuation(Relay):
+class ResumeRelay(ResponseRelay):
     """Reads one answer that joins a broken one. Every event is decoded, 3 µs each: such answers are few."""
 
     def __init__(
-        self, owner: Owner, operation: Operation, hide_usage: bool, names: Names, seam: Seam, script: Transcript
+        self,
+        owner: AttemptListener,
+        operation: Operation,
+        hide_usage: bool,
+        names: ModelNames,
+        seam: StreamSplicer,
+        script: Transcript,
     ) -> None:
         super().__init__(owner, operation, hide_usage, names)
         self.script = script
@@ -64,24 +70,24 @@ class Continuation(Relay):
         return True
 
     def _join(self, event: bytes, out: list[bytes]) -> None:
-        meaning, usage = openai.understand(event)
+        meaning, usage = openai.classify_event(event)
         if usage is not None:
             self.told, self.usage = usage, self._seam.counted(usage)
         match meaning:
-            case Meaning.COMMENT:
+            case EventMeaning.COMMENT:
                 return
-            case Meaning.MALFORMED:
+            case EventMeaning.MALFORMED:
                 self.dropped += 1
                 return
-            case Meaning.ERROR:
+            case EventMeaning.ERROR:
                 raise Malformed(502, "the upstream reported an error in its stream")
-            case Meaning.DONE:
+            case EventMeaning.DONE:
                 if not self.finish_seen:
                     raise Malformed(502, "[DONE] without any finish_reason")
                 self.done_seen = True
                 out.append(event)
                 return
-            case Meaning.USAGE if self.hide_usage:
+            case EventMeaning.USAGE if self.hide_usage:
                 return
         data = sse.data_of(event)
         assert data is not None, "an event that means something has data"
@@ -89,4 +95,4 @@ class Continuation(Relay):
         if left is not None:
             out.append(left)
             self.event_count += 1
-        self.finish_seen = self.finish_seen or meaning is Meaning.FINISH
+        self.finish_seen = self.finish_seen or meaning is EventMeaning.FINISH

@@ -20,7 +20,7 @@ UNSENT_BYTES_MAX = 128 * 1024
 UNHEARD_MS_MAX = 2000  # the kernel takes up to 1.5 s longer, by when it tries again
 
 
-class Link(NamedTuple):
+class TcpInfo(NamedTuple):
     """One end of a TCP connection. Units: `unacked` in packets."""
 
     state: int
@@ -28,7 +28,7 @@ class Link(NamedTuple):
     acked_bytes: int
 
 
-def look(transport: asyncio.BaseTransport) -> Link | None:
+def read_tcp_info(transport: asyncio.BaseTransport) -> TcpInfo | None:
     """Ask the kernel; None where it cannot tell. Cost: 1 µs."""
     peer = transport.get_extra_info("socket")
     if sys.platform != "linux" or peer is None:
@@ -41,17 +41,17 @@ def look(transport: asyncio.BaseTransport) -> Link | None:
         return None
     (unacked,) = struct.unpack_from("I", info, _UNACKED_AT)
     (acked_bytes,) = struct.unpack_from("Q", info, _ACKED_BYTES_AT)
-    return Link(info[0], unacked, acked_bytes)
+    return TcpInfo(info[0], unacked, acked_bytes)
 
 
-def bound_unsent(listen_fd: int) -> None:
+def limit_unsent(listen_fd: int) -> None:
     """Bound what the kernel keeps unsent on every connection that this listener will accept."""
     with socket.socket(fileno=os.dup(listen_fd)) as listener:
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES_MAX)
 
 
-def bound_unheard(transport: asyncio.BaseTransport) -> None:
+def limit_unacknowledged(transport: asyncio.BaseTransport) -> None:
     """End a connection whose peer does not acknowledge what it is sent; it is then lost like one that was reset."""
     peer = transport.get_extra_info("socket")
     if peer is not None and hasattr(socket, "TCP_USER_TIMEOUT"):

@@ -10,16 +10,16 @@ from collections.abc import Callable
 
 import msgspec
 
-from fleetgate.ipc.shared_memory import Worker
+from fleetgate.ipc.shared_memory import WorkerCell
 from fleetgate.proxy.downstream.client_connection import ClientConnection
-from fleetgate.proxy.downstream.listener import Door
-from fleetgate.proxy.request.termination import SHUTTING_DOWN, cut_off
+from fleetgate.proxy.downstream.listener import Listener
+from fleetgate.proxy.request.termination import SHUTTING_DOWN, terminate
 from fleetgate.proxy.worker.services import SWEEP_S, Hub
 
 HANDSHAKE_S = 0.5  # what was accepted may still be in its TLS handshake, which nobody lists
 
 
-class Leave(msgspec.Struct, frozen=True):
+class DrainPolicy(msgspec.Struct, frozen=True):
     """How long a worker that leaves gives to whom.
 
     Units: `lb_grace_s` for load balancers to look away, while everything is accepted; `idle_s` for a request that may
@@ -32,19 +32,19 @@ class Leave(msgspec.Struct, frozen=True):
     last: bool = True  # nobody accepts after this one, so what waits to be accepted is still taken
 
 
-def stopping(lb_grace_s: float, grace_s: float) -> Leave:
+def stopping(lb_grace_s: float, grace_s: float) -> DrainPolicy:
     """Everything ends: who is idle need not be waited for long."""
-    return Leave(lb_grace_s, grace_s, idle_s=0.2)
+    return DrainPolicy(lb_grace_s, grace_s, idle_s=0.2)
 
 
 # Another worker accepts already, so nobody is in a hurry. 10 minutes is how long the official SDKs wait for an answer.
-RETIRED = Leave(lb_grace_s=0.0, grace_s=600.0, idle_s=5.0, last=False)
-AT_ONCE = Leave(lb_grace_s=0.0, grace_s=0.0, idle_s=0.0)
+RETIRED = DrainPolicy(lb_grace_s=0.0, grace_s=600.0, idle_s=5.0, last=False)
+AT_ONCE = DrainPolicy(lb_grace_s=0.0, grace_s=0.0, idle_s=0.0)
 
 
-async def drain(hub: Hub, doors: list[Door], order: Callable[[], Leave]) -> None:
+async def drain(hub: Hub, doors: list[Listener], order: Callable[[], DrainPolicy]) -> None:
     """Leave as ordered; a new order begins anew. Readiness falls first; returns when the process may end."""
-    hub.board.set(hub.config.index, Worker.ACCEPTING, 0)
+    hub.board.set(hub.config.index, WorkerCell.ACCEPTING, 0)
     hub.draining = True
     leave, begun_s, closed_s = order(), hub.clock(), 0.0
     idle_since_s: dict[ClientConnection, float] = {}
@@ -64,7 +64,7 @@ async def drain(hub: Hub, doors: list[Door], order: Callable[[], Leave]) -> None
         await asyncio.sleep(SWEEP_S)
     for client in hub.connections:
         if client.conversation is not None:
-            cut_off(client.conversation, SHUTTING_DOWN)
+            terminate(client.conversation, SHUTTING_DOWN)
         client.transport.close()
     await asyncio.sleep(SWEEP_S)
 

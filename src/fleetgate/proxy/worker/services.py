@@ -11,31 +11,37 @@ from pathlib import Path
 import msgspec
 
 from fleetgate.core.admission.ledger import Ledger
-from fleetgate.core.admission.request_queue import Ticket
-from fleetgate.core.admission.work_ledger import Books
-from fleetgate.core.capacity.adaptive_limit import Lengths
+from fleetgate.core.admission.request_queue import QueueEntry
+from fleetgate.core.admission.work_ledger import WorkLedger
+from fleetgate.core.capacity.adaptive_limit import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
-from fleetgate.ipc.event_spool import Happened, Spool
-from fleetgate.ipc.shared_memory import TALLY_CELLS, Board, Signal, Worker
-from fleetgate.ipc.usage_journal import Journal
-from fleetgate.proxy.downstream.authenticator import Gatekeeper
+from fleetgate.ipc.event_spool import EventRecord, EventSpool
+from fleetgate.ipc.shared_memory import TALLY_CELLS, EndpointSignal, SharedMemory, WorkerCell
+from fleetgate.ipc.usage_journal import UsageJournal
+from fleetgate.proxy.downstream.authenticator import Authenticator
 from fleetgate.proxy.downstream.client_connection import ClientConnection
-from fleetgate.proxy.downstream.policy_notices import Notices
-from fleetgate.proxy.health.passive_health import Ward
-from fleetgate.proxy.health.poison_detector import Suspects
-from fleetgate.proxy.overload.overload_manager import Guards
+from fleetgate.proxy.downstream.policy_notices import PolicyNotices
+from fleetgate.proxy.health.passive_health import PassiveHealthChecker
+from fleetgate.proxy.health.poison_detector import PoisonDetector
+from fleetgate.proxy.overload.overload_manager import OverloadManager
 from fleetgate.proxy.request import deadlines as watching
-from fleetgate.proxy.request.handler import Conversation
-from fleetgate.proxy.request.reservation import Booking
-from fleetgate.proxy.request.termination import REVOKED, cut_off
-from fleetgate.proxy.request.usage import Accounts
-from fleetgate.proxy.routing.capacity_tracker import Learning, change_sentence
-from fleetgate.proxy.routing.routing_table import LaneState, Maker, Meters, Place, Tables
-from fleetgate.proxy.snapshot.key_validity import Freshness
-from fleetgate.proxy.telemetry.decision_log import Recorder
-from fleetgate.proxy.telemetry.metrics import LineLog, Telemetry, TokenMeter
+from fleetgate.proxy.request.handler import RequestHandler
+from fleetgate.proxy.request.reservation import Reservation
+from fleetgate.proxy.request.termination import REVOKED, terminate
+from fleetgate.proxy.request.usage import UsageRecorder
+from fleetgate.proxy.routing.capacity_tracker import CapacityTracker, change_sentence
+from fleetgate.proxy.routing.routing_table import (
+    DeploymentState,
+    ModelRouteState,
+    RequestMetrics,
+    RoutingTable,
+    RoutingTableBuilder,
+)
+from fleetgate.proxy.snapshot.key_validity import KeyValidity
+from fleetgate.proxy.telemetry.decision_log import DecisionLog
+from fleetgate.proxy.telemetry.metrics import LineLog, TokenEstimateError, WorkerMetrics
 from fleetgate.proxy.transport.connection_pool import IDLE_MAX_S
-from fleetgate.proxy.transport.response_relay import Relay
+from fleetgate.proxy.transport.response_relay import ResponseRelay
 from fleetgate.proxy.worker.config import WorkerConfig
 
 SWEEP_S = 0.05  # HOTPATH.md rule 10
@@ -56,32 +62,34 @@ _OUTCOME_BYTES = {outcome: outcome.value.encode() for outcome in Outcome}
 class Hub:
     """One worker's shared state. It is made before the loop runs and changed only by the loop's thread."""
 
-    def __init__(self, config: WorkerConfig, board: Board, ledger: Ledger, log: LineLog, keeper: Gatekeeper) -> None:
+    def __init__(
+        self, config: WorkerConfig, board: SharedMemory, ledger: Ledger, log: LineLog, keeper: Authenticator
+    ) -> None:
         self.config = config
         self.board = board
         self.ledger = ledger
         self.log = log
         self.gatekeeper = keeper
-        self.books = Books(board, config.index, ledger)
-        self.learning = Learning(board, self.books)
-        self.lengths = Lengths()
-        self.notices = Notices()
-        self.ward = Ward(self)
-        self.suspects = Suspects(self)
-        self.spool = Spool(Path(config.data_dir))
-        self.journal = Journal(Path(config.data_dir), self.say)
-        self.accounts = Accounts(self.journal)
-        self.recorder = Recorder(config) if config.record != "off" else None
+        self.books = WorkLedger(board, config.index, ledger)
+        self.learning = CapacityTracker(board, self.books)
+        self.lengths = TokenEstimates()
+        self.notices = PolicyNotices()
+        self.ward = PassiveHealthChecker(self)
+        self.suspects = PoisonDetector(self)
+        self.spool = EventSpool(Path(config.data_dir))
+        self.journal = UsageJournal(Path(config.data_dir), self.say)
+        self.accounts = UsageRecorder(self.journal)
+        self.recorder = DecisionLog(config) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
-        self.telemetry = Telemetry(board, config.index)
-        self.estimates = {kind: TokenMeter(self.telemetry, kind) for kind in ("prompt", "output")}
+        self.telemetry = WorkerMetrics(board, config.index)
+        self.estimates = {kind: TokenEstimateError(self.telemetry, kind) for kind in ("prompt", "output")}
         self.ttft_error = self.telemetry.histogram("fleetgate_ttft_prediction_error_seconds", {})
         self.loop: asyncio.AbstractEventLoop
         self.clock: Callable[[], float] = time.monotonic
-        self.tables: Tables
-        self.maker: Maker
-        self.conversations: dict[Conversation, None] = {}
-        self.waiters: dict[Ticket, Conversation] = {}
+        self.tables: RoutingTable
+        self.maker: RoutingTableBuilder
+        self.conversations: dict[RequestHandler, None] = {}
+        self.waiters: dict[QueueEntry, RequestHandler] = {}
         self.draining = False
         self.date_line = b""
         self._date_s = 0
@@ -90,8 +98,8 @@ class Hub:
         self._denied: dict[tuple[int, str], int] = {}
         self._trouble: dict[str, float] = {}
         self._sweeps = 0
-        self.guards = Guards(self)
-        self.freshness: Freshness
+        self.guards = OverloadManager(self)
+        self.freshness: KeyValidity
         self.others = [worker for worker in range(config.workers) if worker != config.index]  # who may wait for room
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
@@ -124,30 +132,30 @@ class Hub:
     def connected(self, client: ClientConnection) -> None:
         """A client connected."""
         self._connections[client] = None
-        self.board.set(self.config.index, Worker.CONNECTIONS, len(self._connections))
+        self.board.set(self.config.index, WorkerCell.CONNECTIONS, len(self._connections))
 
     def disconnected(self, client: ClientConnection) -> None:
         """A client's connection ended."""
         self._connections.pop(client, None)
-        self.board.set(self.config.index, Worker.CONNECTIONS, len(self._connections))
+        self.board.set(self.config.index, WorkerCell.CONNECTIONS, len(self._connections))
 
     @property
     def connections(self) -> list[ClientConnection]:
         """All client connections."""
         return list(self._connections)
 
-    def count_waiting(self, lane: LaneState, change: int) -> None:
+    def count_waiting(self, lane: ModelRouteState, change: int) -> None:
         """A request began or ceased to wait."""
         board, index = self.board, self.config.index
         board.waiting[lane.site.gateway.slot * board.workers + index] += change
-        board.set(index, Worker.WAITING, board.get(index, Worker.WAITING) + change)
+        board.set(index, WorkerCell.WAITING, board.get(index, WorkerCell.WAITING) + change)
 
     def room_freed(self, slot: int) -> None:
         """A Deployment has a place again: whoever waits may look, here first, then in the other workers."""
         if self.waiters:
             self.loop.call_soon(self.wake)
         for worker in self.others:
-            if self.board.get(worker, Worker.WAITING):
+            if self.board.get(worker, WorkerCell.WAITING):
                 try:
                     os.write(self.config.wake_fds[worker], b"\x01")
                 except OSError:  # its pipe is full, so it is awake, or it is gone
@@ -159,19 +167,19 @@ class Hub:
         for lane in lanes:
             found = True
             while found:  # each that finds a place changes what there is for the next
-                found = any(self.waiters[ticket].look_again() for ticket in lane.room.row(LOOKS_MAX))
+                found = any(self.waiters[ticket].look_again() for ticket in lane.room.next_entries(LOOKS_MAX))
 
     def tally(self, slot: int, cell: int) -> None:
         """Count something of a Deployment for the correction of its limit."""
         board = self.board
-        board.tallies[(slot * board.workers + self.config.index) * TALLY_CELLS + cell] += 1
+        board.deployment_counters[(slot * board.workers + self.config.index) * TALLY_CELLS + cell] += 1
 
     def prompt_done(self) -> None:
         """An engine turned to its next prompt: somebody who waits may have room now."""
         if self.waiters:
             self.loop.call_soon(self.wake)
 
-    def learn(self, conversation: Conversation, booking: Booking, relay: Relay) -> None:
+    def learn(self, conversation: RequestHandler, booking: Reservation, relay: ResponseRelay) -> None:
         """An answer ended as it should: what it tells of lengths and speed."""
         model, usage, wanting = conversation.lane.model, relay.usage, conversation.wanting
         prompt_tokens = 0
@@ -179,12 +187,12 @@ class Hub:
         if usage is not None:
             prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
             output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
-            self.lengths.saw_prompt(model, len(conversation.body), prompt_tokens)
+            self.lengths.record_prompt(model, len(conversation.body), prompt_tokens)
             if wanting is not None:
                 self.estimates["prompt"].saw(wanting.need.prompt_tokens, prompt_tokens)
                 self.estimates["output"].saw(wanting.need.output_tokens, output_tokens)
         if output_tokens:
-            self.lengths.saw_output(model, conversation.request.key.name, output_tokens)
+            self.lengths.record_output(model, conversation.request.key.name, output_tokens)
         now_s = self.clock()
         if wanting is not None:
             need = wanting.need
@@ -193,7 +201,7 @@ class Hub:
 
     # --- Snapshots ---
 
-    def use(self, tables: Tables) -> None:
+    def use(self, tables: RoutingTable) -> None:
         """Take a new Snapshot; running requests end on the old one, waiting ones move over."""
         waiting = list(self.waiters.values())
         kept = set(tables.peers.values())
@@ -207,18 +215,18 @@ class Hub:
         tables.fit_changed = lambda place: self.learning.renew(place, int(self.clock() * 1000))
         self._renew_places(int(self.clock() * 1000), whole=True)
         self.ward.use(before, tables)
-        self.board.set(self.config.index, Worker.SNAPSHOT_VERSION, tables.version)
-        self.board.set(self.config.index, Worker.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
+        self.board.set(self.config.index, WorkerCell.SNAPSHOT_VERSION, tables.version)
+        self.board.set(self.config.index, WorkerCell.SNAPSHOT_AT_MS, int(tables.snapshot.made_at_s * 1000))
         self._end_with_their_keys(before, tables)
         for conversation in waiting:
             conversation.change_lane()
 
-    def _end_with_their_keys(self, before: Tables, tables: Tables) -> None:
+    def _end_with_their_keys(self, before: RoutingTable, tables: RoutingTable) -> None:
         """Running requests whose key is gone, where it says that they go with it. FAULTS.md row 64."""
         gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in tables.keys}
         if gone:
             for conversation in [one for one in self.conversations if one.request.key.id in gone]:
-                cut_off(conversation, REVOKED)
+                terminate(conversation, REVOKED)
 
     # --- what requests read ---
 
@@ -231,18 +239,20 @@ class Hub:
                 place.renew_fit(now_ms / 1000)
             if len(place.peers) == 1:
                 slot = place.peers[0].endpoint.slot
-                fresh = now_ms - board.signal(slot, Signal.LOAD_SEEN_MS) < LOAD_FRESH_MS
-                place.foreign = board.signal(slot, Signal.FOREIGN) if fresh else 0
+                fresh = now_ms - board.signal(slot, EndpointSignal.LOAD_SEEN_MS) < LOAD_FRESH_MS
+                place.foreign = board.signal(slot, EndpointSignal.FOREIGN) if fresh else 0
             if place.cools_until_s:
                 self.ward.cool(place, now_ms / 1000)
             if whole:
-                place.prefills = all(board.signal(peer.endpoint.slot, Signal.PREFILL) == 1 for peer in place.peers)
-                marks = {board.signal(peer.endpoint.slot, Signal.TOKENS) for peer in place.peers}
+                place.prefills = all(
+                    board.signal(peer.endpoint.slot, EndpointSignal.PREFILL) == 1 for peer in place.peers
+                )
+                marks = {board.signal(peer.endpoint.slot, EndpointSignal.TOKENS) for peer in place.peers}
                 place.token_mark = marks.pop() if len(marks) == 1 and not marks <= {0, 1} else 0
             if whole or (place.fit, place.foreign) != before:
                 self.learning.renew(place, now_ms)
 
-    def resumed(self, conversation: Conversation) -> None:
+    def resumed(self, conversation: RequestHandler) -> None:
         """An answer that broke off goes on elsewhere."""
         resumption = conversation.resumption
         assert resumption is not None
@@ -250,7 +260,7 @@ class Hub:
         labels = {"gateway": conversation.lane.site.gateway.name, "way": str(resumption.way)}
         self.telemetry.cells[self.telemetry.counter("fleetgate_resumes_total", labels)] += 1
 
-    def note_upstream_trouble(self, place: Place, what: str) -> None:
+    def note_upstream_trouble(self, place: DeploymentState, what: str) -> None:
         """Log why a Deployment cannot be reached, once in a while."""
         now_s, name = self.clock(), place.deployment.name
         if now_s - self._trouble.get(name, float("-inf")) < TROUBLE_EVERY_S:
@@ -266,7 +276,7 @@ class Hub:
 
     # --- the books ---
 
-    def record(self, conversation: Conversation) -> None:
+    def record(self, conversation: RequestHandler) -> None:
         """Count and log a request that has ended."""
         now_s = conversation.seen_s
         if self.recorder is not None:
@@ -289,12 +299,12 @@ class Hub:
                 tpot_s = (now_s - first_s) / (relay.event_count - 1)
                 meters.tpot.observe(tpot_s)
                 if outcome is Outcome.OK and place is not None and not conversation.exchange.resumes:
-                    place.pulse.saw_stream(tpot_s)
+                    place.pulse.record_stream(tpot_s)
             if usage is not None:
                 prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
                 output_tokens = usage.completion_tokens or usage.output_tokens or 0
                 if outcome is Outcome.OK and output_tokens and not relay.stream and place is not None:
-                    place.pulse.saw_whole((now_s - conversation.sent_s) / output_tokens)
+                    place.pulse.record_response((now_s - conversation.sent_s) / output_tokens)
                 cells[meters.prompt_tokens] += prompt_tokens
                 cells[meters.output_tokens] += output_tokens
         if self.log.on:
@@ -318,13 +328,13 @@ class Hub:
                 )
             )
 
-    def count_failure(self, lane: LaneState, place: Place, failure: Failure) -> None:
+    def count_failure(self, lane: ModelRouteState, place: DeploymentState, failure: Failure) -> None:
         """Count an attempt that was lost."""
         meters = lane.meters.get(place.slot)
         if meters is not None:
             self.telemetry.cells[meters.failure(failure)] += 1
 
-    def _meters_of(self, lane: LaneState, place: Place | None) -> Meters:
+    def _meters_of(self, lane: ModelRouteState, place: DeploymentState | None) -> RequestMetrics:
         if place is None:
             return self.maker.meters(lane.site.gateway.name, "", "")
         known = lane.meters.get(place.slot)
@@ -349,7 +359,7 @@ class Hub:
         """Every 50 ms: deadlines, the log, what other workers ejected. Cost: 10 µs and 0.1 µs a request in flight."""
         now_s = self.clock()
         self._sweeps += 1
-        self.board.set(self.config.index, Worker.HEARTBEAT_MS, int(now_s * 1000))
+        self.board.set(self.config.index, WorkerCell.HEARTBEAT_MS, int(now_s * 1000))
         epoch = int(time.time())
         if epoch != self._date_s:
             self._date_s = epoch
@@ -382,9 +392,9 @@ class Hub:
 
     def _look_at_journal(self, now_s: float) -> None:
         journal, index = self.journal, self.config.index
-        journal.look(now_s)
-        self.board.set(index, Worker.JOURNAL_SHORT, journal.is_short)
-        self.board.set(index, Worker.ROWS_LOST, journal.lost)
+        journal.check(now_s)
+        self.board.set(index, WorkerCell.JOURNAL_SHORT, journal.is_short)
+        self.board.set(index, WorkerCell.ROWS_LOST, journal.lost)
 
     def _learn_from_the_last_second(self, furthest: dict[int, int], now_s: float) -> None:
         """Paces from our own streams; limits, in the one worker that does it for all, from what all have counted."""
@@ -393,6 +403,6 @@ class Hub:
             return
         for name, change in self.learning.correct_limits(int(now_s * 1000)):
             sentence = change_sentence(name, change)
-            self.spool.add(Happened("Deployment", name, sentence))
+            self.spool.add(EventRecord("Deployment", name, sentence))
             line = {"at_ms": int(self.epoch_s() * 1000), "event": "limit_changed", "deployment": name}
             self.log.add(msgspec.json.encode({**line, "message": sentence}) + b"\n")

@@ -15,27 +15,27 @@ import uvloop
 
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
-from fleetgate.ipc.event_spool import Happened
-from fleetgate.ipc.shared_memory import Board, Worker, layout
+from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell, layout
 from fleetgate.policies import plugins
-from fleetgate.proxy.downstream.authenticator import Gatekeeper
+from fleetgate.proxy.downstream.authenticator import Authenticator
 from fleetgate.proxy.downstream.client_connection import ClientConnection
-from fleetgate.proxy.downstream.idempotency import tidy
-from fleetgate.proxy.downstream.listener import Door
+from fleetgate.proxy.downstream.idempotency import remove_expired
+from fleetgate.proxy.downstream.listener import Listener
 from fleetgate.proxy.downstream.server_tls import DevelopmentTls, ServerTls
-from fleetgate.proxy.health.active_health import Prober
-from fleetgate.proxy.health.resume_probe import PrefillProbe
-from fleetgate.proxy.routing.routing_table import Maker, Tables
-from fleetgate.proxy.snapshot.key_validity import Freshness
+from fleetgate.proxy.health.active_health import HealthChecker
+from fleetgate.proxy.health.resume_probe import ResumeProbe
+from fleetgate.proxy.routing.routing_table import RoutingTable, RoutingTableBuilder
+from fleetgate.proxy.snapshot.key_validity import KeyValidity
 from fleetgate.proxy.snapshot.rollout import Rollout
 from fleetgate.proxy.snapshot.snapshot_file import EMPTY, SnapshotFile
 from fleetgate.proxy.telemetry.metrics import LineLog
 from fleetgate.proxy.telemetry.ops_server import HEAD_BYTES_MAX, OpsServer
 from fleetgate.proxy.transport import tcp_info as tcp
-from fleetgate.proxy.transport.fault_switch import Harming
+from fleetgate.proxy.transport.fault_switch import FaultSwitch
 from fleetgate.proxy.worker.config import ENV, RETIRE, WorkerConfig
-from fleetgate.proxy.worker.drain import AT_ONCE, RETIRED, Leave, drain, stopping
-from fleetgate.proxy.worker.generations import Overlap
+from fleetgate.proxy.worker.drain import AT_ONCE, RETIRED, DrainPolicy, drain, stopping
+from fleetgate.proxy.worker.generations import Generations
 from fleetgate.proxy.worker.services import SWEEP_S, Hub
 
 SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
@@ -72,26 +72,26 @@ class WorkerProcess:
 
     def __init__(self, config: WorkerConfig) -> None:
         data_dir = Path(config.data_dir)
-        memory = mmap.mmap(config.board_fd, Board.bytes_needed(config.workers))
-        self.board = Board(memoryview(memory), config.workers)
+        memory = mmap.mmap(config.board_fd, SharedMemory.bytes_needed(config.workers))
+        self.board = SharedMemory(memoryview(memory), config.workers)
         locks = LockFile(data_dir / "ledger.lock")
         ledger = Ledger(self.board, config.index, locks.lock, locks.unlock)
-        self.overlap = Overlap(self.board, config.index, config.serving or config.workers, ledger)
+        self.overlap = Generations(self.board, config.index, config.serving or config.workers, ledger)
         pepper = (data_dir / "pepper").read_bytes() if config.auth == "keys" else None
         self.config = config
-        self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Gatekeeper(pepper))
-        self.hub.maker = Maker(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
-        self.hub.tables = Tables(EMPTY, self.hub.maker, None, 0.0)
+        self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Authenticator(pepper))
+        self.hub.maker = RoutingTableBuilder(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
+        self.hub.tables = RoutingTable(EMPTY, self.hub.maker, None, 0.0)
         self._snapshots = SnapshotFile(data_dir)
         self._rollout = Rollout(self._snapshots, self.board, config.index, self, careful=config.canary)
         self.overlap.on_change = self._counts_with
         self._locks = locks
-        self._freshness = self.hub.freshness = Freshness(data_dir, self.board, config.max_stale_s)
+        self._freshness = self.hub.freshness = KeyValidity(data_dir, self.board, config.max_stale_s)
         self._using = EMPTY
-        self._prober = Prober(self.hub, lambda: locks.try_lock(PROBER_LOCK))
+        self._prober = HealthChecker(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
-        self._harming = Harming(self.hub, data_dir)
+        self._harming = FaultSwitch(self.hub, data_dir)
         self._leave = self._stop = stopping(config.lb_grace_s, config.grace_s)
         self._refused = ""
         self._sweeps = 0
@@ -130,12 +130,12 @@ class WorkerProcess:
         if self._tls is not None:
             doors.append(await self._listen(config.tls_listen_fd, self._tls))
         prober = loop.create_task(self._prober.run())
-        prefill = loop.create_task(PrefillProbe(hub, lambda: self._prober.mine).run())
+        prefill = loop.create_task(ResumeProbe(hub, lambda: self._prober.mine).run())
         # What is there now stays: the collector need not walk it again. HOTPATH.md rule 13.
         gc.collect()
         gc.freeze()
-        self.board.set(config.index, Worker.PID, os.getpid())
-        self.board.set(config.index, Worker.ACCEPTING, 1)
+        self.board.set(config.index, WorkerCell.PID, os.getpid())
+        self.board.set(config.index, WorkerCell.ACCEPTING, 1)
         await self._stopped.wait()
         prober.cancel()
         prefill.cancel()
@@ -152,9 +152,9 @@ class WorkerProcess:
             if hub.recorder.log.dropped:
                 self.hub.say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
 
-    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Door:
-        tcp.bound_unsent(fd)
-        door = Door(fd, tls.context if tls else None, lambda: ClientConnection(self.hub))
+    async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Listener:
+        tcp.limit_unsent(fd)
+        door = Listener(fd, tls.context if tls else None, lambda: ClientConnection(self.hub))
         return await self.hub.guards.watch(door).open()
 
     async def _listen_for_operations(self) -> asyncio.Server:
@@ -173,7 +173,7 @@ class WorkerProcess:
     def _counts_with(self, columns: range) -> None:
         self.hub.others = [column for column in columns if column != self.config.index]
 
-    def _go(self, leave: Leave) -> None:
+    def _go(self, leave: DrainPolicy) -> None:
         self._leave = leave
         self._stopped.set()
 
@@ -190,7 +190,7 @@ class WorkerProcess:
 
     def _look_at_files(self) -> None:
         if self._sweeps % TIDY_EVERY == 0 and self._prober.mine:
-            self.hub.loop.run_in_executor(None, tidy, Path(self.config.data_dir))
+            self.hub.loop.run_in_executor(None, remove_expired, Path(self.config.data_dir))
         self._look_at_keys()
         self._harming.look()
         if self.hub.maker.upstream_tls is not None:
@@ -208,7 +208,7 @@ class WorkerProcess:
 
     def _tell_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
         if self._prober.mine and (sentence := tls.alarm(self.hub.epoch_s())):  # one worker tells for all
-            self.hub.spool.add(Happened("Certificate", "client-listener", sentence))
+            self.hub.spool.add(EventRecord("Certificate", "client-listener", sentence))
             self.hub.say(sentence)
 
     def _look_for_snapshot(self) -> None:
@@ -220,7 +220,7 @@ class WorkerProcess:
     def take(self, snapshot: Snapshot) -> bool:
         """Use a Snapshot from now on; False, and a line in the log, where it cannot be used."""
         try:
-            tables = Tables(self._freshness.usable(snapshot), self.hub.maker, self.hub.tables, self.hub.clock())
+            tables = RoutingTable(self._freshness.usable(snapshot), self.hub.maker, self.hub.tables, self.hub.clock())
         except Exception as error:
             self.hub.say(f"Snapshot {snapshot.version} cannot be used and the last good one stays: {error!r}")
             return False
@@ -241,7 +241,7 @@ class WorkerProcess:
 
     def tell(self, version: int, sentence: str) -> None:
         """An Event, and a line in the log."""
-        self.hub.spool.add(Happened("Snapshot", str(version), sentence))
+        self.hub.spool.add(EventRecord("Snapshot", str(version), sentence))
         self.hub.say(sentence)
 
     def _say_refusals(self) -> None:

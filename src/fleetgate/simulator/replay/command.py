@@ -13,19 +13,19 @@ from rich.table import Table
 from rich.text import Text
 
 from fleetgate.core.model import Snapshot
-from fleetgate.core.routing.decision_record import Record, Recorded, read_line
-from fleetgate.simulator.replay.compare import Against, Lanes, Reproduction, against_json
-from fleetgate.simulator.replay.counterfactual import Arrivals, Modelled, Pair, simulate_pairs
+from fleetgate.core.routing.decision_record import Record, RecordedDecision, read_line
+from fleetgate.simulator.replay.compare import Comparison, RecordedRoutes, Reproduction, against_json
+from fleetgate.simulator.replay.counterfactual import Arrivals, CounterfactualPair, ModelledDeployment, simulate_pairs
 
 BROKEN_TOLD_MAX = 20  # one by one; all are counted
 PROGRESS_EVERY = 2_000  # lines
 
 
-class Failed(Exception):
+class ReplayFailed(Exception):
     """Nothing could be replayed; the text says why."""
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The flags. Shape: `region` None takes what each record says."""
 
     records: tuple[Path, ...]
@@ -47,16 +47,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     against: dict[str, object] | None
 
 
-def replay(ask: Ask) -> None:
-    """Replay and report, on standard output. Raises: `Failed`."""
-    reader = Reader(ask.records)
-    lanes = Lanes(ask.fleet)
+def replay(ask: ReplayOptions) -> None:
+    """Replay and report, on standard output. Raises: `ReplayFailed`."""
+    reader = RecordReader(ask.records)
+    lanes = RecordedRoutes(ask.fleet)
     reproduction = Reproduction(lanes, ask.region)
-    against = Against(Lanes(ask.against), lanes, ask.region) if ask.against is not None else None
+    against = Comparison(RecordedRoutes(ask.against), lanes, ask.region) if ask.against is not None else None
     arrivals = Arrivals(ask.region)
     for line, record in reader.read():
         match record:
-            case Recorded():
+            case RecordedDecision():
                 reproduction.see(line, record)
                 if against is not None:
                     against.see(record)
@@ -65,11 +65,11 @@ def replay(ask: Ask) -> None:
                     against.ended(ended.id)
                     arrivals.see(ended)
     if not reproduction.decisions:
-        raise Failed(
+        raise ReplayFailed(
             f"no decision could be read from {', '.join(map(str, ask.records))}; "
             "give a file that `fleetgate up --record FILE` wrote"
         )
-    pairs: list[Pair] = []
+    pairs: list[CounterfactualPair] = []
     why_not: list[str] = []
     if against is not None and ask.against is not None:
         against.finish()
@@ -96,7 +96,7 @@ def replay(ask: Ask) -> None:
             )
 
 
-class Reader:
+class RecordReader:
     """Reads files of records line by line; what is no record is told, counted and left out."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -104,7 +104,7 @@ class Reader:
         self._paths = paths
 
     def read(self) -> Iterator[tuple[int, Record]]:
-        """Every record with its line number. Raises: `Failed` when a file cannot be read."""
+        """Every record with its line number. Raises: `ReplayFailed` when a file cannot be read."""
         columns = (
             BarColumn(),
             TextColumn("{task.percentage:3.0f} %"),
@@ -117,7 +117,7 @@ class Reader:
                     task = bar.add_task(path.name, total=path.stat().st_size)
                     yield from self._lines(path, partial(bar.advance, task))
                 except OSError as error:
-                    raise Failed(f"{path} cannot be read: {error.strerror}") from None
+                    raise ReplayFailed(f"{path} cannot be read: {error.strerror}") from None
 
     def _lines(self, path: Path, progress: Callable[[float], None]) -> Iterator[tuple[int, Record]]:
         since_bytes = 0
@@ -163,7 +163,9 @@ def _print(console: Console, reproduction: Reproduction, broken: int) -> None:
         console.print(f"and {count - same - len(rows):,} more", markup=False)
 
 
-def _print_against(console: Console, against: Against, pairs: Sequence[Pair], why_not: Sequence[str]) -> None:
+def _print_against(
+    console: Console, against: Comparison, pairs: Sequence[CounterfactualPair], why_not: Sequence[str]
+) -> None:
     """What the other file would change: first exactly, for the load as it was; then as the simulator models it."""
     before, after = against.before, against.after
     share = against.changed / against.decisions if against.decisions else 0.0
@@ -189,14 +191,14 @@ def _print_against(console: Console, against: Against, pairs: Sequence[Pair], wh
             "fleets by their Profiles, nothing cached",
             markup=False,
         )
-        fields = [name for name in Modelled.__struct_fields__]
+        fields = [name for name in ModelledDeployment.__struct_fields__]
         cells = [(name.replace("_", " "), _cell(pair.before, name), _cell(pair.after, name)) for name in fields]
         console.print(_table(("", "before", "after"), cells))
     for sentence in why_not:
         console.print(f"not modelled: {sentence}", markup=False)
 
 
-def _cell(modelled: Modelled, name: str) -> str:
+def _cell(modelled: ModelledDeployment, name: str) -> str:
     value = getattr(modelled, name)
     return value if type(value) is str else _figure(value, 3)
 

@@ -5,29 +5,37 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from fleetgate.core.capacity.latency_model import Need
+from fleetgate.core.capacity.latency_model import RequestShape
 from fleetgate.core.model import Deployment, Slo, Snapshot
-from fleetgate.core.routing.decision_record import Recorded, Stood, choice_of, decide_again, missed, same, turn_of
-from fleetgate.core.routing.route import Decision, Lane, Rejection, lanes_of
+from fleetgate.core.routing.decision_record import (
+    RecordedCandidate,
+    RecordedDecision,
+    choice_of,
+    decide_again,
+    missed,
+    same,
+    turn_of,
+)
+from fleetgate.core.routing.route import Decision, ModelRoute, Rejection, model_routes
 
 DIFFERENCES_MAX = 20  # told one by one; all are counted
 NOWHERE = "(not placed)"  # refused, or its client left before there was room
 
 
-class Lanes:
+class RecordedRoutes:
     """The Lanes of a fleet file as the proxies of each region see them."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.deployments = {deployment.name: deployment for deployment in snapshot.deployments}
         self.gateways = {gateway.name: gateway for gateway in snapshot.gateways}
         self._snapshot = snapshot
-        self._known: dict[tuple[str, str], dict[str, Lane]] = {}
+        self._known: dict[tuple[str, str], dict[str, ModelRoute]] = {}
 
-    def find(self, gateway: str, model: str, region: str) -> Lane | None:
+    def find(self, gateway: str, model: str, region: str) -> ModelRoute | None:
         """One model in one Gateway; None where the file has it not."""
         if (gateway, region) not in self._known:
             known = self.gateways.get(gateway)
-            self._known[gateway, region] = lanes_of(known, self._snapshot, region) if known is not None else {}
+            self._known[gateway, region] = model_routes(known, self._snapshot, region) if known is not None else {}
         return self._known[gateway, region].get(model)
 
 
@@ -47,7 +55,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 class Reproduction:
     """Counts how many decisions come out as they were recorded."""
 
-    def __init__(self, lanes: Lanes, region: str | None) -> None:
+    def __init__(self, lanes: RecordedRoutes, region: str | None) -> None:
         self.decisions = 0
         self.reproduced = 0
         self.outrun = 0  # came out the same, but another worker had taken the first choice's last place
@@ -60,7 +68,7 @@ class Reproduction:
         """Of all decisions; 1 of none."""
         return self.reproduced / self.decisions if self.decisions else 1.0
 
-    def see(self, line: int, record: Recorded) -> None:
+    def see(self, line: int, record: RecordedDecision) -> None:
         """Take one decision again."""
         self.decisions += 1
         region = record.region if self._region is None else self._region
@@ -84,7 +92,7 @@ class Reproduction:
             )
 
 
-def _because(record: Recorded, lane: Lane | None, again: Decision | Rejection | None) -> str:
+def _because(record: RecordedDecision, lane: ModelRoute | None, again: Decision | Rejection | None) -> str:
     """Why a decision came out otherwise, as far as the two configurations tell."""
     if lane is None or again is None:
         return f"the file has no Gateway {record.gateway} with model {record.model}"
@@ -104,7 +112,7 @@ def _because(record: Recorded, lane: Lane | None, again: Decision | Rejection | 
     return "another order: strategy, ranks, prices or regions differ, or the record's `turn` is not what it was"
 
 
-class Tally:
+class ReplayTally:
     """What became of requests on one side of a comparison. Units: `usd` of `priced` requests."""
 
     def __init__(self) -> None:
@@ -114,7 +122,7 @@ class Tally:
         self.priced = 0
         self.usd = 0.0
 
-    def add(self, record: Recorded, chosen: str, tpot_s: float) -> None:
+    def add(self, record: RecordedDecision, chosen: str, tpot_s: float) -> None:
         """One request's place."""
         self.requests[chosen or NOWHERE] += 1
         late = missed(record, chosen, tpot_s)
@@ -136,31 +144,31 @@ class Tally:
         return self.usd / self.priced if self.priced else None
 
 
-class Side(msgspec.Struct):
+class ComparisonSide(msgspec.Struct):
     """Where a request ended up on one side. Shape: `moves` counts the Deployments it had tried before."""
 
     moves: int
-    record: Recorded
+    record: RecordedDecision
     chosen: str
 
 
-class Against:
+class Comparison:
     """Takes every decision under another fleet file and compares where requests go.
 
     A turn is handed on from decision to decision as the other strategy leaves it, one for each worker and Lane.
     """
 
-    def __init__(self, lanes: Lanes, before: Lanes, region: str | None) -> None:
+    def __init__(self, lanes: RecordedRoutes, before: RecordedRoutes, region: str | None) -> None:
         self.decisions = 0
         self.changed = 0
-        self.before, self.after = Tally(), Tally()
+        self.before, self.after = ReplayTally(), ReplayTally()
         self.not_judged: set[str] = set()  # Deployments of the other file that no record tells of
         self._lanes, self._old = lanes, before
         self._region = region
         self._turns: dict[tuple[str, int, str, str], Mapping[str, float]] = {}
-        self._open: dict[str, tuple[Side, Side]] = {}
+        self._open: dict[str, tuple[ComparisonSide, ComparisonSide]] = {}
 
-    def see(self, record: Recorded) -> None:
+    def see(self, record: RecordedDecision) -> None:
         """Take one decision under the other file."""
         self.decisions += 1
         region = record.region if self._region is None else self._region
@@ -174,7 +182,9 @@ class Against:
         self.changed += changed
         self._place(record, adjusted, chosen)
 
-    def _decide(self, record: Recorded, lane: Lane, turns_of: tuple[str, int, str, str]) -> tuple[str, bool]:
+    def _decide(
+        self, record: RecordedDecision, lane: ModelRoute, turns_of: tuple[str, int, str, str]
+    ) -> tuple[str, bool]:
         """Whom the request would go to, and whether that is another than was chosen."""
         again = decide_again(record, lane, self._turns.get(turns_of))
         # With the same order the same thing happens, also where another worker was quicker.
@@ -183,10 +193,10 @@ class Against:
             self._turns[turns_of] = turn_of(lane.candidates, again.turn)
         return chosen, chosen != record.chosen
 
-    def _place(self, record: Recorded, adjusted: Recorded, chosen: str) -> None:
+    def _place(self, record: RecordedDecision, adjusted: RecordedDecision, chosen: str) -> None:
         """The first place that a request finds is its own, until it has to move on."""
         moves = len(record.tried)
-        sides = Side(moves, record, record.chosen), Side(moves, adjusted, chosen)
+        sides = ComparisonSide(moves, record, record.chosen), ComparisonSide(moves, adjusted, chosen)
         known = self._open.get(record.id) if record.id else None
         if known is None:
             self._open[record.id or f"{record.at_s}/{self.decisions}"] = sides
@@ -206,21 +216,23 @@ class Against:
             self._close(was, would)
         self._open.clear()
 
-    def _close(self, was: Side, would: Side) -> None:
+    def _close(self, was: ComparisonSide, would: ComparisonSide) -> None:
         gateway = self._old.gateways.get(was.record.gateway)
         tpot_s = ((gateway.slo if gateway is not None else None) or Slo()).tpot_s
         self.before.add(was.record, was.chosen, tpot_s)
         self.after.add(would.record, would.chosen, tpot_s)
 
 
-def _later(known: Side, new: Side) -> Side:
+def _later(known: ComparisonSide, new: ComparisonSide) -> ComparisonSide:
     return known if known.chosen and new.moves <= known.moves else new
 
 
-def as_written(record: Recorded, lane: Lane, old: Mapping[str, Deployment], new: Mapping[str, Deployment]) -> Recorded:
+def as_written(
+    record: RecordedDecision, lane: ModelRoute, old: Mapping[str, Deployment], new: Mapping[str, Deployment]
+) -> RecordedDecision:
     """A record with the prices of another file, and with its limits and CU where it writes others than the first."""
-    units = Need(record.prompt_tokens, record.output_tokens).units
-    load: dict[str, Stood] = dict(record.load)
+    units = RequestShape(record.prompt_tokens, record.output_tokens).units
+    load: dict[str, RecordedCandidate] = dict(record.load)
     for candidate in lane.candidates:
         stood, was, now = load.get(candidate.name), old.get(candidate.name), new[candidate.name]
         if stood is None:
@@ -239,7 +251,7 @@ def sides(before: object, after: object) -> dict[str, object]:
     return {"before": before, "after": after}
 
 
-def against_json(against: Against, simulated: Sequence[object], not_simulated: Sequence[str]) -> dict[str, object]:
+def against_json(against: Comparison, simulated: Sequence[object], not_simulated: Sequence[str]) -> dict[str, object]:
     """What another file would change, as JSON has it."""
     before, after = against.before, against.after
     names = sorted(before.requests.keys() | after.requests.keys())

@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from fleetgate.core.model import Gateway, Snapshot, Upstream
-from fleetgate.core.routing.decision_record import Ended
-from fleetgate.simulator.fleet import BadFleet, Fleet, fleet_of
-from fleetgate.simulator.simulation import NotPossible, Setting, Simulation
+from fleetgate.core.routing.decision_record import RecordedEnd
+from fleetgate.simulator.fleet import BadFleet, SimulatedFleet, fleet_of
+from fleetgate.simulator.simulation import NotPossible, Simulation, SimulationSetting
 from fleetgate.simulator.world import Arrival
 
 ARRIVALS_MIN = 2  # with one there is no rate
 
 
-class Modelled(msgspec.Struct, frozen=True, kw_only=True):
+class ModelledDeployment(msgspec.Struct, frozen=True, kw_only=True):
     """How a fleet does with the recorded arrivals, by the simulator. Units: `goodput_rps` of requests in the SLO."""
 
     strategy: str
@@ -26,14 +26,14 @@ class Modelled(msgspec.Struct, frozen=True, kw_only=True):
     cost_usd_per_mtok: float | None
 
 
-class Pair(msgspec.Struct, frozen=True, kw_only=True):
+class CounterfactualPair(msgspec.Struct, frozen=True, kw_only=True):
     """One model in one Gateway under both files."""
 
     gateway: str
     model: str
     requests: int
-    before: Modelled
-    after: Modelled
+    before: ModelledDeployment
+    after: ModelledDeployment
 
 
 class Arrivals:
@@ -43,7 +43,7 @@ class Arrivals:
         self.lanes: dict[tuple[str, str], list[Arrival]] = {}
         self._region = region
 
-    def see(self, ended: Ended) -> None:
+    def see(self, ended: RecordedEnd) -> None:
         """A request that ended came so long before."""
         arrivals = self.lanes.setdefault((ended.gateway, ended.model), [])
         arrivals.append(
@@ -60,9 +60,9 @@ class Arrivals:
 
 def simulate_pairs(
     arrivals: Arrivals, before: Snapshot, after: Snapshot, warn: Callable[[str], None]
-) -> tuple[list[Pair], list[str]]:
+) -> tuple[list[CounterfactualPair], list[str]]:
     """Play each Gateway and model to both fleets; sentences say which cannot be, and why."""
-    pairs: list[Pair] = []
+    pairs: list[CounterfactualPair] = []
     why_not: list[str] = []
     for (gateway, model), came in sorted(arrivals.lanes.items()):
         if len(came) < ARRIVALS_MIN:
@@ -74,11 +74,11 @@ def simulate_pairs(
         except (BadFleet, NotPossible) as error:
             why_not.append(f"Gateway {gateway}, model {model}: {error}")
             continue
-        pairs.append(Pair(gateway=gateway, model=model, requests=len(came), before=was, after=would))
+        pairs.append(CounterfactualPair(gateway=gateway, model=model, requests=len(came), before=was, after=would))
     return pairs, why_not
 
 
-def _fleet(snapshot: Snapshot, name: str, model: str) -> Fleet:
+def _fleet(snapshot: Snapshot, name: str, model: str) -> SimulatedFleet:
     """One Gateway with only the upstreams that serve a model, for the simulator knows but one."""
     gateway = next((gateway for gateway in snapshot.gateways if gateway.name == name), None)
     serving = {deployment.name for deployment in snapshot.deployments if model in deployment.models}
@@ -93,11 +93,11 @@ def _serving(gateway: Gateway | None, names: set[str]) -> tuple[Upstream, ...]:
     return tuple(u for u in gateway.upstreams if u.deployment in names) if gateway is not None else ()
 
 
-def _run(fleet: Fleet, came: Sequence[Arrival], warn: Callable[[str], None]) -> Modelled:
+def _run(fleet: SimulatedFleet, came: Sequence[Arrival], warn: Callable[[str], None]) -> ModelledDeployment:
     strategy = fleet.gateway.strategy
-    simulation = Simulation(fleet, came, Setting(strategies=(strategy,)), warn)
+    simulation = Simulation(fleet, came, SimulationSetting(strategies=(strategy,)), warn)
     score = simulation.run(strategy).score
-    return Modelled(
+    return ModelledDeployment(
         strategy=strategy,
         goodput_rps=round(score.goodput_ratio * simulation.capacity_rps, 4),
         slo_ttft_share=score.slo_ttft_share,

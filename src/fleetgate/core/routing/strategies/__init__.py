@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from fleetgate.core.capacity.latency_model import Fit
+from fleetgate.core.capacity.latency_model import LatencyPrediction
 
 Turn = Mapping[int, float]
 NO_TURN: Turn = {}
@@ -43,7 +43,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_usd: float = 0.0
 
 
-class Standing(msgspec.Struct):
+class CandidateState(msgspec.Struct):
     """How a candidate stands at the moment of the pick, for the request that is to be placed. To be read only.
 
     Units: `health` 0 to 1, breaker times slow start; `limit` in requests, as it is now, 0 for none; `units` in CU;
@@ -55,13 +55,13 @@ class Standing(msgspec.Struct):
     health: float
     limit: int = 0
     units: float = 1.0
-    predicted: Fit | None = None
+    predicted: LatencyPrediction | None = None
     warm: float = 0.0
     usd: float = 0.0
     places: int = 0
 
     @property
-    def fit(self) -> Fit | None:
+    def fit(self) -> LatencyPrediction | None:
         """How the request would do there, None where no Profile tells.
 
         Cost: predicted when it is first asked for, 2 µs; a strategy that can do without should.
@@ -81,7 +81,7 @@ class Standing(msgspec.Struct):
         return fit is not None and (fit.tight or fit.late != "")
 
 
-Load = Mapping[int, Standing]  # by Deployment slot
+Load = Mapping[int, CandidateState]  # by Deployment slot
 
 
 class Ranking(NamedTuple):
