@@ -62,7 +62,7 @@ def watch(conversation: "RequestHandler", now_s: float, furthest: dict[int, int]
     if relay is not None:
         if conversation.booking is not None:
             conversation.booking.watch(relay.event_count if conversation.first_s else -1, furthest, now_s)
-        progress = relay.beats + relay.event_count
+        progress = relay.beats + relay.event_count + relay.body_bytes
         if relay.stream or conversation.ask.stream:
             conversation.hub.ward.look(conversation, progress, now_s)
         if conversation.first_s and progress != conversation.progress:

@@ -54,9 +54,9 @@ from fleetgate.proxy.request.hedging import Hedge, dial_elsewhere
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
 from fleetgate.proxy.request.response_writer import ResponseWriter
 from fleetgate.proxy.request.resume import Resume, transcript_of
+from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState
-from fleetgate.proxy.transport.connection_pool import EndpointState
-from fleetgate.proxy.transport.response_relay import ResponseRelay
+from fleetgate.proxy.transport.interface import UpstreamResponse
 
 if TYPE_CHECKING:
     from fleetgate.proxy.downstream.client_connection import ClientConnection
@@ -77,7 +77,8 @@ class RequestHandler(ResponseWriter):
     peer: EndpointState | None = None
     failed_peers: tuple[EndpointState, ...] = ()
     stale_at: EndpointState | None = None  # where a kept connection was closed under it
-    relay: ResponseRelay | None = None
+    relay: UpstreamResponse | None = None
+    dials: Mapping[UpstreamResponse, tuple[DeploymentState, EndpointState]] = {}  # attempts without a connection yet
     ticket: QueueEntry | None = None
     wanting: PlacementRequest | None = None
     judgement = ALLOWED  # what policies say of it
@@ -157,10 +158,10 @@ class RequestHandler(ResponseWriter):
         self.progress = 0
         self.sent_s = now_s
         self.deadline_s = now_s + watching.first_event_s(self, self.booking)
-        self.relay = relay = sending.relay_for(self, self, place)
+        self.relay = None
         self.attempt = attempt = b"%b-%d" % (self.request_id, self.attempts)
         self.hub.accounts.begin(self, place, attempt)
-        sending.send(self, relay, peer, place)
+        self.relay = sending.send(self, peer, place)
 
     def _peer_at(self, place: DeploymentState, now_s: float) -> EndpointState | None:
         """The Endpoint that the desk chose, or, where it has just fallen out, another of the same Deployment."""
@@ -174,48 +175,73 @@ class RequestHandler(ResponseWriter):
                 booking.moved(peer.endpoint.slot)
         return peer
 
-    def dials_long(self, relay: ResponseRelay) -> None:
+    def on_dial_slow(self, relay: UpstreamResponse) -> None:
         """The attempt in hand has no connection yet, and should have: somebody else may be nearer."""
         exchange = self.exchange
         if relay is not self.relay or exchange.state is not State.TRYING or exchange.resumes or self.hedge is not None:
             return
         self.hedge = dial_elsewhere(self, self.hub.clock())
-        if self.hedge is not None and self.hedge.relay.connection is not None:
-            self.connected(self.hedge.relay)
+        if self.hedge is not None and self.hedge.relay.is_connected:
+            self._give_up_other_dial(self.hedge.relay)
 
-    def connected(self, relay: ResponseRelay) -> None:
+    def on_connected(self, relay: UpstreamResponse) -> None:
+        """A new connection was made for an attempt."""
+        self.dials = {dial: at for dial, at in self.dials.items() if dial is not relay}
+        self._give_up_other_dial(relay)
+        if self.resumption is not None and self.client.unread:
+            relay.pause()
+
+    def _give_up_other_dial(self, relay: UpstreamResponse) -> None:
         """One of two attempts has its connection: another that has none is given up before it was sent."""
         hedge = self.hedge
         if hedge is None or self.relay is None:
             return
-        if relay is self.relay and hedge.relay.connection is None:
+        if relay is self.relay and not hedge.relay.is_connected:
             self._end_hedge()
             self.exchange.not_sent()
-        elif relay is hedge.relay and self.relay.connection is None:
+        elif relay is hedge.relay and not self.relay.is_connected:
             self.adopt(hedge)
             self.exchange.not_sent()
 
+    def on_not_connected(self, relay: UpstreamResponse, failure: Failure, reason: str) -> None:
+        """No connection could be made for an attempt, which may have been given up meanwhile."""
+        place, peer = self.dials[relay]
+        self.dials = {dial: at for dial, at in self.dials.items() if dial is not relay}
+        self.hub.note_upstream_trouble(place, reason)
+        if relay.over:  # that the Endpoint cannot be reached is worth knowing all the same
+            self.hub.ward.unreachable(self.lane, place, peer, failure)
+        else:
+            self.on_failed(relay, AttemptFailed(failure, sent=False))
+
     # --- what the relay reports ---
 
-    def on_first(self, relay: ResponseRelay) -> None:
+    def on_first(self, relay: UpstreamResponse) -> None:
         """The first content is here."""
         if self.hedge is not None:
-            self._end_hedge()
+            if relay is self.hedge.relay:
+                self.adopt(self.hedge)
+            else:
+                self._end_hedge()
         self.report(CONTENT_OK if relay.status == 200 else Content(relay.status))
 
-    def on_failed(self, relay: ResponseRelay, event: AttemptFailed) -> None:
+    def on_failed(self, relay: UpstreamResponse, event: AttemptFailed) -> None:
         """The attempt is lost."""
-        self._lost(event)
+        if self.hedge is not None and relay is self.hedge.relay:
+            self.hedge.lost(event)
+        else:
+            self._lost(event)
 
-    def on_stale(self, relay: ResponseRelay) -> None:
+    def on_stale(self, relay: UpstreamResponse) -> None:
         """The kept connection was closed before the request got there: send it again on a new one."""
+        if self.hedge is not None and relay is self.hedge.relay:
+            self.hedge.again()
+            return
         assert self.peer is not None and self.place is not None
         self.stale_at = self.peer
         self.attempt = self.hub.accounts.again(self, self.place, self.attempt)
-        self.relay = sending.relay_for(self, self, self.place)
-        sending.send(self, self.relay, self.peer, self.place, fresh=True)
+        self.relay = sending.send(self, self.peer, self.place, fresh=True)
 
-    def on_ended(self, relay: ResponseRelay, tail: bytes) -> None:
+    def on_ended(self, relay: UpstreamResponse, tail: bytes) -> None:
         """The answer ended as it should."""
         self.tail += tail
         if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
@@ -276,7 +302,6 @@ class RequestHandler(ResponseWriter):
         self.hedge, self.attempt = None, hedge.attempt
         self.place = self.last_place = hedge.place
         self.peer, self.booking, self.relay = hedge.peer, hedge.booking, hedge.relay
-        hedge.relay.owner = self
         self.deadline_s = now_s + watching.first_event_s(self, hedge.booking)
 
     def _end_hedge(self) -> None:
@@ -289,7 +314,7 @@ class RequestHandler(ResponseWriter):
         relay = self.relay
         if relay is not None and relay.finish_seen:
             return event  # behind an end there is nothing to go on with: an engine that is asked to would say more
-        if self.resumption is None and relay is not None and relay.script is not None:
+        if self.resumption is None and relay is not None and relay.transcript is not None:
             self.resumption = Resume.of(self, relay, self.hub.clock())
         if self.resumption is None or not self.resumption.can_go_on(self.body):
             return event
@@ -340,7 +365,7 @@ class RequestHandler(ResponseWriter):
             self.write(head)
             self._flow(relay)
 
-    def _flow(self, relay: ResponseRelay) -> None:
+    def _flow(self, relay: UpstreamResponse) -> None:
         """From here on the answer goes to the client as it comes."""
         self.deadline_s = self.first_s + watching.stall_s(self)
         if self.on_trial and self.peer is not None:  # others need not wait for the end of a long answer
@@ -348,7 +373,7 @@ class RequestHandler(ResponseWriter):
         if self.lane.hedges and self.wanting is not None and relay.stream:
             self.lane.first_tokens.record(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
         if relay.stream:
-            relay.script = transcript_of(self)
+            relay.transcript = transcript_of(self)
         if self.booking is not None:
             self.booking.first_token(self.first_s - self.started_s, self.first_s)
             self.hub.prompt_done()
@@ -426,15 +451,13 @@ class RequestHandler(ResponseWriter):
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""
-        if self.relay is not None and self.relay.connection is not None:
-            self.relay.paused = True
-            self.relay.connection.transport.pause_reading()
+        if self.relay is not None:
+            self.relay.pause()
 
     def resume(self) -> None:
         """It caught up."""
-        if self.relay is not None and self.relay.connection is not None:
-            self.relay.paused = False
-            self.relay.connection.transport.resume_reading()
+        if self.relay is not None:
+            self.relay.resume()
 
 
 ACTIONS: dict[type, Callable[..., None]] = {

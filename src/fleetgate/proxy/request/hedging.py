@@ -11,9 +11,8 @@ from fleetgate.core.routing.scheduler import Placement
 from fleetgate.proxy.request import attempt as sending
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
 from fleetgate.proxy.request.usage import HEDGED
+from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.connection_pool import EndpointState
-from fleetgate.proxy.transport.response_relay import ResponseRelay
 
 if TYPE_CHECKING:
     from fleetgate.proxy.request.handler import RequestHandler
@@ -33,39 +32,18 @@ class Hedge:
         peer.in_flight += 1
         self.attempt = b"%b-%d" % (conversation.request_id, conversation.attempts)
         hub.accounts.begin(conversation, place, self.attempt)
-        self.relay = sending.relay_for(conversation, self, place)
-        sending.send(conversation, self.relay, peer, place)
+        self.relay = sending.send(conversation, peer, place)
 
-    # --- what its relay reports ---
-
-    def on_first(self, relay: ResponseRelay) -> None:
-        """It is first: from here on it is the conversation's attempt."""
-        self.conversation.adopt(self)
-        self.conversation.on_first(relay)
-
-    def on_failed(self, relay: ResponseRelay, event: AttemptFailed) -> None:
+    def lost(self, event: AttemptFailed) -> None:
         """It is lost, of which only the books hear: the other one still runs."""
         self.conversation.hedge = None
         self.conversation.blame(self.peer, event.failure)
         self.settle(event.failure.value.encode())
 
-    def on_stale(self, relay: ResponseRelay) -> None:
+    def again(self) -> None:
         """A kept connection was closed: once more on a new one."""
         self.attempt = self.conversation.hub.accounts.again(self.conversation, self.place, self.attempt)
-        self.relay = sending.relay_for(self.conversation, self, self.place)
-        sending.send(self.conversation, self.relay, self.peer, self.place, fresh=True)
-
-    def on_ended(self, relay: ResponseRelay, tail: bytes) -> None:
-        """Never: nothing ends before its first content, and with that it changes its owner."""
-        raise AssertionError("an attempt that nobody adopted has ended")
-
-    def write(self, data: bytes) -> None:
-        """Never, for the same reason."""
-        raise AssertionError("an attempt that nobody adopted has written")
-
-    def now_s(self) -> float:
-        """The loop's clock."""
-        return self.conversation.hub.clock()
+        self.relay = sending.send(self.conversation, self.peer, self.place, fresh=True)
 
     # --- its ends ---
 

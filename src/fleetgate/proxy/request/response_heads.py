@@ -8,7 +8,7 @@ from fleetgate.core.exchange import Refuse
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import status_line
 from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.response_relay import ResponseRelay
+from fleetgate.proxy.transport.interface import UpstreamResponse
 
 if TYPE_CHECKING:
     from fleetgate.proxy.request.handler import RequestHandler
@@ -34,7 +34,7 @@ MESSAGES = {
 }
 
 
-def relayed_head(conversation: "RequestHandler", relay: ResponseRelay, place: DeploymentState, length: int) -> bytes:
+def relayed_head(conversation: "RequestHandler", relay: UpstreamResponse, place: DeploymentState, length: int) -> bytes:
     """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
     client_headers = conversation.request.answer_headers + _closing(conversation)
     if length >= 0:

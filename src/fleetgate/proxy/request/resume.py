@@ -7,8 +7,7 @@ from fleetgate.protocols.clients.openai import Operation
 from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, TokenSplicer, tokens_body
 from fleetgate.protocols.resume.transcript import ResumeMethod, StreamSplicer, Transcript, prefill_body, resume_methods
-from fleetgate.proxy.transport.response_relay import AttemptListener, ModelNames, ResponseRelay
-from fleetgate.proxy.transport.resume_relay import ResumeRelay
+from fleetgate.proxy.transport.interface import ResumedStream, UpstreamResponse
 
 if TYPE_CHECKING:
     from fleetgate.proxy.request.handler import RequestHandler
@@ -48,7 +47,7 @@ class Resume:
 
     __slots__ = ("_asked_model", "_seen", "_transcript", "lost_s", "way")
 
-    def __init__(self, transcript: Transcript, way: ResumeMethod, relay: ResponseRelay, asked_model: str) -> None:
+    def __init__(self, transcript: Transcript, way: ResumeMethod, relay: UpstreamResponse, asked_model: str) -> None:
         self._transcript = transcript
         self._asked_model = asked_model
         self._seen = relay.event_count
@@ -56,9 +55,9 @@ class Resume:
         self.lost_s = 0.0
 
     @classmethod
-    def of(cls, conversation: "RequestHandler", relay: ResponseRelay, now_s: float) -> "Resume | None":
+    def of(cls, conversation: "RequestHandler", relay: UpstreamResponse, now_s: float) -> "Resume | None":
         """How this answer goes on: compared where that is exact, else asked to be gone on with; None if not at all."""
-        transcript, operation = relay.script, conversation.request.operation
+        transcript, operation = relay.transcript, conversation.request.operation
         if transcript is None or operation is None:
             return None
         ways = _ways(conversation.body, operation)
@@ -84,7 +83,7 @@ class Resume:
         slots = [candidate.slot for candidate in lane.candidates if candidate.slot not in unfit]
         return any(tables.places[slot].choose(now_s, without) is not None for slot in slots)
 
-    def broke_off(self, relay: ResponseRelay | None, now_s: float) -> None:
+    def broke_off(self, relay: UpstreamResponse | None, now_s: float) -> None:
         """It did, with so much said by then."""
         self.lost_s = now_s
         if relay is not None:
@@ -122,8 +121,8 @@ class Resume:
             return tokens_body(body, self._transcript)
         return prefill_body(body, self._transcript, engine)
 
-    def relay(self, owner: AttemptListener, operation: Operation, hide_usage: bool, names: ModelNames) -> ResumeRelay:
-        """Who reads its answer."""
+    def resumed_stream(self, operation: Operation) -> ResumedStream:
+        """How the response that continues it is read."""
         seam: StreamSplicer
         if isinstance(self._transcript, ResponseTranscript):
             seam = ResponseSplicer(self._transcript, self._asked_model)
@@ -131,7 +130,5 @@ class Resume:
             seam = TokenSplicer(self._transcript, self._asked_model, operation)
         else:
             seam = StreamSplicer(self._transcript, self.way, self._asked_model)
-        relay = ResumeRelay(owner, operation, hide_usage, names, seam, self._transcript)
-        relay.event_count = self._seen
-        relay.inherited = 0 if self.way is ResumeMethod.REPLAY else self._seen
-        return relay
+        inherited = 0 if self.way is ResumeMethod.REPLAY else self._seen
+        return ResumedStream(seam, self._transcript, self._seen, inherited)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.ipc.usage_journal import UsageJournal
 from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.response_relay import ResponseRelay
+from fleetgate.proxy.transport.interface import UpstreamResponse
 
 if TYPE_CHECKING:
     from fleetgate.proxy.request.handler import RequestHandler
@@ -70,12 +70,12 @@ class UsageRecorder:
         self.begin(conversation, place, attempt)
         return attempt
 
-    def progress(self, conversation: "RequestHandler", relay: ResponseRelay) -> None:
+    def progress(self, conversation: "RequestHandler", relay: UpstreamResponse) -> None:
         """How far a stream is, once its client reads what this attempt brings."""
         if conversation.owed is None:
             self._add(_PROGRESS % (conversation.attempt, _estimate(conversation), relay.event_count))
 
-    def lost(self, conversation: "RequestHandler", attempt: bytes, relay: ResponseRelay | None, how: bytes) -> None:
+    def lost(self, conversation: "RequestHandler", attempt: bytes, relay: UpstreamResponse | None, how: bytes) -> None:
         """It is over and another one answers, or may: its client is billed nothing unless it read some of it."""
         worked = NOTHING if how in _IDLE else _worked(conversation, relay)
         if not conversation.first_s or conversation.owed is not None:
@@ -91,7 +91,7 @@ class UsageRecorder:
         if owed is not None:
             self._settle(owed.attempt, owed.how, owed.worked, (0, 0), 0)
 
-    def end(self, conversation: "RequestHandler", attempt: bytes, relay: ResponseRelay | None) -> None:
+    def end(self, conversation: "RequestHandler", attempt: bytes, relay: UpstreamResponse | None) -> None:
         """The request is over, and so is the attempt, if one was in hand; what was read of another is billed now."""
         owed, outcome = conversation.owed, conversation.exchange.outcome or Outcome.FAILED
         size_bytes = conversation.written + len(conversation.tail)  # which is written when the books are done
@@ -115,7 +115,7 @@ class UsageRecorder:
         self._add(_SETTLEMENT % (attempt, time() * 1000, how, *worked, *billed, size_bytes))
 
 
-def _worked(conversation: "RequestHandler", relay: ResponseRelay | None) -> TokenUsage:
+def _worked(conversation: "RequestHandler", relay: UpstreamResponse | None) -> TokenUsage:
     """What this engine worked; one that goes on reads as its prompt what another had said."""
     if relay is None:
         return TokenUsage(_estimate(conversation), 0, 0)
@@ -126,7 +126,7 @@ def _worked(conversation: "RequestHandler", relay: ResponseRelay | None) -> Toke
     return TokenUsage(_estimate(conversation) + said, relay.event_count - said if relay.stream else 0, 0)
 
 
-def _read(conversation: "RequestHandler", relay: ResponseRelay | None) -> tuple[int, int]:
+def _read(conversation: "RequestHandler", relay: UpstreamResponse | None) -> tuple[int, int]:
     """What the client got of the answer as a whole, whoever said it."""
     if relay is None:
         return _estimate(conversation), 0
