@@ -86,7 +86,7 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
 def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pytest.CaptureFixture[str]) -> None:
     """Nobody knows there whose request it is, but its connection ends, and that is a lost attempt like any other."""
     name = "fleetgate.proxy.transport.response_relay.ResponseRelay._read_head"
-    with plane(patience=breaks(name, "b'boom' in self.owner.body")) as made:
+    with plane(patience=breaks(name, "b'boom' in self.listener.body")) as made:
         made.use({})
         for stream in (True, False):
             answer = made.ask(request("ok", stream, note="boom"))

@@ -11,8 +11,9 @@ import uvloop
 
 from fleetgate.core.model import Endpoint
 from fleetgate.proxy.transport import dns as addresses
-from fleetgate.proxy.transport.connection_pool import EndpointState, UpstreamConnection
+from fleetgate.proxy.transport.connection_pool import ConnectionPool, UpstreamConnection
 from fleetgate.proxy.transport.dns import AddressRefused, EgressRule
+from fleetgate.proxy.transport.network import SocketNetwork
 
 
 class Names:
@@ -38,18 +39,18 @@ def door(host: str, port: int = 0) -> Iterator[int]:
         yield int(server.getsockname()[1])
 
 
-def peer_of(names: Names, port: int, rule: EgressRule | None = None) -> EndpointState:
+def peer_of(names: Names, port: int, rule: EgressRule | None = None) -> ConnectionPool:
     """An Endpoint whose name that server knows."""
-    peer = EndpointState(Endpoint(slot=0, scheme="http", host="engine.test", port=port, base_path="/v1"), None, rule)
+    peer = ConnectionPool(Endpoint(slot=0, scheme="http", host="engine.test", port=port, base_path="/v1"), None, rule)
     peer.addresses.resolve = names.resolve
     return peer
 
 
-async def dial(peer: EndpointState) -> UpstreamConnection:
-    return await peer.connect(asyncio.get_running_loop(), 1.0)
+async def dial(peer: ConnectionPool) -> UpstreamConnection:
+    return await peer.connect(SocketNetwork(asyncio.get_running_loop()), 1.0)
 
 
-async def turn_over(peer: EndpointState) -> None:
+async def turn_over(peer: ConnectionPool) -> None:
     """As the sweep does once a second, when the time has come."""
     peer.addresses._asked_s = float("-inf")
     peer.follow_name(asyncio.get_running_loop().time())
@@ -183,11 +184,11 @@ def test_row_2_an_address_that_is_silent_holds_nobody_up_where_there_is_another(
         peer = peer_of(Names("127.0.0.2", "127.0.0.1"), port)
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
-        first = await peer.connect(loop, 10.0)
+        first = await peer.connect(SocketNetwork(loop), 10.0)
         assert first.address == "127.0.0.1"
         assert 0.2 < loop.time() - begun_s < 5.0
         begun_s = loop.time()
-        (await peer.connect(loop, 10.0)).drop()  # the one that answered is asked first from now on
+        (await peer.connect(SocketNetwork(loop), 10.0)).drop()  # the one that answered is asked first from now on
         assert loop.time() - begun_s < 0.2
         first.drop()
         await asyncio.sleep(0)

@@ -13,8 +13,8 @@ import msgspec
 from fleetgate.core.model import Deployment, Gateway, Snapshot
 from fleetgate.ipc.signed_file import public_key
 from fleetgate.proxy.downstream.client_connection import ClientConnection
+from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.routing_table import RoutingTable
-from fleetgate.proxy.transport.connection_pool import EndpointState
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.worker import WorkerProcess
 from fleetgate.supervisor.supervisor import shared_memory
@@ -130,7 +130,7 @@ class Cell:
         )
         self.loop = Loop(answer)
         self.hub = WorkerProcess(config).hub
-        self.hub.loop = self.loop
+        self.hub.begin(self.loop)
         self.hub.journal.begin(self.loop)
         self.now_s = 1000.0
         self.hub.clock = lambda: self.now_s
@@ -149,7 +149,7 @@ class Cell:
 
     def kept(self) -> list[asyncio.BaseTransport]:
         """The wires of connections that wait for another request."""
-        return [connection.transport for peer in self.peers() for connection in peer._idle]
+        return [connection.transport for peer in self.peers() for connection in peer.pool._idle]
 
     def connect(self) -> Wire:
         """A client's connection."""

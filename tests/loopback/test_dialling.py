@@ -16,7 +16,7 @@ from tests.loopback.wall_rig import Plane, plane
 from tests.waiting import wait_for
 
 LIMIT_S = 4.0
-PATIENCE = {"fleetgate.proxy.transport.connection_pool.EndpointState.slow_dial_s": "lambda peer, timeout_s: 0.3"}
+PATIENCE = {"fleetgate.proxy.transport.connection_pool.ConnectionPool.slow_dial_s": "lambda peer, timeout_s: 0.3"}
 
 
 @pytest.fixture(scope="module")

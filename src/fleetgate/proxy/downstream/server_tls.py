@@ -86,39 +86,6 @@ def _as_file(content: bytes) -> Iterator[str]:
         yield named.name
 
 
-class UpstreamTls:
-    """Which authorities Endpoints are believed by: the system's, or those of SSL_CERT_FILE, as they are now.
-
-    During a change of authority both stand in the file. Running connections stay; new ones are judged by the new file.
-    TLS always verifies; there is no switch to turn that off.
-    """
-
-    def __init__(self) -> None:
-        paths = ssl.get_default_verify_paths()
-        self._paths = [Path(path) for path in (paths.cafile, paths.capath) if path]
-        self._seen = self._stamp()
-        self.context = ssl.create_default_context()
-
-    def _stamp(self) -> list[tuple[int, int, int]]:
-        stats = [path.stat() for path in self._paths]
-        return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
-
-    def reload_if_changed(self) -> None:
-        """Read the authorities again when they changed; a file that is not whole changes nothing."""
-        try:
-            stamp = self._stamp()
-            if stamp == self._seen:
-                return
-            for path in self._paths:
-                if path.is_file():
-                    # The defaults below skip what they cannot read, and would leave nobody to be believed.
-                    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-            self.context = ssl.create_default_context()
-            self._seen = stamp
-        except (OSError, ssl.SSLError):
-            return
-
-
 class DevelopmentTls:
     """A context whose certificates a development CA makes, one for each Gateway at its first handshake (SNI).
 

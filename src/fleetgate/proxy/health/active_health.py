@@ -13,7 +13,9 @@ from fleetgate.core.model import Deployment
 from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory
 from fleetgate.protocols import engines, http1
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead
-from fleetgate.proxy.transport.connection_pool import AddressRefused, EndpointState, UpstreamConnection
+from fleetgate.proxy.routing.endpoint_state import EndpointState
+from fleetgate.proxy.transport.connection_pool import UpstreamConnection
+from fleetgate.proxy.transport.dns import AddressRefused
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
@@ -118,7 +120,7 @@ class HealthChecker:
         up, rtt_us = 1, 0
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                connection = await peer.connect(hub.loop, PROBE_TIMEOUT_S)
+                connection = await peer.pool.connect(hub.network, PROBE_TIMEOUT_S)
                 rtt_us = int((hub.clock() - begun_s) * 1e6)
                 try:
                     if health_path:
@@ -145,7 +147,7 @@ class HealthChecker:
         """Load is optional: an engine without metrics is routed by our own counts, and stays up."""
         hub, slot = self._hub, peer.endpoint.slot
         ours_before = hub.board.in_flight_total(deployment.slot)
-        connection = await peer.connect(hub.loop, PROBE_TIMEOUT_S)
+        connection = await peer.pool.connect(hub.network, PROBE_TIMEOUT_S)
         try:
             head, body = await self._get(connection, peer, path)
         except (OSError, Malformed):

@@ -11,8 +11,8 @@ from fleetgate.core.routing.load_view import COOLING
 from fleetgate.ipc.event_spool import EventRecord
 from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter
 from fleetgate.proxy.health import event_messages as sentences
+from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState, RoutingTable
-from fleetgate.proxy.transport.connection_pool import EndpointState
 
 if TYPE_CHECKING:
     from fleetgate.proxy.request.handler import RequestHandler
@@ -67,7 +67,7 @@ class PassiveHealthChecker:
 
     def saw(self, peer: EndpointState, sign: Signal) -> None:
         """Feed one sign to an Endpoint's breaker."""
-        if peer.saw(sign, self._hub.clock(), random.random()):
+        if peer.record(sign, self._hub.clock(), random.random()):
             self.changed(peer, sign)
 
     def changed(self, peer: EndpointState, sign: Signal) -> None:

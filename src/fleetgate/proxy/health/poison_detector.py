@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from fleetgate.core.exchange import AttemptFailed, Failure
 from fleetgate.core.health.poison_request import TOGETHER_S, LostAttempt, is_poison, is_suspicious
 from fleetgate.proxy.health import event_messages as sentences
-from fleetgate.proxy.transport.connection_pool import AddressRefused, EndpointState
+from fleetgate.proxy.routing.endpoint_state import EndpointState
+from fleetgate.proxy.transport.dns import AddressRefused
 
 if TYPE_CHECKING:
     from fleetgate.proxy.request.handler import RequestHandler
@@ -58,7 +59,7 @@ class PoisonDetector:
         """Whether nobody listens there any more."""
         await asyncio.sleep(DYING_S)
         try:
-            connection = await peer.connect(self._hub.loop, DEAD_TIMEOUT_S)
+            connection = await peer.pool.connect(self._hub.network, DEAD_TIMEOUT_S)
         except ssl.SSLError:
             return False
         except (OSError, TimeoutError, AddressRefused):

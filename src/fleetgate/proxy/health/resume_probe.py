@@ -18,8 +18,9 @@ from fleetgate.protocols.resume.token_ids import COMPLETIONS, mark_of
 from fleetgate.protocols.resume.transcript import Transcript, prefix_fields
 from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.health.active_health import ProbeResponse
+from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.connection_pool import AddressRefused, EndpointState
+from fleetgate.proxy.transport.dns import AddressRefused
 
 if TYPE_CHECKING:
     from fleetgate.proxy.worker.services import Hub
@@ -110,7 +111,7 @@ class ResumeProbe:
         answer = ProbeResponse(self._hub.loop)
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection = await peer.connect(self._hub.loop, TIMEOUT_S)
+                connection = await peer.pool.connect(self._hub.network, TIMEOUT_S)
                 try:
                     connection.carry(answer, (head + body,))
                     response, data = await answer.answer

@@ -19,10 +19,12 @@ from fleetgate.policies.body_fields import BodyReader
 from fleetgate.policies.policy_set import CompiledPolicies
 from fleetgate.protocols.clients.openai import OPERATIONS, USAGE_ENGINES, models_body
 from fleetgate.protocols.resume.transcript import ResumeMethod
-from fleetgate.proxy.downstream.server_tls import UpstreamTls
+from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.telemetry.metrics import LatencyHistogram, WorkerMetrics
-from fleetgate.proxy.transport.connection_pool import EgressRule, EndpointState
-from fleetgate.proxy.transport.response_relay import ModelNames
+from fleetgate.proxy.transport.connection_pool import ConnectionPool
+from fleetgate.proxy.transport.dns import EgressRule
+from fleetgate.proxy.transport.interface import ModelNames
+from fleetgate.proxy.transport.upstream_tls import UpstreamTls
 
 ANY_ENGINE = frozenset({ResumeMethod.REPLAY, ResumeMethod.TOKENS})
 EVERY_WAY = frozenset(ResumeMethod)
@@ -354,9 +356,8 @@ class RoutingTableBuilder:
         tls = None
         if endpoint.scheme == "https":
             tls = self.upstream_tls = self.upstream_tls or UpstreamTls()
-        return EndpointState(
-            endpoint, tls, EgressRule(egress, endpoint.scheme == "https") if egress is not None else None
-        )
+        rule = EgressRule(egress, endpoint.scheme == "https") if egress is not None else None
+        return EndpointState(endpoint, ConnectionPool(endpoint, tls, rule))
 
     def open_credential(self, deployment: Deployment) -> str:
         """The credential for a Deployment's origins, or an empty string."""

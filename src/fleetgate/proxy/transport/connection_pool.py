@@ -1,4 +1,4 @@
-"""Connections to Endpoints: kept alive, checked before each dial, reused last-in first-out."""
+"""Connections to one Endpoint: kept alive, reused last in first out, their addresses checked before each dial."""
 
 import asyncio
 import ssl
@@ -6,28 +6,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from fleetgate.core.capacity.units import SLOW_START_MIN, slow_start
-from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, EndpointHealth, Signal, after, current
-from fleetgate.core.health.outlier_detection import LatencyOutlier
 from fleetgate.core.model import Endpoint
-from fleetgate.protocols.http1 import ResponseMemo
-from fleetgate.proxy.downstream.server_tls import UpstreamTls
-from fleetgate.proxy.transport import tcp_info as tcp
-from fleetgate.proxy.transport.dns import Addresses, AddressRefused, EgressRule
-from fleetgate.proxy.transport.happy_eyeballs import AFTER_S as RACE_AFTER_S
-from fleetgate.proxy.transport.happy_eyeballs import race
-
-__all__ = ["AddressRefused", "EgressRule", "EndpointState", "FaultInjector", "ResponseReader", "UpstreamConnection"]
+from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseMemo
+from fleetgate.proxy.transport import tcp_info
+from fleetgate.proxy.transport.dns import Addresses, EgressRule
+from fleetgate.proxy.transport.happy_eyeballs import AFTER_S, race
+from fleetgate.proxy.transport.network import ClientTls, Network
+from fleetgate.proxy.transport.upstream_tls import UpstreamTls
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
 IDLE_CONNECTIONS_MAX = 512
-TLS_CONNECT_EXTRA_S = 1.0  # FAULTS.md row 2: connect 1 s, with TLS 2 s
-DIAL_SLOW_TIMES = 3.0  # a dial that takes so many times what dials here usually take is slow
-DIAL_SLOW_SHARE = 0.5  # and so is one that takes this part of its limit
+TLS_CONNECT_EXTRA_S = 1.0  # faults.md row 2: 1 s to connect, 2 s with TLS
+DIAL_SLOW_TIMES = 3.0  # a dial is slow if it takes this many times the usual duration of dials to this Endpoint
+DIAL_SLOW_SHARE = 0.5  # or this share of its timeout
 
 
 class ResponseReader(Protocol):
-    """What a connection needs of the attempt it carries."""
+    """What a connection reports to while it carries a request."""
 
     def on_data(self, data: bytes) -> None:
         """Bytes came."""
@@ -37,132 +32,119 @@ class ResponseReader(Protocol):
 
 
 class FaultInjector(Protocol):
-    """Injected faults on one Endpoint. There is none unless an operator asked for it: `transport/harm.py`."""
+    """Injected faults on one Endpoint; a pool has one only while an operator injects faults."""
 
     def strikes(self) -> bool:
-        """Whether the request that wants a connection is to be struck: its next `connect` then is."""
+        """Whether the next request gets a fault, which its `connect` then applies."""
 
-    async def connect(
-        self, peer: "EndpointState", loop: asyncio.AbstractEventLoop, timeout_s: float
-    ) -> "UpstreamConnection | None":
-        """A connection that does harm, or None for an ordinary one."""
+    async def connect(self, pool: "ConnectionPool", network: Network, timeout_s: float) -> "UpstreamConnection | None":
+        """A faulty connection, or None for an ordinary one."""
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection to an Endpoint, carrying one attempt at a time."""
+    """One connection to an Endpoint. It carries one request at a time."""
 
-    __slots__ = ("address", "attempt", "idle_since_s", "peer", "served", "transport")
+    __slots__ = ("address", "idle_since_s", "pool", "reader", "served", "transport")
 
-    def __init__(self, peer: "EndpointState") -> None:
-        self.peer = peer
-        self.address = ""  # that it was dialled at
-        self.attempt: ResponseReader | None = None
+    def __init__(self, pool: "ConnectionPool") -> None:
+        self.pool = pool
+        self.address = ""  # the one that it is connected to
+        self.reader: ResponseReader | None = None
         self.transport: asyncio.Transport
         self.served = 0
         self.idle_since_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        tcp.limit_unacknowledged(transport)
+        tcp_info.limit_unacknowledged(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.attempt is None:
-            # Bytes that nobody asked for: the framing is off, and the connection must not be used again.
+        if self.reader is None:
+            # Bytes without a request: the framing is wrong, so the connection must not be used again.
             self.drop()
             return
-        self.attempt.on_data(data)
+        self.reader.on_data(data)
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.peer.forget(self)
-        attempt, self.attempt = self.attempt, None
-        if attempt is not None:
-            attempt.on_lost(error)
+        self.pool.forget(self)
+        reader, self.reader = self.reader, None
+        if reader is not None:
+            reader.on_lost(error)
 
-    def carry(self, attempt: ResponseReader, request: tuple[bytes, ...]) -> None:
-        """Send a request and hand its answer to `attempt`."""
-        self.attempt = attempt
+    def carry(self, reader: ResponseReader, request: tuple[bytes, ...]) -> None:
+        """Send a request and report its response to `reader`."""
+        self.reader = reader
         self.served += 1
         for part in request:
             self.transport.write(part)
 
     def release(self, now_s: float) -> None:
-        """The answer is whole and the connection clean: keep it."""
-        self.attempt = None
-        self.peer.keep(self, now_s)
+        """The response is complete and the connection clean: keep it."""
+        self.reader = None
+        self.pool.keep(self, now_s)
 
     def drop(self) -> None:
-        """Close at once; the attempt, if any, is not told."""
-        self.attempt = None
-        self.peer.forget(self)
+        """Close at once, without a report to the reader."""
+        self.reader = None
+        self.pool.forget(self)
         self.transport.abort()
 
 
-class EndpointState:
-    """One Endpoint as this worker knows it: its idle connections, addresses and health."""
+class BodyDrain:
+    """Reads the last chunk after `[DONE]`, so that the connection can be used again.
 
-    def __init__(self, endpoint: Endpoint, tls: UpstreamTls | None, allow: "EgressRule | None") -> None:
+    The client has its whole answer by then and does not wait for it.
+    """
+
+    __slots__ = ("_chunked", "_connection")
+
+    def __init__(self, connection: UpstreamConnection, chunked: ChunkedBody | None) -> None:
+        self._connection = connection
+        self._chunked = chunked
+        if chunked is None:
+            connection.drop()
+
+    def on_data(self, data: bytes) -> None:
+        """Accept only the end of the body."""
+        chunked = self._chunked
+        try:
+            more = chunked.feed(data) if chunked is not None else b""
+        except Malformed:
+            self._connection.drop()
+            return
+        if more.strip() or chunked is None or chunked.rest:
+            self._connection.drop()
+        elif chunked.done:
+            self._connection.release(self._connection.idle_since_s)
+
+    def on_lost(self, error: Exception | None) -> None:
+        """Do nothing: the response was complete."""
+
+
+class ConnectionPool:
+    """One Endpoint's connections and addresses, with the memo of its last response head."""
+
+    def __init__(self, endpoint: Endpoint, tls: UpstreamTls | None, egress: EgressRule | None) -> None:
         self.endpoint = endpoint
-        self.health: EndpointHealth = HEALTHY
-        self.in_flight = 0
-        self.trials = 0  # half open: real requests under way that have brought nothing yet
-        self.trial_s = float("-inf")  # when the last of them was sent
-        self.shown = 0  # half open: how many have brought content
         self.connects = 0
-        self.probe_seen_ms = 0
-        self.adopted = 0  # the last that another worker told of it, or this one the others
-        self.lost_s = float("-inf")  # when a request that waited for its first content was last lost here
-        self.panicked_s = float("-inf")  # when it was last tried because everybody was out
-        self.slowness: dict[
-            int, LatencyOutlier
-        ] = {}  # 0: of its tokens; else of first tokens, by the request's size in bits
         self.memo = ResponseMemo()
+        self.faults: FaultInjector | None = None
+        self.addresses = Addresses(endpoint.host, endpoint.port, egress.check if egress is not None else _allow_all)
         self._finishing: set[UpstreamConnection] = set()
-        self._retired = False
         self._idle: list[UpstreamConnection] = []
+        self._retired = False
         self._tls = tls
-        check = allow.check if allow is not None else _anywhere
-        self.addresses = Addresses(endpoint.host, endpoint.port, check)
         self._answered_at = ""
-        self._dial_s = 0.0  # what a dial lately took, 0 while none succeeded
-        self.harm: FaultInjector | None = None
+        self._dial_s = 0.0  # moving average of the duration of dials, 0 before the first success
 
-    # --- health ---
-
-    def fitness(self, now_s: float) -> float:
-        """0 to 1: closed in its slow start, or half open and open to one more trial.
-
-        One at first; each that brings content makes room for one more, so that an Endpoint that is needed at once and
-        does answer is not held to the pace of its first tokens.
-        """
-        match current(self.health, now_s):
-            case BreakerState.CLOSED:
-                return slow_start(now_s - self.health.recovered_at_s)
-            case BreakerState.HALF_OPEN:
-                return SLOW_START_MIN if self.trials <= self.shown else 0.0
-            case _:
-                return 0.0
-
-    def saw(self, sign: Signal, now_s: float, entropy: float) -> bool:
-        """Feed the breaker; True when its state changed."""
-        before = self.health
-        self.health = after(before, sign, now_s, entropy)
-        if self.health.breaker is before.breaker:
-            return False
-        self.shown = 0
-        return True
-
-    def slowness_of(self, size: int) -> LatencyOutlier:
-        """Whether it is slower than usual: its tokens (0), or its first tokens for requests of so many bits."""
-        return self.slowness.get(size) or self.slowness.setdefault(size, LatencyOutlier())
-
-    # --- connections ---
+    # --- kept connections ---
 
     def take_idle(self) -> UpstreamConnection | None:
-        """A warm connection, the one used last; None when a new one must be made."""
-        if self.harm is not None and self.harm.strikes():
+        """The kept connection that was used last; None if a new one must be made."""
+        if self.faults is not None and self.faults.strikes():
             return None
         while self._idle:
             connection = self._idle.pop()
@@ -171,30 +153,31 @@ class EndpointState:
         return None
 
     def keep(self, connection: UpstreamConnection, now_s: float) -> None:
-        """Put a clean connection aside for the next request."""
+        """Keep a clean connection for a later request, or close it if it cannot be used again."""
         self._finishing.discard(connection)
         if self._retired or len(self._idle) >= IDLE_CONNECTIONS_MAX or connection.transport.is_closing():
             connection.drop()
             return
-        if connection.address not in self.addresses.current:  # the name has moved on, and so do we
+        if connection.address not in self.addresses.current:  # the name no longer resolves to it
             connection.drop()
             return
         connection.idle_since_s = now_s
         self._idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """A connection is gone."""
+        """Remove a connection that has ended."""
         self._finishing.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
 
-    def watch_end(self, connection: UpstreamConnection, now_s: float) -> None:
-        """Its answer is whole but for the end of its framing: keep it when that comes, drop it when it does not."""
+    def drain(self, connection: UpstreamConnection, chunked: ChunkedBody | None, now_s: float) -> None:
+        """The response is complete but for the end of its framing: keep the connection when that comes."""
         connection.idle_since_s = now_s
         self._finishing.add(connection)
+        connection.reader = BodyDrain(connection, chunked)
 
     def retire(self) -> None:
-        """No Snapshot names this Endpoint any more: keep no connection to it."""
+        """No Snapshot names this Endpoint any more: close kept connections, and each other one after its response."""
         self._retired = True
         self.close_idle(float("inf"))
 
@@ -205,26 +188,36 @@ class EndpointState:
         for connection in [late for late in self._finishing if late.idle_since_s < before_s]:
             connection.drop()
 
-    async def connect(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> UpstreamConnection:
-        """Make a connection to one of the Endpoint's addresses, each checked against the egress rule before the dial.
+    def follow_name(self, now_s: float) -> None:
+        """Resolve the name again if that is due, and close kept connections to addresses that it no longer has."""
+        self.addresses.refresh(now_s)
+        for connection in [idle for idle in self._idle if idle.address not in self.addresses.current]:
+            connection.drop()
+
+    # --- new connections ---
+
+    async def connect(self, network: Network, timeout_s: float) -> UpstreamConnection:
+        """Connect to one of the Endpoint's addresses; the egress rule is checked before each dial.
 
         Raises: `OSError` (refused, no address), `TimeoutError`, `ssl.SSLError`, `AddressRefused`.
         """
-        harmful = await self.harm.connect(self, loop, timeout_s) if self.harm is not None else None
-        return harmful or await self.dial(loop, timeout_s, lambda: UpstreamConnection(self))
+        faulty = await self.faults.connect(self, network, timeout_s) if self.faults is not None else None
+        return faulty or await self.dial(network, timeout_s, lambda: UpstreamConnection(self))
 
     async def dial(
-        self, loop: asyncio.AbstractEventLoop, timeout_s: float, make: Callable[[], UpstreamConnection]
+        self, network: Network, timeout_s: float, make: Callable[[], UpstreamConnection]
     ) -> UpstreamConnection:
-        """A connection as `make` makes it. Raises: as `connect`."""
+        """Connect without injected faults. Raises: as `connect`."""
         self.connects += 1
+        loop = asyncio.get_running_loop()
         began_s, limit_s = loop.time(), self._dial_max_s(timeout_s)
         addresses = await self.addresses.get(loop.time(), timeout_s)
-        # The one that answered last is the first to be asked.
+        # The address that answered last comes first.
         addresses = sorted(addresses, key=lambda address: address != self._answered_at)
         try:
             connection = await race(
-                [partial(self._dial_at, loop, address, limit_s, make) for address in addresses], UpstreamConnection.drop
+                [partial(self._dial_at, network, address, limit_s, make) for address in addresses],
+                UpstreamConnection.drop,
             )
         except ssl.SSLError:
             raise
@@ -236,33 +229,22 @@ class EndpointState:
         return connection
 
     def slow_dial_s(self, timeout_s: float) -> float:
-        """After how long a dial is slow, and somebody else worth dialling beside it."""
+        """The duration after which a dial counts as slow and a dial to another Deployment pays."""
         most_s = DIAL_SLOW_SHARE * self._dial_max_s(timeout_s)
-        return min(max(RACE_AFTER_S, DIAL_SLOW_TIMES * self._dial_s), most_s) if self._dial_s else most_s
+        return min(max(AFTER_S, DIAL_SLOW_TIMES * self._dial_s), most_s) if self._dial_s else most_s
 
     def _dial_max_s(self, timeout_s: float) -> float:
         return timeout_s + (TLS_CONNECT_EXTRA_S if self._tls else 0.0)
 
     async def _dial_at(
-        self, loop: asyncio.AbstractEventLoop, address: str, limit_s: float, make: Callable[[], UpstreamConnection]
+        self, network: Network, address: str, limit_s: float, make: Callable[[], UpstreamConnection]
     ) -> UpstreamConnection:
+        tls = ClientTls(self._tls.context, self.endpoint.host) if self._tls else None
         async with asyncio.timeout(limit_s):
-            _, connection = await loop.create_connection(
-                make,
-                address,
-                self.endpoint.port,
-                ssl=self._tls.context if self._tls else None,
-                server_hostname=self.endpoint.host if self._tls else None,
-            )
+            connection = await network.connect(address, self.endpoint.port, make, tls)
         connection.address = address
         return connection
 
-    def follow_name(self, now_s: float) -> None:
-        """Ask for the name's addresses when it is time, and leave those that it no longer has."""
-        self.addresses.refresh(now_s)
-        for connection in [idle for idle in self._idle if idle.address not in self.addresses.current]:
-            connection.drop()
 
-
-def _anywhere(host: str, addresses: list[str]) -> None:
-    """The machine's operator wrote this Endpoint; it may be anywhere."""
+def _allow_all(host: str, addresses: list[str]) -> None:
+    """Without an egress rule: the operator of this machine wrote the Endpoint, so any address is allowed."""

@@ -12,7 +12,8 @@ import msgspec
 
 from fleetgate.core.fault_injection import Fault, FaultKind, InjectedFaults, decode_injected, in_force, is_affected
 from fleetgate.protocols.http1 import HEAD_END, status_line
-from fleetgate.proxy.transport.connection_pool import EndpointState, FaultInjector, ResponseReader, UpstreamConnection
+from fleetgate.proxy.transport.connection_pool import ConnectionPool, FaultInjector, ResponseReader, UpstreamConnection
+from fleetgate.proxy.transport.network import Network
 
 FAULTS = "faults.json"
 CUT_BYTES_MAX = 2_000  # some ten events into a stream
@@ -61,12 +62,10 @@ class ActiveFaults(FaultInjector):
             self._owed.append(fault)
         return fault is not None
 
-    async def connect(
-        self, peer: EndpointState, loop: asyncio.AbstractEventLoop, timeout_s: float
-    ) -> UpstreamConnection | None:
-        """The connection for a struck request; None when this one was not struck.
+    async def connect(self, pool: ConnectionPool, network: Network, timeout_s: float) -> UpstreamConnection | None:
+        """The connection for a request with a fault; None for a request without.
 
-        Raises: `ConnectionRefusedError` and what `EndpointState.connect` raises.
+        Raises: `ConnectionRefusedError` and what `ConnectionPool.connect` raises.
         """
         fault = self._owed.pop() if self._owed else self._closed
         if fault is None:
@@ -77,7 +76,7 @@ class ActiveFaults(FaultInjector):
             await asyncio.sleep(fault.delay_s)
             return None
         left = self._random.randrange(CUT_BYTES_MAX)
-        return await peer.dial(loop, timeout_s, lambda: FaultyConnection(peer, fault, left))
+        return await pool.dial(network, timeout_s, lambda: FaultyConnection(pool, fault, left))
 
 
 class FaultyConnection(UpstreamConnection):
@@ -85,18 +84,18 @@ class FaultyConnection(UpstreamConnection):
 
     __slots__ = ("_begun", "_fault", "_left")
 
-    def __init__(self, peer: EndpointState, fault: Fault, left: int) -> None:
-        super().__init__(peer)
+    def __init__(self, pool: ConnectionPool, fault: Fault, left: int) -> None:
+        super().__init__(pool)
         self._fault = fault
         self._left = left
         self._begun = False
 
-    def carry(self, attempt: ResponseReader, request: tuple[bytes, ...]) -> None:
+    def carry(self, reader: ResponseReader, request: tuple[bytes, ...]) -> None:
         """Send the request, unless the answer is made here."""
         if self._fault.kind is not FaultKind.ERROR:
-            super().carry(attempt, request)
+            super().carry(reader, request)
             return
-        self.attempt = attempt
+        self.reader = reader
         self.served += 1
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(_BODY)
         answer = status_line(self._fault.status) + head + _BODY
@@ -113,10 +112,10 @@ class FaultyConnection(UpstreamConnection):
         if passed:
             super().data_received(passed)
         if len(passed) < len(data) and self._fault.kind is FaultKind.CUT:
-            attempt, self.attempt = self.attempt, None
+            reader, self.reader = self.reader, None
             self.transport.abort()
-            if attempt is not None:
-                attempt.on_lost(ConnectionResetError("an injected fault cut the answer"))
+            if reader is not None:
+                reader.on_lost(ConnectionResetError("an injected fault cut the answer"))
 
     def release(self, now_s: float) -> None:
         """Never again."""

@@ -1,124 +1,129 @@
-"""One attempt's answer: read its head, peek until the first content event, relay the rest, judge the end.
+"""One attempt's response: read its head, hold back all before the first content, pass on the rest, judge the end.
 
-The committed stream's fast path allocates nothing an event: one chunk that is one whole event with the mark of plain
-content goes on as the same bytes object, once it is known to be JSON (0.3 µs). HOTPATH.md rules 2 and 3.
+The fast path of a stream makes no object for an event: a read that is exactly one chunk with one plain content event is
+passed on as the same bytes object, once it is known to be JSON (0.3 µs).
 """
 
-from collections.abc import Callable
+from enum import Enum
 from time import time
-from typing import Protocol
+
+import msgspec
 
 from fleetgate.core.exchange import AttemptFailed, Failure
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning, Operation, Usage
+from fleetgate.protocols.clients.openai import EventMeaning, Usage
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
 from fleetgate.protocols.json_validity import as_text, is_json, is_plain, is_text
 from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from fleetgate.protocols.upstream_errors import failure_of, retry_after_s, status_of_error
-from fleetgate.proxy.transport.body_drain import BodyDrain
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
+from fleetgate.proxy.transport.interface import ExpectedResponse, ResponseListener
 
-BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a whole answer is held back and checked up to this; DESIGN.md section 5
-HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is no answer
+BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a body up to this size is held back until it is known to be whole
+HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is not an answer
 RETRY_AFTER_DEFAULT_S = 1.0
 
-# What an answer may hold before its first content; it is kept until the request can no longer move.
-_NOT_YET = frozenset({EventMeaning.OTHER, EventMeaning.USAGE, EventMeaning.COMMENT})
-# How a content event begins that the fast path passes on.
-_PLAIN_BEGINS = (b"data: {", b"event: response.output_text.delta\ndata: {")
+# Events that may come before the first content; they are held back while the request can still move.
+_BEFORE_CONTENT = frozenset({EventMeaning.OTHER, EventMeaning.USAGE, EventMeaning.COMMENT})
+# The beginnings of content events that the fast path passes on.
+_PLAIN_BEGINNINGS = (b"data: {", b"event: response.output_text.delta\ndata: {")
 
 _PASSED = (b"content-type", b"openai-processing-ms", b"openai-version", b"openai-model")
 
 
-class AttemptListener(Protocol):
-    """The conversation that an attempt belongs to."""
+class ReadState(Enum):
+    """What the next bytes of a response are."""
 
-    def on_first(self, relay: "ResponseRelay") -> None:
-        """The first content is here: commit, then take `relay.held`."""
-
-    def on_failed(self, relay: "ResponseRelay", event: AttemptFailed) -> None:
-        """The attempt is lost."""
-
-    def on_stale(self, relay: "ResponseRelay") -> None:
-        """A kept connection had been closed before this request reached it: nothing is known against the Endpoint."""
-
-    def on_ended(self, relay: "ResponseRelay", tail: bytes) -> None:
-        """The answer ended as it should. Its last bytes are the owner's to write, after it has settled its place:
-        a client that asks again at once must not find that place still taken."""
-
-    def write(self, data: bytes) -> None:
-        """Send payload with its framing to the client."""
-
-    def now_s(self) -> float:
-        """The loop's clock."""
+    HEAD = 0
+    PEEK = 1  # events before the first content
+    STREAM = 2  # events after it
+    HOLD = 3  # a body that is held back until it is whole
+    PASS = 4  # a body that is too large to be held back
+    OVER = 5
 
 
-class ModelNames:
-    """What an engine and its client call the model, as JSON strings; `mark` is how answers usually say the latter."""
-
-    __slots__ = ("asked", "mark", "rename")
-
-    def __init__(self, upstream: bytes, asked: bytes) -> None:
-        self.asked = asked
-        self.rename = None if upstream == asked else (upstream, asked)
-        self.mark = b'"model":%b' % (asked if upstream == asked else upstream)
+# A member read off its enum costs 70 ns each time.
+HEAD, PEEK, STREAM = ReadState.HEAD, ReadState.PEEK, ReadState.STREAM
+HOLD, PASS, OVER = ReadState.HOLD, ReadState.PASS, ReadState.OVER
 
 
 class ResponseRelay:
-    """Reads one answer. `on_data` and `on_lost` are called by the connection that carries it."""
+    """Reads one response. `on_data` and `on_lost` are called by the connection that carries the request."""
 
-    # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
+    # Class attributes are the defaults: most responses never change most of them, and setting each costs time.
     connection: UpstreamConnection | None = None
+    is_connected = False
     head: ResponseHead | None = None
     status = 0
     stream = False
     paused = False  # the client reads slower than the upstream writes
+    over = False
     raw = False  # an HTTP/1.0 client: no chunked framing
     event_count = 0
+    body_bytes = 0
     beats = 0  # reads that were not one plain event: comments and other signs of life
     dropped = 0
     finish_seen = False
     done_seen = False
     usage: Usage | None = None
-    told: Usage | None = None  # of an answer that goes on, what its own engine says of its part
-    inherited = 0  # events that another engine had said, and that this one was given as its prompt
-    script: Transcript | None = None  # of a stream that could go on elsewhere
-    wants_whole = False  # the client asked for no stream
-    choices: dict[int, bool] | None = None  # of an answer that may have several: which have begun, and ended
+    told: Usage | None = None  # of a resumed stream: the usage that its own engine reported
+    inherited = 0  # events that another engine generated, and that this one got as its prompt
+    transcript: Transcript | None = None  # of a stream that may be resumed
+    choices: dict[int, bool] | None = None  # of a stream with several choices: those that began, and whether each ended
     passed = b""  # header lines of the upstream that the client may see
+    _state = HEAD
     _buffer = b""
     _chunked: ChunkedBody | None = None
     _left = -1
-    _closed = False
     held: list[bytes]
     _body: list[bytes]
     _events: Events
 
-    def __init__(self, owner: AttemptListener, operation: Operation, hide_usage: bool, names: ModelNames) -> None:
-        self.owner = owner
-        self.operation = operation
-        self.hide_usage = hide_usage
-        self._names = names
+    def __init__(self, listener: ResponseListener, expected: ExpectedResponse) -> None:
+        self.listener = listener
+        self.operation = expected.operation
+        self.hide_usage = expected.hide_usage
+        self.wants_whole = expected.wants_whole
+        self._names = names = expected.names
         self._rename = names.rename
-        self._state: Callable[[bytes], None] = self._read_head
+        if expected.raw:
+            self.raw = True
+        if expected.several_choices:
+            self.choices = {}
+            self.operation = msgspec.structs.replace(self.operation, fast_mark=b"\x00")  # no event is plain
 
-    # --- what the connection reports ---
+    # --- reports of the connection ---
 
     def on_data(self, data: bytes) -> None:
         """Bytes came from the upstream."""
+        state = self._state
         try:
-            self._state(data)
-        except Malformed:
-            self._fail(Failure.BAD_OUTPUT)
-        except EventTooLong:
+            if state is STREAM:
+                if self._is_one_plain_event(data):
+                    self.event_count += 1
+                    self.listener.write(data)
+                    if self.transcript is not None:
+                        self.transcript.keep(data)
+                else:
+                    self._read_events(data)
+            elif state is HEAD:
+                self._read_head(data)
+            elif state is PEEK:
+                self._peek(data)
+            elif state is HOLD:
+                self._hold(data)
+            elif state is PASS:
+                self._pass_on(data)
+        except (Malformed, EventTooLong):
             self._fail(Failure.BAD_OUTPUT)
 
     def on_lost(self, error: Exception | None) -> None:
         """The connection ended by itself."""
         connection, self.connection = self.connection, None
-        if self._closed:
+        self.is_connected = False
+        if self.over:
             return
         head = self.head
         delimited_by_close = head is not None and self._chunked is None and self._left < 0
@@ -133,41 +138,45 @@ class ResponseRelay:
             self._fail(Failure.BROKEN if error is not None else Failure.BAD_OUTPUT)
         elif connection is not None and connection.served > 1 and not self._buffer:
             self.cancel()
-            self.owner.on_stale(self)
+            self.listener.on_stale(self)
         else:
             self._fail(Failure.BROKEN)
 
-    def not_connected(self, failure: Failure) -> None:
-        """There is no connection to send the request on."""
-        if not self._closed:
-            self._closed = True
-            self.owner.on_failed(self, AttemptFailed(failure, sent=False))
+    # --- calls of the listener ---
 
     def finish(self) -> bool:
-        """End an answer of which only usage and `[DONE]` may be missing; False where it is not that far."""
+        """End a stream of which only usage and `[DONE]` may be missing; False if more is missing."""
         if not self.finish_seen or not self.stream or self.choices is not None:
             return False
         self._events.partial = b""
         self._end_of_stream([])
         return True
 
-    @property
-    def over(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self._closed
-
     def cancel(self) -> None:
-        """Nobody wants the answer any more: close the connection, which frees the engine's slot."""
-        self._closed = True
-        self._state = _ignore  # a bound method of its own would keep this object alive until the collector comes
+        """Close the connection at once, which frees the engine's slot."""
+        self.over = True
+        self._state = OVER
+        self.is_connected = False
         if self.connection is not None:
             self.connection.drop()
             self.connection = None
 
+    def pause(self) -> None:
+        """Stop reading from the connection."""
+        if self.connection is not None:
+            self.paused = True
+            self.connection.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read from the connection again."""
+        if self.connection is not None:
+            self.paused = False
+            self.connection.transport.resume_reading()
+
     # --- head ---
 
     def _read_head(self, data: bytes) -> None:
-        memo = self.connection.peer.memo if self.connection is not None else ResponseMemo()
+        memo = self.connection.pool.memo if self.connection is not None else ResponseMemo()
         known = memo.recall(data) if not self._buffer else None
         if known is not None:
             head, end, self._left = known
@@ -186,10 +195,10 @@ class ResponseRelay:
             data = self._take_head(memo, data[: end + 4], data[end + 4 :])
 
     def _take_head(self, memo: ResponseMemo, head_bytes: bytes, rest: bytes) -> bytes:
-        """Read one head; what is left when it was an interim one, else nothing."""
+        """Parse one head; return what follows an interim one, else nothing."""
         head = http1.parse_response_head(head_bytes)
         self._left = head.content_length
-        if head.status < 200:  # 100 Continue and its like are not passed on
+        if head.status < 200:  # 100 Continue and other interim heads are not passed on
             return rest
         failure = failure_of(head.status, head.headers)
         if failure is not None:
@@ -207,74 +216,72 @@ class ResponseRelay:
         if head.chunked:
             self._chunked = ChunkedBody()
         if head.event_stream:
-            if self.wants_whole:  # its client could not read it, nor tell whether it is whole
-                raise Malformed(502, "an event stream that nobody asked for")
+            if self.wants_whole:  # the client could neither read it nor tell whether it is complete
+                raise Malformed(502, "an event stream where none was requested")
             self.stream = True
             self.held = []
             self._events = Events()
-            self._state = self._peek
+            self._state = PEEK
             if rest or self._left == 0:
                 self._peek(rest)
             return
         if head.status in (204, 304):
             self._left = 0
-        if self._left == len(rest):  # most answers come in one read
+        if self._left == len(rest):  # most bodies come in one read with their head
             self._left = 0
             self._whole_body(rest)
             return
         self._body = []
-        self._state = self._gather
+        self._state = HOLD
         if rest:
-            self._gather(rest)
+            self._hold(rest)
 
     # --- framing ---
 
     def _payload(self, data: bytes) -> bytes:
-        """Take the framing off. Afterwards `_whole` tells whether the body has ended."""
+        """Remove the framing. Afterwards `_is_whole` tells whether the body has ended."""
         if self._chunked is not None:
             return self._chunked.feed(data)
         if self._left >= 0:
             if len(data) > self._left:
-                self._buffer = data[self._left :]  # bytes past the answer: not to be trusted, the connection goes
+                self._buffer = data[self._left :]  # bytes after the body: the connection is not used again
                 data = data[: self._left]
             self._left -= len(data)
         return data
 
-    def _whole(self) -> bool:
+    def _is_whole(self) -> bool:
         return self._chunked.done if self._chunked is not None else self._left == 0
 
-    # --- an answer that is not streamed ---
+    # --- a response that is not a stream ---
 
-    def _gather(self, data: bytes) -> None:
+    def _hold(self, data: bytes) -> None:
         payload = self._payload(data)
         self._body.append(payload)
-        self._left_kept(len(payload))
-        if self._whole():
-            self._end_of_body()
-
-    def _left_kept(self, more: int) -> None:
-        self.event_count += more  # of an answer that is not streamed, the bytes: what the stall watch looks at
-        if self.event_count > BODY_KEPT_BYTES_MAX:
+        self.body_bytes += len(payload)
+        if self.body_bytes > BODY_KEPT_BYTES_MAX:
             if (self._chunked is None and self._left < 0) or not self.wants_whole:
-                raise Malformed(502, "too much to check whether it is whole, or no stream where one was asked for")
+                raise Malformed(502, "too large to check whether it is whole, or no stream where one was requested")
             self.held, self._body = self._body, []
-            self.owner.on_first(self)
-            if not self._closed:
-                self._state = self._pass_on
-                self._write_held()
+            self.listener.on_first(self)
+            if self.over:
+                return
+            self._state = PASS
+            self._write_held()
+        if self._is_whole():
+            self._end_of_body()
 
     def _pass_on(self, data: bytes) -> None:
         payload = self._payload(data)
-        self.event_count += len(payload)
+        self.body_bytes += len(payload)
         if payload:
-            self.owner.write(payload if self.raw else http1.chunk(payload))
-        if self._whole():
+            self.listener.write(payload if self.raw else http1.chunk(payload))
+        if self._is_whole():
             self._end_of_body()
 
     def _end_of_body(self) -> None:
-        if self._state == self._gather:
+        if self._state is HOLD:
             self._whole_body(b"".join(self._body))
-        elif self._state == self._pass_on:
+        elif self._state is PASS:
             self._finish(b"" if self.raw else http1.LAST_CHUNK)
         else:
             self._end_of_stream([])
@@ -282,23 +289,23 @@ class ResponseRelay:
     def _whole_body(self, body: bytes) -> None:
         if self.status < 300:
             if not body.isascii() and not is_text(body):
-                raise Malformed(502, "the upstream's answer is not UTF-8")
+                raise Malformed(502, "the upstream's body is not UTF-8")
             self.usage, is_error = openai.read_answer(body)
             if is_error:
-                self._fail_as_told(body)
+                self._fail_by_error(body)
                 return
-            if not self.wants_whole and self.operation.name != "embeddings":  # SDKs would read a stream of nothing
-                raise Malformed(502, "no stream where one was asked for")
+            if not self.wants_whole and self.operation.name != "embeddings":  # SDKs would read an empty stream
+                raise Malformed(502, "no stream where one was requested")
             self._learn_name(body)
         if self._rename is not None:
             body = openai.rename_model(body, *self._rename)
         self.held = [body]
         self.finish_seen = True
-        self.owner.on_first(self)  # keeps head and body for the end, which is now
+        self.listener.on_first(self)  # keeps head and body for the end, which is now
         self._finish(b"")
 
-    def _fail_as_told(self, body: bytes) -> None:
-        """An error behind a status 200 counts as the status it names. FAULTS.md rows 22 and 24."""
+    def _fail_by_error(self, body: bytes) -> None:
+        """An error object behind status 200 counts as the status that it names. faults.md rows 22 and 24."""
         status = status_of_error(body)
         failure = failure_of(status, {})
         if failure is not None:
@@ -307,7 +314,7 @@ class ResponseRelay:
         self.status, self.stream, self.held = status, False, [body]
         self.passed = b"content-type: application/json\r\n"
         self.finish_seen = True
-        self.owner.on_first(self)
+        self.listener.on_first(self)
         self._finish(b"")
 
     # --- a stream before its first content ---
@@ -319,10 +326,10 @@ class ResponseRelay:
             meaning, usage = openai.classify_event(event)
             self.usage = usage or self.usage
             if meaning is EventMeaning.ERROR:
-                self._fail_as_told(data_of(event) or b"")
+                self._fail_by_error(data_of(event) or b"")
                 return
             if meaning is EventMeaning.DONE:
-                break  # nothing was said: an empty stream, which may still move
+                break  # an empty stream, whose request may still move
             if meaning is EventMeaning.MALFORMED:
                 self.dropped += 1
                 continue
@@ -331,30 +338,24 @@ class ResponseRelay:
             self._learn_name(event)
             if self.choices is not None:
                 openai.note_choices(event, self.choices)
-            if meaning in _NOT_YET:
+            if meaning in _BEFORE_CONTENT:
                 self.held.append(self._named(event))
                 continue
-            self.owner.on_first(self)
-            if self._closed:
+            self.listener.on_first(self)
+            if self.over:
                 return
-            self._state = self._stream
+            self._state = STREAM
             out, self.held = self.held, []
             self._take(events[position:], out)
             return
         if sum(map(len, self.held)) > HELD_EVENTS_BYTES_MAX:
             raise Malformed(502, "no content event among the first ones")
-        if self._whole() or meaning is EventMeaning.DONE:
+        if self._is_whole() or meaning is EventMeaning.DONE:
             self._fail(Failure.BAD_OUTPUT)  # an empty stream
 
     # --- a stream after it ---
 
-    def _stream(self, data: bytes) -> None:
-        if self._is_one_plain_event(data):
-            self.event_count += 1
-            self.owner.write(data)
-            if self.script is not None:
-                self.script.keep(data)
-            return
+    def _read_events(self, data: bytes) -> None:
         self.beats += 1
         self._take(self._events.feed(self._payload(data)), [])
 
@@ -362,20 +363,20 @@ class ResponseRelay:
         try:
             self._sort(events, out)
         except Malformed:
-            if out:  # what came whole before the fault is the client's
+            if out:  # events that came whole before the fault go to the client
                 self._write_events(out)
             raise
-        if self.done_seen or self._whole():
+        if self.done_seen or self._is_whole():
             self._end_of_stream(out)
         elif out:
             self._write_events(out)
 
     def _write_events(self, events: list[bytes]) -> None:
-        if self.script is not None:
+        if self.transcript is not None:
             for event in events:
-                self.script.keep(event)
+                self.transcript.keep(event)
         payload = b"".join(events)
-        self.owner.write(payload if self.raw else http1.chunk(payload))
+        self.listener.write(payload if self.raw else http1.chunk(payload))
 
     def _is_one_plain_event(self, data: bytes) -> bool:
         """Whether a read is exactly one chunk that holds exactly one content event, and nothing is pending."""
@@ -388,10 +389,9 @@ class ResponseRelay:
         return (
             line > 0
             and data.find(b"\n", brace) == len(data) - 4
-            and data.find(b"\r", line + 2)
-            == len(data) - 2  # a CR is a line end too: two would be an event of their own
+            and data.find(b"\r", line + 2) == len(data) - 2  # a CR is a line end too and could end the event
             and data.endswith(b"}\n\n\r\n")
-            and data.startswith(_PLAIN_BEGINS, line + 2)
+            and data.startswith(_PLAIN_BEGINNINGS, line + 2)
             and (data.isascii() or is_text(data))
             and data.find(self.operation.fast_mark, line) > 0
             and data[:line] == b"%x" % length
@@ -399,7 +399,7 @@ class ResponseRelay:
         )
 
     def _sort(self, events: list[bytes], out: list[bytes]) -> None:
-        """Put what the client shall see into `out`."""
+        """Add the events for the client to `out`."""
         mark = self.operation.fast_mark
         for event in map(as_text, events):
             if event.find(mark) >= 0 and event.startswith(b"data: {") and is_plain(event):
@@ -418,7 +418,7 @@ class ResponseRelay:
                     raise Malformed(502, "[DONE] without any finish_reason")
                 self.done_seen = True
                 out.append(event)
-                return  # what follows is nobody's
+                return  # events after [DONE] are not passed on
             if meaning is EventMeaning.FINISH:
                 self.finish_seen = True
                 self.event_count += 1
@@ -432,7 +432,7 @@ class ResponseRelay:
             out.append(self._named(event))
 
     def _end_of_stream(self, last: list[bytes]) -> None:
-        if self._state == self._peek or not self.finish_seen or (self._events.partial and not self.done_seen):
+        if self._state is PEEK or not self.finish_seen or (self._events.partial and not self.done_seen):
             if last:
                 self._write_events(last)
             self._fail(Failure.BAD_OUTPUT)
@@ -444,10 +444,10 @@ class ResponseRelay:
             tail = (http1.chunk(tail) if tail else b"") + http1.LAST_CHUNK
         self._finish(tail)
 
-    # --- ends ---
+    # --- names ---
 
     def _learn_name(self, data: bytes) -> None:
-        """Clients read the name they asked for, whatever the engine calls itself."""
+        """Clients get the model name that they asked for, also if the engine uses a third name."""
         names = self._names
         if data.find(names.mark) < 0:  # `in` on bytes costs twice as much
             other = openai.other_model_name(data, names.asked)
@@ -459,36 +459,34 @@ class ResponseRelay:
 
     def _write_held(self) -> None:
         payload, self.held = self._named(b"".join(self.held)), []
-        self.owner.write(payload if self.raw else http1.chunk(payload))
+        self.listener.write(payload if self.raw else http1.chunk(payload))
+
+    # --- ends ---
 
     def _finish(self, tail: bytes) -> None:
-        self._closed = True
-        self._state = _ignore
+        self.over = True
+        self._state = OVER
         connection, self.connection = self.connection, None
         if connection is not None:
+            self.is_connected = False
             head, chunked = self.head, self._chunked
             surplus = self._buffer or (chunked is not None and chunked.rest)
-            good = head is not None and head.keep_alive and not surplus
+            is_clean = head is not None and head.keep_alive and not surplus
             if self.paused:
-                connection.transport.resume_reading()  # the client's pace is no matter of the next request
-            if good and self._whole():
-                connection.release(self.owner.now_s())
-            elif good and self.stream:
-                connection.peer.watch_end(connection, self.owner.now_s())
-                connection.attempt = BodyDrain(connection, chunked)
+                connection.transport.resume_reading()  # this client's pace does not concern the next request
+            if is_clean and self._is_whole():
+                connection.release(self.listener.now_s())
+            elif is_clean and self.stream:
+                connection.pool.drain(connection, chunked, self.listener.now_s())
             else:
                 connection.drop()
-        self.owner.on_ended(self, tail)
+        self.listener.on_ended(self, tail)
 
     def _fail(self, failure: Failure, wait_s: float = 0.0) -> None:
         self.cancel()
-        self.owner.on_failed(self, AttemptFailed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
+        self.listener.on_failed(self, AttemptFailed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
 
 
 def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
-    """The upstream's headers that the client may see. FAULTS.md row 27."""
+    """The upstream's headers that the client may see. faults.md row 27."""
     return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
-
-
-def _ignore(data: bytes) -> None:
-    """The attempt is over."""

@@ -1,29 +1,26 @@
-"""The relay of an answer that goes on elsewhere: it reads a new answer and passes on what the client has not read."""
+"""Reads the response that continues an interrupted stream, and passes on only what the client does not have yet."""
 
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols import sse
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning, Operation
+from fleetgate.protocols.clients.openai import EventMeaning
 from fleetgate.protocols.http1 import Malformed, ResponseHead
-from fleetgate.protocols.resume.transcript import Mismatch, StreamSplicer, Transcript
-from fleetgate.proxy.transport.response_relay import AttemptListener, ModelNames, ResponseRelay
+from fleetgate.protocols.resume.transcript import Mismatch
+from fleetgate.proxy.transport.interface import ExpectedResponse, ResponseListener
+from fleetgate.proxy.transport.response_relay import PEEK, STREAM, ResponseRelay
 
 
 class ResumeRelay(ResponseRelay):
-    """Reads one answer that joins a broken one. Every event is decoded, 3 µs each: such answers are few."""
+    """Reads one continuation. Every event is decoded, which costs 3 µs: such responses are few."""
 
-    def __init__(
-        self,
-        owner: AttemptListener,
-        operation: Operation,
-        hide_usage: bool,
-        names: ModelNames,
-        seam: StreamSplicer,
-        script: Transcript,
-    ) -> None:
-        super().__init__(owner, operation, hide_usage, names)
-        self.script = script
-        self._seam = seam
+    def __init__(self, listener: ResponseListener, expected: ExpectedResponse) -> None:
+        super().__init__(listener, expected)
+        resumed = expected.resumed
+        assert resumed is not None, "the transport chose this class by it"
+        self.transcript = resumed.transcript
+        self.event_count = resumed.event_count
+        self.inherited = resumed.inherited
+        self._splicer = resumed.splicer
 
     def on_data(self, data: bytes) -> None:
         """Bytes came from the upstream."""
@@ -34,45 +31,45 @@ class ResumeRelay(ResponseRelay):
 
     def _begin_body(self, head: ResponseHead, rest: bytes) -> None:
         if not head.event_stream:
-            raise Malformed(502, "the upstream answers a stream's continuation with something else")
+            raise Malformed(502, "the continuation of a stream is not a stream")
         super()._begin_body(head, rest)
 
+    def _is_one_plain_event(self, data: bytes) -> bool:
+        return False
+
     def _peek(self, data: bytes) -> None:
-        self._sew(data)
+        self._read_events(data)
 
-    def _stream(self, data: bytes) -> None:
-        self._sew(data)
-
-    def _sew(self, data: bytes) -> None:
+    def _read_events(self, data: bytes) -> None:
         out: list[bytes] = []
         self.beats += 1
         try:
             for event in self._events.feed(self._payload(data)):
-                self._join(event, out)
+                self._splice(event, out)
         except Malformed:
-            if out and self._goes_on():
+            if out and self._begin_passing():
                 self._write_events(out)
             raise
-        if out and not self._goes_on():
+        if out and not self._begin_passing():
             return
-        if self.done_seen or self._whole():
+        if self.done_seen or self._is_whole():
             self._end_of_stream(out)
         elif out:
             self._write_events(out)
 
-    def _goes_on(self) -> bool:
-        """There is something new: tell the owner before the first of it is written. False when it has left."""
-        if self._state == self._peek:
-            self.owner.on_first(self)
-            if self._closed:
+    def _begin_passing(self) -> bool:
+        """Report the first new event before it is written. False if the listener cancelled the response then."""
+        if self._state is PEEK:
+            self.listener.on_first(self)
+            if self.over:
                 return False
-            self._state = self._stream
+            self._state = STREAM
         return True
 
-    def _join(self, event: bytes, out: list[bytes]) -> None:
+    def _splice(self, event: bytes, out: list[bytes]) -> None:
         meaning, usage = openai.classify_event(event)
         if usage is not None:
-            self.told, self.usage = usage, self._seam.counted(usage)
+            self.told, self.usage = usage, self._splicer.counted(usage)
         match meaning:
             case EventMeaning.COMMENT:
                 return
@@ -91,8 +88,8 @@ class ResumeRelay(ResponseRelay):
                 return
         data = sse.data_of(event)
         assert data is not None, "an event that means something has data"
-        left = self._seam.take(data)
-        if left is not None:
-            out.append(left)
+        rest = self._splicer.take(data)
+        if rest is not None:
+            out.append(rest)
             self.event_count += 1
         self.finish_seen = self.finish_seen or meaning is EventMeaning.FINISH

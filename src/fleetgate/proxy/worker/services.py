@@ -18,6 +18,7 @@ from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.shared_memory import TALLY_CELLS, EndpointSignal, SharedMemory, WorkerCell
 from fleetgate.ipc.usage_journal import UsageJournal
+from fleetgate.proxy import transport
 from fleetgate.proxy.downstream.authenticator import Authenticator
 from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.downstream.policy_notices import PolicyNotices
@@ -41,9 +42,11 @@ from fleetgate.proxy.snapshot.key_validity import KeyValidity
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
 from fleetgate.proxy.telemetry.metrics import LineLog, TokenEstimateError, WorkerMetrics
 from fleetgate.proxy.transport.connection_pool import IDLE_MAX_S
-from fleetgate.proxy.transport.response_relay import ResponseRelay
+from fleetgate.proxy.transport.interface import Transport, UpstreamResponse
+from fleetgate.proxy.transport.network import Network, SocketNetwork
 from fleetgate.proxy.worker.config import WorkerConfig
 
+TRANSPORT = transport.find("asyncio")  # imported at the start, not at the first request
 SWEEP_S = 0.05  # HOTPATH.md rule 10
 WATCH_EVERY = 20  # sweeps: stalls, idle connections and clients' deadlines once a second
 LOOKS_MAX = 4  # requests of a row that may look for room in turn, so that one that is too long blocks none
@@ -85,6 +88,8 @@ class Hub:
         self.estimates = {kind: TokenEstimateError(self.telemetry, kind) for kind in ("prompt", "output")}
         self.ttft_error = self.telemetry.histogram("fleetgate_ttft_prediction_error_seconds", {})
         self.loop: asyncio.AbstractEventLoop
+        self.network: Network
+        self.transport: Transport
         self.clock: Callable[[], float] = time.monotonic
         self.tables: RoutingTable
         self.maker: RoutingTableBuilder
@@ -104,6 +109,12 @@ class Hub:
         # Unique over workers, restarts and machines without a system call for each request. HOTPATH.md rule 12.
         self._id_prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
         self._ids = 0
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Use an event loop, and the transport on it."""
+        self.loop = loop
+        self.network = SocketNetwork(loop)
+        self.transport = TRANSPORT.make(self.network, self.spawn)
 
     # --- small services ---
 
@@ -179,7 +190,7 @@ class Hub:
         if self.waiters:
             self.loop.call_soon(self.wake)
 
-    def learn(self, conversation: RequestHandler, booking: Reservation, relay: ResponseRelay) -> None:
+    def learn(self, conversation: RequestHandler, booking: Reservation, relay: UpstreamResponse) -> None:
         """An answer ended as it should: what it tells of lengths and speed."""
         model, usage, wanting = conversation.lane.model, relay.usage, conversation.wanting
         prompt_tokens = 0
@@ -207,7 +218,7 @@ class Hub:
         kept = set(tables.peers.values())
         for peer in self.tables.peers.values():
             if peer not in kept:
-                peer.retire()
+                peer.pool.retire()
         before, self.tables = self.tables, tables
         if self.recorder is not None:
             self.recorder.watch(tables)
@@ -384,8 +395,8 @@ class Hub:
                 if client.deadline_s <= now_s:
                     client.overdue(now_s)
             for peer in self.tables.peers.values():
-                peer.close_idle(now_s - IDLE_MAX_S)
-                peer.follow_name(now_s)
+                peer.pool.close_idle(now_s - IDLE_MAX_S)
+                peer.pool.follow_name(now_s)
         self.log.flush()
         if self.recorder is not None:
             self.recorder.log.flush()

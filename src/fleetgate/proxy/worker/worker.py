@@ -25,6 +25,7 @@ from fleetgate.proxy.downstream.listener import Listener
 from fleetgate.proxy.downstream.server_tls import DevelopmentTls, ServerTls
 from fleetgate.proxy.health.active_health import HealthChecker
 from fleetgate.proxy.health.resume_probe import ResumeProbe
+from fleetgate.proxy.routing.fault_switch import FaultSwitch
 from fleetgate.proxy.routing.routing_table import RoutingTable, RoutingTableBuilder
 from fleetgate.proxy.snapshot.key_validity import KeyValidity
 from fleetgate.proxy.snapshot.rollout import Rollout
@@ -32,7 +33,7 @@ from fleetgate.proxy.snapshot.snapshot_file import EMPTY, SnapshotFile
 from fleetgate.proxy.telemetry.metrics import LineLog
 from fleetgate.proxy.telemetry.ops_server import HEAD_BYTES_MAX, OpsServer
 from fleetgate.proxy.transport import tcp_info as tcp
-from fleetgate.proxy.transport.fault_switch import FaultSwitch
+from fleetgate.proxy.transport.fault_injection import FaultFile
 from fleetgate.proxy.worker.config import ENV, RETIRE, WorkerConfig
 from fleetgate.proxy.worker.drain import AT_ONCE, RETIRED, DrainPolicy, drain, stopping
 from fleetgate.proxy.worker.generations import Generations
@@ -91,7 +92,8 @@ class WorkerProcess:
         self._prober = HealthChecker(self.hub, lambda: locks.try_lock(PROBER_LOCK))
         self.hub.corrects_limits = lambda: self._prober.mine
         self._tls = self._server_tls() if config.tls_listen_fd >= 0 else None
-        self._harming = FaultSwitch(self.hub, data_dir)
+        faults = FaultFile(data_dir)
+        self._fault_switch = FaultSwitch(lambda: faults.now(self.hub.epoch_s()), self.hub.telemetry)
         self._leave = self._stop = stopping(config.lb_grace_s, config.grace_s)
         self._refused = ""
         self._sweeps = 0
@@ -106,7 +108,8 @@ class WorkerProcess:
     async def run(self) -> None:
         """Serve until SIGTERM, then drain."""
         hub, config = self.hub, self.config
-        loop = hub.loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        hub.begin(loop)
         self._stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._go, self._stop)
@@ -192,7 +195,7 @@ class WorkerProcess:
         if self._sweeps % TIDY_EVERY == 0 and self._prober.mine:
             self.hub.loop.run_in_executor(None, remove_expired, Path(self.config.data_dir))
         self._look_at_keys()
-        self._harming.look()
+        self._fault_switch.check(self.hub.tables)
         if self.hub.maker.upstream_tls is not None:
             self.hub.maker.upstream_tls.reload_if_changed()
         if self._tls is not None:
