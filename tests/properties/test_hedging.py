@@ -52,6 +52,7 @@ def test_room_to_spare_is_counted_where_it_is(places: list[tuple[int, int, float
     up = [(in_flight, limit) for in_flight, limit, health in places if limit and health]
     used, there = sum(in_flight for in_flight, _ in up), sum(limit for _, limit in up)
     assert has_room_to_spare(standings) == (there > 0 and used < USE_MAX * there)
+    assert not has_room_to_spare([*standings, CandidateState(0, 1.0, paused=True)]), "its engine is full"
 
 
 def test_who_is_hedged() -> None:

@@ -22,7 +22,7 @@ from fleetgate.core.routing.decision_record import (
 )
 from fleetgate.core.routing.route import Decision, ModelRoute, route
 from fleetgate.core.routing.scheduler import ConsideredCandidate, ScheduleRequest, limit_for, preferred_first
-from fleetgate.core.routing.strategies import Candidate, Load, Turn
+from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Turn
 from tests.properties.test_routing import every_strategy, situations
 
 WHOSE = RequestIdentity(1.0, "req_1", "g", "m", "k", "eu", 1)
@@ -123,3 +123,26 @@ def test_the_end_of_a_request_is_a_record_too_and_anything_else_is_none() -> Non
     for line in (b"", b"{}", b'{"record":"decision"}', line_of(ended)[:-9], b"null", b"\xff\n", b'{"record":"\xff"}'):
         with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
             read_line(line)
+
+
+def test_a_paused_candidate_is_recorded_as_a_million_in_flight_and_stays_paused() -> None:
+    made = (Candidate(name="a", slot=0), Candidate(name="b", slot=1))
+    load = {0: CandidateState(3, 1.0, paused=True), 1: CandidateState(2, 1.0)}
+    record = recorded(made, load, {}, "overflow")
+    assert (record.load["a"].in_flight, record.load["a"].limit) == (1_000_003, 1), "as earlier versions wrote it"
+    assert record.order == ["b"]
+    again = decide_again(record, ModelRoute(moved(made), strategies.find("overflow")))
+    assert same(record, again) and dict(again.left_out)["a"].startswith("full: its engine asked")
+
+
+def test_a_record_of_an_earlier_version_with_a_paused_candidate_gives_the_same_decision() -> None:
+    line = (
+        b'{"record":"decision","at_s":1.0,"gateway":"g","model":"m","key":"k","prompt_tokens":10.0,'
+        b'"output_tokens":5.0,"load":{"a":[1000003,1.0,1,1.0,null,0.0,0.0,32],"b":[2,1.0,0,1.0,null,0.0,0.0,32]},'
+        b'"turn":{},"tried":[],"order":["b"],"chosen":"b"}'
+    )
+    record = read_line(line)
+    assert isinstance(record, RecordedDecision)
+    made = (Candidate(name="a", slot=7), Candidate(name="b", slot=8))
+    again = decide_again(record, ModelRoute(made, strategies.find("overflow")))
+    assert same(record, again) and choice_of(record, again) == "b"

@@ -229,3 +229,21 @@ def test_rejections_say_why() -> None:
     assert isinstance(down, Rejection) and down.reason is NoPlace.NONE_UP
     tried = route(lane, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN, tried=(0, 1))
     assert isinstance(tried, Rejection) and tried.reason is NoPlace.ALL_TRIED
+
+
+@given(every_strategy, situations(), st.data())
+def test_a_paused_deployment_is_never_chosen_whatever_its_limit(
+    name: str,
+    situation: tuple,  # type: ignore[type-arg]
+    data: st.DataObject,
+) -> None:
+    made, load, turn = situation
+    for candidate in made:
+        load[candidate.slot].paused = data.draw(st.booleans())
+        load[candidate.slot].limit = data.draw(st.sampled_from([0, 1, 100]))
+    decision = decide(name, made, load, turn)
+    if isinstance(decision, Decision):
+        assert not any(load[candidate.slot].paused for candidate in decision.order)
+    for candidate in made:
+        if load[candidate.slot].paused and load[candidate.slot].health > 0.0:
+            assert "pause" in dict(decision.left_out)[candidate.name]

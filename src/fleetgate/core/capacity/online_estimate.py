@@ -10,17 +10,10 @@ from typing import NamedTuple
 import msgspec
 
 from fleetgate.core.admission.work_ledger import WorkLedger
-from fleetgate.core.capacity.adaptive_limit import (
-    AdaptiveLimit,
-    EngineLoad,
-    LimitBounds,
-    LimitChange,
-    SpeedLearner,
-    ThroughputEstimate,
-    ViolationCounts,
-)
+from fleetgate.core.capacity.adaptive_limit import AdaptiveLimit, EngineLoad, LimitBounds, LimitChange, ViolationCounts
 from fleetgate.core.capacity.deployment_view import Corrections, DeploymentView, EndpointCapacity, current_profile
 from fleetgate.core.capacity.latency_model import NOMINAL_SPEED, LatencyPrediction
+from fleetgate.core.capacity.speed_learning import SpeedLearner, ThroughputEstimate
 from fleetgate.core.capacity.units import batch_within, limit_of, rate_at, step_s, units_of
 from fleetgate.core.model import Deployment, Profile, ProfileSource, Slo
 
@@ -47,6 +40,7 @@ class Observation(NamedTuple):
     endpoints: tuple[EndpointCapacity, ...]
     external_in_flight: int = 0
     rtt_s: float = 0.0
+    paused: bool = False
 
 
 class DecodeProgress(NamedTuple):
@@ -111,7 +105,14 @@ class OnlineEstimate:
             speed = current_profile(self.profile, self.slo, lessons, sighting.rtt_s)
         places = limit or (0 if self.deployment.units > 0.0 else int(self.slots_guess * self.engines))
         return DeploymentView(
-            sighting.health, limit, sighting.external_in_flight, sighting.endpoints, self.units, speed, places
+            health=sighting.health,
+            limit=limit,
+            external_in_flight=sighting.external_in_flight,
+            endpoints=sighting.endpoints,
+            units=self.units,
+            current_profile=speed,
+            slots=places,
+            paused=sighting.paused,
         )
 
     def record_first_token(self, fit: LatencyPrediction, observed_s: float) -> None:

@@ -52,6 +52,9 @@ def may_hedge(mode: str, priority: int) -> bool:
 
 def has_room_to_spare(standings: Iterable[CandidateState]) -> bool:
     """Whether so much is free that a copy takes nobody's place. A Deployment without a limit tells nothing."""
-    limited = [standing for standing in standings if standing.limit and standing.health > 0.0]
+    healthy = [standing for standing in standings if standing.health > 0.0]
+    if any(standing.paused for standing in healthy):
+        return False
+    limited = [standing for standing in healthy if standing.limit]
     places = sum(standing.limit for standing in limited)
     return bool(places) and sum(standing.in_flight for standing in limited) < USE_MAX * places

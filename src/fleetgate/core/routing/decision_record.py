@@ -86,6 +86,9 @@ class RecordedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 Record = RecordedDecision | RecordedEnd
 
+# A record has no field for a paused candidate: it is written as so many more in flight, over a limit of at least 1.
+PAUSED_IN_FLIGHT = 1_000_000
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Record).decode
 
@@ -147,8 +150,11 @@ def recorded_candidate(candidates: Sequence[Candidate], load: Load) -> dict[str,
     for candidate in candidates:
         one = load[candidate.slot]
         short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late, one.fit.tight)
+        in_flight, limit = one.in_flight, one.limit
+        if one.paused:
+            in_flight, limit = in_flight + PAUSED_IN_FLIGHT, max(1, limit)
         found[candidate.name] = RecordedCandidate(
-            one.in_flight, one.health, one.limit, one.units, short, one.warm, one.usd, one.places
+            in_flight, one.health, limit, one.units, short, one.warm, one.usd, one.places
         )
     return found
 
@@ -213,6 +219,8 @@ def missed(record: RecordedDecision, chosen: str, tpot_s: float) -> bool | None:
 
 def _standing(stood: RecordedCandidate) -> CandidateState:
     fit = None if stood.fit is None else LatencyPrediction(-1, stood.fit[0], stood.fit[1], 0.0, 0.0, *stood.fit[2:])
+    paused = stood.in_flight >= PAUSED_IN_FLIGHT
+    in_flight = stood.in_flight - PAUSED_IN_FLIGHT if paused else stood.in_flight
     return CandidateState(
-        stood.in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places
+        in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places, paused
     )

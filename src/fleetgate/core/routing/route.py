@@ -8,7 +8,6 @@ import msgspec
 from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.units import REFERENCE_OUTPUT_TOKENS, REFERENCE_PROMPT_TOKENS
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.core.routing.load_view import COOLING
 from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Ranking, Strategy, Turn, find, find_lead
 
 
@@ -82,7 +81,7 @@ def route(lane: ModelRoute, load: Load, turn: Turn, tried: Collection[int] = ())
             left_out.append((candidate.name, "tried already"))
         elif standing.health <= 0.0:
             left_out.append((candidate.name, "not healthy"))
-        elif standing.limit and standing.in_flight >= standing.limit:
+        elif standing.paused or (standing.limit and standing.in_flight >= standing.limit):
             full += 1
             left_out.append((candidate.name, full_sentence(standing)))
         else:
@@ -104,8 +103,8 @@ def route(lane: ModelRoute, load: Load, turn: Turn, tried: Collection[int] = ())
 
 def full_sentence(standing: CandidateState) -> str:
     """Why a Deployment has no free place."""
-    if standing.in_flight >= COOLING:
-        return "full: its engine asked to be left alone for a while"
+    if standing.paused:
+        return "full: its engine asked for a pause (Retry-After)"
     return f"full: {standing.in_flight} of {standing.limit} in flight"
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Failure, State
 from fleetgate.core.health import outlier_detection as outliers
 from fleetgate.core.health.circuit_breaker import OUT, BreakerState, Signal, adopted, after, told_ms, until_ms
-from fleetgate.core.routing.load_view import COOLING
 from fleetgate.ipc.event_spool import EventRecord
 from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter
 from fleetgate.proxy.health import event_messages as sentences
@@ -129,10 +128,9 @@ class PassiveHealthChecker:
 
     def cool(self, place: DeploymentState, now_s: float) -> None:
         """Nobody is sent there while it cools; afterwards it is as before."""
-        if now_s < place.cools_until_s:
-            place.foreign = COOLING
-        else:
-            place.cools_until_s, place.foreign = 0.0, 0
+        place.paused = now_s < place.cools_until_s
+        if not place.paused:
+            place.cools_until_s = 0.0
 
     # --- regions ---
 

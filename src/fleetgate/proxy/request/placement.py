@@ -24,7 +24,7 @@ def pick(conversation: "RequestHandler", command: Pick) -> None:
     lead = lane.lead
     if lead is not None and not command.tried and not lane.room:
         place = hub.tables.places[lead.slot]
-        if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
+        if place.fit >= 1.0 and not place.foreign and not place.paused and hub.ledger.reserve(lead.slot, place.limit):
             conversation.place = conversation.last_place = place
             conversation.report(Picked(lead))
             return

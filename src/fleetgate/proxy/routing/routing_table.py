@@ -45,6 +45,7 @@ class DeploymentState:
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
         self.pulse = StreamTiming()
+        self.paused = False  # no request is sent to it before `cools_until_s`
         self.cools_until_s = 0.0  # until when its engine has asked to be left alone
         self.cools_told_ms = 0  # the last such moment that was heard of, here or from another worker
         self.carried = (
@@ -67,6 +68,7 @@ class DeploymentState:
     def remember(self, before: "DeploymentState") -> None:
         """The same Deployment in an older Snapshot: what is known of it."""
         self.pulse, self.prefills, self.token_mark = before.pulse, before.prefills, before.token_mark
+        self.paused = before.paused
         self.cools_until_s, self.cools_told_ms = before.cools_until_s, before.cools_told_ms
         self.carried, self.refusals = before.carried, before.refusals
         self.ended, self.proven_s = before.ended, before.proven_s

@@ -59,6 +59,7 @@ class CandidateState(msgspec.Struct):
     warm: float = 0.0
     usd: float = 0.0
     places: int = 0
+    paused: bool = False
 
     @property
     def fit(self) -> LatencyPrediction | None:
