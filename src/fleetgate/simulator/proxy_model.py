@@ -141,7 +141,7 @@ class ProxyModel:
 
     def _wait(self, request: OpenRequest, now_s: float, ahead: bool = False) -> None:
         admission = self.desk.gateway.admission
-        deadline_s = self.desk.waits_until_s(request.need, request.arrival.at_s, self.outlooks)
+        deadline_s = self.desk.queue_deadline_s(request.need, request.arrival.at_s, self.outlooks)
         if len(self.waiting) >= admission.queue_max:
             self.shell.world.refuse(request.arrival, "queue_full", now_s)
             return

@@ -6,16 +6,16 @@ LATE_SHARE_MAX = 0.05
 REFUSED_SHARE_MAX = 0.02
 WINDOW_S = 10.0
 BACK_OFF = 0.9
-BACK_OFF_MOST = 0.5
+BACK_OFF_MIN = 0.5
 BACK_OFF_EVERY_S = 2.0
-CREEP_SHARE = 0.01
+RAISE_SHARE = 0.01
 MARGIN_BACK_OFF = 0.98
-MARGIN_CREEP = 0.002
+MARGIN_RAISE = 0.002
 MARGIN_MIN, MARGIN_MAX = 0.6, 1.3
 MARGIN_FIRST = 1.2
 WAITING_POLLS_MAX = 3
 WAITING_SHARE_MAX = 0.05
-TOLD_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
+REPORTED_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
 KV_SHARE_MAX = 0.9
 
 
@@ -102,7 +102,7 @@ class AdaptiveLimit:
         elif in_flight > 0.5 * self.limit and not queues:
             self._creep()
         after = int(self.limit)
-        crept = before <= after < self._told * (1.0 + TOLD_SHARE) and after < self._bounds.most
+        crept = before <= after < self._told * (1.0 + REPORTED_SHARE) and after < self._bounds.most
         if after == self._told or crept:
             return None
         told, self._told = self._told, after
@@ -134,18 +134,18 @@ class AdaptiveLimit:
         carried = float(max(in_flight - waiting, self._bounds.least))
         before = self.limit or carried
         after = before * BACK_OFF
-        if waiting and carried > BACK_OFF_MOST * before:  # else the two were not seen at the same time
+        if waiting and carried > BACK_OFF_MIN * before:  # else the two were not seen at the same time
             after = min(before - 1.0, carried) if self.limit else carried
         self.limit = max(float(self._bounds.least), after)
 
     def _creep(self) -> None:
         if self.limit:
             ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
-            self.limit = min(ceiling, self.limit + max(1.0, CREEP_SHARE * self.limit))
+            self.limit = min(ceiling, self.limit + max(1.0, RAISE_SHARE * self.limit))
 
     def _correct_margin(self, recent: ViolationCounts, in_flight: int) -> None:
         late = max(recent.ttft_late, recent.tpot_late)
         if recent.ended and late > LATE_SHARE_MAX * recent.ended:
             self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)
         elif in_flight > 0.25 * self.limit:
-            self.margin = min(MARGIN_MAX, self.margin + MARGIN_CREEP)
+            self.margin = min(MARGIN_MAX, self.margin + MARGIN_RAISE)

@@ -28,8 +28,8 @@ GUESS = Profile(
 )
 AHEAD_SHARE_MAX = 0.1
 UNTOLD_SHARE_MAX = 0.1  # of the time between two looks
-LIMIT_LEAST_SHARE, LIMIT_MOST_SHARE = 0.3, 1.5  # of what the Profile says
-UNKNOWN_MOST = 4096  # requests at once in one engine of which nothing is known
+LIMIT_MIN_SHARE, LIMIT_MAX_SHARE = 0.3, 1.5  # of what the Profile says
+UNKNOWN_LIMIT_MAX = 4096  # requests at once in one engine of which nothing is known
 UNKNOWN_BATCH = 32.0  # at which unknown engines are compared until their limits are known
 
 
@@ -156,7 +156,7 @@ class OnlineEstimate:
         if deployment.concurrency_max:
             return LimitBounds(deployment.concurrency_max, 1, deployment.concurrency_max, written=True)
         if deployment.profile is None:
-            return LimitBounds(0, self.engines, UNKNOWN_MOST * self.engines)
+            return LimitBounds(0, self.engines, UNKNOWN_LIMIT_MAX * self.engines)
         start = limit_of(deployment.profile, tpot_s, self.engines)
-        most = max(LIMIT_MOST_SHARE * start, batch_within(deployment.profile, tpot_s) * self.engines)
-        return LimitBounds(start, max(self.engines, int(LIMIT_LEAST_SHARE * start)), int(most))
+        most = max(LIMIT_MAX_SHARE * start, batch_within(deployment.profile, tpot_s) * self.engines)
+        return LimitBounds(start, max(self.engines, int(LIMIT_MIN_SHARE * start)), int(most))
