@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fleetgate.core.health.circuit_breaker import TRANSITIONS, BreakerState, Signal
-from fleetgate.core.health_page import SIGNS, STATES, page
+from fleetgate.core.health_page import SIGNALS, STATES, page
 
 FILE = Path(__file__).parents[2] / "docs" / "reference" / "health.md"
 
@@ -13,7 +13,7 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_state_and_sign_is_told() -> None:
-    assert set(STATES) == set(BreakerState) and set(SIGNS) == set(Signal)
+    assert set(STATES) == set(BreakerState) and set(SIGNALS) == set(Signal)
     assert page().count("\n| ") >= len(TRANSITIONS) + len(STATES)
 
 

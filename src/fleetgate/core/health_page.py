@@ -4,11 +4,11 @@ from textwrap import wrap
 
 from fleetgate.core.capacity.units import SLOW_START_MIN, SLOW_START_S
 from fleetgate.core.health.circuit_breaker import (
-    BROKEN_IN_A_ROW,
+    CONSECUTIVE_FAILURES_MAX,
     DENIED_FIRST_S,
     EJECTION_FIRST_S,
     EJECTION_MAX_S,
-    FLAPS,
+    FLAPPING_EJECTIONS,
     JITTER,
     STEADY_S,
     TRANSITIONS,
@@ -26,7 +26,7 @@ STATES = {
     BreakerState.HALF_OPEN: "gets one real request, and one more beside it for each that brought content",
 }
 
-SIGNS = {
+SIGNALS = {
     Signal.WENT_WELL: "a request went well; of a stream, at its end",
     Signal.BROKE: "a request broke: reset, 5xx, too long silent, malformed or truncated answer",
     Signal.MOSTLY_BROKE: f"of at least {RESULTS_MIN} requests in {RESULTS_S:g} s more than {BROKEN_SHARE:.0%} broke",
@@ -64,7 +64,7 @@ def _states() -> list[str]:
 
 def _moves() -> list[str]:
     rows = [
-        f"| {state} | {SIGNS[sign]} | {_needed(move)} | {move.to} |"
+        f"| {state} | {SIGNALS[sign]} | {_needed(move)} | {move.to} |"
         for (state, sign), move in sorted(TRANSITIONS.items(), key=lambda row: list(BreakerState).index(row[0][0]))
     ]
     return ["| from | sign | in a row | to |", "|---|---|---|---|", *rows, ""]
@@ -73,7 +73,7 @@ def _moves() -> list[str]:
 def _needed(move: Transition) -> str:
     if not move.verified:
         return "1, unless it flaps"
-    return str(move.after) if move.after else "1 for each ejection, up to 3"
+    return str(move.in_a_row) if move.in_a_row else "1 for each ejection, up to 3"
 
 
 def _diagram() -> list[str]:
@@ -89,9 +89,10 @@ def _rules() -> list[str]:
         f"""**Back-off.** Out for {EJECTION_FIRST_S:g} s, then twice as long each time, up to {EJECTION_MAX_S:g} s; a
         refused credential begins with {DENIED_FIRST_S:g} s. Each pause varies by {JITTER:.0%} either way, so that
         proxies do not come back together. Who has been in for {STEADY_S:g} s without going out begins anew. Who went
-        out {FLAPS} times before that flaps: its probes no longer shorten its pause.""",
-        f"""**Counting.** {BROKEN_IN_A_ROW} broken requests in a row take an Endpoint out, or {BROKEN_IN_A_ROW} broken
-        probes; a request that goes well resets both counts, a probe that goes well only that of the probes.""",
+        out {FLAPPING_EJECTIONS} times before that flaps: its probes no longer shorten its pause.""",
+        f"""**Counting.** {CONSECUTIVE_FAILURES_MAX} broken requests in a row take an Endpoint out, or
+        {CONSECUTIVE_FAILURES_MAX} broken probes; a request that goes well resets both counts, a probe that goes well
+        only that of the probes.""",
         f"""**Slow start.** Back in, it begins with {SLOW_START_MIN:.0%} of its weight and has all of it after
         {SLOW_START_S:g} s. Where another Deployment is wholly fit, its limit grows with it, so that strategies that go
         by rank keep to it too.""",

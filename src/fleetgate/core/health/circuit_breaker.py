@@ -11,14 +11,14 @@ import msgspec
 
 from fleetgate.core.health.outlier_detection import NO_RESULTS, ResultCounts
 
-BROKEN_IN_A_ROW = 3  # one reset is chance, three are a fault. ALGORITHMS.md section 8.4
+CONSECUTIVE_FAILURES_MAX = 3  # one reset is chance, three are a fault. ALGORITHMS.md section 8.4
 EJECTION_FIRST_S = 2.0
 DENIED_FIRST_S = 30.0  # somebody has to renew the credential
 EJECTION_MAX_S = 60.0  # a region that is back must not wait longer than a person would
 JITTER = 0.2  # proxies that lost an Endpoint together do not come back to it together
 STEADY_S = 60.0  # in for so long, and its earlier ejections are forgotten
-FLAPS = 3  # out so often without having been steady: its probes are not believed any more
-RETURNS_MAX = 3  # good requests in a row that one who flaps has to show
+FLAPPING_EJECTIONS = 3  # out so often without having been steady: its probes are not believed any more
+RECOVERY_SUCCESSES_MAX = 3  # good requests in a row that one who flaps has to show
 
 
 class BreakerState(StrEnum):
@@ -52,19 +52,19 @@ class Transition(NamedTuple):
     """Where a sign leads. Shape: `after` is how many in a row it takes; 0 is one for each ejection, at most three."""
 
     to: BreakerState
-    after: int = 1
+    in_a_row: int = 1
     verified: bool = True  # also of one that flaps
 
 
 _CLOSED, _OPEN, _DOWN, _DENIED, _HALF_OPEN = BreakerState
-OUT = (_OPEN, _DOWN, _DENIED)
+EJECTED_STATES = (_OPEN, _DOWN, _DENIED)
 
 TRANSITIONS: dict[tuple[BreakerState, Signal], Transition] = {
-    (_CLOSED, Signal.BROKE): Transition(_OPEN, after=BROKEN_IN_A_ROW),
+    (_CLOSED, Signal.BROKE): Transition(_OPEN, in_a_row=CONSECUTIVE_FAILURES_MAX),
     (_CLOSED, Signal.MOSTLY_BROKE): Transition(_OPEN),
     (_CLOSED, Signal.SLOW): Transition(_OPEN),
-    (_CLOSED, Signal.UNREACHABLE): Transition(_DOWN, after=BROKEN_IN_A_ROW),
-    (_CLOSED, Signal.PROBE_BROKE): Transition(_DOWN, after=BROKEN_IN_A_ROW),
+    (_CLOSED, Signal.UNREACHABLE): Transition(_DOWN, in_a_row=CONSECUTIVE_FAILURES_MAX),
+    (_CLOSED, Signal.PROBE_BROKE): Transition(_DOWN, in_a_row=CONSECUTIVE_FAILURES_MAX),
     (_CLOSED, Signal.DENIED): Transition(_DENIED),
     (_CLOSED, Signal.REGION_LOST): Transition(_HALF_OPEN),
     (_OPEN, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
@@ -78,7 +78,7 @@ TRANSITIONS: dict[tuple[BreakerState, Signal], Transition] = {
     (_DOWN, Signal.DENIED): Transition(_DENIED),
     (_DENIED, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
     (_DENIED, Signal.NEW_CREDENTIAL): Transition(_HALF_OPEN),
-    (_HALF_OPEN, Signal.WENT_WELL): Transition(_CLOSED, after=0),
+    (_HALF_OPEN, Signal.WENT_WELL): Transition(_CLOSED, in_a_row=0),
     (_HALF_OPEN, Signal.BROKE): Transition(_OPEN),
     (_HALF_OPEN, Signal.SLOW): Transition(_OPEN),
     (_HALF_OPEN, Signal.UNREACHABLE): Transition(_DOWN),
@@ -108,23 +108,23 @@ class EndpointHealth(msgspec.Struct, frozen=True):
 HEALTHY = EndpointHealth()
 
 
-def after(health: EndpointHealth, sign: Signal, now_s: float, entropy: float = 0.5) -> EndpointHealth:
+def next_health(health: EndpointHealth, sign: Signal, now_s: float, entropy: float = 0.5) -> EndpointHealth:
     """The state that follows a sign; the same object when nothing changed. Shape: `entropy` is 0 to 1."""
-    if health.breaker in OUT and now_s >= health.open_until_s:
+    if health.breaker in EJECTED_STATES and now_s >= health.open_until_s:
         health = _enter(health, TRANSITIONS[health.breaker, Signal.BACK_OFF_OVER].to, now_s, entropy)
     health = _counted(health, sign, now_s)
     move = TRANSITIONS.get((health.breaker, sign))
     if health.breaker is _CLOSED and health.results.mostly_broke and sign in (Signal.BROKE, Signal.UNREACHABLE):
         move = TRANSITIONS[_CLOSED, Signal.MOSTLY_BROKE]
-    if move is None or (health.ejections >= FLAPS and not move.verified):
+    if move is None or (health.ejections >= FLAPPING_EJECTIONS and not move.verified):
         return health
-    needed = move.after or min(RETURNS_MAX, max(1, health.ejections))
+    needed = move.in_a_row or min(RECOVERY_SUCCESSES_MAX, max(1, health.ejections))
     return _enter(health, move.to, now_s, entropy) if _in_a_row(health, sign) >= needed or needed == 1 else health
 
 
-def current(health: EndpointHealth, now_s: float) -> BreakerState:
+def current_state(health: EndpointHealth, now_s: float) -> BreakerState:
     """The state now: an Endpoint that is out and whose back-off is over is half open."""
-    if health.breaker in OUT and now_s >= health.open_until_s:
+    if health.breaker in EJECTED_STATES and now_s >= health.open_until_s:
         return BreakerState.HALF_OPEN
     return health.breaker
 
@@ -179,8 +179,10 @@ def _enter(health: EndpointHealth, to: BreakerState, now_s: float, entropy: floa
         returns += 1
     elif health.breaker in (BreakerState.CLOSED, BreakerState.HALF_OPEN):
         ejections, returns = (1 if now_s - health.recovered_at_s > STEADY_S else ejections + 1), 0
-    if health.breaker not in OUT or to is BreakerState.DENIED:
-        until_s = now_s + open_s(DENIED_FIRST_S if to is BreakerState.DENIED else EJECTION_FIRST_S, ejections + returns)
+    if health.breaker not in EJECTED_STATES or to is BreakerState.DENIED:
+        until_s = now_s + ejection_s(
+            DENIED_FIRST_S if to is BreakerState.DENIED else EJECTION_FIRST_S, ejections + returns
+        )
         until_s += (until_s - now_s) * JITTER * (2.0 * entropy - 1.0)
         until_s = min(until_s, now_s + EJECTION_MAX_S)
     return EndpointHealth(
@@ -188,7 +190,7 @@ def _enter(health: EndpointHealth, to: BreakerState, now_s: float, entropy: floa
     )
 
 
-def open_s(first_s: float, times: int) -> float:
+def ejection_s(first_s: float, times: int) -> float:
     """How long it stays out the so-manieth time: each twice the one before."""
     return min(EJECTION_MAX_S, first_s * 2.0 ** min(16, max(0, times - 1)))
 
@@ -199,18 +201,18 @@ _CODES = {BreakerState.OPEN: 1, BreakerState.DOWN: 2, BreakerState.DENIED: 3}
 _BREAKERS = {code: breaker for breaker, code in _CODES.items()}
 
 
-def told_ms(health: EndpointHealth) -> int:
+def encode_ejection(health: EndpointHealth) -> int:
     """Until when it is out and why, in one integer that grows with the moment; 0 while it is in."""
     code = _CODES.get(health.breaker)
     return int(health.open_until_s * 1000) * 4 + code if code else 0
 
 
-def until_ms(told: int) -> int:
+def ejection_end_ms(told: int) -> int:
     """The moment in such an integer."""
     return told // 4
 
 
-def adopted(told: int) -> EndpointHealth:
+def health_from_ejection(told: int) -> EndpointHealth:
     """What another worker told, as one's own state."""
     breaker = _BREAKERS.get(told % 4, BreakerState.OPEN)
-    return EndpointHealth(breaker, ejections=1, open_until_s=until_ms(told) / 1000)
+    return EndpointHealth(breaker, ejections=1, open_until_s=ejection_end_ms(told) / 1000)

@@ -11,7 +11,7 @@ from fleetgate.core.routing.strategies import CandidateState
 SLOW_QUANTILE = 0.95  # of requests of about this size: whoever takes longer is slow
 SEEN_MIN = 20  # first tokens before anything is called slow
 SEEN_MAX = 1000  # beyond it what was seen counts half, so that the table follows the engines
-USE_MAX = 0.6  # of all places: past it a second copy would take somebody's room
+UTILISATION_MAX = 0.6  # of all places: past it a second copy would take somebody's room
 FIRST_BIT, LAST_BIT = 10, 28  # cells end at powers of two microseconds: 1 ms to 268 s
 CELLS = LAST_BIT - FIRST_BIT + 1
 
@@ -50,8 +50,11 @@ def may_hedge(mode: str, priority: int) -> bool:
     return mode == "all" or (mode == "critical" and priority == Priority.CRITICAL)
 
 
-def has_room_to_spare(standings: Iterable[CandidateState]) -> bool:
+def has_spare_capacity(standings: Iterable[CandidateState]) -> bool:
     """Whether so much is free that a copy takes nobody's place. A Deployment without a limit tells nothing."""
-    limited = [standing for standing in standings if standing.limit and standing.health > 0.0]
+    healthy = [standing for standing in standings if standing.health > 0.0]
+    if any(standing.paused for standing in healthy):
+        return False
+    limited = [standing for standing in healthy if standing.limit]
     places = sum(standing.limit for standing in limited)
-    return bool(places) and sum(standing.in_flight for standing in limited) < USE_MAX * places
+    return bool(places) and sum(standing.in_flight for standing in limited) < UTILISATION_MAX * places

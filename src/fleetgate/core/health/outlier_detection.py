@@ -9,10 +9,12 @@ RESULTS_MIN, BROKEN_SHARE, RESULTS_S = 20, 0.5, 10.0  # a grey failure: some req
 REGION_MEMBERS, REGION_S = 2, 2.0  # so many that go out so close together have one cause
 REGION_SHARE = 0.5  # of a region's Endpoints: two of fifty are two of fifty
 
-USUAL_LOOKS = 20  # seconds with news before anything counts as usual
-USUAL_SHARE = 0.01  # of a second in what is usual; of one that is too slow a tenth of it, so that it becomes so in time
+BASELINE_SAMPLES = 20  # seconds with news before anything counts as usual
+BASELINE_SHARE = (
+    0.01  # of a second in what is usual; of one that is too slow a tenth of it, so that it becomes so in time
+)
 SLOW_FACTOR = 5.0  # batches grow a step by less; a brownout of 10 is well beyond. FAULTS.md rows 9 and 57
-SLOW_LOOKS = 3  # seconds in a row
+SLOW_SAMPLES = 3  # seconds in a row
 BUSY_FACTOR, BUSY_MORE = 2.0, 4  # beyond it what is slow is only busy
 
 
@@ -72,7 +74,7 @@ class LatencyOutlier:
             return False
         mean, self._sum, self._count = self._sum / self._count, 0.0, 0
         self._looks += 1
-        if self._looks <= USUAL_LOOKS:
+        if self._looks <= BASELINE_SAMPLES:
             self._learn(mean, in_flight, 1.0 / self._looks)
             return False
         slow = mean - self._usual > log(SLOW_FACTOR)
@@ -80,8 +82,8 @@ class LatencyOutlier:
             self._slow_in_a_row += 1
         else:
             self._slow_in_a_row = 0
-        self._learn(mean, in_flight, USUAL_SHARE / 10.0 if slow else USUAL_SHARE)
-        if self._slow_in_a_row < SLOW_LOOKS:
+        self._learn(mean, in_flight, BASELINE_SHARE / 10.0 if slow else BASELINE_SHARE)
+        if self._slow_in_a_row < SLOW_SAMPLES:
             return False
         self._slow_in_a_row = 0  # once told, it has to show it again
         return True

@@ -13,8 +13,8 @@ STALL_MIN_S, STALL_MAX_S = 5.0, 60.0
 STALL_UNKNOWN_S = 15.0  # before a Deployment has been seen to stream
 STALL_TOKENS = 20.0  # times the slow end of its time per token
 STALL_GAPS = 2.0  # times the longest silence that it came back from
-SEEN_MIN = 20  # streams
-FADES_TO = 0.99  # a slow end is forgotten by so much with each stream that was quicker
+STREAMS_MIN = 20  # streams
+DECAY = 0.99  # a slow end is forgotten by so much with each stream that was quicker
 
 
 def first_event_s(predicted_s: float | None) -> float:
@@ -52,7 +52,7 @@ class FirstTokenTimes:
         self._seen += 1
         self._at_s = now_s
         size = body_bytes.bit_length()
-        self._slow_s[size] = max(ttft_s, FADES_TO * self._slow_s.get(size, 0.0))
+        self._slow_s[size] = max(ttft_s, DECAY * self._slow_s.get(size, 0.0))
 
     def record_waiting(self, body_bytes: int, waited_s: float, now_s: float) -> None:
         """A request waits so long already: where others are served that is the pace of now, else it tells nothing."""
@@ -65,7 +65,7 @@ class FirstTokenTimes:
 
         From smaller ones it is taken to grow with the size, from larger ones not to shrink.
         """
-        if self._seen < SEEN_MIN:
+        if self._seen < STREAMS_MIN:
             return None
         size = body_bytes.bit_length()
         known_s = self._slow_s.get(size)
@@ -95,20 +95,20 @@ class StreamTiming:
     def record_response(self, token_s: float) -> None:
         """An answer that was not streamed ended as it should. Units: seconds per token, its prompt's share included."""
         self._wholes += 1
-        self._whole_token_s = max(token_s, FADES_TO * self._whole_token_s)
+        self._whole_token_s = max(token_s, DECAY * self._whole_token_s)
 
     @property
     def token_s(self) -> float | None:
         """The slow end of a token's time in a whole answer, None while too little was seen."""
-        if self._wholes >= SEEN_MIN:
+        if self._wholes >= STREAMS_MIN:
             return self._whole_token_s
-        return self._tpot_s if self._streams >= SEEN_MIN else None
+        return self._tpot_s if self._streams >= STREAMS_MIN else None
 
     def record_stream(self, tpot_s: float) -> None:
         """A stream ended as it should. Units: seconds per token over its whole length."""
         self._streams += 1
-        self._tpot_s = max(tpot_s, FADES_TO * self._tpot_s)
-        self._gap_s *= FADES_TO
+        self._tpot_s = max(tpot_s, DECAY * self._tpot_s)
+        self._gap_s *= DECAY
 
     def record_gap(self, silent_s: float) -> None:
         """A stream was silent so long, and then went on."""
@@ -117,7 +117,7 @@ class StreamTiming:
     @property
     def stall_s(self) -> float:
         """How long a stream of it may be silent."""
-        if self._streams < SEEN_MIN:
+        if self._streams < STREAMS_MIN:
             return max(STALL_UNKNOWN_S, self._longest_s)
         return self._longest_s
 

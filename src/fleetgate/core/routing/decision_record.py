@@ -10,8 +10,8 @@ import msgspec
 
 from fleetgate.core.admission.request_queue import Priority
 from fleetgate.core.capacity.latency_model import LatencyPrediction
-from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, route
-from fleetgate.core.routing.scheduler import ConsideredCandidate, ScheduleRequest, limit_for, preferred_first
+from fleetgate.core.routing.route import Decision, ModelRoute, Rejection, RejectionReason, route
+from fleetgate.core.routing.scheduler import ConsideredDecision, ScheduleRequest, limit_for_priority, preferred_first
 from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Turn
 
 
@@ -86,16 +86,19 @@ class RecordedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
 
 Record = RecordedDecision | RecordedEnd
 
+# A record has no field for a paused candidate: it is written as so many more in flight, over a limit of at least 1.
+PAUSED_IN_FLIGHT = 1_000_000
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Record).decode
 
 
-def line_of(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     """A record as one line of JSON."""
     return _encode(record) + b"\n"
 
 
-def read_line(line: bytes) -> Record:
+def decode_record(line: bytes) -> Record:
     """The record of a line.
 
     Raises: `msgspec.DecodeError` or `UnicodeDecodeError` when it is not one.
@@ -116,8 +119,8 @@ class RequestIdentity(NamedTuple):
     worker: int = 0
 
 
-def record_of(
-    whose: RequestIdentity, considered: ConsideredCandidate, wish: ScheduleRequest, tried: Collection[int], chosen: str
+def record_decision(
+    whose: RequestIdentity, considered: ConsideredDecision, wish: ScheduleRequest, tried: Collection[int], chosen: str
 ) -> RecordedDecision:
     """The record of a decision that a desk has just taken.
 
@@ -133,32 +136,35 @@ def record_of(
         target_s=considered.target_s,
         priority=int(wish.priority),
         preferred=[names[slot] for slot in wish.preferred if slot in names],
-        load=recorded_candidate(candidates, considered.load),
-        turn=turn_of(candidates, considered.turn),
+        load=recorded_load(candidates, considered.load),
+        turn=recorded_turn(candidates, considered.turn),
         tried=[names[slot] for slot in tried if slot in names],
         order=[candidate.name for candidate in decision.order] if isinstance(decision, Decision) else [],
         chosen=chosen,
     )
 
 
-def recorded_candidate(candidates: Sequence[Candidate], load: Load) -> dict[str, RecordedCandidate]:
+def recorded_load(candidates: Sequence[Candidate], load: Load) -> dict[str, RecordedCandidate]:
     """How the candidates stood, by name."""
     found = {}
     for candidate in candidates:
         one = load[candidate.slot]
-        short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late, one.fit.tight)
+        short = None if one.fit is None else (one.fit.ttft_s, one.fit.tpot_s, one.fit.late, one.fit.delays_others)
+        in_flight, limit = one.in_flight, one.limit
+        if one.paused:
+            in_flight, limit = in_flight + PAUSED_IN_FLIGHT, max(1, limit)
         found[candidate.name] = RecordedCandidate(
-            one.in_flight, one.health, one.limit, one.units, short, one.warm, one.usd, one.places
+            in_flight, one.health, limit, one.units, short, one.warm, one.usd, one.places
         )
     return found
 
 
-def turn_of(candidates: Sequence[Candidate], turn: Turn) -> dict[str, float]:
+def recorded_turn(candidates: Sequence[Candidate], turn: Turn) -> dict[str, float]:
     """What the strategy remembered, by name."""
     return {candidate.name: turn[candidate.slot] for candidate in candidates if candidate.slot in turn}
 
 
-def decide_again(
+def replay_decision(
     record: RecordedDecision, lane: ModelRoute, turn: Mapping[str, float] | None = None
 ) -> Decision | Rejection:
     """Take the decision again in a Lane of any configuration; Deployments that were not there then are left out.
@@ -168,28 +174,30 @@ def decide_again(
     turns = record.turn if turn is None else turn
     known = tuple(candidate for candidate in lane.candidates if candidate.name in record.load)
     if not known:
-        return Rejection(NoPlace.NONE_UP, tuple((c.name, "not there when this was recorded") for c in lane.candidates))
+        return Rejection(
+            RejectionReason.NONE_UP, tuple((c.name, "not there when this was recorded") for c in lane.candidates)
+        )
     load = {candidate.slot: _standing(record.load[candidate.name]) for candidate in known}
     remembered = {c.slot: turns[c.name] for c in known if c.name in turns}
     tried = [candidate.slot for candidate in known if candidate.name in record.tried]
     return route(msgspec.structs.replace(lane, candidates=known), load, remembered, tried)
 
 
-def choice_of(record: RecordedDecision, again: Decision | Rejection) -> str:
+def chosen_deployment(record: RecordedDecision, again: Decision | Rejection) -> str:
     """Who gets the request by a decision if nobody else is quicker; empty for nobody."""
     if isinstance(again, Rejection):
         return ""
     slots = {candidate.name: candidate.slot for candidate in again.order}
     for candidate in preferred_first(again.order, [slots[name] for name in record.preferred if name in slots]):
         stood = record.load[candidate.name]
-        limit = limit_for(record.priority, stood.limit)
+        limit = limit_for_priority(record.priority, stood.limit)
         late = stood.fit is not None and stood.fit[2]
         if not late and (not limit or stood.in_flight < limit):
             return candidate.name
     return ""
 
 
-def same(record: RecordedDecision, again: Decision | Rejection) -> bool:
+def is_same_decision(record: RecordedDecision, again: Decision | Rejection) -> bool:
     """Whether a decision came out as it was recorded: the same order, and one out of it, or nobody, was chosen.
 
     The first of the order need not be it: another worker may have taken its last place in between.
@@ -198,7 +206,7 @@ def same(record: RecordedDecision, again: Decision | Rejection) -> bool:
     return order == record.order and (record.chosen in order or not record.chosen)
 
 
-def missed(record: RecordedDecision, chosen: str, tpot_s: float) -> bool | None:
+def missed_slo(record: RecordedDecision, chosen: str, tpot_s: float) -> bool | None:
     """Whether a choice was predicted to miss its targets; None where no Profile predicts.
 
     Units: `tpot_s` is the target; that of TTFT is in the record.
@@ -213,6 +221,8 @@ def missed(record: RecordedDecision, chosen: str, tpot_s: float) -> bool | None:
 
 def _standing(stood: RecordedCandidate) -> CandidateState:
     fit = None if stood.fit is None else LatencyPrediction(-1, stood.fit[0], stood.fit[1], 0.0, 0.0, *stood.fit[2:])
+    paused = stood.in_flight >= PAUSED_IN_FLIGHT
+    in_flight = stood.in_flight - PAUSED_IN_FLIGHT if paused else stood.in_flight
     return CandidateState(
-        stood.in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places
+        in_flight, stood.health, stood.limit, stood.units, fit, stood.warm, stood.usd, stood.places, paused
     )

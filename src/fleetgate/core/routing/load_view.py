@@ -8,8 +8,6 @@ from fleetgate.core.capacity.deployment_view import DeploymentView
 from fleetgate.core.capacity.latency_model import LatencyPrediction, RequestShape, idle_ttft_s, predict
 from fleetgate.core.routing.strategies import Candidate, CandidateState, Load
 
-COOLING = 1_000_000  # requests of others, more than any limit: its engine has asked to be left alone for a while
-
 
 def idle_ttft_min_s(
     need: RequestShape, candidates: Sequence[Candidate], outlooks: Mapping[int, DeploymentView]
@@ -50,7 +48,7 @@ class CandidateLoad(CandidateState, kw_only=True):
         """The proxy looked again."""
         self.view = outlook
         self.health, self.limit, self.units = outlook.health, outlook.limit, outlook.units
-        self.places = outlook.slots
+        self.places, self.paused = outlook.slots, outlook.paused
 
 
 class CandidateLoads:

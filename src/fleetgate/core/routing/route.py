@@ -8,11 +8,10 @@ import msgspec
 from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.units import REFERENCE_OUTPUT_TOKENS, REFERENCE_PROMPT_TOKENS
 from fleetgate.core.model import Deployment, Gateway, Snapshot
-from fleetgate.core.routing.load_view import COOLING
 from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Ranking, Strategy, Turn, find, find_lead
 
 
-class NoPlace(StrEnum):
+class RejectionReason(StrEnum):
     """Why nobody can take a request."""
 
     NONE_UP = "none_up"
@@ -27,14 +26,14 @@ class Decision(msgspec.Struct, frozen=True):
 
     order: Sequence[Candidate]
     turn: Turn
-    left_out: tuple[tuple[str, str], ...] = ()
+    excluded: tuple[tuple[str, str], ...] = ()
 
 
 class Rejection(msgspec.Struct, frozen=True):
-    """Nobody can take it now; `left_out` says why of each Deployment."""
+    """Nobody can take it now; `excluded` says why of each Deployment."""
 
-    reason: NoPlace
-    left_out: tuple[tuple[str, str], ...] = ()
+    reason: RejectionReason
+    excluded: tuple[tuple[str, str], ...] = ()
 
 
 class ModelRoute(msgspec.Struct, frozen=True):
@@ -74,42 +73,42 @@ def route(lane: ModelRoute, load: Load, turn: Turn, tried: Collection[int] = ())
     requests go where they should. Cost: about 2 µs with three candidates.
     """
     fit: list[Candidate] = []
-    left_out: list[tuple[str, str]] = []
+    excluded: list[tuple[str, str]] = []
     full = 0
     for candidate in lane.candidates:
         standing = load[candidate.slot]
         if candidate.slot in tried:
-            left_out.append((candidate.name, "tried already"))
+            excluded.append((candidate.name, "tried already"))
         elif standing.health <= 0.0:
-            left_out.append((candidate.name, "not healthy"))
-        elif standing.limit and standing.in_flight >= standing.limit:
+            excluded.append((candidate.name, "not healthy"))
+        elif standing.paused or (standing.limit and standing.in_flight >= standing.limit):
             full += 1
-            left_out.append((candidate.name, full_sentence(standing)))
+            excluded.append((candidate.name, full_reason(standing)))
         else:
             fit.append(candidate)
     if fit:
         ranking = lane.strategy(fit, load, turn)
-        if ranking.order and load[ranking.order[0].slot].unwelcome:
+        if ranking.order and load[ranking.order[0].slot].harms_slo:
             late = [candidate for candidate in fit if load[candidate.slot].late]
             full += len(late)
-            left_out += [(candidate.name, late_sentence(load[candidate.slot].fit)) for candidate in late]
+            excluded += [(candidate.name, late_reason(load[candidate.slot].fit)) for candidate in late]
             fit = [candidate for candidate in fit if candidate not in late]
-            fit = [candidate for candidate in fit if not load[candidate.slot].unwelcome] or fit
+            fit = [candidate for candidate in fit if not load[candidate.slot].harms_slo] or fit
             ranking = lane.strategy(fit, load, turn) if fit else Ranking((), turn)
         if ranking.order:
-            return Decision(ranking.order, ranking.turn, tuple(left_out))
-    reason = NoPlace.ALL_FULL if full else NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP
-    return Rejection(reason, tuple(left_out))
+            return Decision(ranking.order, ranking.turn, tuple(excluded))
+    reason = RejectionReason.ALL_FULL if full else RejectionReason.ALL_TRIED if tried else RejectionReason.NONE_UP
+    return Rejection(reason, tuple(excluded))
 
 
-def full_sentence(standing: CandidateState) -> str:
+def full_reason(standing: CandidateState) -> str:
     """Why a Deployment has no free place."""
-    if standing.in_flight >= COOLING:
-        return "full: its engine asked to be left alone for a while"
+    if standing.paused:
+        return "full: its engine asked for a pause (Retry-After)"
     return f"full: {standing.in_flight} of {standing.limit} in flight"
 
 
-def late_sentence(fit: LatencyPrediction | None) -> str:
+def late_reason(fit: LatencyPrediction | None) -> str:
     """Why a Deployment with free places has no room for this request."""
     assert fit is not None
     return f"no room: {fit.late} would be over its target (TTFT {fit.ttft_s:.2f} s, TPOT {fit.tpot_s * 1e3:.0f} ms)"

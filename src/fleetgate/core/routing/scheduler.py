@@ -13,7 +13,7 @@ from fleetgate.core.capacity.latency_model import LatencyPrediction, RequestShap
 from fleetgate.core.capacity.units import cost_units, ttft_target_s
 from fleetgate.core.model import Gateway, Slo
 from fleetgate.core.routing.load_view import CandidateLoads, idle_ttft_min_s
-from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, late_sentence, route
+from fleetgate.core.routing.route import Decision, ModelRoute, Rejection, RejectionReason, late_reason, route
 from fleetgate.core.routing.strategies import NO_TURN, Candidate, Load, Turn
 
 DEFAULT_SLO = Slo()
@@ -48,7 +48,7 @@ class Placement(NamedTuple):
     target_s: float
 
 
-class ConsideredCandidate(NamedTuple):
+class ConsideredDecision(NamedTuple):
     """Everything that a decision was taken from, and the decision. Units: `target_s` is the TTFT that was promised."""
 
     candidates: Sequence[Candidate]
@@ -61,10 +61,10 @@ class ConsideredCandidate(NamedTuple):
 class Scheduler:
     """What a Lane remembers from request to request: whose turn it is, and who waits.
 
-    Shape: `considered` is the last decision, kept only while `keeps_considered`, for whoever records it.
+    Shape: `last_decision` is the last decision, kept only while `keeps_considered`, for whoever records it.
     """
 
-    __slots__ = ("considered", "gateway", "has_slo", "loads", "queue", "record_considered", "route", "slo", "turn")
+    __slots__ = ("gateway", "has_slo", "last_decision", "loads", "queue", "records_decisions", "route", "slo", "turn")
 
     def __init__(self, gateway: Gateway, lane: ModelRoute) -> None:
         self.gateway = gateway
@@ -74,8 +74,8 @@ class Scheduler:
         self.turn: Turn = NO_TURN
         self.queue = RequestQueue()
         self.loads = CandidateLoads(lane.candidates)
-        self.record_considered = False
-        self.considered: ConsideredCandidate | None = None
+        self.records_decisions = False
+        self.last_decision: ConsideredDecision | None = None
 
     def place(
         self,
@@ -100,28 +100,28 @@ class Scheduler:
         promised_s = ttft_target_s(self.slo, wish.shape.prompt_tokens, idle_s)
         need = wish.shape._replace(ttft_left_s=TTFT_MARGIN * promised_s - (wish.waited_s if self.has_slo else 0.0))
         load = scene.for_request(need)
-        if self.record_considered:
+        if self.records_decisions:
             scene.predict_all()  # while nothing is reserved yet
         decision = route(lane, load, self.turn, tried)
-        if self.record_considered:
-            self.considered = ConsideredCandidate(lane.candidates, load, self.turn, promised_s, decision)
+        if self.records_decisions:
+            self.last_decision = ConsideredDecision(lane.candidates, load, self.turn, promised_s, decision)
         if isinstance(decision, Rejection):
             return decision
-        left_out = decision.left_out
+        excluded = decision.excluded
         for candidate in preferred_first(decision.order, wish.preferred):
             standing, outlook = load[candidate.slot], outlooks[candidate.slot]
             fit = standing.fit
             if fit is not None and fit.late:
-                left_out += ((candidate.name, late_sentence(fit)),)
+                excluded += ((candidate.name, late_reason(fit)),)
                 continue
-            limit = limit_for(wish.priority, standing.limit)
+            limit = limit_for_priority(wish.priority, standing.limit)
             hold = self._hold(need, candidate, fit, outlook, books)
             if books.reserve(hold, limit and max(1, limit - outlook.external_in_flight), now_s):
                 self.turn = decision.turn
                 return Placement(candidate, hold, fit, promised_s)
-        return Rejection(NoPlace.ALL_FULL, left_out)
+        return Rejection(RejectionReason.ALL_FULL, excluded)
 
-    def waits_until_s(
+    def queue_deadline_s(
         self, need: RequestShape, came_s: float, outlooks: Mapping[int, DeploymentView], timeout_s: float = 0.0
     ) -> float:
         """How long it may wait: the queue's limit, the client's own, and, with an SLO, while its TTFT can be kept."""
@@ -156,7 +156,7 @@ class Scheduler:
         )
 
 
-def limit_for(priority: int, limit: int) -> int:
+def limit_for_priority(priority: int, limit: int) -> int:
     """How much of a limit requests of a priority may take; 0 stays no limit."""
     return max(1, int(limit * SHEDDABLE_SHARE_MAX)) if limit and priority == Priority.SHEDDABLE else limit
 

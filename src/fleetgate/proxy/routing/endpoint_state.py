@@ -1,7 +1,7 @@
 """One Endpoint as this worker knows it: its health, its requests in flight and its connections."""
 
 from fleetgate.core.capacity.units import SLOW_START_MIN, slow_start
-from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, EndpointHealth, Signal, after, current
+from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, EndpointHealth, Signal, current_state, next_health
 from fleetgate.core.health.outlier_detection import LatencyOutlier
 from fleetgate.core.model import Endpoint
 from fleetgate.proxy.transport.connection_pool import ConnectionPool
@@ -31,7 +31,7 @@ class EndpointState:
         Each trial that brings content permits one more at a time, so that an Endpoint that answers is not limited to
         the rate of its first tokens while its capacity is needed.
         """
-        match current(self.health, now_s):
+        match current_state(self.health, now_s):
             case BreakerState.CLOSED:
                 return slow_start(now_s - self.health.recovered_at_s)
             case BreakerState.HALF_OPEN:
@@ -42,7 +42,7 @@ class EndpointState:
     def record(self, signal: Signal, now_s: float, entropy: float) -> bool:
         """Feed the circuit breaker; True if its state changed."""
         before = self.health
-        self.health = after(before, signal, now_s, entropy)
+        self.health = next_health(before, signal, now_s, entropy)
         if self.health.breaker is before.breaker:
             return False
         self.shown = 0

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fleetgate.core.exchange import Outcome
-from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity, line_of, record_of
+from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity, encode_record, record_decision
 from fleetgate.core.routing.route import Rejection
 from fleetgate.core.routing.scheduler import Placement, ScheduleRequest
 from fleetgate.proxy.routing.routing_table import RoutingTable
@@ -32,7 +32,7 @@ class DecisionLog:
         for site in tables.sites.values():
             for lane in site.lanes.values():
                 lane.lead = None
-                lane.desk.record_considered = True
+                lane.desk.records_decisions = True
 
     def decided(
         self,
@@ -43,11 +43,11 @@ class DecisionLog:
     ) -> None:
         """A decision was taken."""
         lane = conversation.lane
-        considered = lane.desk.considered
+        considered = lane.desk.last_decision
         if considered is None:
             return  # a Lane that a new Snapshot has just emptied
         chosen = "" if isinstance(placed, Rejection) else placed.candidate.name
-        self.log.add(line_of(record_of(self._whose(conversation), considered, wish, tried, chosen)))
+        self.log.add(encode_record(record_decision(self._whose(conversation), considered, wish, tried, chosen)))
 
     def ended(self, conversation: "RequestHandler") -> None:
         """A request ended."""
@@ -71,7 +71,7 @@ class DecisionLog:
             estimated=not (prompt_tokens and output_tokens),
             deployment=place.deployment.name if place is not None else "",
         )
-        self.log.add(line_of(record))
+        self.log.add(encode_record(record))
 
     def _whose(self, conversation: "RequestHandler") -> RequestIdentity:
         lane, key = conversation.lane, conversation.request.key.name

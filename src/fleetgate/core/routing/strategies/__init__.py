@@ -59,6 +59,7 @@ class CandidateState(msgspec.Struct):
     warm: float = 0.0
     usd: float = 0.0
     places: int = 0
+    paused: bool = False
 
     @property
     def fit(self) -> LatencyPrediction | None:
@@ -75,10 +76,10 @@ class CandidateState(msgspec.Struct):
         return fit is not None and fit.late != ""
 
     @property
-    def unwelcome(self) -> bool:
+    def harms_slo(self) -> bool:
         """Whether it would miss its SLO there, or make others miss theirs."""
         fit = self.fit
-        return fit is not None and (fit.tight or fit.late != "")
+        return fit is not None and (fit.delays_others or fit.late != "")
 
 
 Load = Mapping[int, CandidateState]  # by Deployment slot
