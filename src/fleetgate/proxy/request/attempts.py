@@ -18,7 +18,7 @@ from fleetgate.proxy.request.placement import RETRY_AFTER_IN_PLACE_MAX_S, Placed
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.reservation import CapacityAccounts
 from fleetgate.proxy.request.resume import Resume
-from fleetgate.proxy.request.usage import HEDGED, UsageRecorder
+from fleetgate.proxy.request.usage import HEDGED
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
@@ -58,6 +58,9 @@ class AttemptOwner(Protocol):
 
     def on_dial_slow(self) -> None:
         """The attempt in hand should have a connection by now."""
+
+    def on_internal_error(self, error: BaseException) -> None:
+        """A bug of ours was met in an attempt."""
 
     def on_one_given_up(self, is_adopted: bool) -> None:
         """One of two attempts was given up before it was sent; `is_adopted` if the second goes on alone."""
@@ -115,9 +118,7 @@ class AttemptSet:
         self._start(attempt, endpoint, now_s)
         return True
 
-    def send_beside(
-        self, route: ModelRouteState, placed: PlacedRequest, endpoint: EndpointState, now_s: float
-    ) -> None:
+    def send_beside(self, route: ModelRouteState, placed: PlacedRequest, endpoint: EndpointState, now_s: float) -> None:
         """Send a second attempt beside the current one."""
         self.count += 1
         self.hedge = Attempt(self._services, route, placed.deployment, placed.reservation)
@@ -145,6 +146,7 @@ class AttemptSet:
         return deadlines.first_event_s(received.info.stream, len(received.body), attempt.deployment, predicted_s)
 
     # --- what the transport reports ---
+    # Each of these is an entry from the event loop: an internal error ends this request alone. faults.md row 75.
 
     def now_s(self) -> float:
         """The worker's clock."""
@@ -152,68 +154,89 @@ class AttemptSet:
 
     def on_dial_slow(self, response: UpstreamResponse) -> None:
         """An attempt has no connection yet, and should have: another Deployment may be nearer."""
-        if self.current is None or response is not self.current.response or self.hedge is not None:
-            return
-        self._owner.on_dial_slow()
-        hedge = self.hedge
-        if hedge is not None and hedge.response is not None and hedge.response.is_connected:
-            self.on_connected(hedge.response)
+        try:
+            if self.current is None or response is not self.current.response or self.hedge is not None:
+                return
+            self._owner.on_dial_slow()
+            hedge = self.hedge
+            if hedge is not None and hedge.response is not None and hedge.response.is_connected:
+                self.on_connected(hedge.response)
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     def on_connected(self, response: UpstreamResponse) -> None:
         """One of two attempts has its connection: give up the other, if it has none and so was not sent."""
-        current, hedge = self.current, self.hedge
-        if current is None or hedge is None or current.response is None or hedge.response is None:
-            return
-        if response is current.response and not hedge.response.is_connected:
-            self.end_hedge(self.now_s())
-            self._owner.on_one_given_up(False)
-        elif response is hedge.response and not current.response.is_connected:
-            self.adopt_hedge(self.now_s())
-            self._owner.on_one_given_up(True)
+        try:
+            current, hedge = self.current, self.hedge
+            if current is None or hedge is None or current.response is None or hedge.response is None:
+                return
+            if response is current.response and not hedge.response.is_connected:
+                self.end_hedge(self.now_s())
+                self._owner.on_one_given_up(False)
+            elif response is hedge.response and not current.response.is_connected:
+                self.adopt_hedge(self.now_s())
+                self._owner.on_one_given_up(True)
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     def on_first(self, response: UpstreamResponse) -> None:
         """One attempt brings the first content: it answers, and the other is cancelled."""
-        if self.hedge is not None:
-            if response is self.hedge.response:
-                self.adopt_hedge(self.now_s())
-            else:
-                self.end_hedge(self.now_s())
-        self._owner.on_content(response)
+        try:
+            if self.hedge is not None:
+                if response is self.hedge.response:
+                    self.adopt_hedge(self.now_s())
+                else:
+                    self.end_hedge(self.now_s())
+            self._owner.on_content(response)
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     def on_failed(self, response: UpstreamResponse, event: AttemptFailed) -> None:
         """An attempt is lost."""
-        hedge = self.hedge
-        if hedge is None or response is not hedge.response:
-            self._owner.on_lost(event)
-            return
-        self.hedge = None  # the first one still runs, so the core need not hear of it
-        self._blame(hedge, event.failure)
-        self._account(hedge, event.failure.value.encode(), False)
-        hedge.settle(self.now_s())
+        try:
+            hedge = self.hedge
+            if hedge is None or response is not hedge.response:
+                self._owner.on_lost(event)
+                return
+            self.hedge = None  # the first one still runs, so the core need not hear of it
+            self._blame(hedge, event.failure)
+            self._account(hedge, event.failure.value.encode(), False)
+            hedge.settle(self.now_s())
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     def on_stale(self, response: UpstreamResponse) -> None:
         """A kept connection was closed before the request got there: send it once more, on a new one."""
-        attempt = self._find(response)
-        assert attempt is not None, "an attempt that is reported is in hand"
-        if attempt is self.current:
-            self._stale_endpoint = attempt.endpoint
-        attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
-        attempt.send(self._id, self._received, self._owner.resume_state, self, fresh=True)
+        try:
+            attempt = self._find(response)
+            assert attempt is not None, "an attempt that is reported is in hand"
+            if attempt is self.current:
+                self._stale_endpoint = attempt.endpoint
+            attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
+            attempt.send(self._id, self._received, self._owner.resume_state, self, fresh=True)
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     def on_not_connected(self, response: UpstreamResponse, failure: Failure, reason: str) -> None:
         """An attempt could not be sent. One that was given up meanwhile tells of its Endpoint all the same."""
-        attempt, effects = self._find(response), self._effects
-        if attempt is not None:
-            effects.outcomes.not_connected(attempt.deployment, reason, self.now_s())
-            if response.over and attempt.endpoint is not None:
-                effects.outcomes.attempt_failed(attempt.route, attempt.deployment, failure)
-                effects.health.record_failure(attempt.endpoint, failure)
-        if not response.over:
-            self.on_failed(response, AttemptFailed(failure, sent=False))
+        try:
+            attempt, effects = self._find(response), self._effects
+            if attempt is not None:
+                effects.outcomes.not_connected(attempt.deployment, reason, self.now_s())
+                if response.over and attempt.endpoint is not None:
+                    effects.outcomes.attempt_failed(attempt.route, attempt.deployment, failure)
+                    effects.health.record_failure(attempt.endpoint, failure)
+            if not response.over:
+                self.on_failed(response, AttemptFailed(failure, sent=False))
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     def on_ended(self, response: UpstreamResponse, tail: bytes) -> None:
         """The answer ended well."""
-        self._owner.on_answered(response, tail)
+        try:
+            self._owner.on_answered(response, tail)
+        except Exception as error:
+            self._owner.on_internal_error(error)
 
     # --- two attempts ---
 

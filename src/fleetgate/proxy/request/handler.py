@@ -51,7 +51,7 @@ class RequestHandler:
         self.received = received
         self.route = received.route
         self.id = services.next_id()
-        self.writer = ResponseWriter(client, context, services.defaults)
+        self.writer = ResponseWriter(client, self.id, context, services.defaults)
         self.write = self.writer.write
         self.attempts = AttemptSet(services.attempts, services.effects, self.id, received, self)
         resilience = received.route.gateway.spec.resilience
@@ -174,7 +174,7 @@ class RequestHandler:
         if placed is None:
             return False
         slot, endpoint = placed
-        self.exchange.hedged(slot.candidate)
+        self.exchange.record_hedge(slot.candidate)
         self.attempts.send_beside(self.route, slot, endpoint, self.now_s)
         return True
 
@@ -194,7 +194,7 @@ class RequestHandler:
 
     def on_one_given_up(self, is_adopted: bool) -> None:
         """One of two attempts was given up before it was sent, so it counts against no bound."""
-        self.exchange.not_sent()
+        self.exchange.record_unsent()
         if is_adopted:
             self.deadline_s = self._clock() + self.attempts.first_event_s()
 
@@ -273,7 +273,7 @@ class RequestHandler:
         response = attempt.response
         self.first_s = self.now_s
         attempts.was_read = True
-        self.writer.write_relayed_head(self.id, attempts.count, response, attempt.deployment)
+        self.writer.write_relayed_head(attempts.count, response, attempt.deployment)
         if not response.finish_seen or response.stream:
             self._relay(attempt, response)
 
@@ -311,7 +311,7 @@ class RequestHandler:
         if self.writer.early_attempts:
             self._break_off(command.code)
             return
-        self.write(self.writer.refusal(self.id, self.attempts.count, command))
+        self.write(self.writer.refusal(self.attempts.count, command))
         self._end()
 
     def _interrupt(self, command: moves.Interrupt) -> None:
@@ -369,7 +369,7 @@ class RequestHandler:
 
     # --- what ends it from outside ---
 
-    def client_gone(self, event: moves.ClientGone = moves.GONE) -> None:
+    def client_gone(self, event: moves.ClientGone = moves.CLIENT_GONE) -> None:
         """The client left: cancel upstream, in whatever phase."""
         if self.exchange.state is _ENDED:
             return
@@ -385,7 +385,7 @@ class RequestHandler:
         if not self.writer.written:
             self.attempts.charge(Outcome.REFUSED.value.encode())  # no client is billed for it
             self.writer.status = why.status
-            self.writer.tail = self.writer.refusal(self.id, self.attempts.count, why)
+            self.writer.tail = self.writer.refusal(self.attempts.count, why)
             self.client_gone(moves.ClientGone(Outcome.REFUSED))
             return
         if self.received.info.stream:
@@ -393,6 +393,11 @@ class RequestHandler:
         elif self.received.context.raw:
             self.client.abort()  # to HTTP/1.0 a regular close would be a good end
         self.client_gone()
+
+    def on_internal_error(self, error: BaseException) -> None:
+        """A bug of ours, met while this request was handled: log it, and end this request alone."""
+        self._services.defaults.on_error(error, self.id)
+        self.client.fail(self.id)
 
     def fail(self) -> bool:
         """An internal error: cancel upstream and settle, whatever else no longer works.
@@ -490,7 +495,7 @@ class RequestHandler:
                     monitor.note_read(current.deployment, first_s, now_s, self.client.is_behind)
         if is_stream and monitor.is_comment_due(self.started_s, now_s):
             is_trying = current is not None and self.exchange.state is _TRYING
-            if self.writer.keep_alive(self.id, attempts.count, current.deployment if is_trying else None):
+            if self.writer.keep_alive(attempts.count, current.deployment if is_trying else None):
                 monitor.note_comment(now_s)
 
     def pause(self) -> None:

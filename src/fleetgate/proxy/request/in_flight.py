@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from fleetgate.core.exchange import Refuse
 from fleetgate.proxy.request.ports import ClientStream
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.response_writer import ResponseWriter
@@ -23,6 +24,9 @@ class InFlightRequest(Protocol):
 
     def client_gone(self) -> None:
         """The client left."""
+
+    def terminate(self, why: Refuse) -> None:
+        """End it while its client is there, with an error."""
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""

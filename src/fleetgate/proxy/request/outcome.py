@@ -92,7 +92,7 @@ class OutcomeRecorder:
         """Count an answer that another Deployment resumes."""
         self._metrics.add("fleetgate_resumes_total", {"gateway": route.gateway.spec.name, "way": method})
 
-    def learn(  # noqa: PLR0913 - values of one request, read once
+    def learn(
         self,
         received: ReceivedRequest,
         route: ModelRouteState,

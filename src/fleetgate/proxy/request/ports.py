@@ -22,3 +22,6 @@ class ClientStream(Protocol):
 
     def next_read_deadline_s(self, now_s: float) -> float:
         """Abort if the client has read nothing since the last call; until when it may read on."""
+
+    def fail(self, request_id: bytes) -> None:
+        """An internal error ended the request: say so, or close with a reset."""

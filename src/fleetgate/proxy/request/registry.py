@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fleetgate.core.admission.request_queue import QueueEntry
+from fleetgate.core.exchange import Refuse
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 
 QUEUE_LOOKS_MAX = 4  # queued requests that look for a slot in turn, so that one that is too long blocks none
+
+SILENT_S = 2.0  # a request that has waited this long at an Endpoint that its probes cannot reach is lost with it
 
 
 class RegisteredRequest(Protocol):
@@ -30,6 +33,12 @@ class RegisteredRequest(Protocol):
     @property
     def key_id(self) -> str:
         """The id of its API key."""
+
+    def on_internal_error(self, error: BaseException) -> None:
+        """A bug of ours was met while it was handled."""
+
+    def terminate(self, why: Refuse) -> None:
+        """End it while its client is there."""
 
     def retry_placement(self) -> bool:
         """Look for a slot; True when it found one or ended."""
@@ -56,7 +65,9 @@ class RequestRegistry:
         worker: int,
         wake_fds: Sequence[int],
         call_soon: Callable[[Callable[[], None]], object],
+        clock: Callable[[], float],
     ) -> None:
+        self._clock = clock
         self._shared = shared
         self._worker = worker
         self._wake_fds = wake_fds
@@ -65,12 +76,21 @@ class RequestRegistry:
         self.in_flight: dict[RegisteredRequest, None] = {}
         self.other_workers: list[int] = []  # columns whose requests may wait for a slot of the same Deployments
 
+    def count_with(self, columns: range) -> None:
+        """Requests of these workers may wait for a slot of the same Deployments."""
+        self.other_workers = [column for column in columns if column != self._worker]
+
     # --- the queue ---
 
     @property
     def waiting(self) -> list[RegisteredRequest]:
         """The requests that wait."""
         return list(self._waiting.values())
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a request waits."""
+        return bool(self._waiting)
 
     def total_waiting(self, gateway_slot: int) -> int:
         """Requests that wait in a Gateway, over all workers."""
@@ -122,7 +142,15 @@ class RequestRegistry:
             found = True
             while found:  # each that finds a slot changes what there is for the next
                 entries = route.queue.next_entries(QUEUE_LOOKS_MAX)
-                found = any(self._waiting[entry].retry_placement() for entry in entries)
+                found = any(self._retry(self._waiting[entry]) for entry in entries)
+
+    @staticmethod
+    def _retry(request: RegisteredRequest) -> bool:
+        try:
+            return request.retry_placement()
+        except Exception as error:
+            request.on_internal_error(error)
+            return True
 
     # --- requests in flight ---
 
@@ -131,7 +159,19 @@ class RequestRegistry:
         others = [one for one in self.in_flight if one.endpoint is endpoint and one is not request]
         return len(others), sum(not one.has_content for one in others)
 
-    def move_silent(self, endpoint: EndpointState, silent_s: float, now_s: float) -> None:
-        """An Endpoint cannot be reached: requests that wait there for a first event move."""
+    def tick(self, now_s: float, furthest: dict[int, int] | None) -> None:
+        """Every 50 ms: the deadlines of every request in flight. Shape: as `RegisteredRequest.tick`."""
         for request in list(self.in_flight):
-            request.move_from(endpoint, silent_s, now_s)
+            try:
+                request.tick(now_s, furthest)
+            except Exception as error:
+                request.on_internal_error(error)
+
+    def move_silent_soon(self, endpoint: EndpointState) -> None:
+        """An Endpoint cannot be reached: requests that wait there for a first event move."""
+        self._call_soon(lambda: self._move_silent(endpoint))
+
+    def _move_silent(self, endpoint: EndpointState) -> None:
+        now_s = self._clock()
+        for request in list(self.in_flight):
+            request.move_from(endpoint, SILENT_S, now_s)

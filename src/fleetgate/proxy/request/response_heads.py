@@ -1,5 +1,7 @@
 """The bytes of heads and errors that clients get, in one place, so that every answer has the promised headers."""
 
+from collections.abc import Callable
+from email.utils import formatdate
 from typing import Protocol
 from zlib import crc32
 
@@ -32,13 +34,25 @@ MESSAGES = {
 
 
 class ResponseDefaults:
-    """What every answer of a worker has in common. The worker's ticker renews it."""
+    """What every answer of a worker has in common.
 
-    __slots__ = ("date_line", "draining")
+    Shape: `on_error` logs an internal error; while `draining`, each answer is the last one on its connection.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("date_line", "draining", "on_error")
+
+    def __init__(self, on_error: Callable[[BaseException, bytes], None]) -> None:
         self.date_line = b""
-        self.draining = False  # each answer is then the last one on its connection
+        self.draining = False
+        self.on_error = on_error
+
+    def set_date(self, epoch_s: int) -> None:
+        """Renew the date. Once a second."""
+        self.date_line = b"date: %b\r\n" % formatdate(epoch_s, usegmt=True).encode()
+
+    def begin_drain(self) -> None:
+        """From now on each answer closes its connection."""
+        self.draining = True
 
 
 class ResponseMeta(msgspec.Struct):

@@ -24,16 +24,23 @@ class ResponseWriter:
     tail = b""
     early_attempts = 0
 
-    def __init__(self, client: ClientStream, context: RequestContext, defaults: ResponseDefaults) -> None:
+    def __init__(
+        self, client: ClientStream, request_id: bytes, context: RequestContext, defaults: ResponseDefaults
+    ) -> None:
         self.client = client
+        self._id = request_id
         self._context = context
         self._defaults = defaults
 
     def write(self, data: bytes) -> None:
-        """Send to the client. Called for each streamed event."""
-        if data:
-            self.written += len(data)
-            self.client.write(data)
+        """Send to the client. Called for each streamed event; an internal error ends this request alone."""
+        try:
+            if data:
+                self.written += len(data)
+                self.client.write(data)
+        except Exception as error:
+            self._defaults.on_error(error, self._id)
+            self.client.fail(self._id)
 
     def frame(self, payload: bytes) -> bytes:
         """A part of the body with the framing that this client reads."""
@@ -48,7 +55,7 @@ class ResponseWriter:
         self.write_event(openai.error_event(code, response_heads.MESSAGES[code]))
 
     def write_relayed_head(
-        self, request_id: bytes, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
+        self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
     ) -> None:
         """Send the head of a relayed answer; a whole one is put into `tail` with its body."""
         self.status = response.status
@@ -62,7 +69,7 @@ class ResponseWriter:
         if self._context.raw and not whole:
             self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
         length = len(response.held[0]) if whole else -1
-        head = response_heads.relayed_head(self._meta(request_id, attempts), response, deployment, length)
+        head = response_heads.relayed_head(self._meta(attempts), response, deployment, length)
         if whole:
             self.tail = head + response.held[0]
         else:
@@ -73,7 +80,7 @@ class ResponseWriter:
         if attempts != self.early_attempts:
             self.write_event(response_heads.deployment_comment(deployment, attempts))
 
-    def keep_alive(self, request_id: bytes, attempts: int, deployment: DeploymentState | None) -> bool:
+    def keep_alive(self, attempts: int, deployment: DeploymentState | None) -> bool:
         """Send a comment, so that no intermediary closes a silent connection; the request may still move.
 
         Shape: `deployment` of the attempt in hand, None while the request waits: no head is sent then, because a
@@ -86,17 +93,17 @@ class ResponseWriter:
             self.status = 200
             if self._context.raw:
                 self.client.keep_alive = False
-            self.write(response_heads.early_head(self._meta(request_id, attempts), self._context.raw, deployment))
+            self.write(response_heads.early_head(self._meta(attempts), self._context.raw, deployment))
         self.write_event(KEEP_ALIVE)
         return True
 
-    def refusal(self, request_id: bytes, attempts: int, refuse: response_heads.Refuse) -> bytes:
+    def refusal(self, attempts: int, refuse: response_heads.Refuse) -> bytes:
         """The bytes of an error of ours in place of an answer."""
-        return response_heads.refusal(self._meta(request_id, attempts), refuse)
+        return response_heads.refusal(self._meta(attempts), refuse)
 
-    def _meta(self, request_id: bytes, attempts: int) -> ResponseMeta:
+    def _meta(self, attempts: int) -> ResponseMeta:
         defaults = self._defaults
         if defaults.draining:
             self.client.keep_alive = False
         closing = b"" if self.client.keep_alive else response_heads.CLOSE
-        return ResponseMeta(defaults.date_line, request_id, attempts, self._context.response_headers + closing)
+        return ResponseMeta(defaults.date_line, self._id, attempts, self._context.response_headers + closing)

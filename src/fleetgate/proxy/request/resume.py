@@ -28,9 +28,7 @@ class BrokenResponse(Protocol):
         """How many content events it sent."""
 
 
-def transcript_for(
-    received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState
-) -> Transcript | None:
+def transcript_for(received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState) -> Transcript | None:
     """A transcript to keep a stream in; None if it could not be resumed anyway, and then costs nothing."""
     operation = received.operation
     if not route.resumes:

@@ -12,7 +12,7 @@ from fleetgate.proxy.request.response_heads import ResponseDefaults
 
 
 class HandlerServices(msgspec.Struct, frozen=True):
-    """Shape: `defaults` is what all answers have in common; the clock is in `attempts`."""
+    """Shape: `defaults` is what all answers share; the clock is in `attempts`."""
 
     next_id: Callable[[], bytes]
     defaults: ResponseDefaults

@@ -79,4 +79,3 @@ class SlotSearch:
             failed=failed,
             resume=resume,
         )
-
