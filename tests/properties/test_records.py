@@ -115,7 +115,7 @@ def test_only_those_that_were_predicted_late_or_were_not_placed_are_said_to_miss
     if not record.chosen:
         assert late is True
         return
-    fit = next(load[candidate.slot].fit for candidate in made if candidate.name == record.chosen)
+    fit = next(load[candidate.slot].prediction for candidate in made if candidate.name == record.chosen)
     assert late == (None if fit is None else fit.ttft_s > 2.0 or fit.tpot_s > 0.5)
 
 

@@ -114,12 +114,12 @@ def test_a_long_prompt_goes_where_it_holds_up_nobody_if_it_can(name: str, situat
 
 
 class Counting(CandidateState):
-    """Counts how often its fit is asked for."""
+    """Counts how often its prediction is read."""
 
     asked: int = 0
 
     @property
-    def fit(self) -> LatencyPrediction | None:
+    def prediction(self) -> LatencyPrediction | None:
         self.asked += 1
         return self.predicted
 
@@ -224,7 +224,7 @@ def test_rejections_say_why() -> None:
     slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late="TTFT")
     late = route(lane, {0: CandidateState(0, 1.0, 1, predicted=slow), 1: CandidateState(0, 0.0)}, NO_TURN)
     assert isinstance(late, Rejection) and late.reason is RejectionReason.ALL_FULL
-    assert dict(late.excluded)["a"] == "no room: TTFT would be over its target (TTFT 3.10 s, TPOT 20 ms)"
+    assert dict(late.excluded)["a"] == "no room: the predicted TTFT is over its target (TTFT 3.10 s, TPOT 20 ms)"
     down = route(lane, {0: CandidateState(0, 0.0), 1: CandidateState(0, 0.0)}, NO_TURN)
     assert isinstance(down, Rejection) and down.reason is RejectionReason.NONE_UP
     tried = route(lane, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN, tried=(0, 1))
