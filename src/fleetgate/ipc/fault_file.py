@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.core.fault_injection import Fault, InjectedFaults, decode_injected, in_force
+from fleetgate.core.fault_injection import Fault, InjectedFaults, active_faults, decode_injected
 
 FAULTS = "faults.json"
 _NO_FAULTS = InjectedFaults(watched_s=0.0)
@@ -31,4 +31,4 @@ class FaultFile:
                 self._injected = decode_injected(self._path.read_bytes())
         except (OSError, msgspec.MsgspecError):
             self._injected = _NO_FAULTS
-        return in_force(self._injected, now_s) if self._injected.faults else ()
+        return active_faults(self._injected, now_s) if self._injected.faults else ()

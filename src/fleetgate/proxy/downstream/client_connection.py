@@ -212,8 +212,8 @@ class ClientConnection(asyncio.Protocol):
                 self._reject_and_close(rejected, no_body=parsed.method == b"HEAD")
             return
         if not services.limits.admits_key(self, context.key.name):
-            rejected = RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=context.response_headers)
-            self._reject_and_close(rejected)
+            refusal = RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=context.response_headers)
+            self._reject_and_close(refusal)
             return
         is_lasting = not (context.key.expires_s or context.key.require_fresh_s)
         if is_lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):

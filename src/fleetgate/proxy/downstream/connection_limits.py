@@ -65,7 +65,7 @@ class BodyBudget:
         """Take bytes; False if there are not enough."""
         if self._held_bytes + more_bytes > self.budget_bytes:
             self._notices.emit(
-                "bodies", f"request bodies hold {self.budget_bytes >> 20} MiB, their limit; more get 503"
+                "bodies", f"request bodies hold their limit of {self.budget_bytes >> 20} MiB; more get 503"
             )
             return False
         self._held_bytes += more_bytes

@@ -13,7 +13,7 @@ from fleetgate.proxy.request.response_heads import JSON
 
 
 class LocalResponse(NamedTuple):
-    """An answer that needs no Deployment. Shape: `extra` are header lines; `code` is for its counter, empty for none."""
+    """An answer that needs no Deployment. Shape: `extra` are header lines; `code` of its counter, empty for none."""
 
     status: int
     body: bytes

@@ -207,9 +207,9 @@ class PassiveHealthChecker:
         """An Endpoint that another worker ejected is ejected here too."""
         for endpoint in table.endpoints.values():
             ejection = self._shared.ejected_until(endpoint.spec.slot)
-            if ejection > endpoint.published and ejection_end_ms(ejection) > now_s * 1000:
-                if endpoint.adopt_ejection(ejection):
-                    table.update_health(endpoint, now_s)
+            is_newer = ejection > endpoint.published and ejection_end_ms(ejection) > now_s * 1000
+            if is_newer and endpoint.adopt_ejection(ejection):
+                table.update_health(endpoint, now_s)
         for deployment in table.deployments.values():
             deployment.adopt_retry_after(self._shared.retry_after_until(deployment.slot))
 

@@ -148,7 +148,7 @@ def expected_response(
         hide_usage=hide_usage,
         names=names,
         wants_whole=not info.stream,
-        has_choices=resume is None and info.several and info.stream,
+        several_choices=resume is None and info.several and info.stream,
         raw=received.context.raw,
         resumed=None if resume is None else resume.answer(operation),
     )
@@ -161,7 +161,7 @@ def request_bytes(
     resume: Resume | None,
     add_usage: bool,
 ) -> tuple[bytes, ...]:
-    """The request as this Endpoint gets it: with its own name for the model and, for a resumed answer, what was said."""
+    """The request as this Endpoint gets it: with its name for the model and, for a resumed answer, what was said."""
     deployment, endpoint = to
     info, body, path = received.info, received.body, received.context.path
     if resume is not None:

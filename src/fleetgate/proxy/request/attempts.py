@@ -42,7 +42,10 @@ class AttemptOwner(Protocol):
     """The request that attempts belong to. It hears of the one that answers."""
 
     resume_state: Resume | None
-    write: Callable[[bytes], None]
+
+    @property
+    def write(self) -> Callable[[bytes], None]:
+        """Sends payload to the client."""
 
     def on_content(self, response: UpstreamResponse) -> None:
         """The first content is here."""

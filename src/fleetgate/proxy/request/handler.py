@@ -25,7 +25,7 @@ from fleetgate.proxy.request.slot_search import SlotSearch
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.transport.interface import UpstreamResponse
 
-ROOM_FREED, FINISHED = moves.RoomFreed(), moves.FINISHED
+CAPACITY_FREED, FINISHED = moves.CapacityFreed(), moves.FINISHED
 CONTENT_OK = moves.Content(200)
 REVOKED = Refuse(401, "invalid_api_key", should_retry=False)
 SHUTTING_DOWN = Refuse(503, "shutting_down", retry_after_s=1.0, should_retry=True)
@@ -149,13 +149,13 @@ class RequestHandler:
 
     def retry_placement(self) -> bool:
         """There may be room now; True when it found a slot or ended."""
-        self.report(ROOM_FREED)
+        self.report(CAPACITY_FREED)
         return self.search is None or self.search.entry is None
 
     def change_route(self) -> None:
         """A new Snapshot replaced the route this request waits in: look for a slot in the new one, or wait there."""
         self._leave_queue()
-        self.report(ROOM_FREED)
+        self.report(CAPACITY_FREED)
 
     # --- sending ---
 
@@ -315,7 +315,7 @@ class RequestHandler:
         self._end()
 
     def _interrupt(self, command: moves.Interrupt) -> None:
-        """Never a clean end of an unfinished answer: an error inside the stream, then a close without the last chunk."""
+        """Never a clean end of an unfinished answer: an error in the stream, then a close without the last chunk."""
         self._leave_queue()
         if self.received.context.raw and not self.received.info.stream:
             self.client.abort()  # to HTTP/1.0 a regular close would be a good end
@@ -378,7 +378,7 @@ class RequestHandler:
         self.report(event)
 
     def terminate(self, why: Refuse) -> None:
-        """End it while its client is there (a revoked key, a worker that stops): with an error, or inside the stream."""
+        """End it while its client is there (a revoked key, a worker that stops): with an error."""
         if self.exchange.state is _ENDED:
             return
         self.client.keep_alive = False
@@ -438,7 +438,7 @@ class RequestHandler:
         """A deadline passed: of waiting, of the first event, or of the next one."""
         if self.exchange.state is _WAITING:
             self._leave_queue()
-            self.report(moves.Overdue(self.route.drain_rate.retry_after_s(max(1, len(self.route.queue)))))
+            self.report(moves.QueueTimeout(self.route.drain_rate.retry_after_s(max(1, len(self.route.queue)))))
             return
         current = self.attempts.current
         if current is None or current.response is None or self._is_excused(current.response, now_s):
@@ -494,8 +494,8 @@ class RequestHandler:
                 if self.exchange.state is _COMMITTED:
                     monitor.note_read(current.deployment, first_s, now_s, self.client.is_behind)
         if is_stream and monitor.is_comment_due(self.started_s, now_s):
-            is_trying = current is not None and self.exchange.state is _TRYING
-            if self.writer.keep_alive(attempts.count, current.deployment if is_trying else None):
+            sent_to = current.deployment if current is not None and self.exchange.state is _TRYING else None
+            if self.writer.keep_alive(attempts.count, sent_to):
                 monitor.note_comment(now_s)
 
     def pause(self) -> None:

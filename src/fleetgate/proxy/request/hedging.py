@@ -1,6 +1,6 @@
 """Whether a second attempt beside a slow first one is due: late, rarely, and only while there is room to spare."""
 
-from fleetgate.core.health.hedge_policy import has_room_to_spare, may_hedge
+from fleetgate.core.health.hedge_policy import has_spare_capacity, may_hedge
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.reservation import CapacityAccounts, PlacementRequest
 from fleetgate.proxy.routing.model_route import ModelRouteState
@@ -21,4 +21,4 @@ def is_hedge_due(
         return False
     loads = route.scheduler.loads
     loads.refresh(accounts.tracker.views, accounts.work_ledger, now_s)
-    return has_room_to_spare(loads.load.values()) and received.context.budget.take(now_s)
+    return has_spare_capacity(loads.load.values()) and received.context.budget.take(now_s)

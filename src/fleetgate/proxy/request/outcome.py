@@ -7,17 +7,18 @@ import msgspec
 
 from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
-from fleetgate.core.routing.decision_record import RequestIdentity
+from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity
+from fleetgate.ipc.log import Level
 from fleetgate.proxy.request.attempt import Attempt
 from fleetgate.proxy.request.request_context import FinalResponse, ReceivedRequest
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
 from fleetgate.proxy.request.usage import CountedResponse, UsageRecorder
 from fleetgate.proxy.routing.deployment_state import DeploymentState
-from fleetgate.proxy.routing.model_route import ModelRouteState, RequestMetricsCache
-from fleetgate.proxy.telemetry.access_log import AccessLog
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.telemetry.access_log import NO_DEPLOYMENT, OUTCOME_BYTES, REQUEST_LINE, AccessLog
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
-from fleetgate.proxy.telemetry.metrics import TokenEstimateError, WorkerMetrics
-from fleetgate.proxy.telemetry.request_metrics import RequestMetrics
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
+from fleetgate.proxy.telemetry.request_metrics import RequestMetrics, RequestMetricsCache, TokenEstimateError
 
 TROUBLE_EVERY_S = 5.0  # one line for each Deployment in trouble, not one for each request
 _OK = Outcome.OK
@@ -86,7 +87,7 @@ class OutcomeRecorder:
         name = deployment.spec.name
         if now_s - self._trouble_s.get(name, float("-inf")) >= TROUBLE_EVERY_S:
             self._trouble_s[name] = now_s
-            self._access_log.event("upstream_trouble", reason[:300], deployment=name)
+            self._access_log.event(Level.WARNING, "upstream_trouble", reason[:300], deployment=name)
 
     def resumed(self, route: ModelRouteState, method: str) -> None:
         """Count an answer that another Deployment resumes."""
@@ -150,8 +151,8 @@ class OutcomeRecorder:
                     attempt.deployment.timing.record_response((ended_s - attempt.sent_s) / output_tokens)
                 cells[metrics.prompt_tokens] += prompt_tokens
                 cells[metrics.output_tokens] += output_tokens
-        if self._access_log.is_on:
-            self._access_log.request(_access_row(request, prompt_tokens, output_tokens))
+        if self._access_log.on:
+            self._access_log.add(REQUEST_LINE % _access_row(request, prompt_tokens, output_tokens))
 
     def _metrics_of(self, route: ModelRouteState, deployment: DeploymentState | None) -> RequestMetrics:
         if deployment is None:
@@ -172,8 +173,9 @@ class OutcomeRecorder:
         if usage is not None:
             prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
             output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
-        decisions.ended(
-            identity_of(decisions, request.id, request.received, request.route),
+        identity = identity_of(decisions, request.id, request.received, request.route)
+        end = RecordedEnd(
+            **identity._asdict(),
             outcome=request.outcome.value,
             duration_s=request.ended_s - request.started_s,
             ttft_s=request.first_s - request.started_s if request.first_s else 0.0,
@@ -182,6 +184,7 @@ class OutcomeRecorder:
             estimated=not (prompt_tokens and output_tokens),
             deployment=request.attempt.deployment.spec.name if request.attempt is not None else "",
         )
+        decisions.ended(end)
 
 
 def identity_of(
@@ -189,20 +192,19 @@ def identity_of(
 ) -> RequestIdentity:
     """The names by which a record tells a request."""
     gateway, key = route.gateway.spec.name, received.context.key.name
-    return RequestIdentity(
-        time.time(), request_id.decode(), gateway, route.model, key, decisions.region, decisions.worker
-    )
+    return decisions.identity(request_id, gateway, route.model, key)
 
 
 def _access_row(request: RequestSummary, prompt_tokens: int, output_tokens: int) -> tuple[object, ...]:
     started_s, first_s = request.started_s, request.first_s
     return (
+        int(time.time() * 1000),
         request.id,
         request.route.log_names,
         request.received.context.key_json,
-        request.attempt.deployment.log_names if request.attempt is not None else AccessLog.NO_DEPLOYMENT,
+        request.attempt.deployment.log_names if request.attempt is not None else NO_DEPLOYMENT,
         request.status,
-        AccessLog.OUTCOMES[request.outcome],
+        OUTCOME_BYTES[request.outcome],
         request.attempts,
         b"true" if request.received.info.stream else b"false",
         int((first_s - started_s) * 1e6) if first_s else 0,

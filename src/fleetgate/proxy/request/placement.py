@@ -7,8 +7,8 @@ import msgspec
 
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.request_queue import QueueEntry
-from fleetgate.core.exchange import NotPicked, Overdue, QueueFull
-from fleetgate.core.routing.route import NoPlace, Rejection
+from fleetgate.core.exchange import NotPicked, QueueFull, QueueTimeout
+from fleetgate.core.routing.route import Rejection, RejectionReason
 from fleetgate.core.routing.scheduler import Placement
 from fleetgate.core.routing.strategies import Candidate
 from fleetgate.proxy.request.outcome import identity_of
@@ -24,7 +24,8 @@ from fleetgate.proxy.telemetry.decision_log import DecisionLog
 
 RETRY_AFTER_IN_PLACE_MAX_S = 2.0  # faults.md row 16: a request waits here for a Deployment only this long
 QUEUE_FULL = QueueFull()
-NO_CANDIDATE = (NoPlace.NONE_UP, NoPlace.ALL_TRIED)  # unless an ejected Endpoint proves healthier than thought
+# A request whose candidates are gone fails, unless an ejected Endpoint proves healthier than thought.
+NO_CANDIDATE = (RejectionReason.NONE_UP, RejectionReason.ALL_TRIED)
 
 
 class PanicPicker(Protocol):
@@ -88,7 +89,7 @@ class Placer:
         lead = route.lead
         if lead is None or route.queue:
             return None
-        deployment = route.table.deployments[lead.slot]
+        deployment = route.by_slot[lead.slot]
         if deployment.health < 1.0 or deployment.external_in_flight or deployment.paused:
             return None
         return deployment if self._ledger.reserve(lead.slot, deployment.limit) else None
@@ -99,7 +100,7 @@ class Placer:
         if not query.is_queued and not query.tried:
             first = route.queue.first()
             if first is not None and first.priority <= request.priority:
-                return NotPicked(NoPlace.ALL_FULL)  # others wait already, and new requests queue behind them
+                return NotPicked(RejectionReason.ALL_FULL)  # others wait already, and new requests queue behind them
         while True:
             placed = self._schedule(query, now_s)
             if isinstance(placed, PlacedRequest):
@@ -107,7 +108,7 @@ class Placer:
             if placed not in NO_CANDIDATE or not self._panic.panic_pick(route, now_s, query.tried):
                 return NotPicked(placed)
 
-    def _schedule(self, query: PlacementQuery, now_s: float) -> PlacedRequest | NoPlace:
+    def _schedule(self, query: PlacementQuery, now_s: float) -> PlacedRequest | RejectionReason:
         route, accounts = query.route, self._accounts
         tried = self._exhausted(query.tried, query.failed, now_s) if query.tried else []
         if route.missing_models:
@@ -117,12 +118,14 @@ class Placer:
         asked = query.request.schedule_request(now_s - query.wants_since_s)
         placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, tried)
         if self._decisions is not None:
+            considered = route.scheduler.last_decision
+        if self._decisions is not None and considered is not None:
             identity = identity_of(self._decisions, query.request_id, query.received, route)
-            self._decisions.decided(identity, route.scheduler.considered, asked, tried, placed)
+            self._decisions.decided(identity, considered, asked, tried, placed)
         if isinstance(placed, Rejection):
             return route.explain(placed.reason, tried, query.wants_since_s, now_s)
         route.affinity.record(query.request.prefix_chain, placed.reservation.endpoint_slot)
-        deployment = route.table.deployments[placed.candidate.slot]
+        deployment = route.by_slot[placed.candidate.slot]
         reservation = Reservation(accounts, placed, route.scheduler.has_slo, now_s)
         return PlacedRequest(placed.candidate, deployment, reservation)
 
@@ -133,7 +136,7 @@ class Placer:
         placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, query.tried)
         if not isinstance(placed, Placement):
             return None
-        deployment = route.table.deployments[placed.candidate.slot]
+        deployment = route.by_slot[placed.candidate.slot]
         endpoint = deployment.endpoint_at(placed.reservation.endpoint_slot)
         if endpoint is None or query.received.info.model not in deployment.upstream_names:
             accounts.work_ledger.settle(placed.reservation)
@@ -150,7 +153,7 @@ class Placer:
 
     def enqueue(
         self, query: PlacementQuery, waiter: RegisteredRequest, moved: bool, now_s: float
-    ) -> QueueEntry | Overdue | QueueFull:
+    ) -> QueueEntry | QueueTimeout | QueueFull:
         """Join the queue, unless it is full or the wait would be in vain.
 
         Shape: `moved` requests wait ahead of new ones.
@@ -159,18 +162,18 @@ class Placer:
         spec, registry, drain_rate = route.gateway.spec, self._registry, route.drain_rate
         retry_after_s = route.retry_after_s(now_s)
         if retry_after_s > RETRY_AFTER_IN_PLACE_MAX_S:  # no Deployment takes it before
-            return Overdue(retry_after_s)
+            return QueueTimeout(retry_after_s)
         if registry.total_waiting(spec.slot) >= spec.admission.queue_max:
             shed = route.queue.shed_candidate(request.priority, context.key.name)
             if shed is None:
                 return QUEUE_FULL
             registry.shed(shed)
         views, shape = self._accounts.tracker.views, request.shape
-        deadline_s = route.scheduler.waits_until_s(shape, query.wants_since_s, views, context.timeout_s)
+        deadline_s = route.scheduler.queue_deadline_s(shape, query.wants_since_s, views, context.timeout_s)
         if spec.slo is not None or context.timeout_s:  # something was promised
             expected_s = now_s + drain_rate.wait_expected_s(len(route.queue) + 1)
             if expected_s > deadline_s:
-                return Overdue(drain_rate.retry_after_s(len(route.queue) + 1))
+                return QueueTimeout(drain_rate.retry_after_s(len(route.queue) + 1))
         entry = QueueEntry(deadline_s, context.key.name, shape.units, request.priority)
         registry.join(entry, waiter, moved)
         return entry

@@ -1,5 +1,6 @@
 """What is written to one client: the head, relayed bytes, and events of our own."""
 
+from fleetgate.core.exchange import Refuse
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
 from fleetgate.proxy.request import response_heads
@@ -97,7 +98,7 @@ class ResponseWriter:
         self.write_event(KEEP_ALIVE)
         return True
 
-    def refusal(self, attempts: int, refuse: response_heads.Refuse) -> bytes:
+    def refusal(self, attempts: int, refuse: Refuse) -> bytes:
         """The bytes of an error of ours in place of an answer."""
         return response_heads.refusal(self._meta(attempts), refuse)
 

@@ -11,7 +11,7 @@ from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
-from fleetgate.proxy.transport.interface import ResumedAnswer
+from fleetgate.proxy.transport.interface import ResumedStream
 
 UNVERIFIED_IDS = 1  # the mark of token ids that no other engine is known to take: a replay still compares them
 
@@ -140,7 +140,7 @@ class Resume:
             return tokens_body(body, self._transcript)
         return prefill_body(body, self._transcript, engine)
 
-    def answer(self, operation: Operation) -> ResumedAnswer:
+    def answer(self, operation: Operation) -> ResumedStream:
         """How the next engine's answer is joined to what its client has read."""
         splicer: StreamSplicer
         if isinstance(self._transcript, ResponseTranscript):
@@ -150,4 +150,4 @@ class Resume:
         else:
             splicer = StreamSplicer(self._transcript, self.method, self._asked_model)
         inherited = 0 if self.method is ResumeMethod.REPLAY else self._events_seen
-        return ResumedAnswer(splicer, self._transcript, self._events_seen, inherited)
+        return ResumedStream(splicer, self._transcript, self._events_seen, inherited)

@@ -2,7 +2,7 @@
 
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.capacity.token_estimates import TokenEstimates
-from fleetgate.core.exchange import NotPicked, Overdue, QueueFull
+from fleetgate.core.exchange import NotPicked, QueueFull, QueueTimeout
 from fleetgate.proxy.request.placement import PlacedRequest, PlacementQuery, Placer
 from fleetgate.proxy.request.registry import RegisteredRequest, RequestRegistry
 from fleetgate.proxy.request.request_context import ReceivedRequest
@@ -51,7 +51,7 @@ class SlotSearch:
 
     def enqueue(
         self, waiter: RegisteredRequest, resume: Resume | None, moved: bool, now_s: float
-    ) -> Overdue | QueueFull | None:
+    ) -> QueueTimeout | QueueFull | None:
         """Wait in the queue; why not, if that would be in vain."""
         entered = self._placer.enqueue(self._query((), (), resume), waiter, moved, now_s)
         if not isinstance(entered, QueueEntry):

@@ -1,4 +1,4 @@
-"""Every attempt in the usage journal: an intent before it is sent, progress while it streams, a settlement at its end."""
+"""Every attempt in the usage journal: an intent before it is sent, progress in its stream, a settlement at its end."""
 
 from collections.abc import Callable
 from time import time

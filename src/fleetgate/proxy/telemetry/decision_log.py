@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity, encode_record, record_decision
 from fleetgate.core.routing.route import Rejection
-from fleetgate.core.routing.scheduler import ConsideredCandidate, Placement, ScheduleRequest
+from fleetgate.core.routing.scheduler import ConsideredDecision, Placement, ScheduleRequest
 from fleetgate.proxy.telemetry.line_log import LineLog
 
 
@@ -27,7 +27,7 @@ class DecisionLog:
     def decided(
         self,
         identity: RequestIdentity,
-        considered: ConsideredCandidate,
+        considered: ConsideredDecision,
         request: ScheduleRequest,
         tried: Collection[int],
         placed: Placement | Rejection,

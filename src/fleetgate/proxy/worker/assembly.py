@@ -1,6 +1,7 @@
 """Makes the services of one worker and gives each what it uses. Only the worker knows all of them."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from fleetgate.core.admission.work_ledger import WorkLedger
 from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.ipc.event_spool import EventSpool
 from fleetgate.ipc.fault_file import FaultFile
-from fleetgate.ipc.log import Log
+from fleetgate.ipc.log import Level, Log
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.ipc.usage_journal import UsageJournal
 from fleetgate.proxy import transport
@@ -123,7 +124,7 @@ class DataPlane:
         )
         self.active = ActiveTable(RoutingTable(EMPTY, self.builder, None, 0.0))
         faults = FaultFile(self._data_dir)
-        self.fault_switch = FaultSwitch(faults.in_force, self.metrics)
+        self.fault_switch = FaultSwitch(lambda: faults.now(time.time()), self.metrics)
 
     def _update_view(self, deployment: DeploymentState) -> None:
         self.tracker.update_view(deployment, int(self._clock() * 1000))
@@ -240,6 +241,7 @@ class DataPlane:
         self.journal.close()
         if self.decisions is not None:
             self.decisions.log.close()
-            if self.decisions.log.dropped:
-                message = f"--record: the disk was too slow, {self.decisions.log.dropped} records were not written"
-                self._machine.log.warning("worker", message)
+            dropped = self.decisions.log.dropped
+            if dropped:
+                message = f"--record: the disk was too slow, {dropped} records were not written"
+                self._machine.log.write(Level.WARNING, "worker", message)
