@@ -189,7 +189,7 @@ class Streams:
         self._judge(data, client, wish, reused)
         client.end()
         self._cell.loop.run()
-        assert not self._cell.in_flight() and not self._cell.hub.conversations, "something was left behind"
+        assert not self._cell.in_flight() and not self._cell.plane.registry.in_flight, "something was left behind"
 
     def _prepare(self, wish: Wish) -> None:
         """Deployments of which nothing is known."""
