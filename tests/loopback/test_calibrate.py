@@ -92,7 +92,7 @@ def test_known_speeds_come_back_and_the_profile_is_put_to_use(rig: ControlRig, c
     assert published.profile is not None
     assert published.profile.prefill_tokens_per_s == profile["prefill_tokens_per_s"]
     events = client.get("/api/v1/events", params={"kind": "Deployment", "name": "fast"}).json()["items"]
-    assert any("until the engine let some of 16 requests wait" in event["sentence"] for event in events)
+    assert any("until the engine queued some of 16 requests" in event["sentence"] for event in events)
     refused = client.delete("/api/v1/profiles/fast-llama")
     assert refused.status_code == 409
     assert "Deployment/fast" in refused.text
