@@ -3,498 +3,488 @@
 import asyncio
 from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING
 
-from fleetgate.core.routing.policy_decision import ALLOWED
 from fleetgate.protocols import http1
-from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import InvalidBody
 from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
-from fleetgate.proxy.downstream.half_close import HalfCloseDetector
-from fleetgate.proxy.downstream.idempotency import IdempotentReplay, claim
-from fleetgate.proxy.downstream.policy_filter import evaluate_policies
-from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected, authorize
-from fleetgate.proxy.request import response_heads as answers
-from fleetgate.proxy.request.handler import RequestHandler
-from fleetgate.proxy.transport import tcp_info as tcp
+from fleetgate.proxy.downstream.connection_limits import ConnectionLimits
+from fleetgate.proxy.downstream.half_close import COMMENT, HalfCloseDetector, ResponseStart
+from fleetgate.proxy.downstream.incoming_body import IncomingBody
+from fleetgate.proxy.downstream.local_responses import LocalResponder
+from fleetgate.proxy.downstream.request_authorizer import RequestAuthorizer
+from fleetgate.proxy.downstream.request_intake import LocalResponse, RequestIntake
+from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.request.in_flight import InFlightRequest, RequestFactory
+from fleetgate.proxy.request.request_context import RequestContext
+from fleetgate.proxy.transport import tcp_info
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.worker.services import Hub
-
-HEAD_WAIT_MAX_S = 10.0  # FAULTS.md row 4
-BODY_GRACE_S = 5.0  # a body may be late by this much at first, by the other later; FAULTS.md row 4
-BODY_SLACK_MAX_S = 15.0  # a mobile client's gap of some seconds is no attack
-BODY_BYTES_PER_S_MIN = 1024
+HEAD_WAIT_MAX_S = 10.0  # faults.md row 4
 IDLE_MAX_S = 75.0  # longer than what load balancers in front usually keep
 LINGER_S = 1.0
 PIPELINED_BYTES_MAX = 64 * 1024
-WRITE_BUFFER_BYTES_MAX = 256 * 1024  # FAULTS.md row 5
-UNREAD_MAX_S = 60.0  # without the client taking a byte; FAULTS.md row 5
-TOO_MANY_OF_KEY = "this API key has as many connections open as it may (--key-connections-max); use them again"
-MISTAKE = "the gateway made a mistake; its log tells more under this x-request-id"
+WRITE_BUFFER_BYTES_MAX = 256 * 1024  # faults.md row 5
+UNREAD_MAX_S = 60.0  # without the client taking a byte; faults.md row 5
+TOO_MANY_OF_KEY = "this API key has as many connections open as it may (--key-connections-max); reuse them"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_TOO_LARGE = f"the request body is over {http1.BODY_BYTES_MAX // (1024 * 1024)} MiB"
+
+
+class ConnectionServices:
+    """What client connections of one worker use."""
+
+    __slots__ = ("authorizer", "intake", "limits", "new_request", "on_error", "responder")
+
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        authorizer: RequestAuthorizer,
+        intake: RequestIntake,
+        responder: LocalResponder,
+        new_request: RequestFactory,
+        on_error: Callable[[BaseException, bytes], None],
+    ) -> None:
+        self.limits = limits
+        self.authorizer = authorizer
+        self.intake = intake
+        self.responder = responder
+        self.new_request = new_request
+        self.on_error = on_error
 
 
 class ClientConnection(asyncio.Protocol):
-    """One client connection. The sweep looks at `deadline_s`; no timer is ever set."""
+    """One client connection. The ticker checks `deadline_s` once a second; no timer is ever set."""
 
     __slots__ = (
-        "_admitted",
+        "_body",
         "_buffer",
-        "_chunks",
+        "_clock",
+        "_half_close",
         "_held_bytes",
-        "_hub",
-        "_leaving",
+        "_lingered_bytes",
+        "_loop",
         "_memo",
-        "_missing",
-        "_parts",
         "_paused",
-        "_rated_bytes",
-        "_received",
         "_remembered",
-        "_slack_s",
-        "_unread",
+        "_request",
+        "_services",
+        "_start",
+        "_transport",
         "_unsent_bytes",
-        "address",
         "closing",
-        "conversation",
         "deadline_s",
+        "is_behind",
         "keep_alive",
-        "key",
-        "transport",
+        "write",
     )
 
-    def __init__(self, hub: "Hub") -> None:
-        self._hub = hub
-        self.transport: asyncio.Transport
+    def __init__(self, services: ConnectionServices, loop: asyncio.AbstractEventLoop) -> None:
+        self._services = services
+        self._loop = loop
+        self._clock = loop.time
+        self._transport: asyncio.Transport
+        self.write: Callable[[bytes], None]  # of the transport: a call less for each event
         self._buffer = b""
         self._memo = HeadMemo()
         self._remembered: RequestContext | None = None  # what the head in `_memo` led to; the two change together
-        self._admitted: RequestContext | None = None  # of the body that is still coming
-        self._parts: list[bytes] | None = None  # a body that is still coming
-        self._missing = 0
-        self._received = 0
-        self._chunks: ChunkedBody | None = None
+        self._body: IncomingBody | None = None  # that is still coming
+        self._request: InFlightRequest | None = None
         self._paused = False  # reading, while a request is served
-        self._unread = False  # the client is behind with reading what it was sent
-        self._unsent_bytes = 0  # at the last look
-        self._leaving: HalfCloseDetector | None = None  # since its FIN
-        self._rated_bytes = 0  # of the body, at the last look at its pace
-        self._slack_s = 0.0  # how long the body may go on coming too slowly
+        self._unsent_bytes = 0  # at the last check
+        self._lingered_bytes = 0  # read and dropped while closing
+        self._half_close: HalfCloseDetector | None = None  # since the client's FIN
+        self._start: ResponseStart | None = None
         self._held_bytes = 0  # of the budget for bodies
-        self.key = ""  # whose connection it is counted as
-        self.address = ""  # where it is counted as coming from
-        self.conversation: RequestHandler | None = None
+        self.is_behind = False  # the client reads slower than it is sent to
         self.keep_alive = True
         self.closing = False
         self.deadline_s = 0.0
 
+    # --- the loop's calls ---
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
-        self.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
-        self.deadline_s = self._hub.clock() + HEAD_WAIT_MAX_S
-        self._hub.connected(self)
-        refusal = self._hub.guards.greet(self)
-        if refusal is not None:
-            self._deny_and_close(refusal)
+        self._transport = transport  # type: ignore[assignment]
+        self.write = self._transport.write
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES_MAX)
+        self.deadline_s = self._clock() + HEAD_WAIT_MAX_S
+        rejected = self._services.limits.connected(self)
+        if rejected is not None:
+            self._reject_and_close(rejected)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._hub.disconnected(self)
-        self._hub.guards.left(self)
+        self._services.limits.disconnected(self)
         self._release_body()
         self.closing = True
-        conversation, self.conversation = self.conversation, None
-        if conversation is not None:
-            conversation.client_gone()
+        request, self._request = self._request, None
+        if request is not None:
+            self._guarded(request.client_gone, request.id)
 
     def eof_received(self) -> bool:
-        """A FIN. If an answer is due, `HalfCloseDetector` finds out whether the client waits. FAULTS.md rows 41, 42."""
+        """A FIN. If an answer is due, `HalfCloseDetector` finds out whether the client waits. faults.md rows 41, 42."""
         # Over TLS nothing can be sent after it that would tell the two apart.
-        if not self.is_due or self.transport.get_extra_info("sslcontext") is not None:
+        if not self.is_response_due or self._transport.get_extra_info("sslcontext") is not None:
             return False
-        if self._leaving is None:
-            self._leaving = HalfCloseDetector(self, self._hub.loop)
+        if self._half_close is None:
+            self._half_close = HalfCloseDetector(self, self._transport, self._loop)
         return True
 
-    @property
-    def is_due(self) -> bool:
-        """Whether a whole request still waits for its answer."""
-        waits = self._parts is None and http1.HEAD_END in self._buffer
-        return not self.closing and (self.conversation is not None or waits)
-
     def pause_writing(self) -> None:
-        self._unread = True
-        if self.conversation is not None:
-            self.conversation.pause()
+        self.is_behind = True
+        if self._request is not None:
+            self._guarded(self._request.pause, self._request.id)
 
     def resume_writing(self) -> None:
-        self._unread = False
-        if self.conversation is not None:
-            self.conversation.resume()
+        self.is_behind = False
+        if self._request is not None:
+            self._guarded(self._request.resume, self._request.id)
         else:
-            self._go_on()
+            self._next_soon()
 
     def data_received(self, data: bytes) -> None:
         try:
             self._take(data)
-        except Exception as error:  # FAULTS.md row 75: told with its place, answered, and only this client's matter
-            self._hub.guards.mishap(error, self)
+        except Exception as error:  # faults.md row 75: logged with its place, answered, and only this client's matter
+            self._on_error(error, b"")
+
+    def _guarded(self, call: Callable[[], object], request_id: bytes) -> None:
+        """An internal error ends this request alone."""
+        try:
+            call()
+        except Exception as error:
+            self._on_error(error, request_id)
 
     def _take(self, data: bytes) -> None:
         if self.closing:
-            self._received += len(data)
-            if self._received > PIPELINED_BYTES_MAX:
-                self.transport.abort()
-        elif self._parts is not None:
-            self._more_body(data)
-        elif self.conversation is not None or self._unread:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > PIPELINED_BYTES_MAX:
+                self._transport.abort()
+        elif self._body is not None:
+            self._more_body(self._body, data)
+        elif self._request is not None or self.is_behind:
             self._buffer += data
             if len(self._buffer) > PIPELINED_BYTES_MAX and not self._paused:
                 self._paused = True
-                self.transport.pause_reading()
+                self._transport.pause_reading()
         else:
             self._read_head(self._buffer + data if self._buffer else data)
 
+    # --- a request comes in ---
+
     def _read_head(self, data: bytes) -> None:
         known = self._remembered
-        if known is not None and known.tables is self._hub.tables:
+        if known is not None and known.table is self._services.authorizer.active.current:
             end, length = self._memo.recall(data)
             if end:
                 self._buffer = b""
-                self._begin(known, length, data[end:])
+                self._begin(known, length, None, data[end:])
                 return
         data = http1.without_empty_lines(data)
         end = data.find(http1.HEAD_END)
         if (len(data) if end < 0 else end) > http1.HEAD_BYTES_MAX:
-            self._deny_and_close(RequestRejected(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
+            message = f"header over {http1.HEAD_BYTES_MAX} bytes"
+            self._reject_and_close(RequestRejected(431, "invalid_request", message))
             return
         if end < 0:
             if data and not self._buffer:  # the first head's time runs since the connection was made
-                self.deadline_s = min(self.deadline_s, self._hub.clock() + HEAD_WAIT_MAX_S)
+                self.deadline_s = min(self.deadline_s, self._clock() + HEAD_WAIT_MAX_S)
             self._buffer = data
-            if self._leaving is not None:
-                self.transport.close()  # the rest of it will not come
+            if self._half_close is not None:
+                self._transport.close()  # the rest of it will not come
             return
         self._buffer = b""
         self._read_new_head(data[: end + 4], data[end + 4 :])
 
     def _read_new_head(self, head: bytes, rest: bytes) -> None:
         self._remembered = None
+        services = self._services
         try:
             parsed = http1.parse_request_head(head)
         except Malformed as error:
-            self._deny_and_close(RequestRejected(error.status, error.code, error.message))
+            self._reject_and_close(RequestRejected(error.status, error.code, error.message))
             return
         self.keep_alive = parsed.keep_alive
+        length = max(parsed.content_length, 0)
         try:
-            admitted = authorize(parsed, self._hub)
-        except RequestRejected as denied:
-            if not parsed.chunked and max(parsed.content_length, 0) <= len(rest):
-                self._buffer = rest[max(parsed.content_length, 0) :]
-                self._deny(denied, no_body=parsed.method == b"HEAD")
+            context = services.authorizer.authorize(parsed)
+        except RequestRejected as rejected:
+            if not parsed.chunked and length <= len(rest):
+                self._buffer = rest[length:]
+                self._reject(rejected, no_body=parsed.method == b"HEAD")
             else:
-                self._deny_and_close(denied, no_body=parsed.method == b"HEAD")
+                self._reject_and_close(rejected, no_body=parsed.method == b"HEAD")
             return
-        if not self._hub.guards.carries(self, admitted.key.name):
-            self._deny_and_close(RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
+        if not services.limits.admits_key(self, context.key.name):
+            refusal = RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=context.response_headers)
+            self._reject_and_close(refusal)
             return
-        lasting = not (admitted.key.expires_s or admitted.key.require_fresh_s)
-        if lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):
-            self._remembered = admitted
-        if parsed.chunked:
-            self._chunks = ChunkedBody()
-        self._begin(admitted, 0 if parsed.content_length < 0 else parsed.content_length, rest)
+        is_lasting = not (context.key.expires_s or context.key.require_fresh_s)
+        if is_lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):
+            self._remembered = context
+        self._begin(context, length, ChunkedBody() if parsed.chunked else None, rest)
 
-    def _begin(self, admitted: RequestContext, length: int, rest: bytes) -> None:
+    def _begin(self, context: RequestContext, length: int, chunks: ChunkedBody | None, rest: bytes) -> None:
         if length > http1.BODY_BYTES_MAX:
-            self._deny_and_close(RequestRejected(413, "invalid_request", _too_large()))
+            self._reject_and_close(RequestRejected(413, "invalid_request", _TOO_LARGE))
             return
-        guards = self._hub.guards
-        if guards.shed_share and guards.sheds():
-            self._deny_and_close(guards.refusal())
+        limits = self._services.limits
+        if limits.shed_share and limits.sheds():
+            self._reject_and_close(limits.overloaded())
             return
-        if self._chunks is None and length <= len(rest):
+        if chunks is None and length <= len(rest):
             self._buffer = rest[length:]
-            self._serve(admitted, rest[:length])
+            self._serve(context, rest[:length])
             return
-        if self._leaving is not None:
-            self.transport.close()  # the rest of it will not come
+        if self._half_close is not None:
+            self._transport.close()  # the rest of it will not come
             return
         if not self._hold_body(length):
             return
-        self._pending(admitted, length)
-        if admitted.head.expects_continue and not rest:
-            self.transport.write(_CONTINUE)
+        self._body = IncomingBody(context, length, chunks)
+        self.deadline_s = self._clock() + 1.0
+        if context.head.expects_continue and not rest:
+            self.write(_CONTINUE)
         if rest:
-            self._more_body(rest)
-
-    def _pending(self, admitted: RequestContext, length: int) -> None:
-        self._admitted = admitted
-        self._parts = []
-        self._received = 0
-        self._missing = length
-        self._slack_s = BODY_GRACE_S
-        self._rated_bytes = 0
-        self.deadline_s = self._hub.clock() + 1.0
+            self._more_body(self._body, rest)
 
     def _hold_body(self, more_bytes: int) -> bool:
         """Take bytes from the budget for bodies, or refuse the request."""
-        if self._hub.guards.hold_body(more_bytes):
+        limits = self._services.limits
+        if limits.bodies.hold(more_bytes):
             self._held_bytes += more_bytes
             return True
-        self._deny_and_close(self._hub.guards.refusal())
+        self._reject_and_close(limits.overloaded())
         return False
 
     def _release_body(self) -> None:
         if self._held_bytes:
-            self._hub.guards.release_body(self._held_bytes)
+            self._services.limits.bodies.release(self._held_bytes)
             self._held_bytes = 0
 
-    def _more_body(self, data: bytes) -> None:
-        parts, admitted = self._parts, self._admitted
-        assert parts is not None and admitted is not None
-        chunks = self._chunks
-        if chunks is not None:
-            try:
-                data = chunks.feed(data)
-            except Malformed as error:
-                self._deny_and_close(RequestRejected(error.status, error.code, error.message))
-                return
-            whole, rest = chunks.done, chunks.rest
-            if not self._hold_body(len(data)):
-                return
-        else:
-            rest = data[self._missing :]
-            data = data[: self._missing]
-            self._missing -= len(data)
-            whole = not self._missing
-        parts.append(data)
-        self._received += len(data)
-        if self._received > http1.BODY_BYTES_MAX:
-            self._deny_and_close(RequestRejected(413, "invalid_request", _too_large()))
+    def _more_body(self, body: IncomingBody, data: bytes) -> None:
+        try:
+            more_bytes = body.feed(data)
+        except Malformed as error:
+            self._reject_and_close(RequestRejected(error.status, error.code, error.message))
             return
-        if whole:
-            self._parts = self._chunks = None
-            self._buffer = rest
-            if admitted.tables is not self._hub.tables or admitted.key.expires_s:
-                try:  # its key may be gone by now: FAULTS.md row 64
-                    admitted = authorize(admitted.head, self._hub)
-                except RequestRejected as denied:
-                    self._deny(denied)
-                    return
-            self._serve(admitted, b"".join(parts))
+        if body.is_chunked and not self._hold_body(more_bytes):
+            return
+        if body.received_bytes > http1.BODY_BYTES_MAX:
+            self._reject_and_close(RequestRejected(413, "invalid_request", _TOO_LARGE))
+            return
+        if not body.is_whole:
+            return
+        self._body, self._buffer = None, body.rest
+        context, authorizer = body.context, self._services.authorizer
+        if context.table is not authorizer.active.current or context.key.expires_s:
+            try:  # its key may be gone by now: faults.md row 64
+                context = authorizer.authorize(context.head)
+            except RequestRejected as rejected:
+                self._reject(rejected)
+                return
+        self._serve(context, body.join())
 
     # --- and is served ---
 
-    def _serve(self, admitted: RequestContext, body: bytes) -> None:
-        hub = self._hub
-        if admitted.operation is None:
-            self._answer_models(admitted)
-            return
+    def _serve(self, context: RequestContext, body: bytes) -> None:
+        services = self._services
         try:
-            ask = openai.read_request(body)
-            lane = admitted.site.lanes.get(ask.model)
-            if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
-                raise RequestRejected(404, "model_not_found", _no_model(ask.model, admitted), "model")
-            judgement = ALLOWED if admitted.site.rules.is_empty else evaluate_policies(hub, admitted, ask, body)
-            claimed = claim(hub, admitted, body) if admitted.idempotency else None
-        except InvalidBody as error:
-            self._deny(RequestRejected(400, error.code, error.message, error.param, admitted.answer_headers))
+            received = services.intake.receive(context, body)
+        except RequestRejected as rejected:
+            self._reject(rejected, no_body=context.no_body)
             return
-        except RequestRejected as denied:
-            denied.extra += admitted.answer_headers
-            self._deny(denied)
+        if isinstance(received, LocalResponse):
+            self._answer(received, context.no_body)
             return
-        if isinstance(claimed, IdempotentReplay):
-            hub.record_denied(200, "replayed")
-            extra = claimed.headers + admitted.answer_headers + b"idempotent-replayed: true\r\n"
-            self._write_plain(200, claimed.body, extra, no_body=False)
-            self.ended(hub.clock())
-            return
-        if admitted.raw:
-            self.keep_alive = self.keep_alive and not ask.stream
+        if context.raw:
+            self.keep_alive = self.keep_alive and not received.info.stream
         self.deadline_s = inf
-        conversation = self.conversation = RequestHandler(hub, self, admitted, lane, ask)
-        if judgement is not ALLOWED:
-            conversation.judgement = judgement
-        if claimed is not None:
-            conversation.claim = claimed
-        conversation.start(body, hub.next_id())
+        request = self._request = services.new_request(self, received)
+        request.start()
 
-    def _answer_models(self, admitted: RequestContext) -> None:
-        name = admitted.path.removeprefix(openai.MODELS_PATH).removeprefix(b"/").decode("ascii", "replace")
-        allowed = [model for model in admitted.site.lanes if not admitted.key.models or model in admitted.key.models]
-        if name and name not in allowed:
-            self._deny(
-                RequestRejected(404, "model_not_found", _no_model(name, admitted), "model"), no_body=admitted.no_body
-            )
-            return
-        body = openai.model_body(name, "fleetgate") if name else openai.models_body(dict.fromkeys(allowed, "fleetgate"))
-        self._write_plain(200, body, answers.JSON + admitted.answer_headers, admitted.no_body)
-        self.ended(self._hub.clock())
+    def _answer(self, response: LocalResponse, no_body: bool) -> None:
+        responder = self._services.responder
+        if response.code:
+            responder.count(response.status, response.code)
+        self.keep_alive = self.keep_alive and not responder.defaults.draining
+        self.write(responder.plain(response.status, response.body, response.extra, self.keep_alive, no_body))
+        self.ended(self._clock())
 
     def ended(self, now_s: float) -> None:
         """The answer is written: wait for the next request, or close."""
-        self.conversation = None
+        self._request = None
         if self._held_bytes:
             self._release_body()
         if self.closing:
             return
-        left = self._leaving is not None and not self._buffer
-        if left or not self.keep_alive:  # while draining, whoever was told so; others may have sent their next request
+        has_left = self._half_close is not None and not self._buffer
+        if has_left or not self.keep_alive:
             self.closing = True
-            self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for what is unsent, and nobody may read it
-            self.transport.close()
+            self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for what is unsent, which the client may not read
+            self._transport.close()
             return
         self.deadline_s = now_s + IDLE_MAX_S
-        self._go_on()
+        if self._buffer or self._paused:
+            self._next_soon()
 
-    def _go_on(self) -> None:
+    def _next_soon(self) -> None:
         """Turn to the next request, but not before the client has read most of the last answer: they would pile up."""
-        if self._unread or self.closing:
+        if self.is_behind or self.closing:
             return
         if self._paused:
             self._paused = False
-            self.transport.resume_reading()
+            self._transport.resume_reading()
         if self._buffer:
-            self._hub.loop.call_soon(self._next)
-
-    @property
-    def unread(self) -> bool:
-        """Whether the client is behind with reading what it was sent."""
-        return self._unread
-
-    @property
-    def is_new(self) -> bool:
-        """Whether its first request is still to come."""
-        return self._remembered is None
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request or an answer is under way, in either direction."""
-        coming = self.conversation is not None or self._parts is not None or bool(self._buffer)
-        return coming or self.transport.get_write_buffer_size() > 0
-
-    def close_if_idle(self) -> None:
-        """Close when no request is under way: the worker is going."""
-        if not self.busy:
-            self.closing = True
-            self.transport.close()
+            self._loop.call_soon(self._next)
 
     def _next(self) -> None:
-        if self.conversation is None and not self.closing and not self._unread and self._buffer:
+        if self._request is None and not self.closing and not self.is_behind and self._buffer:
             data, self._buffer = self._buffer, b""
-            self._read_head(data)
+            self._guarded(lambda: self._read_head(data), b"")
+
+    # --- what others see of it ---
+
+    @property
+    def request(self) -> InFlightRequest | None:
+        """The request in flight."""
+        return self._request
+
+    @property
+    def peer_address(self) -> str:
+        """The client's address, without its port."""
+        return str((self._transport.get_extra_info("peername") or ("",))[0])
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request or an answer is under way, in either direction."""
+        is_coming = self._request is not None or self._body is not None or bool(self._buffer)
+        return is_coming or self._transport.get_write_buffer_size() > 0
+
+    @property
+    def may_be_closed(self) -> bool:
+        """Whether it has served a request and waits for the next one."""
+        return self._remembered is not None and not self.closing and not self.is_busy
+
+    def close_if_idle(self) -> None:
+        """Close if no request is under way."""
+        if not self.is_busy:
+            self.closing = True
+            self._transport.close()
+
+    def close(self) -> None:
+        """Close when what is written has been sent."""
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close with a reset, so that an unfinished answer cannot be taken for a whole one."""
+        self._transport.abort()
+
+    # --- a client that has sent a FIN ---
+
+    @property
+    def is_response_due(self) -> bool:
+        """Whether a whole request still waits for the rest of its answer."""
+        waits = self._body is None and http1.HEAD_END in self._buffer
+        return not self.closing and (self._request is not None or waits)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the answer in flight that were sent, -1 without a request."""
+        return self._request.writer.written if self._request is not None else -1
+
+    def probe_start(self) -> None:
+        """Send the next byte of the answer's first bytes; the answer is then written without them."""
+        if self._start is None:
+            self._start = ResponseStart(self._transport)
+            self.write = self._write_started
+        self._start.probe()
+
+    def _write_started(self, data: bytes) -> None:
+        start, self._start, self.write = self._start, None, self._transport.write
+        if start is not None:
+            start.write(data)
+
+    def probe_stream(self) -> None:
+        """Send a comment, if the answer is a stream."""
+        if self._request is not None and self._request.is_streaming:
+            self._transport.write(self._request.writer.frame(COMMENT))
 
     # --- errors ---
 
-    def _deny(self, denied: RequestRejected, no_body: bool = False) -> None:
-        self._write_denied(denied, no_body)
-        self.ended(self._hub.clock())
+    def _reject(self, rejected: RequestRejected, no_body: bool = False) -> None:
+        responder = self._services.responder
+        if responder.defaults.draining and rejected.status != 204:
+            self.keep_alive = False
+        self.write(responder.rejection(rejected, self.keep_alive, no_body))
+        self.ended(self._clock())
 
-    def _deny_and_close(self, denied: RequestRejected, no_body: bool = False) -> None:
+    def _reject_and_close(self, rejected: RequestRejected, no_body: bool = False) -> None:
         """Answer, then close: after a framing error or with a body unread, the next byte cannot be trusted."""
         self.keep_alive = False
-        self._parts = self._chunks = None
-        self._write_denied(denied, no_body)
+        self._body = None
+        self.write(self._services.responder.rejection(rejected, False, no_body))
         self._linger()
-
-    def _write_denied(self, denied: RequestRejected, no_body: bool) -> None:
-        hub = self._hub
-        hub.record_denied(denied.status, denied.code)
-        if denied.status == 204:
-            tail = b"" if self.keep_alive else b"connection: close\r\n"
-            head = http1.status_line(204) + hub.date_line + denied.extra + tail
-            self.transport.write(head + b"\r\n")
-        else:
-            body = openai.error_body(denied.status, denied.code, denied.message, denied.param)
-            self._write_plain(denied.status, body, answers.JSON + denied.extra, no_body)
 
     def _linger(self) -> None:
-        # What still comes is read and dropped for a moment: closing on unread bytes would reset the connection and
-        # could take the answer with it. FAULTS.md row 31.
+        # Bytes that still come are read and dropped for a moment: a close with unread bytes would reset the connection
+        # and could take the answer with it. faults.md row 31.
         self.closing = True
-        self._received = 0
-        self.deadline_s = self._hub.clock() + LINGER_S
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        self._lingered_bytes = 0
+        self.deadline_s = self._clock() + LINGER_S
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
 
-    def _write_plain(self, status: int, body: bytes, extra: bytes, no_body: bool) -> None:
-        hub = self._hub
-        if hub.draining:
-            self.keep_alive = False
-        if not self.keep_alive:
-            extra += b"connection: close\r\n"
-        data = answers.plain(status, body, hub.date_line, hub.next_id(), extra)
-        self.transport.write(data[: -len(body)] if no_body else data)
+    def _on_error(self, error: BaseException, request_id: bytes) -> None:
+        if not request_id:
+            request_id = self._request.id if self._request is not None else self._services.responder.next_id()
+        self._services.on_error(error, request_id)
+        self.fail(request_id)
 
-    def fail(self, request_id: bytes, put_away: Callable[[RequestHandler], None]) -> None:
-        """A mistake of ours ended the request: say so if nothing was said yet, and never let it look whole."""
-        was_closing, self.closing = self.closing, True  # what is put away must not begin the next request
-        conversation = self.conversation
-        if conversation is not None:
-            put_away(conversation)  # first, so that its place is free when the client hears of it
-        self.conversation = self._parts = self._chunks = None
-        if was_closing or self.transport.is_closing():
+    def fail(self, request_id: bytes) -> None:
+        """An internal error ended the request: say so if nothing was said yet, and never let it look whole."""
+        was_closing, self.closing = self.closing, True  # what is ended must not begin the next request
+        request, self._request, self._body = self._request, None, None
+        written = request.writer.written if request is not None else 0
+        takes_event = request.fail() if request is not None else False  # first, so that its slot is free
+        if was_closing or self._transport.is_closing():
             return
-        hub = self._hub
-        hub.record_denied(500, "internal_error")
-        if conversation is None or not conversation.written:
-            body = openai.error_body(500, "internal_error", MISTAKE)
-            self.transport.write(
-                answers.plain(500, body, hub.date_line, request_id, answers.JSON + b"connection: close\r\n")
-            )
-        elif conversation.request.raw:
-            self.transport.abort()  # to HTTP/1.0 a regular close would be a good end
+        responder = self._services.responder
+        if not written:
+            self.write(responder.internal_error(request_id))
+        elif takes_event:
+            self.write(responder.internal_error_event())
+        else:
+            responder.count(500, "internal_error")
+            self._transport.abort()  # only an error event or a reset tells that the answer is not whole
             return
-        elif conversation.ask.stream:
-            self.transport.write(http1.chunk(openai.error_event("internal_error", MISTAKE)))
         self._linger()
 
-    def overdue(self, now_s: float) -> None:
-        """The sweep found `deadline_s` passed."""
-        if self.conversation is not None:
+    def tick(self, now_s: float) -> None:
+        """Once a second: is `deadline_s` over?"""
+        if self.deadline_s > now_s or self._request is not None:
             return
-        if self._parts is not None and not self.closing and self._is_body_fast_enough(now_s):
+        body = self._body
+        if body is not None and not self.closing and body.is_fast_enough(now_s - self.deadline_s + 1.0):
+            self.deadline_s = now_s + 1.0
             return
-        waits_for_request = self._parts is not None or bool(self._buffer)
-        unsent_bytes = self.transport.get_write_buffer_size()
+        waits_for_request = body is not None or bool(self._buffer)
+        unsent_bytes = self._transport.get_write_buffer_size()
         if unsent_bytes not in (0, self._unsent_bytes):  # slow, but reading
             self._unsent_bytes = unsent_bytes
             self.deadline_s = now_s + UNREAD_MAX_S
         elif unsent_bytes:
-            self.transport.abort()
+            self._transport.abort()
         elif self.closing or not waits_for_request:
             self.closing = True
-            self.transport.close()
+            self._transport.close()
         else:
-            self._deny_and_close(RequestRejected(408, "invalid_request", "the request did not arrive in time"))
+            self._reject_and_close(RequestRejected(408, "invalid_request", "the request did not arrive in time"))
 
-    def _is_body_fast_enough(self, now_s: float) -> bool:
-        passed_s = now_s - self.deadline_s + 1.0
-        came_bytes, self._rated_bytes = self._received - self._rated_bytes, self._received
-        self._slack_s = min(self._slack_s + came_bytes / BODY_BYTES_PER_S_MIN - passed_s, BODY_SLACK_MAX_S)
-        self.deadline_s = now_s + 1.0
-        return self._slack_s >= 0
+    def next_read_deadline_s(self, now_s: float) -> float:
+        """Abort if the client has read nothing since the last call; until when it may read on.
 
-    def still_reads(self, now_s: float) -> float:
-        """A stream's client took nothing for long, as far as the worker sees: leave it, or say until when it may go on.
-
-        Behind what the worker holds, the kernel holds some too, and it may have been taken from that.
+        The kernel holds some bytes behind what the worker holds, and the client may have taken from those.
         """
-        link = tcp.read_tcp_info(self.transport)
-        acked_bytes = link.acked_bytes if link is not None else 0
+        info = tcp_info.read_tcp_info(self._transport)
+        acked_bytes = info.acked_bytes if info is not None else 0
         if acked_bytes in (0, self._unsent_bytes):
-            self.transport.abort()
+            self._transport.abort()
         self._unsent_bytes = acked_bytes
         return now_s + UNREAD_MAX_S
-
-
-def _too_large() -> str:
-    return f"the request body is over {http1.BODY_BYTES_MAX // (1024 * 1024)} MiB"
-
-
-def _no_model(name: str, admitted: RequestContext) -> str:
-    known = [model for model in sorted(admitted.site.lanes) if not admitted.key.models or model in admitted.key.models]
-    shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-    return f"the model {name[:200]!r} does not exist here or this key may not use it; there are: {shown or 'none'}"

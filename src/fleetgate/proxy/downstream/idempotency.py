@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: a request that was sent twice on purpose is worked once. FAULTS.md row 43.
+"""`Idempotency-Key`: a request that was sent twice on purpose is worked once. faults.md row 43.
 
 A claim is a locked file named by key, Gateway and what the client calls the request, so that all workers of a machine
 see it and a worker's death frees it. Nothing is kept in memory, and requests without the header cost nothing.
@@ -10,16 +10,12 @@ import os
 import time
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from fleetgate.core.exchange import Outcome
-from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
-    from fleetgate.proxy.worker.services import Hub
+from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.overload.notices import OperatorNotices
+from fleetgate.proxy.request.request_context import FinalResponse, RequestContext
 
 DIRECTORY = "idempotency"
 KEPT_S = 86_400.0
@@ -61,23 +57,22 @@ class IdempotencyClaim:
         self._print = fingerprint
         self._write(_Kept(fingerprint, RUNNING), b"")
 
-    def end(self, conversation: "RequestHandler") -> None:
+    def end(self, response: FinalResponse) -> None:
         """The request is over: keep its answer, or that it had one, before its client has all of it.
 
-        What failed may be asked again.
+        A request that failed may be sent again.
         """
-        relay, place = conversation.relay, conversation.last_place
         try:
-            if conversation.exchange.outcome is not Outcome.OK or relay is None or place is None:
+            if not response.ok:
                 self._path.unlink(missing_ok=True)
-            elif relay.stream:
+            elif response.stream:
                 self._write(_Kept(self._print, STREAM), b"")
-            elif conversation.written + len(conversation.tail) > ANSWER_BYTES_MAX:
+            elif response.size_bytes > ANSWER_BYTES_MAX:
                 self._write(_Kept(self._print, LARGE), b"")
             else:
-                self._write(_Kept(self._print, WHOLE, relay.passed + place.answer_headers), relay.held[0])
+                self._write(_Kept(self._print, WHOLE, response.headers), response.body or b"")
         except OSError:
-            self._path.unlink(missing_ok=True)  # a full disk: then it is worked again, as without the header
+            self._path.unlink(missing_ok=True)  # a full disk: a repeated request then runs, as without the header
         finally:
             self._close()
 
@@ -96,22 +91,35 @@ class IdempotencyClaim:
         self._close()
 
 
-def claim(hub: "Hub", admitted: RequestContext, body: bytes) -> IdempotencyClaim | IdempotentReplay | None:
-    """The right to answer, or the answer that is kept; None where the disk keeps nothing. FAULTS.md row 68.
+class IdempotencyStore:
+    """The claims of one machine. Shape: one file each in `DATA_DIR/idempotency`."""
 
-    Raises: `RequestRejected` with 400 for a name that is none, 409 while another answers it or where its answer is not
-    kept, 422 where the same name was given to another request. Cost: 60 µs, for requests with the header only.
-    """
-    name = admitted.idempotency
-    if len(name) > NAME_BYTES_MAX or not name.isascii():
-        raise RequestRejected(400, "invalid_request", f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters")
-    owner = f"{admitted.site.gateway.name}\0{admitted.key.id or admitted.key.name}\0".encode()
-    path = Path(hub.config.data_dir) / DIRECTORY / sha256(owner + name).hexdigest()
-    try:
-        return _claim(path, sha256(admitted.path + b"\0" + body).hexdigest())
-    except OSError as error:
-        hub.guards.say("idempotency", f"{path.parent} cannot be used ({error.strerror}): Idempotency-Key has no effect")
-        return None
+    def __init__(self, data_dir: Path, notices: OperatorNotices) -> None:
+        self._directory = data_dir / DIRECTORY
+        self._notices = notices
+
+    def claim(self, context: RequestContext, body: bytes) -> IdempotencyClaim | IdempotentReplay | None:
+        """The right to answer, or the answer that is kept; None if the disk keeps nothing. faults.md row 68.
+
+        Raises: `RequestRejected` with 400 for an invalid name, 409 while another request answers it or if its answer is
+        not kept, 422 if the same name was given to another request. Cost: 60 µs, for requests with the header only.
+        """
+        name = context.idempotency_key
+        if len(name) > NAME_BYTES_MAX or not name.isascii():
+            message = f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters"
+            raise RequestRejected(400, "invalid_request", message)
+        owner = f"{context.gateway.spec.name}\0{context.key.id or context.key.name}\0".encode()
+        path = self._directory / sha256(owner + name).hexdigest()
+        try:
+            return _claim(path, sha256(context.path + b"\0" + body).hexdigest())
+        except OSError as error:
+            message = f"{path.parent} cannot be used ({error.strerror}): Idempotency-Key has no effect"
+            self._notices.emit("idempotency", message)
+            return None
+
+    def remove_expired(self) -> None:
+        """Remove what is too old, and the oldest beyond the bounds. It reads a directory: run it in a thread."""
+        remove_expired(self._directory.parent)
 
 
 def _claim(path: Path, fingerprint: str) -> IdempotencyClaim | IdempotentReplay:

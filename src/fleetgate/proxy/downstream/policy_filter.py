@@ -1,46 +1,57 @@
 """What a Gateway's policies say of one request: asked once, after the model is known and before any limit."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-import msgspec
-
+from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
-from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.ipc.event_spool import EventRecord, EventSpool
+from fleetgate.ipc.log import Level
 from fleetgate.protocols.clients.openai import RequestInfo, output_tokens_max
-from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.worker.services import Hub
-
-
-def evaluate_policies(hub: "Hub", admitted: RequestContext, ask: RequestInfo, body: bytes) -> PolicyDecision:
-    """The Deployments that policies leave, those they want first, and the request's priority.
-
-    Raises: `RequestRejected` when they leave none; `openai.InvalidBody`. Cost: 10 µs with three policies.
-    """
-    site = admitted.site
-    rules = site.rules
-    headers = admitted.head.headers
-    facts = RequestAttributes(
-        model=ask.model,
-        path=admitted.path.decode("ascii", "replace"),
-        prompt_tokens=int(hub.lengths.prompt_tokens(ask.model, len(body))),
-        output_tokens_max=output_tokens_max(body),
-        stream=ask.stream,
-        headers={name.decode(): headers[name].decode("latin-1") for name in rules.needs_headers if name in headers},
-        body=site.body_reader.read(body) if rules.needs_body else {},
-    )
-    judgement = rules.judge(facts, admitted.key)
-    if judgement.notes:
-        _tell(hub, site.gateway.name, judgement.notes)
-    if judgement.denied_by:
-        raise RequestRejected(403, "policy_denied", judgement.denial)
-    return judgement
+from fleetgate.proxy.downstream.policy_notices import PolicyNotices
+from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.request.request_context import RequestContext
+from fleetgate.proxy.telemetry.access_log import AccessLog
 
 
-def _tell(hub: "Hub", gateway: str, notes: tuple[str, ...]) -> None:
-    """A policy that fails is an Event and a line of the log, once a minute, not once a request."""
-    for note in hub.notices.fresh(notes, hub.clock()):
-        hub.spool.add(EventRecord("Gateway", gateway, note))
-        line = {"at_ms": int(hub.epoch_s() * 1000), "event": "policy_trouble", "gateway": gateway, "message": note}
-        hub.log.add(msgspec.json.encode(line) + b"\n")
+class PolicyFilter:
+    """Asks policies for one worker."""
+
+    def __init__(
+        self, estimates: TokenEstimates, spool: EventSpool, access_log: AccessLog, clock: Callable[[], float]
+    ) -> None:
+        self._estimates = estimates
+        self._spool = spool
+        self._access_log = access_log
+        self._clock = clock
+        self._notices = PolicyNotices()
+
+    def evaluate(self, context: RequestContext, info: RequestInfo, body: bytes) -> PolicyDecision:
+        """The Deployments that policies allow, those they prefer, and the request's priority.
+
+        Raises: `RequestRejected` if they allow none; `InvalidBody`. Cost: 10 µs with three policies.
+        """
+        gateway = context.gateway
+        policies, headers = gateway.policies, context.head.headers
+        attributes = RequestAttributes(
+            model=info.model,
+            path=context.path.decode("ascii", "replace"),
+            prompt_tokens=int(self._estimates.prompt_tokens(info.model, len(body))),
+            output_tokens_max=output_tokens_max(body),
+            stream=info.stream,
+            headers={
+                name.decode(): headers[name].decode("latin-1") for name in policies.needs_headers if name in headers
+            },
+            body=gateway.body_reader.read(body) if policies.needs_body else {},
+        )
+        decision = policies.judge(attributes, context.key)
+        if decision.notes:
+            self._notify(gateway.spec.name, decision.notes)
+        if decision.denied_by:
+            raise RequestRejected(403, "policy_denied", decision.denial)
+        return decision
+
+    def _notify(self, gateway: str, notes: tuple[str, ...]) -> None:
+        """A policy that fails is an Event and a line of the log, once a minute, not once a request."""
+        for note in self._notices.fresh(notes, self._clock()):
+            self._spool.add(EventRecord("Gateway", gateway, note))
+            self._access_log.event(Level.WARNING, "policy_trouble", note, gateway=gateway)

@@ -1,126 +1,106 @@
 """From a request's head to what it may do: Gateway, key, path; decided once per head and Snapshot."""
 
 import ipaddress
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
 
-import msgspec
-
-from fleetgate.core.model import Key
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import RequestHead
-from fleetgate.proxy.downstream.authenticator import may_use
-from fleetgate.proxy.routing.routing_table import GatewayState, RoutingTable
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.worker.services import Hub
-
-TIMEOUT_HEADER_MAX_MS = 3_600_000
-
-SESSION_BYTES_MAX = 128
-# What of a client's head an upstream gets to see. FAULTS.md row 80.
-_PASSED = (b"accept", b"traceparent", b"tracestate", b"openai-beta", b"x-session-id")
+from fleetgate.proxy.downstream.authenticator import Authenticator, may_use
+from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.request.request_context import RequestContext
+from fleetgate.proxy.routing.active_table import ActiveTable
+from fleetgate.proxy.routing.model_route import GatewayState
+from fleetgate.proxy.routing.routing_table import RoutingTable
+from fleetgate.proxy.snapshot.key_validity import KeyValidity
 
 
-class RequestRejected(Exception):
-    """The request ends here with an error of ours. Shape: `extra` are header lines."""
+class RequestAuthorizer:
+    """Authorizes heads. Shape: `cors` are the allowed origins; without `needs_keys` every request is `anonymous`."""
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None, extra: bytes = b"") -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.param = param
-        self.extra = extra
+    def __init__(
+        self,
+        active: ActiveTable,
+        authenticator: Authenticator,
+        validity: KeyValidity,
+        cors: Sequence[str],
+        needs_keys: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.active = active
+        self._authenticator = authenticator
+        self._validity = validity
+        self._cors = frozenset(cors)
+        self._needs_keys = needs_keys
+        self._clock = clock
+
+    def authorize(self, head: RequestHead) -> RequestContext:
+        """Decide Gateway, key and path, in this order.
+
+        Raises: `RequestRejected`.
+        """
+        table = self.active.current
+        gateway = _gateway_of(head.host, table)
+        cors = self._cors_headers(head)
+        if head.method == b"OPTIONS":
+            allow = b"allow: %b\r\n" % _methods_of(head.path)
+            raise RequestRejected(204, "options", "", extra=allow + cors)
+        key = self._authenticator.find(head.headers.get(b"authorization", b""), table)
+        if key is None or (key.expires_s and key.expires_s <= time.time()):
+            reason = "has expired" if key is not None else "is missing or not known"
+            if key is None and self._validity.stale:
+                reason = "cannot be checked: the control plane has been away for longer than --max-stale-s"
+            message = f"the API key {reason}; send `Authorization: Bearer <key>`"
+            raise RequestRejected(401, "invalid_api_key", message, extra=cors)
+        if key.require_fresh_s and self._validity.silent_s(self._clock()) > key.require_fresh_s:
+            message = (
+                f"this API key needs a control plane that was heard from within {key.require_fresh_s:g} s "
+                "(`require_fresh_s`), and it was not"
+            )
+            raise RequestRejected(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
+        if not may_use(key, gateway.spec):
+            message = f"this API key may not use the Gateway {gateway.spec.name}"
+            raise RequestRejected(403, "policy_denied", message, extra=cors)
+        _check_path(head, cors)
+        return RequestContext(head, table, gateway, key, cors)
+
+    def _cors_headers(self, head: RequestHead) -> bytes:
+        """The CORS headers for an allowed Origin. Without keys a foreign one is refused: any page could use it."""
+        origin = head.headers.get(b"origin")
+        if origin is None:
+            return b""
+        if "*" in self._cors or origin.decode("latin-1") in self._cors:
+            return (
+                b"access-control-allow-origin: %b\r\nvary: origin\r\n"
+                b"access-control-allow-methods: GET, POST, OPTIONS\r\n"
+                b"access-control-allow-headers: authorization, content-type\r\n"
+                b"access-control-expose-headers: x-request-id, x-fleetgate-deployment, x-fleetgate-region, "
+                b"x-fleetgate-attempts\r\n" % origin
+            )
+        is_own = origin.partition(b"://")[2] == head.host
+        if not self._needs_keys and not is_own:
+            message = "requests from web pages of another origin need --cors ORIGIN while --auth is none"
+            raise RequestRejected(403, "policy_denied", message)
+        return b""
 
 
-class RequestContext:
-    """What a head led to."""
-
-    __slots__ = (
-        "answer_headers",
-        "budget",
-        "client_retries",
-        "head",
-        "idempotency",
-        "key",
-        "key_json",
-        "no_body",
-        "operation",
-        "passed",
-        "path",
-        "raw",
-        "session",
-        "site",
-        "tables",
-        "timeout_s",
-    )
-
-    def __init__(self, head: RequestHead, tables: RoutingTable, site: GatewayState, key: Key) -> None:
-        headers = head.headers
-        self.head = head
-        self.tables = tables
-        self.site = site
-        self.key = key
-        self.key_json = msgspec.json.encode(key.name)
-        self.path = head.path
-        self.operation = openai.OPERATIONS.get(head.path)
-        self.no_body = head.method == b"HEAD"
-        self.raw = head.http10
-        self.passed = b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)
-        self.session = headers.get(b"x-session-id", b"")[:SESSION_BYTES_MAX]
-        self.answer_headers = b""
-        self.budget = site.budget_of(key.name)
-        retries = headers.get(b"x-stainless-retry-count", b"")
-        self.client_retries = int(retries) if retries.isdigit() and len(retries) < 4 else 0
-        self.idempotency = headers.get(b"idempotency-key", b"")
-        self.timeout_s = _timeout_s(headers.get(b"x-fleetgate-timeout-ms", b""))
-
-
-def authorize(head: RequestHead, hub: "Hub") -> RequestContext:
-    """Decide Gateway, key and path, in this order.
-
-    Raises: `RequestRejected`.
-    """
-    tables = hub.tables
-    site = _site_of(head.host, tables)
-    cors = _cors(head, hub)
-    if head.method == b"OPTIONS":
-        allow = b"allow: %b\r\n" % _methods_of(head.path)
-        raise RequestRejected(204, "options", "", extra=allow + cors)
-    key = hub.gatekeeper.find(head.headers.get(b"authorization", b""), tables)
-    if key is None or (key.expires_s and key.expires_s <= hub.epoch_s()):
-        what = "has expired" if key is not None else "is missing or not known"
-        if key is None and hub.freshness.stale:
-            what = "cannot be checked: the control plane has been away for longer than --max-stale-s"
-        raise RequestRejected(
-            401, "invalid_api_key", f"the API key {what}; send `Authorization: Bearer <key>`", extra=cors
-        )
-    if key.require_fresh_s and hub.freshness.silent_s(hub.clock()) > key.require_fresh_s:
-        message = f"this API key needs a sign of the control plane every {key.require_fresh_s:g} s, and there is none"
-        raise RequestRejected(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
-    if not may_use(key, site.gateway):
-        raise RequestRejected(
-            403, "policy_denied", f"this API key may not use the Gateway {site.gateway.name}", extra=cors
-        )
+def _check_path(head: RequestHead, cors: bytes) -> None:
     methods = _methods_of(head.path)
     if not methods:
         path = head.path.decode("ascii", "replace")
-        raise RequestRejected(
-            404, "unknown_path", f"no such path: {path[:200]}; this Gateway speaks the OpenAI API", extra=cors
-        )
+        message = f"no such path: {path[:200]}; this Gateway speaks the OpenAI API"
+        raise RequestRejected(404, "unknown_path", message, extra=cors)
     if head.method not in methods.split(b", "):
         allow = b"allow: %b\r\n" % methods
         method, known = head.method.decode(), methods.decode()
-        raise RequestRejected(405, "invalid_request", f"{method} is not possible here; use {known}", extra=allow + cors)
+        message = f"{method} is not possible here; use {known}"
+        raise RequestRejected(405, "invalid_request", message, extra=allow + cors)
     encoding = head.headers.get(b"content-encoding", b"").strip().lower()
     if encoding not in (b"", b"identity"):
-        # Never inflated: a small body may become a very large one. FAULTS.md row 39.
+        # Never decompressed: a small body may become a very large one. faults.md row 39.
         shown = encoding.decode("ascii", "replace")[:40]
         message = f"content-encoding {shown!r} is not taken here; send the body uncompressed, without that header"
         raise RequestRejected(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
-    admitted = RequestContext(head, tables, site, key)
-    admitted.answer_headers = cors
-    return admitted
 
 
 def _methods_of(path: bytes) -> bytes:
@@ -131,13 +111,13 @@ def _methods_of(path: bytes) -> bytes:
     return b""
 
 
-def _site_of(host: bytes, tables: RoutingTable) -> GatewayState:
+def _gateway_of(host: bytes, table: RoutingTable) -> GatewayState:
     name = host if host.startswith(b"[") else host.partition(b":")[0]
-    site = tables.sites.get(name.removesuffix(b"."))
-    if site is not None:
-        return site
-    if tables.default is not None and (not name or name == b"localhost" or _is_address(name)):
-        return tables.default
+    gateway = table.gateways.get(name.removesuffix(b"."))
+    if gateway is not None:
+        return gateway
+    if table.default_gateway is not None and (not name or name == b"localhost" or _is_address(name)):
+        return table.default_gateway
     known = "set `default: true` on one Gateway" if _is_address(name) else "use <name>.<domain> of a Gateway"
     shown = name.decode("ascii", "replace")[:200]
     raise RequestRejected(404, "gateway_not_found", f"no Gateway answers at {shown or 'an empty Host'}; {known}")
@@ -151,31 +131,3 @@ def _is_address(host: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _cors(head: RequestHead, hub: "Hub") -> bytes:
-    """The CORS headers for an allowed Origin; without keys a foreign one is refused, for any page could use it."""
-    origin = head.headers.get(b"origin")
-    if origin is None:
-        return b""
-    allowed = hub.config.cors
-    if "*" in allowed or origin.decode("latin-1") in allowed:
-        return (
-            b"access-control-allow-origin: %b\r\nvary: origin\r\naccess-control-allow-methods: GET, POST, OPTIONS\r\n"
-            b"access-control-allow-headers: authorization, content-type\r\n"
-            b"access-control-expose-headers: x-request-id, x-fleetgate-deployment, x-fleetgate-region, "
-            b"x-fleetgate-attempts\r\n" % origin
-        )
-    own = origin.partition(b"://")[2] == head.host
-    if hub.config.auth == "none" and not own:
-        message = "requests from web pages of another origin need --cors ORIGIN while --auth is none"
-        raise RequestRejected(403, "policy_denied", message)
-    return b""
-
-
-def _timeout_s(value: bytes) -> float:
-    """The client's deadline; 0 for none or one that makes no sense. Out of range counts as absent, never as urgent."""
-    if not value.isdigit() or len(value) > 9:
-        return 0.0
-    timeout_ms = int(value)
-    return timeout_ms / 1000 if 0 < timeout_ms <= TIMEOUT_HEADER_MAX_MS else 0.0

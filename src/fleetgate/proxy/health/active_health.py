@@ -1,36 +1,35 @@
-"""Asks Endpoints how they are: one worker does it for all and writes what it learns on the board.
+"""Probes Endpoints: one worker does it for all workers and writes what it learns to shared memory.
 
-Readiness and load are read with GET; the one generation request that no client asked for is `prefill.py`'s.
+Health and load are read with GET. The one generation request that no client asked for is the resume probe's.
 """
 
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from fleetgate.core.health.circuit_breaker import Signal
 from fleetgate.core.model import Deployment
 from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory
 from fleetgate.protocols import engines, http1
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead
+from fleetgate.proxy.health.passive_health import PassiveHealthChecker
+from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 from fleetgate.proxy.transport.dns import AddressRefused
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.worker.services import Hub
+from fleetgate.proxy.transport.network import Network
 
 PROBE_EVERY_S = 1.0
 PROBE_TIMEOUT_S = 2.0
-ANSWER_BYTES_MAX = 1024 * 1024
+RESPONSE_BYTES_MAX = 1024 * 1024
 UNKNOWN = -1
 
 
 class ProbeResponse:
-    """One answer on a connection of its own."""
+    """Reads one response on a connection of its own."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.answer: asyncio.Future[tuple[ResponseHead, bytes]] = loop.create_future()
+        self.result: asyncio.Future[tuple[ResponseHead, bytes]] = loop.create_future()
         self._buffer = b""
 
     def on_data(self, data: bytes) -> None:
@@ -40,8 +39,8 @@ class ProbeResponse:
             self._try(ended=False)
         except Malformed as error:
             self._fail(error)
-        if len(self._buffer) > ANSWER_BYTES_MAX:
-            self._fail(Malformed(502, "the answer to a probe is too long"))
+        if len(self._buffer) > RESPONSE_BYTES_MAX:
+            self._fail(Malformed(502, "the response to a probe is over 1 MiB"))
 
     def on_lost(self, error: Exception | None) -> None:
         """The connection ended."""
@@ -52,12 +51,12 @@ class ProbeResponse:
         self._fail(ConnectionResetError("the connection was closed"))
 
     def _fail(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
+        if not self.result.done():
+            self.result.set_exception(error)
 
     def _try(self, ended: bool) -> None:
         head_bytes, mark, rest = self._buffer.partition(http1.HEAD_END)
-        if not mark or self.answer.done():
+        if not mark or self.result.done():
             return
         head = http1.parse_response_head(head_bytes + mark)
         if head.chunked:
@@ -69,87 +68,108 @@ class ProbeResponse:
         else:
             body, whole = rest, ended
         if whole:
-            self.answer.set_result((head, body))
+            self.result.set_result((head, body))
 
 
 class HealthChecker:
-    """Probes every Endpoint once a second while this worker holds the prober's lock; all workers read the signs."""
+    """Probes every Endpoint once a second while this worker holds the prober's lock; all workers read the results.
 
-    def __init__(self, hub: "Hub", become_prober: Callable[[], bool]) -> None:
-        self._hub = hub
-        self._become_prober = become_prober
-        self.mine = False
-        self._foreign: dict[int, int] = {}  # by Endpoint slot, as the last poll had it
+    Shape: `try_lock` takes the lock if no other worker holds it; `is_prober` says whether this worker holds it.
+    """
+
+    def __init__(
+        self,
+        active: ActiveTable,
+        shared: SharedMemory,
+        passive: PassiveHealthChecker,
+        network: Network,
+        try_lock: Callable[[], bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self._active = active
+        self._shared = shared
+        self._passive = passive
+        self._network = network
+        self._try_lock = try_lock
+        self._clock = clock
+        self.is_prober = False
+        self._external: dict[int, int] = {}  # requests of others, by Endpoint slot, at the last poll
         self._running: dict[EndpointState, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Probe, and follow what was probed, until cancelled."""
         while True:
-            self.mine = self.mine or self._become_prober()
-            if self.mine:
+            self.is_prober = self.is_prober or self._try_lock()
+            if self.is_prober:
                 self._start_probes()
             await asyncio.sleep(PROBE_EVERY_S / 4)
             self._follow()
 
+    def retire(self) -> None:
+        """This worker stops: it probes no more."""
+        self.is_prober = False
+
     def _start_probes(self) -> None:
-        hub, now_ms = self._hub, int(self._hub.clock() * 1000)
-        for place in hub.tables.places.values():
-            for peer in place.peers:
-                seen_ms = hub.board.signal(peer.endpoint.slot, EndpointSignal.SEEN_MS)
-                running = self._running.get(peer)
+        table, now_ms = self._active.current, int(self._clock() * 1000)
+        for deployment in table.deployments.values():
+            for endpoint in deployment.endpoints:
+                seen_ms = self._shared.signal(endpoint.spec.slot, EndpointSignal.SEEN_MS)
+                running = self._running.get(endpoint)
                 if (running is None or running.done()) and now_ms - seen_ms >= PROBE_EVERY_S * 1000:
-                    self._running[peer] = hub.loop.create_task(self._probe(place.deployment, peer))
-        known = hub.tables.peers.values()
-        self._running = {peer: task for peer, task in self._running.items() if not task.done() or peer in known}
+                    self._running[endpoint] = asyncio.ensure_future(self._probe(deployment.spec, endpoint))
+        known = table.endpoints.values()
+        self._running = {one: task for one, task in self._running.items() if not task.done() or one in known}
 
     def _follow(self) -> None:
-        """Feed what the prober saw to this worker's breakers."""
-        hub = self._hub
-        for peer in hub.tables.peers.values():
-            seen_ms = hub.board.signal(peer.endpoint.slot, EndpointSignal.SEEN_MS)
-            if seen_ms > peer.probe_seen_ms:
-                peer.probe_seen_ms = seen_ms
-                up = hub.board.signal(peer.endpoint.slot, EndpointSignal.UP)
-                hub.ward.saw(peer, Signal.PROBE_WELL if up else Signal.PROBE_BROKE)
+        """Feed the prober's results to this worker's circuit breakers."""
+        for endpoint in self._active.current.endpoints.values():
+            if endpoint.note_probe(self._shared.signal(endpoint.spec.slot, EndpointSignal.SEEN_MS)):
+                is_up = self._shared.signal(endpoint.spec.slot, EndpointSignal.UP)
+                self._passive.record(endpoint, Signal.PROBE_WELL if is_up else Signal.PROBE_BROKE)
 
-    async def _probe(self, deployment: Deployment, peer: EndpointState) -> None:
-        hub = self._hub
+    async def _probe(self, deployment: Deployment, endpoint: EndpointState) -> None:
         engine = engines.find(deployment.engine)
         health_path = deployment.health_path or (engine.HEALTH_PATH if engine is not None else "")
-        begun_s = hub.clock()
+        begun_s = self._clock()
         up, rtt_us = 1, 0
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                connection = await peer.pool.connect(hub.network, PROBE_TIMEOUT_S)
-                rtt_us = int((hub.clock() - begun_s) * 1e6)
+                connection = await endpoint.pool.connect(self._network, PROBE_TIMEOUT_S)
+                rtt_us = int((self._clock() - begun_s) * 1e6)
                 try:
                     if health_path:
-                        head, _ = await self._get(connection, peer, health_path)
+                        head, _ = await self._get(connection, endpoint, health_path)
                         up = int(head.status < 400 or head.status in (401, 403, 404))
                 finally:
                     connection.drop()
                 if up and engine is not None and engine.METRICS_PATH:
-                    await self._read_load(engine.read, engine.METRICS_PATH, deployment, peer)
+                    await self._read_load(engine.read, engine.METRICS_PATH, deployment, endpoint)
         except (OSError, TimeoutError, ssl.SSLError, AddressRefused, Malformed):
             up = 0
-        self._write(hub.board, peer.endpoint.slot, up, rtt_us)
+        self._publish(endpoint.spec.slot, up, rtt_us)
 
-    async def _get(self, connection: UpstreamConnection, peer: EndpointState, path: str) -> tuple[ResponseHead, bytes]:
-        get = ProbeResponse(self._hub.loop)
-        host = peer.endpoint.host
-        head = f"GET {path} HTTP/1.1\r\nhost: {host}:{peer.endpoint.port}\r\nuser-agent: fleetgate-probe\r\n"
-        connection.carry(get, ((head + "accept-encoding: identity\r\nconnection: close\r\n\r\n").encode(),))
-        return await get.answer
+    async def _get(
+        self, connection: UpstreamConnection, endpoint: EndpointState, path: str
+    ) -> tuple[ResponseHead, bytes]:
+        response = ProbeResponse(asyncio.get_running_loop())
+        host, port = endpoint.spec.host, endpoint.spec.port
+        head = f"GET {path} HTTP/1.1\r\nhost: {host}:{port}\r\nuser-agent: fleetgate-probe\r\n"
+        connection.carry(response, ((head + "accept-encoding: identity\r\nconnection: close\r\n\r\n").encode(),))
+        return await response.result
 
     async def _read_load(
-        self, read: Callable[[bytes], engines.EngineSignals], path: str, deployment: Deployment, peer: EndpointState
+        self,
+        read: Callable[[bytes], engines.EngineSignals],
+        path: str,
+        deployment: Deployment,
+        endpoint: EndpointState,
     ) -> None:
-        """Load is optional: an engine without metrics is routed by our own counts, and stays up."""
-        hub, slot = self._hub, peer.endpoint.slot
-        ours_before = hub.board.in_flight_total(deployment.slot)
-        connection = await peer.pool.connect(hub.network, PROBE_TIMEOUT_S)
+        """Load is optional: an engine without metrics is routed by our own counts, and stays healthy."""
+        shared, slot = self._shared, endpoint.spec.slot
+        ours_before = shared.in_flight_total(deployment.slot)
+        connection = await endpoint.pool.connect(self._network, PROBE_TIMEOUT_S)
         try:
-            head, body = await self._get(connection, peer, path)
+            head, body = await self._get(connection, endpoint, path)
         except (OSError, Malformed):
             return
         finally:
@@ -157,22 +177,22 @@ class HealthChecker:
         if head.status != 200:
             return
         signals = read(body)
-        board = hub.board
-        board.set_signal(slot, EndpointSignal.RUNNING, UNKNOWN if signals.running is None else signals.running)
-        board.set_signal(slot, EndpointSignal.WAITING, UNKNOWN if signals.waiting is None else signals.waiting)
-        kv = UNKNOWN if signals.kv_ratio is None else int(signals.kv_ratio * 1000)
-        board.set_signal(slot, EndpointSignal.KV_PERMILLE, kv)
-        # What others send to the same engine; ours before and after, so that a request that just ended is not foreign.
-        ours = max(ours_before, board.in_flight_total(deployment.slot))
+        shared.set_signal(slot, EndpointSignal.RUNNING, UNKNOWN if signals.running is None else signals.running)
+        shared.set_signal(slot, EndpointSignal.WAITING, UNKNOWN if signals.waiting is None else signals.waiting)
+        kv_permille = UNKNOWN if signals.kv_ratio is None else int(signals.kv_ratio * 1000)
+        shared.set_signal(slot, EndpointSignal.KV_PERMILLE, kv_permille)
+        # Requests from elsewhere at the same engine. Ours are counted before and after, so that one that has just
+        # ended is not taken for one of them.
+        ours = max(ours_before, shared.in_flight_total(deployment.slot))
         there = (signals.running or 0) + (signals.waiting or 0)
-        foreign = max(0, there - ours) if len(deployment.endpoints) == 1 else 0
-        # Seen twice: an engine goes on counting a request of ours for a moment after we have its last byte.
-        board.set_signal(slot, EndpointSignal.FOREIGN, min(foreign, self._foreign.get(slot, 0)))
-        self._foreign[slot] = foreign
-        board.set_signal(slot, EndpointSignal.LOAD_SEEN_MS, int(hub.clock() * 1000))
+        external = max(0, there - ours) if len(deployment.endpoints) == 1 else 0
+        # Seen twice: an engine counts a request of ours for a moment after its last byte has come.
+        shared.set_signal(slot, EndpointSignal.FOREIGN, min(external, self._external.get(slot, 0)))
+        self._external[slot] = external
+        shared.set_signal(slot, EndpointSignal.LOAD_SEEN_MS, int(self._clock() * 1000))
 
-    def _write(self, board: SharedMemory, slot: int, up: int, rtt_us: int) -> None:
-        board.set_signal(slot, EndpointSignal.UP, up)
+    def _publish(self, slot: int, up: int, rtt_us: int) -> None:
+        self._shared.set_signal(slot, EndpointSignal.UP, up)
         if rtt_us:
-            board.set_signal(slot, EndpointSignal.RTT_US, rtt_us)
-        board.set_signal(slot, EndpointSignal.SEEN_MS, int(self._hub.clock() * 1000))
+            self._shared.set_signal(slot, EndpointSignal.RTT_US, rtt_us)
+        self._shared.set_signal(slot, EndpointSignal.SEEN_MS, int(self._clock() * 1000))

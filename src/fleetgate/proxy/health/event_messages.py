@@ -1,53 +1,86 @@
-"""Events that workers tell, as sentences."""
+"""Events about Deployments and their Endpoints: the sentences, and how often each is told."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fleetgate.core.health.circuit_breaker import BreakerState, EndpointHealth, Signal
 from fleetgate.core.health.outlier_detection import REGION_S
 from fleetgate.core.model import Deployment, Endpoint
+from fleetgate.ipc.event_spool import EventRecord, EventSpool
 
-_BECAUSE = {
-    Signal.BROKE: "its answers break",
-    Signal.UNREACHABLE: "it cannot be connected to",
-    Signal.PROBE_BROKE: "it does not answer its probes",
-    Signal.SLOW: "it is several times slower than usual, and others can take its work",
+EVENT_EVERY_S = 30.0  # an Event of one kind of one Deployment
+
+_REASONS = {
+    Signal.UNREACHABLE: "connections to it fail",
+    Signal.PROBE_BROKE: "{probes} consecutive probes got no answer",
+    Signal.SLOW: "its latency is several times its usual, and other Endpoints can take its load",
 }
+_FAILED = "{failures} consecutive attempts failed ({broken} of the last {ended} responses)"
 
 
-def out_sentence(endpoint: Endpoint, health: EndpointHealth, sign: Signal, now_s: float) -> str:
-    """Why an Endpoint gets no requests."""
+class DeploymentEvents:
+    """Emits Events about Deployments, each kind of each Deployment at most every 30 s."""
+
+    def __init__(self, spool: EventSpool, clock: Callable[[], float]) -> None:
+        self._spool = spool
+        self._clock = clock
+        self._emitted_s: dict[tuple[int, str], float] = {}
+
+    def emit(self, deployment: Deployment, kind: str, message: str) -> None:
+        """Emit an Event. Shape: `kind` separates Events that do not silence each other."""
+        now_s, key = self._clock(), (deployment.slot, kind)
+        if now_s - self._emitted_s.get(key, float("-inf")) >= EVENT_EVERY_S:
+            self._emitted_s[key] = now_s
+            self._spool.add(EventRecord("Deployment", deployment.name, message))
+
+
+def ejected_message(
+    endpoint: Endpoint, before: EndpointHealth, health: EndpointHealth, signal: Signal, now_s: float
+) -> str:
+    """An Endpoint gets no requests. Shape: `before` and `health` are its health before and after the signal."""
     for_s = health.open_until_s - now_s
     if health.breaker is BreakerState.DENIED:
         return (
-            f"{endpoint.origin} refuses the Deployment's credential and gets no requests for {for_s:.0f} s; "
+            f"Endpoint {endpoint.origin} ejected for {for_s:.0f} s: it refuses the Deployment's credential; "
             "renew the Secret that `credential` names"
         )
-    return f"{endpoint.origin} is out for {for_s:.1f} s: {_BECAUSE.get(sign, 'its answers break')}"
+    reason = _REASONS.get(signal, _FAILED).format(
+        probes=before.consecutive_probe_failures + 1,
+        failures=before.consecutive_failures + 1,
+        broken=before.results.broken + 1,
+        ended=before.results.ended + 1,
+    )
+    return f"Endpoint {endpoint.origin} ejected for {for_s:.1f} s: {reason}"
 
 
-def lacks_sentence(deployment: Deployment, model: str, path: str) -> str:
-    """Why a Deployment is not asked for one of its models."""
+def model_missing_message(deployment: Deployment, model: str, path: str) -> str:
+    """A Deployment does not serve one of its models at a path."""
     upstream = deployment.models.get(model, model)
     return (
-        f"{deployment.name} answers 404 for model {model} (asked for as {upstream}) at {path} and is not asked for it "
-        "there while others serve it; correct its `models`, unless its engine only lacks that path"
+        f"Deployment {deployment.name} answers 404 for model {model} (sent as {upstream}) at {path}: such requests go "
+        "to other Deployments that serve it; correct `models` unless only the path is missing"
     )
 
 
-def panic_sentence(gateway: str, model: str) -> str:
-    """Why requests fail at once."""
-    return f"every Deployment for model {model} of Gateway {gateway} is out; each is tried once a second"
-
-
-def poison_sentence(request_id: str, origins: list[str]) -> str:
-    """Why a request was given up."""
-    return f"request {request_id} ended the engines at {' and '.join(origins)} and is not tried again"
-
-
-def region_sentence(region: str, out_s: Mapping[str, float], now_s: float) -> str:
-    """Why a whole region is taken for lost."""
-    names = sorted(name for name, moment_s in out_s.items() if now_s - moment_s <= REGION_S)
+def panic_message(gateway: str, model: str) -> str:
+    """Every Endpoint of a route is ejected."""
     return (
-        f"region {region} is taken for lost: {', '.join(names)} went out within {REGION_S:g} s; "
-        "its other Endpoints get one request at a time until one goes well"
+        f"every Deployment for model {model} of Gateway {gateway} is ejected: requests fail at once, but for one trial "
+        "of each Endpoint per second"
+    )
+
+
+def poison_message(request_id: str, origins: list[str]) -> str:
+    """A request was given up."""
+    return (
+        f"request {request_id} was given up with 502 poison_request: the engines at {' and '.join(origins)} went down "
+        "while they served it"
+    )
+
+
+def region_lost_message(region: str, ejected_s: Mapping[str, float], now_s: float) -> str:
+    """Much of a region was ejected at once."""
+    names = sorted(name for name, moment_s in ejected_s.items() if now_s - moment_s <= REGION_S)
+    return (
+        f"region {region} is treated as lost: {', '.join(names)} ejected within {REGION_S:g} s; "
+        "its other Endpoints get one request at a time until one succeeds"
     )

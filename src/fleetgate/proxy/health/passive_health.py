@@ -1,33 +1,37 @@
-"""The health of every Endpoint in one worker: what attempts, probes, looks and other workers tell, put together."""
+"""The health of every Endpoint in one worker: what attempts, probes, ticks and other workers show, put together."""
 
 import random
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
 
-from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Failure, State
-from fleetgate.core.health import outlier_detection as outliers
-from fleetgate.core.health.circuit_breaker import OUT, BreakerState, Signal, adopted, after, told_ms, until_ms
-from fleetgate.core.routing.load_view import COOLING
-from fleetgate.ipc.event_spool import EventRecord
-from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter
-from fleetgate.proxy.health import event_messages as sentences
+import msgspec
+
+from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Failure
+from fleetgate.core.health import outlier_detection
+from fleetgate.core.health.circuit_breaker import (
+    EJECTED_STATES,
+    BreakerState,
+    EndpointHealth,
+    Signal,
+    ejection_end_ms,
+    encode_ejection,
+)
+from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter, SharedMemory
+from fleetgate.proxy.health import event_messages
+from fleetgate.proxy.health.event_messages import DeploymentEvents
+from fleetgate.proxy.routing.active_table import ActiveTable
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
-from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState, RoutingTable
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.routing.routing_table import RoutingTable
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
-    from fleetgate.proxy.worker.services import Hub
+MODEL_MISSING_S = 30.0  # a Deployment without a model is not asked for it for this long
+PANIC_EVERY_S = 1.0  # with every Endpoint ejected, each is tried this often by one request, the least bad first
+CREDENTIAL_PROVEN_S = 10.0  # within this time of an answer, a 403 may be about the prompt, not the credential
+CREDENTIAL_REFUSALS_MAX = 3  # that many consecutive 403s are about the credential
 
-LACKS_S = 30.0  # a model that an engine says it does not have is asked of it again after so long
-PANIC_EVERY_S = 1.0  # with everybody out, each is tried so often by one request, the least bad first
-TELL_EVERY_S = 30.0  # an Event of one kind of one Deployment
-PROVEN_S = 10.0  # an engine that answered so lately does accept our credential: a 403 may be about the prompt
-REFUSALS_MAX = 3  # such 403s in a row, and it does not
-LOOK_MIN_S = 0.2  # of a stream that began since the last look; less tells nothing of its pace
-SILENT_S = 2.0  # a request that waits at an Endpoint which its probes cannot reach has been lost with it
-
-# What a failed attempt says about an Endpoint's health. What is missing here says nothing, or something else.
-SIGNS = {
+# What a failed attempt says about an Endpoint's health. A failure without an entry says nothing, or something else.
+SIGNALS = {
     Failure.BROKEN: Signal.BROKE,
     Failure.BAD_OUTPUT: Signal.BROKE,
     Failure.TIMEOUT: Signal.BROKE,
@@ -36,234 +40,224 @@ SIGNS = {
 }
 
 
+class FailedAttempt(msgspec.Struct, frozen=True):
+    """An attempt that was lost."""
+
+    endpoint: EndpointState
+    failure: Failure
+    route: ModelRouteState
+    path: bytes
+
+
+class HealthReactions(Protocol):
+    """What follows from a change of health for requests."""
+
+    def wake_soon(self) -> None:
+        """An Endpoint may take requests again: those that wait may find a slot."""
+
+    def move_silent_soon(self, endpoint: EndpointState) -> None:
+        """An Endpoint cannot be reached: requests that wait there for a first event move."""
+
+
 class PassiveHealthChecker:
-    """Feeds the breakers and sees to what follows from them."""
+    """Feeds the circuit breakers of one worker. Shape: `worker` is its column in `shared`."""
 
-    def __init__(self, hub: "Hub") -> None:
-        self._hub = hub
-        self._out_s: dict[str, dict[str, float]] = {}  # by region, then origin: when an Endpoint of it last went out
-        self._told_s: dict[tuple[int, str], float] = {}  # by Deployment slot and kind: when an Event was last told
+    def __init__(
+        self,
+        active: ActiveTable,
+        shared: SharedMemory,
+        worker: int,
+        events: DeploymentEvents,
+        reactions: HealthReactions,
+        clock: Callable[[], float],
+    ) -> None:
+        self._active = active
+        self._shared = shared
+        self._worker = worker
+        self._events = events
+        self._reactions = reactions
+        self._clock = clock
+        self._ejected_s: dict[str, dict[str, float]] = {}  # by region, then Endpoint: when it was last ejected
 
-    # --- what attempts tell ---
+    # --- what attempts show ---
 
-    def blame(self, conversation: "RequestHandler", peer: EndpointState, failure: Failure) -> None:
-        """An attempt at this Endpoint is lost."""
-        sign = SIGNS.get(failure)
-        if sign is not None:
-            self.saw(peer, sign)
-            return
-        places = self._hub.tables.places_of.get(peer, ())
-        for place in places:
-            if failure is Failure.CREDENTIAL:
-                conversation.failed_peers = (*conversation.failed_peers, *place.peers)  # all would get the same one
-                self._refused_credential(place)
-            elif failure is Failure.MODEL_MISSING:
-                self._lacks(conversation.lane, place, conversation.request.path)
+    def report_failure(self, failed: FailedAttempt) -> tuple[EndpointState, ...]:
+        """An attempt is lost. Returns further Endpoints that would fail this request for the same reason."""
+        if failed.failure in SIGNALS:
+            self.record_failure(failed.endpoint, failed.failure)
+            return ()
+        same: tuple[EndpointState, ...] = ()
+        for deployment in self._active.current.deployments_at.get(failed.endpoint, ()):
+            if failed.failure is Failure.CREDENTIAL:
+                same = (*same, *deployment.endpoints)  # all would get the same credential
+                self._refuse_credential(deployment)
+            elif failed.failure is Failure.MODEL_MISSING:
+                self._mark_model_missing(failed.route, deployment, failed.path)
+        return same
 
-    def unreachable(self, lane: ModelRouteState, place: DeploymentState, peer: EndpointState, failure: Failure) -> None:
-        """A connection that nobody waits for any more could not be made."""
-        self._hub.count_failure(lane, place, failure)
-        self.saw(peer, SIGNS[failure])
+    def record_failure(self, endpoint: EndpointState, failure: Failure) -> None:
+        """Feed a failure that says something about the Endpoint."""
+        self.record(endpoint, SIGNALS[failure])
 
-    def saw(self, peer: EndpointState, sign: Signal) -> None:
-        """Feed one sign to an Endpoint's breaker."""
-        if peer.record(sign, self._hub.clock(), random.random()):
-            self.changed(peer, sign)
+    def record(self, endpoint: EndpointState, signal: Signal) -> None:
+        """Feed one signal to an Endpoint's circuit breaker."""
+        before = endpoint.health
+        if endpoint.record(signal, self._clock(), random.random()):
+            self._on_change(endpoint, before, signal)
 
-    def changed(self, peer: EndpointState, sign: Signal) -> None:
-        """An Endpoint's breaker changed: write it where the other workers see it, and see to what follows."""
-        hub, tables, health = self._hub, self._hub.tables, peer.health
-        board = hub.board
-        told = told_ms(health)
-        board.ejected_until_ms[peer.endpoint.slot * board.workers + hub.config.index] = told
-        peer.adopted = max(peer.adopted, told)
-        if health.breaker in OUT:
-            for place in tables.places_of.get(peer, ()):
-                place.carried = max(place.carried, board.in_flight_total(place.slot))
-                self.tell(place, str(health.breaker), sentences.out_sentence(peer.endpoint, health, sign, hub.clock()))
-        tables.renew_fit(peer, hub.clock())
+    def _on_change(self, endpoint: EndpointState, before: EndpointHealth, signal: Signal) -> None:
+        """A breaker changed: publish it to the other workers, and see to what follows."""
+        health, table, now_s = endpoint.health, self._active.current, self._clock()
+        ejection = encode_ejection(health)
+        self._shared.ejected_until_ms[endpoint.spec.slot * self._shared.workers + self._worker] = ejection
+        endpoint.note_published(ejection)
+        if health.breaker in EJECTED_STATES:
+            message = event_messages.ejected_message(endpoint.spec, before, health, signal, now_s)
+            for deployment in table.deployments_at.get(endpoint, ()):
+                deployment.record_ejection(self._shared.in_flight_total(deployment.slot))
+                self._events.emit(deployment.spec, str(health.breaker), message)
+        table.update_health(endpoint, now_s)
         if health.breaker in (BreakerState.CLOSED, BreakerState.HALF_OPEN):
-            hub.loop.call_soon(hub.wake)
+            self._reactions.wake_soon()
         elif health.breaker in (BreakerState.OPEN, BreakerState.DOWN):
-            self._suspect_region(peer)
-        if health.breaker is BreakerState.DOWN and sign is Signal.PROBE_BROKE:
-            hub.loop.call_soon(self._sever, peer)
+            self._suspect_region(endpoint)
+        if health.breaker is BreakerState.DOWN and signal is Signal.PROBE_BROKE:
+            self._reactions.move_silent_soon(endpoint)
 
-    def _sever(self, peer: EndpointState) -> None:
-        """Its probes do not reach it: what still waits there for a first sign is moved, and need not wait as long."""
-        now_s = self._hub.clock()
-        for conversation in list(self._hub.conversations):
-            waiting = conversation.exchange.state is State.TRYING and conversation.peer is peer
-            if waiting and now_s - conversation.sent_s > SILENT_S:
-                conversation.overdue(now_s)
+    def _refuse_credential(self, deployment: DeploymentState) -> None:
+        """No Endpoint of the Deployment gets a request until the credential may have changed. faults.md row 21."""
+        if deployment.refuse_credential(self._clock(), CREDENTIAL_PROVEN_S, CREDENTIAL_REFUSALS_MAX):
+            for endpoint in deployment.endpoints:
+                self.record(endpoint, Signal.DENIED)
 
-    def _refused_credential(self, place: DeploymentState) -> None:
-        """No Endpoint of the Deployment gets a request before the credential may be another. FAULTS.md row 21."""
-        now_s = self._hub.clock()
-        place.refusals += 1
-        if now_s - place.proven_s <= PROVEN_S and place.refusals < REFUSALS_MAX:
-            return
-        for peer in place.peers:
-            self.saw(peer, Signal.DENIED)
-
-    def _lacks(self, lane: ModelRouteState, place: DeploymentState, path: bytes) -> None:
-        """This Deployment does not have this model, whatever its entry says; others of its models it may. Row 20."""
-        lane.lacks(place.slot, path, self._hub.clock() + LACKS_S)
-        self.tell(place, "model_missing", sentences.lacks_sentence(place.deployment, lane.model, path.decode()))
+    def _mark_model_missing(self, route: ModelRouteState, deployment: DeploymentState, path: bytes) -> None:
+        """This Deployment does not serve this model at this path, whatever its entry says. faults.md row 20."""
+        route.mark_model_missing(deployment.slot, path, self._clock() + MODEL_MISSING_S)
+        message = event_messages.model_missing_message(deployment.spec, route.model, path.decode())
+        self._events.emit(deployment.spec, "model_missing", message)
 
     # --- full ---
 
-    def asked_to_wait(self, place: DeploymentState, wait_s: float) -> None:
-        """An engine is full and says for how long: nobody is sent there before. FAULTS.md row 16.
+    def apply_retry_after(self, deployment: DeploymentState, wait_s: float) -> None:
+        """A full engine says for how long: no request is sent there before. faults.md row 16.
 
-        Of several Endpoints one speaks for itself only; for the others their limit does.
+        One Endpoint of several speaks for itself only; the limit then speaks for the others.
         """
-        if len(place.peers) > 1:
+        if len(deployment.endpoints) > 1:
             return
-        hub, now_s = self._hub, self._hub.clock()
-        place.cools_until_s = max(place.cools_until_s, now_s + min(wait_s, RETRY_AFTER_MAX_S))
-        place.cools_told_ms = int(place.cools_until_s * 1000)
-        hub.board.retry_after_until_ms[place.slot * hub.board.workers + hub.config.index] = place.cools_told_ms
-        self.cool(place, now_s)
-        hub.learning.renew(place, int(now_s * 1000))
-
-    def cool(self, place: DeploymentState, now_s: float) -> None:
-        """Nobody is sent there while it cools; afterwards it is as before."""
-        if now_s < place.cools_until_s:
-            place.foreign = COOLING
-        else:
-            place.cools_until_s, place.foreign = 0.0, 0
+        now_s = self._clock()
+        deployment.set_retry_after(now_s + min(wait_s, RETRY_AFTER_MAX_S))
+        cell = deployment.slot * self._shared.workers + self._worker
+        self._shared.retry_after_until_ms[cell] = deployment.retry_after_told_ms
+        deployment.update_pause(now_s)
+        self._active.current.on_health_change(deployment)
 
     # --- regions ---
 
-    def _suspect_region(self, out: EndpointState) -> None:
-        """Where much of a region falls at once the rest gets one request at a time, if others can take the load."""
-        now_s, tables = self._hub.clock(), self._hub.tables
-        for place in tables.places_of.get(out, ()):
-            region = place.deployment.region
-            moments_s = self._out_s.setdefault(region, {})
-            moments_s[f"{place.deployment.name} at {out.endpoint.origin}"] = now_s
-            there = [one for one in tables.places.values() if one.deployment.region == region]
-            members = sum(len(one.peers) for one in there)
-            if not outliers.is_region_lost(moments_s, members, now_s) or not self._has_other_region(there):
+    def _suspect_region(self, ejected: EndpointState) -> None:
+        """Much of a region fell at once: its other Endpoints get one request at a time, if others can take the load."""
+        now_s, table = self._clock(), self._active.current
+        for deployment in table.deployments_at.get(ejected, ()):
+            region = deployment.spec.region
+            moments_s = self._ejected_s.setdefault(region, {})
+            moments_s[f"{deployment.spec.name} at {ejected.spec.origin}"] = now_s
+            inside = [one for one in table.deployments.values() if one.spec.region == region]
+            members = sum(len(one.endpoints) for one in inside)
+            if not outlier_detection.is_region_lost(moments_s, members, now_s) or not _has_other_region(inside):
                 continue
-            suspects = [peer for one in there for peer in one.peers if peer.health.breaker is BreakerState.CLOSED]
-            for peer in suspects:
-                peer.health = after(peer.health, Signal.REGION_LOST, now_s)
-                tables.renew_fit(peer, now_s)
-            self.tell(place, "region_lost", sentences.region_sentence(region, moments_s, now_s))
+            for endpoint in [one for other in inside for one in other.endpoints]:
+                if endpoint.health.breaker is BreakerState.CLOSED:
+                    endpoint.record(Signal.REGION_LOST, now_s, 0.5)
+                    table.update_health(endpoint, now_s)
+            message = event_messages.region_lost_message(region, moments_s, now_s)
+            self._events.emit(deployment.spec, "region_lost", message)
 
-    def _has_other_region(self, there: list[DeploymentState]) -> bool:
-        """Whether every Lane of these Places has somebody fit elsewhere."""
-        inside = {place.slot for place in there}
-        lanes = (lane for place in there for lane in place.lanes)
-        return all(any(other.fit > 0.0 for other in lane if other.slot not in inside) for lane in lanes)
+    # --- ticks ---
 
-    # --- looks ---
+    def tick(self, now_s: float, every_second: bool) -> None:
+        """Every 50 ms: follow the other workers' ejections; once a second find outliers of latency."""
+        table = self._active.current
+        self._adopt_ejections(table, now_s)
+        if any(deployment.health <= 0.0 for deployment in table.deployments.values()):
+            for route in table.routes:
+                if route.deployments and all(one.health <= 0.0 for one in route.deployments):
+                    self._panic(route, now_s)
+        if every_second:
+            for endpoint in table.endpoints.values():
+                if endpoint.is_slow():
+                    self._eject_slow(endpoint)
+            for deployment in table.deployments.values():
+                self._prove_credential(deployment, now_s)
 
-    def look(self, conversation: "RequestHandler", progress: int, now_s: float) -> None:
-        """Once a second, of a stream: how long its first token took, and how far it came since the last look."""
-        peer, place = conversation.peer, conversation.place
-        if peer is None or place is None or conversation.resumption is not None or conversation.client.unread:
-            return
-        size = len(conversation.body)
-        if not conversation.first_s:
-            if conversation.attempts == 1:
-                place.pulse.first_tokens.record_waiting(size, now_s - conversation.sent_s, now_s)
-        elif not conversation.progress:
-            ttft_s = conversation.first_s - conversation.sent_s
-            place.pulse.first_tokens.record(size, ttft_s, now_s)
-            peer.slowness_of(size.bit_length()).record(ttft_s)
-            if now_s - conversation.first_s > LOOK_MIN_S:
-                peer.slowness_of(0).record((now_s - conversation.first_s) / max(1, progress))
-        else:
-            peer.slowness_of(0).record(1.0 / max(1, progress - conversation.progress))
+    def _eject_slow(self, endpoint: EndpointState) -> None:
+        """Eject an Endpoint whose latency is an outlier if others can take its load.
 
-    def sweep(self, now_s: float, watch: bool) -> None:
-        """Every 50 ms: what other workers took out, and whether anybody is left; once a second who is slow."""
-        tables = self._hub.tables
-        self._adopt(tables, now_s)
-        if any(place.fit <= 0.0 for place in tables.places.values()):
-            for lane in tables.lanes:
-                if lane.places and all(place.fit <= 0.0 for place in lane.places):
-                    self._panic(lane, now_s)
-        if watch:
-            for peer in tables.peers.values():
-                if any([slowness.evaluate(peer.in_flight) for slowness in peer.slowness.values()]):
-                    self._is_slow(peer)
-            for place in tables.places.values():
-                self._prove(place, now_s)
+        If all are slow, eject none: that is load, not a fault.
+        """
+        deployments = self._active.current.deployments_at.get(endpoint, ())
+        routes = [others for deployment in deployments for others in deployment.alternatives]
+        if routes and all(any(other.health >= 1.0 for other in others) for others in routes):
+            self.record(endpoint, Signal.SLOW)
 
-    def _is_slow(self, peer: EndpointState) -> None:
-        """Slower than ever: out, where others can take its work. Everybody slow is busy, not broken."""
-        lanes = [lane for place in self._hub.tables.places_of.get(peer, ()) for lane in place.lanes]
-        if lanes and all(any(other.fit >= 1.0 for other in lane) for lane in lanes):
-            self.saw(peer, Signal.SLOW)
+    def _prove_credential(self, deployment: DeploymentState, now_s: float) -> None:
+        at = (deployment.slot * self._shared.workers + self._worker) * TALLY_CELLS
+        deployment.prove_credential(self._shared.deployment_counters[at + DeploymentCounter.ENDED], now_s)
 
-    def _prove(self, place: DeploymentState, now_s: float) -> None:
-        """An answer that ended well proves the credential."""
-        board = self._hub.board
-        at = (place.slot * board.workers + self._hub.config.index) * TALLY_CELLS
-        ended = board.deployment_counters[at + DeploymentCounter.ENDED]
-        if ended != place.ended:
-            place.ended, place.proven_s, place.refusals = ended, now_s, 0
+    def _adopt_ejections(self, table: RoutingTable, now_s: float) -> None:
+        """An Endpoint that another worker ejected is ejected here too."""
+        for endpoint in table.endpoints.values():
+            ejection = self._shared.ejected_until(endpoint.spec.slot)
+            is_newer = ejection > endpoint.published and ejection_end_ms(ejection) > now_s * 1000
+            if is_newer and endpoint.adopt_ejection(ejection):
+                table.update_health(endpoint, now_s)
+        for deployment in table.deployments.values():
+            deployment.adopt_retry_after(self._shared.retry_after_until(deployment.slot))
 
-    def _adopt(self, tables: RoutingTable, now_s: float) -> None:
-        """Follow the other workers: whom one of them took out is out for this one too."""
-        board, now_ms = self._hub.board, now_s * 1000
-        for peer in tables.peers.values():
-            told = board.ejected_until(peer.endpoint.slot)
-            if told > peer.adopted and until_ms(told) > now_ms and peer.health.breaker is BreakerState.CLOSED:
-                peer.adopted = told
-                peer.health = adopted(told)
-                tables.renew_fit(peer, now_s)
-        for place in tables.places.values():
-            told = board.retry_after_until(place.slot)
-            if told > place.cools_told_ms:
-                place.cools_told_ms, place.cools_until_s = told, told / 1000
+    # --- every Endpoint is ejected ---
 
-    # --- nobody left ---
-
-    def try_least_bad(self, lane: ModelRouteState, now_s: float, without: Collection[int] = ()) -> bool:
-        """Everybody else is out: whether one request may try the least bad, which each is now and then. Row 19.
+    def panic_pick(self, route: ModelRouteState, now_s: float, without: Collection[int] = ()) -> bool:
+        """Whether one request may try the least bad ejected Endpoint, as each is tried now and then. faults.md row 19.
 
         Shape: `without` the Deployments of these slots.
         """
-        places = [place for place in lane.places if place.slot not in without]
-        peers = (peer for place in places for peer in place.peers if now_s - peer.panicked_s >= PANIC_EVERY_S)
-        peer = least_bad(peers)
-        if peer is None:
+        deployments = [deployment for deployment in route.deployments if deployment.slot not in without]
+        endpoints = (one for deployment in deployments for one in deployment.endpoints)
+        endpoint = least_bad(one for one in endpoints if now_s - one.panicked_s >= PANIC_EVERY_S)
+        if endpoint is None:
             return False
-        peer.panicked_s = now_s
-        self.saw(peer, Signal.EVERYBODY_OUT)
+        endpoint.note_panic(now_s)
+        self.record(endpoint, Signal.EVERYBODY_OUT)
         return True
 
-    def _panic(self, lane: ModelRouteState, now_s: float) -> None:
-        if self.try_least_bad(lane, now_s):
-            gateway = lane.site.gateway.name
-            self.tell(lane.places[0], f"panic {gateway} {lane.model}", sentences.panic_sentence(gateway, lane.model))
+    def _panic(self, route: ModelRouteState, now_s: float) -> None:
+        if self.panic_pick(route, now_s):
+            gateway = route.gateway.spec.name
+            message = event_messages.panic_message(gateway, route.model)
+            self._events.emit(route.deployments[0].spec, f"panic {gateway} {route.model}", message)
 
-    # --- Snapshots and Events ---
+    # --- Snapshots ---
 
-    def use(self, before: RoutingTable, tables: RoutingTable) -> None:
-        """A new Snapshot: a Deployment that was changed is what it was not."""
-        for slot, place in tables.places.items():
-            known = before.places.get(slot)
-            if known is None or known.deployment != place.deployment:
-                place.cools_told_ms = self._hub.board.retry_after_until(slot)
-            if known is not None and known.deployment.credential != place.deployment.credential:
-                for peer in place.peers:
-                    self.saw(peer, Signal.NEW_CREDENTIAL)
-
-    def tell(self, place: DeploymentState, kind: str, sentence: str) -> None:
-        """An Event, once in a while for each kind."""
-        now_s, which = self._hub.clock(), (place.slot, kind)
-        if now_s - self._told_s.get(which, float("-inf")) >= TELL_EVERY_S:
-            self._told_s[which] = now_s
-            self._hub.spool.add(EventRecord("Deployment", place.deployment.name, sentence))
+    def use(self, before: RoutingTable, table: RoutingTable) -> None:
+        """A new Snapshot: what was known of a changed Deployment may be wrong."""
+        for slot, deployment in table.deployments.items():
+            known = before.deployments.get(slot)
+            if known is None or known.spec != deployment.spec:
+                deployment.ignore_retry_after(self._shared.retry_after_until(slot))
+            if known is not None and known.spec.credential != deployment.spec.credential:
+                for endpoint in deployment.endpoints:
+                    self.record(endpoint, Signal.NEW_CREDENTIAL)
 
 
-def least_bad(peers: Iterable[EndpointState]) -> EndpointState | None:
-    """Whom to try when all are out: one that can be reached before one that cannot, then who is back first."""
-    out = [peer for peer in peers if peer.health.breaker in (BreakerState.OPEN, BreakerState.DOWN)]
-    return min(out, key=lambda peer: (peer.health.breaker is BreakerState.DOWN, peer.health.open_until_s), default=None)
+def _has_other_region(inside: list[DeploymentState]) -> bool:
+    """Whether every route of these Deployments has a healthy Deployment outside their region."""
+    slots = {deployment.slot for deployment in inside}
+    routes = (others for deployment in inside for others in deployment.alternatives)
+    return all(any(other.health > 0.0 for other in others if other.slot not in slots) for others in routes)
+
+
+def least_bad(endpoints: Iterable[EndpointState]) -> EndpointState | None:
+    """The ejected Endpoint to try first: one that can be reached before one that cannot, then the next to return."""
+    ejected = [one for one in endpoints if one.health.breaker in (BreakerState.OPEN, BreakerState.DOWN)]
+    return min(
+        ejected, key=lambda one: (one.health.breaker is BreakerState.DOWN, one.health.open_until_s), default=None
+    )

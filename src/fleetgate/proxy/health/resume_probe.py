@@ -1,32 +1,32 @@
-"""Finds out, once an Endpoint is up, whether its engine goes on with an answer that another had begun.
+"""Finds out, once an Endpoint is up, whether its engine continues an answer that another engine had begun.
 
-It is let answer a small greedy request, and then asked to go on from the middle of what it said, by text and, where it
-gave token ids, by those. Only an engine that goes on as before is trusted with the half answers of a client. The worker
-that probes does it for all; engines of kind `openai` are never asked, for theirs may be paid by the token.
+The engine answers a small greedy request, and is then asked to continue from the middle of its answer, by text and, if
+it gave token ids, by those. Only an engine that continues its own answer as before is trusted with half answers of
+clients. The worker that probes does this for all workers. Engines of kind `openai` are never asked: they may be paid by
+the token.
 """
 
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from fleetgate.ipc.shared_memory import EndpointSignal
+from fleetgate.core.admission.ledger import Ledger
+from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory
 from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, mark_of
 from fleetgate.protocols.resume.transcript import Transcript, prefix_fields
 from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.health.active_health import ProbeResponse
+from fleetgate.proxy.routing.active_table import ActiveTable
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
-from fleetgate.proxy.routing.routing_table import DeploymentState
 from fleetgate.proxy.transport.dns import AddressRefused
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.worker.services import Hub
+from fleetgate.proxy.transport.network import Network
 
 ENGINES = frozenset({"vllm", "sglang", "llamacpp"})
-LOOK_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0
 TIMEOUT_S = 20.0
 CHAT = b"/v1/chat/completions"
 SAID_TOKENS = 16
@@ -36,88 +36,105 @@ ASKED = {"role": "user", "content": "Tell me about the sea."}
 
 
 class ResumeProbe:
-    """One worker's probing. Shape: `mine` says whether this worker does it."""
+    """One worker's resume probes. Shape: `is_prober` says whether this worker probes; `slot_freed` wakes requests."""
 
-    def __init__(self, hub: "Hub", mine: Callable[[], bool]) -> None:
-        self._hub = hub
-        self._mine = mine
+    def __init__(
+        self,
+        active: ActiveTable,
+        shared: SharedMemory,
+        ledger: Ledger,
+        network: Network,
+        is_prober: Callable[[], bool],
+        slot_freed: Callable[[], None],
+    ) -> None:
+        self._active = active
+        self._shared = shared
+        self._ledger = ledger
+        self._network = network
+        self._is_prober = is_prober
+        self._slot_freed = slot_freed
         self._asked: set[tuple[EndpointState, str]] = set()
 
     async def run(self) -> None:
-        """Look for Endpoints that came up, until cancelled."""
+        """Look for Endpoints that have come up, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            if self._mine():
-                for place in list(self._hub.tables.places.values()):
-                    for peer in place.peers:
-                        await self._look(place, peer)
+            await asyncio.sleep(CHECK_EVERY_S)
+            if self._is_prober():
+                for deployment in list(self._active.current.deployments.values()):
+                    for endpoint in deployment.endpoints:
+                        await self._check(deployment, endpoint)
 
-    async def _look(self, place: DeploymentState, peer: EndpointState) -> None:
-        board, slot = self._hub.board, peer.endpoint.slot
-        identity = (peer, place.deployment.name)
-        if not board.signal(slot, EndpointSignal.UP):
+    async def _check(self, deployment: DeploymentState, endpoint: EndpointState) -> None:
+        shared, slot = self._shared, endpoint.spec.slot
+        identity = (endpoint, deployment.spec.name)
+        if not shared.signal(slot, EndpointSignal.UP):
             # What comes up again may be another engine.
             self._asked.discard(identity)
-            board.set_signal(slot, EndpointSignal.PREFILL, UNKNOWN)
-            board.set_signal(slot, EndpointSignal.TOKENS, UNKNOWN)
-        elif place.deployment.engine in ENGINES and identity not in self._asked and self._take_place(place):
+            shared.set_signal(slot, EndpointSignal.PREFILL, UNKNOWN)
+            shared.set_signal(slot, EndpointSignal.TOKENS, UNKNOWN)
+        elif deployment.spec.engine in ENGINES and identity not in self._asked and self._reserve(deployment):
             self._asked.add(identity)
             try:
-                said = await self._ask(place, peer, {"messages": [ASKED], "return_token_ids": True})
-                goes_on = await self._goes_on(place, peer, _content(said))
-                mark = await self._token_mark(place, peer, said)
+                said = await self._ask(deployment, endpoint, {"messages": [ASKED], "return_token_ids": True})
+                continues = await self._continues(deployment, endpoint, _content(said))
+                mark = await self._token_mark(deployment, endpoint, said)
             finally:
-                self._hub.ledger.settle(place.slot)
-                self._hub.room_freed(place.slot)
-            board.set_signal(slot, EndpointSignal.TOKENS, mark)
-            board.set_signal(slot, EndpointSignal.PREFILL, YES if goes_on else NO)
+                self._ledger.settle(deployment.slot)
+                self._slot_freed()
+            shared.set_signal(slot, EndpointSignal.TOKENS, mark)
+            shared.set_signal(slot, EndpointSignal.PREFILL, YES if continues else NO)
 
-    def _take_place(self, place: DeploymentState) -> bool:
-        """Its requests count against the limit as a client's do; where there is no room they wait for quieter times."""
-        return not place.foreign and self._hub.ledger.reserve(place.slot, place.limit)
+    def _reserve(self, deployment: DeploymentState) -> bool:
+        """Its requests count against the limit as a client's do; with no slot free they wait for quieter times."""
+        if deployment.external_in_flight or deployment.paused:
+            return False
+        return self._ledger.reserve(deployment.slot, deployment.limit)
 
-    async def _goes_on(self, place: DeploymentState, peer: EndpointState, said: str) -> bool:
-        """Whether an answer and one that goes on from its middle are the same."""
+    async def _continues(self, deployment: DeploymentState, endpoint: EndpointState, said: str) -> bool:
+        """Whether an answer and its continuation from the middle are the same."""
         cut = said.find(" ", len(said) // 2)
         if cut <= 0:
             return False
         begun = {"role": "assistant", "content": said[:cut]}
-        fields = prefix_fields(place.deployment.engine)
-        rest = _content(await self._ask(place, peer, {"messages": [ASKED, begun], **fields}))
+        fields = prefix_fields(deployment.spec.engine)
+        rest = _content(await self._ask(deployment, endpoint, {"messages": [ASKED, begun], **fields}))
         again = said[:cut] + rest
         return bool(rest) and (again.startswith(said) or said.startswith(again))
 
-    async def _token_mark(self, place: DeploymentState, peer: EndpointState, said: Transcript) -> int:
-        """Whose token ids it gives and takes: from its middle, the same ids must follow."""
+    async def _token_mark(self, deployment: DeploymentState, endpoint: EndpointState, said: Transcript) -> int:
+        """The mark of the token ids that it gives and takes: continued from the middle, the same ids must follow."""
         half = len(said.ids) // 2
         if not said.token_mark or not said.prompt_ids or not half:
             return NO_MARK
         begun, expected = [*said.prompt_ids, *said.ids[:half]], said.ids[half:]
-        rest = await self._ask(place, peer, {"prompt": begun, "return_token_ids": True}, COMPLETIONS)
+        rest = await self._ask(deployment, endpoint, {"prompt": begun, "return_token_ids": True}, COMPLETIONS)
         if list(rest.prompt_ids or ()) != begun or rest.ids[: len(expected)] != expected:
             return NO_MARK
-        return mark_of(next(iter(place.upstream_names.values()), ""), said.prompt_ids)
+        return mark_of(next(iter(deployment.upstream_names.values()), ""), said.prompt_ids)
 
     async def _ask(
-        self, place: DeploymentState, peer: EndpointState, what: dict[str, object], path: bytes = CHAT
+        self, deployment: DeploymentState, endpoint: EndpointState, fields: dict[str, object], path: bytes = CHAT
     ) -> Transcript:
-        """What one answer says, nothing where there is none; streamed, as it is for clients: llama.cpp repeats what was
-        said in an answer that is not."""
-        model = next(iter(place.upstream_names.values()), "")
+        """What one answer says, nothing if there is none.
+
+        Streamed, as it is for clients: llama.cpp repeats the prefix in an answer that is not.
+        """
+        model = next(iter(deployment.upstream_names.values()), "")
         body = msgspec.json.encode(
-            {"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, "stream": True, **what}
+            {"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, "stream": True, **fields}
         )
-        head = b"%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (place.heads[peer.endpoint.slot][path], len(body))
-        answer = ProbeResponse(self._hub.loop)
+        begin = deployment.request_heads[endpoint.spec.slot][path]
+        head = b"%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (begin, len(body))
+        response = ProbeResponse(asyncio.get_running_loop())
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection = await peer.pool.connect(self._hub.network, TIMEOUT_S)
+                connection = await endpoint.pool.connect(self._network, TIMEOUT_S)
                 try:
-                    connection.carry(answer, (head + body,))
-                    response, data = await answer.answer
+                    connection.carry(response, (head + body,))
+                    answer, data = await response.result
                 finally:
                     connection.drop()
-            events = Events().feed(data) if response.status == 200 else []
+            events = Events().feed(data) if answer.status == 200 else []
         except (OSError, TimeoutError, ssl.SSLError, AddressRefused, Malformed, EventTooLong):
             events = []
         transcript = Transcript(NO_MARK)

@@ -1,69 +1,179 @@
-"""A request on its way to an Endpoint: its bytes there, and a connection for them where none is kept."""
+"""One try at one Endpoint: its slot, its bytes there, and the answer that is read."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
 
 import msgspec
 
+from fleetgate.core.admission.ledger import Ledger
+from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState
 from fleetgate.protocols.clients import openai
+from fleetgate.proxy.request.registry import RequestRegistry
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.request.reservation import Reservation
+from fleetgate.proxy.request.resume import Resume
+from fleetgate.proxy.routing.active_table import ActiveTable
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
-from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.interface import ExpectedResponse, ModelNames, UpstreamResponse
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.transport.interface import (
+    ExpectedResponse,
+    ModelNames,
+    ResponseListener,
+    Transport,
+    UpstreamResponse,
+)
 
 ONE_WRITE_BYTES_MAX = 65536  # up to it, joining head and body costs less than a second write
 
 
+class AttemptServices(msgspec.Struct, frozen=True):
+    """What attempts of one worker use."""
+
+    clock: Callable[[], float]
+    spawn: Callable[[Coroutine[None, None, None]], None]
+    transport: Transport
+    active: ActiveTable
+    ledger: Ledger
+    registry: RequestRegistry
+
+
+class Attempt:
+    """One try at one Endpoint, from its reservation to its settlement.
+
+    Shape: `reservation` is None where the route's lead took the request; `id` is its id in the usage journal, empty
+    before it is sent and after it was accounted for; `on_trial` marks an attempt that shows whether an ejected Endpoint
+    is healthy again.
+    """
+
+    # Class attributes are the defaults: setting each costs.
+    endpoint: EndpointState | None = None
+    response: UpstreamResponse | None = None
+    id = b""
+    on_trial = False
+    sent_s = 0.0
+    _settled = False
+
+    def __init__(
+        self,
+        services: AttemptServices,
+        route: ModelRouteState,
+        deployment: DeploymentState,
+        reservation: Reservation | None,
+    ) -> None:
+        self._services = services
+        self.route = route
+        self.deployment = deployment
+        self.reservation = reservation
+
+    def choose_endpoint(self, now_s: float, failed: tuple[EndpointState, ...]) -> EndpointState | None:
+        """The Endpoint that the scheduler chose, or, if it has just become unhealthy, another of the Deployment."""
+        deployment, reservation = self.deployment, self.reservation
+        if reservation is None:
+            return deployment.choose_endpoint(now_s, failed)
+        endpoint = deployment.endpoint_at(reservation.endpoint_slot)
+        if endpoint is None or endpoint in failed or endpoint.fitness(now_s) <= 0.0:
+            endpoint = deployment.choose_endpoint(now_s, failed)
+            if endpoint is not None:
+                reservation.move(endpoint.spec.slot)
+        return endpoint
+
+    def occupy(self, endpoint: EndpointState, now_s: float) -> None:
+        """Count the attempt at its Endpoint. Called once, before it is sent."""
+        self.endpoint = endpoint
+        self.sent_s = now_s
+        endpoint.in_flight += 1
+        if endpoint.health is not HEALTHY and endpoint.health.breaker is not BreakerState.CLOSED:
+            self.on_trial = self._services.active.current.begin_trial(endpoint, now_s)
+
+    def send(
+        self,
+        request_id: bytes,
+        received: ReceivedRequest,
+        resume: Resume | None,
+        listener: ResponseListener,
+        fresh: bool = False,
+    ) -> None:
+        """Send the request, on a kept connection or, where there is none or it must be `fresh`, on a new one."""
+        endpoint, deployment, route = self.endpoint, self.deployment, self.route
+        assert endpoint is not None
+        expected = expected_response(received, route, deployment, resume)
+        request = request_bytes(request_id, received, (deployment, endpoint), resume, expected.hide_usage)
+        timeout_s = route.gateway.spec.resilience.connect_timeout_s
+        self.response = self._services.transport.send(
+            endpoint.pool, request, expected, listener, connect_timeout_s=timeout_s, fresh=fresh
+        )
+
+    def show_content(self, now_s: float) -> None:
+        """It brought content: a trial need not last until the end of a long answer."""
+        if self.on_trial and self.endpoint is not None:
+            self.on_trial = False
+            self._services.active.current.end_trial(self.endpoint, now_s, True)
+
+    def cancel(self) -> None:
+        """Close its connection: the answer is not wanted any more."""
+        if self.response is not None:
+            self.response.cancel()
+
+    def settle(self, now_s: float) -> None:
+        """Give its slot back; once, on every path."""
+        if self._settled:
+            return
+        self._settled = True
+        services, endpoint = self._services, self.endpoint
+        if endpoint is not None:
+            endpoint.in_flight -= 1
+            if self.on_trial:
+                self.on_trial = False
+                services.active.current.end_trial(endpoint, now_s, False)
+        self.route.drain_rate.record_end(now_s)
+        if self.reservation is None:
+            services.ledger.settle(self.deployment.slot)
+        else:
+            self.reservation.settle()
+        services.registry.slot_freed()
+
+
+def expected_response(
+    received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState, resume: Resume | None
+) -> ExpectedResponse:
+    """How the answer of an attempt at this Deployment is read."""
+    info, operation = received.info, received.operation
+    upstream_name = deployment.upstream_names[info.model]
+    hide_usage = info.stream and not info.wants_usage and deployment.adds_usage and operation.usage_option
+    names = route.same_name
+    if upstream_name != info.model:
+        names = ModelNames(msgspec.json.encode(upstream_name), names.asked)
+    return ExpectedResponse(
+        operation=operation,
+        hide_usage=hide_usage,
+        names=names,
+        wants_whole=not info.stream,
+        several_choices=resume is None and info.several and info.stream,
+        raw=received.context.raw,
+        resumed=None if resume is None else resume.answer(operation),
+    )
+
+
 def request_bytes(
-    conversation: "RequestHandler", peer: EndpointState, place: DeploymentState, add_usage: bool
+    request_id: bytes,
+    received: ReceivedRequest,
+    to: tuple[DeploymentState, EndpointState],
+    resume: Resume | None,
+    add_usage: bool,
 ) -> tuple[bytes, ...]:
-    """The request as this Endpoint gets it: its own name for the model, and what was said, if an answer goes on."""
-    ask, body, path = conversation.ask, conversation.body, conversation.request.path
-    if conversation.resumption is not None:
-        path = conversation.resumption.path(path)
-        body = conversation.resumption.body(body, place.deployment.engine)
-    upstream_name = place.upstream_names[ask.model]
-    if add_usage or upstream_name != ask.model:
-        body = openai.rewrite(body, ask, upstream_name, add_usage)
+    """The request as this Endpoint gets it: with its name for the model and, for a resumed answer, what was said."""
+    deployment, endpoint = to
+    info, body, path = received.info, received.body, received.context.path
+    if resume is not None:
+        path = resume.path(path)
+        body = resume.body(body, deployment.spec.engine)
+    upstream_name = deployment.upstream_names[info.model]
+    if add_usage or upstream_name != info.model:
+        body = openai.rewrite(body, info, upstream_name, add_usage)
     head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-        place.heads[peer.endpoint.slot][path],
-        conversation.request.passed,
-        conversation.request_id,
+        deployment.request_heads[endpoint.spec.slot][path],
+        received.context.forwarded_headers,
+        request_id,
         len(body),
     )
     return (head + body,) if len(body) < ONE_WRITE_BYTES_MAX else (head, body)
-
-
-def send(
-    conversation: "RequestHandler", peer: EndpointState, place: DeploymentState, fresh: bool = False
-) -> UpstreamResponse:
-    """Send the request on a kept connection, or on a new one if none is kept or it must be `fresh`."""
-    ask, operation, resumption = conversation.ask, conversation.request.operation, conversation.resumption
-    assert operation is not None
-    upstream_name = place.upstream_names[ask.model]
-    add_usage = ask.stream and not ask.wants_usage and place.adds_usage and operation.usage_option
-    names = conversation.lane.same_name
-    if upstream_name != ask.model:
-        names = ModelNames(msgspec.json.encode(upstream_name), names.asked)
-    response = conversation.hub.transport.send(
-        peer.pool,
-        request_bytes(conversation, peer, place, add_usage),
-        ExpectedResponse(
-            operation,
-            add_usage,
-            names,
-            not ask.stream,
-            ask.several and ask.stream and resumption is None,
-            conversation.request.raw,
-            None if resumption is None else resumption.resumed_stream(operation),
-        ),
-        conversation,
-        connect_timeout_s=conversation.lane.site.gateway.resilience.connect_timeout_s,
-        fresh=fresh,
-    )
-    if not response.is_connected:
-        conversation.dials = {**conversation.dials, response: (place, peer)}
-    elif resumption is not None and conversation.client.unread:
-        response.pause()
-    return response

@@ -1,472 +1,523 @@
-"""One request in a worker: the shell around its Exchange. It does what the core says and reports what happened."""
+"""One request in a worker. It reports what happened to its Exchange and does what the Exchange says."""
 
-from asyncio import Task
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import msgspec
 
-from fleetgate.core.admission.request_queue import QueueEntry
-from fleetgate.core.exchange import (
-    FINISHED,
-    GONE,
-    AttemptFailed,
-    ClientGone,
-    Command,
-    Commit,
-    Content,
-    Continue,
-    Event,
-    Exchange,
-    Failure,
-    Finish,
-    Interrupt,
-    Overdue,
-    Pick,
-    Refuse,
-    RoomFreed,
-    Send,
-    State,
-    Wait,
-)
-from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, Signal
-from fleetgate.core.routing.policy_decision import ALLOWED
-from fleetgate.ipc.shared_memory import DeploymentCounter
-from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import RequestInfo
-from fleetgate.proxy.downstream.idempotency import IdempotencyClaim
-from fleetgate.proxy.request import (
-    attempt as sending,
-)
-from fleetgate.proxy.request import (
-    deadlines as watching,
-)
-from fleetgate.proxy.request import (
-    placement as placing,
-)
-from fleetgate.proxy.request import (
-    response_heads as answers,
-)
-from fleetgate.proxy.request import (
-    usage as accounts,
-)
-from fleetgate.proxy.request.hedging import Hedge, dial_elsewhere
-from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
+from fleetgate.core import exchange as moves
+from fleetgate.core.exchange import AttemptFailed, Command, Event, Exchange, Failure, NotPicked, Outcome, Refuse, State
+from fleetgate.core.health.circuit_breaker import HEALTHY, Signal
+from fleetgate.protocols.clients.openai import output_tokens_max
+from fleetgate.proxy.request import deadlines
+from fleetgate.proxy.request.attempt import Attempt
+from fleetgate.proxy.request.attempts import AttemptSet
+from fleetgate.proxy.request.hedging import is_hedge_due
+from fleetgate.proxy.request.outcome import RequestSummary, final_response
+from fleetgate.proxy.request.placement import QUEUE_FULL
+from fleetgate.proxy.request.ports import ClientStream
+from fleetgate.proxy.request.progress import ProgressMonitor
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.request.reservation import ENDED
 from fleetgate.proxy.request.response_writer import ResponseWriter
-from fleetgate.proxy.request.resume import Resume, transcript_of
+from fleetgate.proxy.request.resume import Resume, transcript_for
+from fleetgate.proxy.request.services import HandlerServices
+from fleetgate.proxy.request.slot_search import SlotSearch
 from fleetgate.proxy.routing.endpoint_state import EndpointState
-from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState
 from fleetgate.proxy.transport.interface import UpstreamResponse
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.downstream.client_connection import ClientConnection
-    from fleetgate.proxy.downstream.request_authorizer import RequestContext
-    from fleetgate.proxy.worker.services import Hub
-
-ROOM = RoomFreed()
-CONTENT_OK = Content(200)
-
-ENDED, REFUSED = int(DeploymentCounter.ENDED), int(DeploymentCounter.REFUSED)
+CAPACITY_FREED, FINISHED = moves.CapacityFreed(), moves.FINISHED
+CONTENT_OK = moves.Content(200)
+REVOKED = Refuse(401, "invalid_api_key", should_retry=False)
+SHUTTING_DOWN = Refuse(503, "shutting_down", retry_after_s=1.0, should_retry=True)
+_TRYING, _WAITING, _COMMITTED, _ENDED = State.TRYING, State.WAITING, State.COMMITTED, State.ENDED
 
 
-class RequestHandler(ResponseWriter):
-    """A request from its whole body to its last byte. Created by the client's connection, ended by `client.ended`."""
+class RequestHandler:
+    """A request from its whole body to its last byte. Made for the client's connection, ended by `client.ended`."""
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
-    last_place: DeploymentState | None = None  # where the last attempt went, for the books
-    peer: EndpointState | None = None
-    failed_peers: tuple[EndpointState, ...] = ()
-    stale_at: EndpointState | None = None  # where a kept connection was closed under it
-    relay: UpstreamResponse | None = None
-    dials: Mapping[UpstreamResponse, tuple[DeploymentState, EndpointState]] = {}  # attempts without a connection yet
-    ticket: QueueEntry | None = None
-    wanting: PlacementRequest | None = None
-    judgement = ALLOWED  # what policies say of it
-    booking: Reservation | None = None  # beside `place`, unless the Lane's lead took the request
-    hedge: Hedge | None = None  # a second attempt that runs beside the one in hand
-    resumption: Resume | None = None  # once its answer broke off and goes on elsewhere
-    claim: IdempotencyClaim | None = None  # its client said how it would call it again
-    on_trial = False  # its attempt is to show whether an Endpoint that was out is well again
-    sent_s = 0.0  # when the attempt in hand was sent
-    attempt = b""  # its id in the accounts, empty while there is none
-    deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with it: whether each is really down
-    seen_s = 0.0  # the clock at the last report: what follows from it needs not ask again
+    resume_state: Resume | None = None  # once its answer broke off and is resumed elsewhere
+    search: SlotSearch | None = None  # for a slot, where the route's lead could not take it
+    first_s = 0.0
     deadline_s = float("inf")
-    progress = 0
+    _monitor: ProgressMonitor | None = None
 
-    def __init__(
-        self, hub: "Hub", client: "ClientConnection", request: "RequestContext", lane: ModelRouteState, ask: RequestInfo
-    ) -> None:
-        self.hub = hub
+    def __init__(self, services: HandlerServices, client: ClientStream, received: ReceivedRequest) -> None:
+        context = received.context
+        self._services = services
+        self._clock = services.attempts.clock
+        self._outcomes = services.effects.outcomes
         self.client = client
-        self.request = request
-        self.lane = lane
-        self.ask = ask
-        site = lane.site
-        self.exchange = Exchange(site.gateway.resilience.attempts_max, request.budget, request.client_retries)
+        self.received = received
+        self.route = received.route
+        self.id = services.next_id()
+        self.writer = ResponseWriter(client, self.id, context, services.defaults)
+        self.write = self.writer.write
+        self.attempts = AttemptSet(services.attempts, services.effects, self.id, received, self)
+        resilience = received.route.gateway.spec.resilience
+        self.exchange = Exchange(resilience.attempts_max, context.budget, context.client_retries)
 
-    def start(self, body: bytes, request_id: bytes) -> None:
-        """Begin."""
-        self.body = body
-        self.request_id = request_id
-        self.started_s = self.hub.clock()
-        self.hub.conversations[self] = None
-        placing.pick(self, self.exchange.start())
+    def start(self) -> None:
+        """Begin. Called once, when the client's connection knows this request."""
+        self.started_s = self.now_s = self._clock()
+        self._services.registry.in_flight[self] = None
+        self._run(self.exchange.start())
+
+    # --- the one loop: the core decides, this does ---
 
     def report(self, event: Event) -> None:
-        """Tell the core what happened and do what it says."""
-        now_s = self.seen_s = self.hub.clock()
-        command = self.exchange.receive(event, now_s)
-        ACTIONS[type(command)](self, command)
+        """Tell the core what happened, and do what it says."""
+        now_s = self.now_s = self._clock()
+        self._run(self.exchange.receive(event, now_s))
 
-    # --- waiting ---
+    def _run(self, command: Command) -> None:
+        while (event := ACTIONS[type(command)](self, command)) is not None:
+            command = self.exchange.receive(event, self.now_s)
+
+    # --- what others see of it ---
 
     @property
-    def wants_since_s(self) -> float:
-        """Since when it wants the place that it looks for."""
-        return self.started_s if self.resumption is None else self.resumption.lost_s
+    def is_streaming(self) -> bool:
+        """Whether an SSE comment may be sent to the client now."""
+        current = self.attempts.current
+        response = current.response if current is not None else None
+        is_stream = response is not None and response.stream
+        return bool(self.writer.early_attempts or self.resume_state is not None or is_stream)
+
+    @property
+    def endpoint(self) -> EndpointState | None:
+        """Where its attempt runs."""
+        current = self.attempts.current
+        return current.endpoint if current is not None else None
+
+    @property
+    def has_content(self) -> bool:
+        """Whether its client has been sent content."""
+        return bool(self.first_s)
+
+    @property
+    def key_id(self) -> str:
+        """The id of its API key."""
+        return self.received.context.key.id
+
+    # --- placement ---
+
+    def _pick(self, command: moves.Pick) -> Event:
+        services, route = self._services, self.route
+        if route.table is not services.attempts.active.current:
+            route = self.route = services.placer.current_route(route)
+        if not command.tried:
+            deployment = services.placer.take_lead(route)
+            if deployment is not None:
+                self.attempts.reserve(route, deployment, None)
+                return route.lead_picked
+        search = self._find_search()
+        placed = search.place(command.tried, self.attempts.failed, self.resume_state, self.now_s)
+        if isinstance(placed, NotPicked):
+            return placed
+        search.leave_queue(self, served=True)
+        self.attempts.reserve(route, placed.deployment, placed)
+        return moves.Picked(placed.candidate)
+
+    def _find_search(self) -> SlotSearch:
+        search, services = self.search, self._services
+        if search is None:
+            estimates = self._outcomes.estimates
+            search = self.search = SlotSearch(
+                services.placer, services.registry, self.id, self.received, estimates, self.started_s
+            )
+        search.follow(self.route)
+        return search
+
+    def _wait(self, command: moves.Wait) -> Event | None:
+        search = self._find_search()
+        if search.entry is not None:
+            return None  # woken in vain: it keeps its place in the queue
+        refused = search.enqueue(self, self.resume_state, self.exchange.moves > 0, self.now_s)
+        if search.entry is not None:
+            self.deadline_s = search.entry.deadline_s
+        return refused
+
+    def _leave_queue(self) -> None:
+        if self.search is not None:
+            self.search.leave_queue(self, served=False)
 
     def shed(self) -> None:
-        """The queue is full, and a request of a higher priority wants its place there."""
-        placing.stop_waiting(self)
-        self.report(placing.QUEUE_FULL)
+        """Leave the queue, which is full, for a request of higher priority."""
+        self._leave_queue()
+        self.report(QUEUE_FULL)
 
-    def look_again(self) -> bool:
-        """There may be room now; True when it found a place (or ended)."""
-        self.report(ROOM)
-        return self.ticket is None
+    def retry_placement(self) -> bool:
+        """There may be room now; True when it found a slot or ended."""
+        self.report(CAPACITY_FREED)
+        return self.search is None or self.search.entry is None
 
-    def change_lane(self) -> None:
-        """A new Snapshot replaced the Lane this request waits in: look for room in the new one, or wait there."""
-        placing.stop_waiting(self)
-        self.report(ROOM)
+    def change_route(self) -> None:
+        """A new Snapshot replaced the route this request waits in: look for a slot in the new one, or wait there."""
+        self._leave_queue()
+        self.report(CAPACITY_FREED)
 
     # --- sending ---
 
-    def _send(self, command: Send) -> None:
-        place, now_s = self.place, self.seen_s
-        assert place is not None
-        peer = self._peer_at(place, now_s)
-        self.attempts += 1
-        if peer is None:
-            self._lost(AttemptFailed(Failure.UNREACHABLE, sent=False))
-            return
-        self.peer = peer
-        peer.in_flight += 1
-        if peer.health is not HEALTHY and peer.health.breaker is not BreakerState.CLOSED:
-            self.on_trial = self.hub.tables.try_out(peer, now_s)
-        self.progress = 0
-        self.sent_s = now_s
-        self.deadline_s = now_s + watching.first_event_s(self, self.booking)
-        self.relay = None
-        self.attempt = attempt = b"%b-%d" % (self.request_id, self.attempts)
-        self.hub.accounts.begin(self, place, attempt)
-        self.relay = sending.send(self, peer, place)
+    def _send(self, command: moves.Send) -> Event | None:
+        attempts, now_s = self.attempts, self.now_s
+        if self._monitor is not None:
+            self._monitor.restart()
+        if not attempts.send(now_s):
+            return self._lost(AttemptFailed(Failure.UNREACHABLE, sent=False))
+        self.deadline_s = now_s + attempts.first_event_s()
+        return None
 
-    def _peer_at(self, place: DeploymentState, now_s: float) -> EndpointState | None:
-        """The Endpoint that the desk chose, or, where it has just fallen out, another of the same Deployment."""
-        booking = self.booking
-        if booking is None:
-            return place.choose(now_s, self.failed_peers)
-        peer = place.peer_at(booking.endpoint_slot)
-        if peer is None or peer in self.failed_peers or peer.fitness(now_s) <= 0.0:
-            peer = place.choose(now_s, self.failed_peers)
-            if peer is not None:
-                booking.moved(peer.endpoint.slot)
-        return peer
+    def _send_beside(self) -> bool:
+        """Send a second attempt beside the first; False if no other Deployment has a slot."""
+        placed = self._find_search().place_beside(self.exchange.tried, self.now_s)
+        if placed is None:
+            return False
+        slot, endpoint = placed
+        self.exchange.record_hedge(slot.candidate)
+        self.attempts.send_beside(self.route, slot, endpoint, self.now_s)
+        return True
 
-    def on_dial_slow(self, relay: UpstreamResponse) -> None:
-        """The attempt in hand has no connection yet, and should have: somebody else may be nearer."""
+    # --- what its attempts report ---
+
+    def on_dial_slow(self) -> None:
+        """Dial another Deployment too: the one that is connected first gets the request, so no engine gets more.
+
+        Like a first move, the first such dial is not charged to the budget.
+        """
         exchange = self.exchange
-        if relay is not self.relay or exchange.state is not State.TRYING or exchange.resumes or self.hedge is not None:
+        if exchange.state is not _TRYING or exchange.resumes:
             return
-        self.hedge = dial_elsewhere(self, self.hub.clock())
-        if self.hedge is not None and self.hedge.relay.is_connected:
-            self._give_up_other_dial(self.hedge.relay)
+        self.now_s = now_s = self._clock()
+        if not exchange.moves or self.received.context.budget.take(now_s):
+            exchange.moves += self._send_beside()
 
-    def on_connected(self, relay: UpstreamResponse) -> None:
-        """A new connection was made for an attempt."""
-        self.dials = {dial: at for dial, at in self.dials.items() if dial is not relay}
-        self._give_up_other_dial(relay)
-        if self.resumption is not None and self.client.unread:
-            relay.pause()
+    def on_one_given_up(self, is_adopted: bool) -> None:
+        """One of two attempts was given up before it was sent, so it counts against no bound."""
+        self.exchange.record_unsent()
+        if is_adopted:
+            self.deadline_s = self._clock() + self.attempts.first_event_s()
 
-    def _give_up_other_dial(self, relay: UpstreamResponse) -> None:
-        """One of two attempts has its connection: another that has none is given up before it was sent."""
-        hedge = self.hedge
-        if hedge is None or self.relay is None:
-            return
-        if relay is self.relay and not hedge.relay.is_connected:
-            self._end_hedge()
-            self.exchange.not_sent()
-        elif relay is hedge.relay and not self.relay.is_connected:
-            self.adopt(hedge)
-            self.exchange.not_sent()
-
-    def on_not_connected(self, relay: UpstreamResponse, failure: Failure, reason: str) -> None:
-        """No connection could be made for an attempt, which may have been given up meanwhile."""
-        place, peer = self.dials[relay]
-        self.dials = {dial: at for dial, at in self.dials.items() if dial is not relay}
-        self.hub.note_upstream_trouble(place, reason)
-        if relay.over:  # that the Endpoint cannot be reached is worth knowing all the same
-            self.hub.ward.unreachable(self.lane, place, peer, failure)
-        else:
-            self.on_failed(relay, AttemptFailed(failure, sent=False))
-
-    # --- what the relay reports ---
-
-    def on_first(self, relay: UpstreamResponse) -> None:
+    def on_content(self, response: UpstreamResponse) -> None:
         """The first content is here."""
-        if self.hedge is not None:
-            if relay is self.hedge.relay:
-                self.adopt(self.hedge)
-            else:
-                self._end_hedge()
-        self.report(CONTENT_OK if relay.status == 200 else Content(relay.status))
+        self.report(CONTENT_OK if response.status == 200 else moves.Content(response.status))
 
-    def on_failed(self, relay: UpstreamResponse, event: AttemptFailed) -> None:
-        """The attempt is lost."""
-        if self.hedge is not None and relay is self.hedge.relay:
-            self.hedge.lost(event)
+    def on_answered(self, response: UpstreamResponse, tail: bytes) -> None:
+        """The answer ended well."""
+        attempt, effects = self.attempts.current, self._services.effects
+        assert attempt is not None, "an answer that ends belongs to the attempt in hand"
+        self.writer.tail += tail
+        endpoint = attempt.endpoint
+        if endpoint is not None and endpoint.health is not HEALTHY:  # success does not change a healthy Endpoint
+            effects.health.record(endpoint, Signal.WENT_WELL)
+        if attempt.reservation is not None:
+            request = self.search.request if self.search is not None else None
+            effects.outcomes.learn(self.received, self.route, request, attempt.reservation, response, self._clock())
         else:
-            self._lost(event)
-
-    def on_stale(self, relay: UpstreamResponse) -> None:
-        """The kept connection was closed before the request got there: send it again on a new one."""
-        if self.hedge is not None and relay is self.hedge.relay:
-            self.hedge.again()
-            return
-        assert self.peer is not None and self.place is not None
-        self.stale_at = self.peer
-        self.attempt = self.hub.accounts.again(self, self.place, self.attempt)
-        self.relay = sending.send(self, self.peer, self.place, fresh=True)
-
-    def on_ended(self, relay: UpstreamResponse, tail: bytes) -> None:
-        """The answer ended as it should."""
-        self.tail += tail
-        if self.peer is not None and self.peer.health is not HEALTHY:  # to a healthy one good news is no news
-            self.hub.ward.saw(self.peer, Signal.WENT_WELL)
-        if self.booking is not None:
-            self.hub.learn(self, self.booking, relay)
-        elif self.place is not None:
-            self.hub.tally(self.place.slot, ENDED)
+            effects.accounts.count(attempt.deployment.slot, ENDED)
         self.report(FINISHED)
 
-    def now_s(self) -> float:
-        """The loop's clock."""
-        return self.hub.clock()
+    # --- a lost attempt ---
 
-    def _lost(self, event: AttemptFailed) -> None:
-        """Settle the attempt's place, tell health, and let the core say what comes next."""
-        if self.place is not None:
-            self.hub.count_failure(self.lane, self.place, event.failure)
-        if self.place is not None and event.failure is Failure.FULL:
-            self.hub.tally(self.place.slot, REFUSED)
-            if event.wait_s > placing.COOLS_WAIT_MAX_S:  # what is shorter, engines say of any full queue
-                self.hub.ward.asked_to_wait(self.place, event.wait_s)
-        if self.first_s and event.failure is not Failure.MISMATCH:
-            event = self._resumable(event)
-        if self.peer is not None:
-            self.blame(self.peer, event.failure)
-        self.account(event.failure.value.encode())
-        self._settle(self.hub.clock())
-        if self.hedge is not None:
-            self.exchange.failures = (*self.exchange.failures, event)
-            self.adopt(self.hedge)
-        elif not self.hub.suspects.holds(self, event):
-            self.report(event)
+    def on_lost(self, event: AttemptFailed) -> None:
+        """The attempt in hand is lost."""
+        self.now_s = self._clock()
+        lost = self._lost(event)
+        if lost is not None:
+            self.report(lost)
 
-    def account(self, how: bytes) -> None:
-        """The attempt in hand is over, but not its request."""
-        attempt, self.attempt = self.attempt, b""
-        if attempt:
-            self.hub.accounts.lost(self, attempt, self.relay, how)
-
-    def judged(self, event: AttemptFailed) -> None:
-        """What was held back until more was known of it."""
-        if self.exchange.state is State.TRYING:
-            self.report(event)
-
-    def blame(self, peer: EndpointState, failure: Failure) -> None:
-        """An attempt at this Endpoint is lost."""
-        self.failed_peers = (*self.failed_peers, peer)
-        self.hub.ward.blame(self, peer, failure)
-
-    def adopt(self, hedge: Hedge) -> None:
-        """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
-        now_s = self.hub.clock()
-        if self.relay is not None:
-            self.relay.cancel()
-        self.account(accounts.HEDGED)
-        self._settle(now_s)
-        self.hedge, self.attempt = None, hedge.attempt
-        self.place = self.last_place = hedge.place
-        self.peer, self.booking, self.relay = hedge.peer, hedge.booking, hedge.relay
-        self.deadline_s = now_s + watching.first_event_s(self, hedge.booking)
-
-    def _end_hedge(self) -> None:
-        hedge, self.hedge = self.hedge, None
-        if hedge is not None:
-            hedge.cancel()
-
-    def _resumable(self, event: AttemptFailed) -> AttemptFailed:
-        """The same loss, with whether the answer that is half-way out can go on elsewhere."""
-        relay = self.relay
-        if relay is not None and relay.finish_seen:
-            return event  # behind an end there is nothing to go on with: an engine that is asked to would say more
-        if self.resumption is None and relay is not None and relay.transcript is not None:
-            self.resumption = Resume.of(self, relay, self.hub.clock())
-        if self.resumption is None or not self.resumption.can_go_on(self.body):
+    def _lost(self, event: AttemptFailed) -> Event | None:
+        """Settle the attempt; what the core must hear of it, None if another attempt or a check goes on."""
+        attempts, now_s = self.attempts, self.now_s
+        attempt = attempts.current
+        if attempt is None:
             return event
-        self.resumption.broke_off(relay, self.hub.clock())
+        attempts.count_failure(attempt, event)
+        if self.first_s and event.failure is not Failure.MISMATCH:
+            event = self._resumable(event, attempt)
+        attempts.lose(attempt, event.failure, now_s)
+        if attempts.hedge is not None:
+            self.exchange.failures = (*self.exchange.failures, event)
+            attempts.adopt_hedge(now_s)
+            self.deadline_s = now_s + attempts.first_event_s()
+            return None
+        if attempts.hold_back(event, attempt):
+            self.deadline_s = float("inf")
+            return None
+        return event
+
+    def on_verdict(self, event: AttemptFailed) -> None:
+        """A loss that was held back: it is known now whether the engines ended because of this request."""
+        if self.exchange.state is _TRYING:
+            self.report(event)
+
+    def _resumable(self, event: AttemptFailed, attempt: Attempt) -> AttemptFailed:
+        """The same loss, with whether the answer that is half-way out can be resumed elsewhere."""
+        response, now_s, failed = attempt.response, self.now_s, self.attempts.failed
+        if response is None or response.finish_seen:
+            return event  # nothing is missing behind an end: a resuming engine would say more
+        if self.resume_state is None and response.transcript is not None:
+            failed = (*failed, attempt.endpoint) if attempt.endpoint is not None else failed
+            self.resume_state = Resume.of(self.received, response, self.route, failed, now_s)
+        if self.resume_state is None or not self.resume_state.is_possible(self.received.body):
+            return event
+        self.resume_state.broke_off(response.event_count, now_s)
         return msgspec.structs.replace(event, resumable=True)
 
-    def _settle(self, now_s: float) -> None:
-        peer, self.peer = self.peer, None
-        if peer is not None:
-            peer.in_flight -= 1
-            if self.on_trial:
-                self._tried_out(peer, now_s, well=False)
-        place, self.place = self.place, None
-        if place is not None:
-            self.lane.drain.record_end(now_s)
-            booking, self.booking = self.booking, None
-            if booking is None:
-                self.hub.ledger.settle(place.slot)
-            else:
-                booking.settle()
-            self.hub.room_freed(place.slot)
+    # --- the answer ---
 
-    def _tried_out(self, peer: EndpointState, now_s: float, well: bool) -> None:
-        self.on_trial = False
-        self.hub.tables.tried_out(peer, now_s, well)
+    def _commit(self, command: moves.Commit) -> None:
+        attempts = self.attempts
+        attempt = attempts.current
+        assert attempt is not None and attempt.response is not None, "content came from the attempt in hand"
+        response = attempt.response
+        self.first_s = self.now_s
+        attempts.was_read = True
+        self.writer.write_relayed_head(attempts.count, response, attempt.deployment)
+        if not response.finish_seen or response.stream:
+            self._relay(attempt, response)
 
-    # --- what the core says ---
-
-    def _commit(self, command: Commit) -> None:
-        relay, place = self.relay, self.place
-        assert relay is not None and place is not None
-        self.first_s = self.seen_s
-        self.status = relay.status
-        whole = relay.finish_seen and not relay.stream
-        if self.early_attempts:
-            self.say_who_answers(place)
-            if whole:
-                self.say_as_event(relay.held[0])
-            else:
-                self._flow(relay)
-            return
-        if relay.raw and not whole:
-            self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
-        head = answers.relayed_head(self, relay, place, len(relay.held[0]) if whole else -1)
-        if whole:
-            self.tail = head + relay.held[0]
-        else:
-            self.write(head)
-            self._flow(relay)
-
-    def _flow(self, relay: UpstreamResponse) -> None:
+    def _relay(self, attempt: Attempt, response: UpstreamResponse) -> None:
         """From here on the answer goes to the client as it comes."""
-        self.deadline_s = self.first_s + watching.stall_s(self)
-        if self.on_trial and self.peer is not None:  # others need not wait for the end of a long answer
-            self._tried_out(self.peer, self.first_s, well=True)
-        if self.lane.hedges and self.wanting is not None and relay.stream:
-            self.lane.first_tokens.record(self.wanting.need.prompt_tokens, self.first_s - self.started_s)
-        if relay.stream:
-            relay.transcript = transcript_of(self)
-        if self.booking is not None:
-            self.booking.first_token(self.first_s - self.started_s, self.first_s)
-            self.hub.prompt_done()
+        first_s, route = self.first_s, self.route
+        self.deadline_s = first_s + deadlines.stall_s(attempt.deployment)
+        if attempt.on_trial:
+            attempt.show_content(first_s)
+        if response.stream:
+            if route.hedges and self.search is not None:
+                prompt_tokens = self.search.request.shape.prompt_tokens
+                route.hedge_threshold.record(prompt_tokens, first_s - self.started_s)
+            response.transcript = transcript_for(self.received, route, attempt.deployment)
+        if attempt.reservation is not None:
+            attempt.reservation.first_token(first_s - self.started_s, first_s)
+            self._services.registry.wake_soon()
 
-    def _continue(self, command: Continue) -> None:
-        """Another Deployment has come to where the answer broke off; its client can read who it is."""
-        place, now_s = self.place, self.seen_s
-        assert place is not None
-        self.say_who_answers(place)
-        self.deadline_s = now_s + watching.stall_s(self)
-        if self.booking is not None:
-            self.booking.went_on(now_s)
-            self.hub.prompt_done()
-        self.hub.resumed(self)
+    def _continue(self, command: moves.Continue) -> None:
+        """Another Deployment has come to where the answer broke off; a comment names it to the client."""
+        attempts, now_s = self.attempts, self.now_s
+        attempt = attempts.current
+        assert attempt is not None and self.resume_state is not None, "a resumed answer has both"
+        self.writer.name_deployment(attempt.deployment, attempts.count)
+        self.deadline_s = now_s + deadlines.stall_s(attempt.deployment)
+        if attempt.reservation is not None:
+            attempt.reservation.resumed(now_s)
+            self._services.registry.wake_soon()
+        attempts.usage.resumed()
+        self._outcomes.resumed(self.route, str(self.resume_state.method))
 
     def _refuse(self, command: Refuse) -> None:
-        placing.stop_waiting(self)
-        self.status = command.status
-        if self.early_attempts:
-            self._break_off(command.code, command)
+        self._leave_queue()
+        self.writer.status = command.status
+        if self.writer.early_attempts:
+            self._break_off(command.code)
             return
-        self.write(answers.refusal(self, command))
-        self._end(command)
+        self.write(self.writer.refusal(self.attempts.count, command))
+        self._end()
 
-    def _interrupt(self, command: Interrupt) -> None:
-        """Never a clean end of an unfinished answer: say so inside the stream, then close without the last chunk."""
-        placing.stop_waiting(self)
-        if self.request.raw and not self.ask.stream:
-            self.client.transport.abort()  # to HTTP/1.0 a regular close would be a good end
-        self._break_off("upstream_interrupted", command)
+    def _interrupt(self, command: moves.Interrupt) -> None:
+        """Never a clean end of an unfinished answer: an error in the stream, then a close without the last chunk."""
+        self._leave_queue()
+        if self.received.context.raw and not self.received.info.stream:
+            self.client.abort()  # to HTTP/1.0 a regular close would be a good end
+        self._break_off("upstream_interrupted")
 
-    def _break_off(self, code: str, command: Command) -> None:
-        if self.ask.stream:
-            self.write_event(openai.error_event(code, answers.MESSAGES[code]))
+    def _break_off(self, code: str) -> None:
+        if self.received.info.stream:
+            self.writer.write_error(code)
         self.client.keep_alive = False
-        self._end(command)
+        self._end()
 
-    def _end(self, command: Command) -> None:
-        if self.hedge is not None:
-            self._end_hedge()
-        if self.attempt or self.owed is not None:
-            self.hub.accounts.end(self, self.attempt, self.relay)
-        self._settle(self.seen_s)
-        if self.claim is not None:
-            self.claim.end(self)
-        self.write(self.tail)
-        self.hub.conversations.pop(self, None)
-        self.hub.record(self)
-        self.relay = None
-        self.client.ended(self.seen_s)
+    def _finish(self, command: moves.Finish) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        attempts, writer, now_s = self.attempts, self.writer, self.now_s
+        if attempts.hedge is not None:
+            attempts.end_hedge(now_s)
+        current, last, outcome = attempts.current, attempts.last, self.exchange.outcome or Outcome.FAILED
+        response = last.response if last is not None else None
+        size_bytes = writer.written + len(writer.tail)  # the tail is written when the records are done
+        attempt_id = current.id if current is not None else b""
+        if attempt_id or attempts.usage.has_pending_charge:
+            attempts.usage.end(attempt_id, response, outcome, size_bytes)
+        if current is not None:
+            attempts.settle(now_s)
+        if self.received.claim is not None:
+            self.received.claim.end(final_response(last, outcome, size_bytes))
+        self.write(writer.tail)
+        self._services.registry.in_flight.pop(self, None)
+        self._outcomes.record(self._summary(last, outcome))
+        attempts.release()
+        self.client.ended(now_s)
+
+    def _summary(self, last: Attempt | None, outcome: Outcome) -> RequestSummary:
+        return RequestSummary(
+            id=self.id,
+            received=self.received,
+            route=self.route,
+            outcome=outcome,
+            status=self.writer.status,
+            attempts=self.attempts.count,
+            resumes=self.exchange.resumes,
+            written_bytes=self.writer.written,
+            started_s=self.started_s,
+            first_s=self.first_s,
+            ended_s=self.now_s,
+            attempt=last,
+            placement_request=self.search.request if self.search is not None else None,
+        )
 
     # --- what ends it from outside ---
 
-    def client_gone(self, event: ClientGone = GONE) -> None:
+    def client_gone(self, event: moves.ClientGone = moves.CLIENT_GONE) -> None:
         """The client left: cancel upstream, in whatever phase."""
-        if self.exchange.state is State.ENDED:
+        if self.exchange.state is _ENDED:
             return
-        placing.stop_waiting(self)
-        if self.relay is not None:
-            self.relay.cancel()
+        self._leave_queue()
+        self.attempts.cancel()
         self.report(event)
 
-    def overdue(self, now_s: float) -> None:
+    def terminate(self, why: Refuse) -> None:
+        """End it while its client is there (a revoked key, a worker that stops): with an error."""
+        if self.exchange.state is _ENDED:
+            return
+        self.client.keep_alive = False
+        if not self.writer.written:
+            self.attempts.charge(Outcome.REFUSED.value.encode())  # no client is billed for it
+            self.writer.status = why.status
+            self.writer.tail = self.writer.refusal(self.attempts.count, why)
+            self.client_gone(moves.ClientGone(Outcome.REFUSED))
+            return
+        if self.received.info.stream:
+            self.writer.write_error(why.code)
+        elif self.received.context.raw:
+            self.client.abort()  # to HTTP/1.0 a regular close would be a good end
+        self.client_gone()
+
+    def on_internal_error(self, error: BaseException) -> None:
+        """A bug of ours, met while this request was handled: log it, and end this request alone."""
+        self._services.defaults.on_error(error, self.id)
+        self.client.fail(self.id)
+
+    def fail(self) -> bool:
+        """An internal error: cancel upstream and settle, whatever else no longer works.
+
+        Returns whether the client reads a stream in which an error event may still be written.
+        """
+        self.writer.tail = b""
+        try:
+            self.client_gone()
+        except Exception:  # the error may come again here: what must not leak is the slot
+            self.attempts.cancel()
+            self.attempts.settle(self._clock())
+            self._services.registry.in_flight.pop(self, None)
+        return self.received.info.stream and not self.received.context.raw
+
+    # --- deadlines and ticks ---
+
+    def tick(self, now_s: float, furthest: dict[int, int] | None) -> None:
+        """Every 50 ms: is a deadline over, or a hedge due? With `furthest`, once a second: how far has it come?"""
+        if furthest is not None:
+            self._check_progress(now_s, furthest)
+        if self.deadline_s <= now_s:
+            self._overdue(now_s)
+        elif self.route.hedges:
+            self._hedge_if_due(now_s)
+
+    def _hedge_if_due(self, now_s: float) -> None:
+        exchange = self.exchange
+        if self.attempts.hedge is not None or exchange.state is not _TRYING or exchange.resumes:
+            return
+        request = self.search.request if self.search is not None else None
+        accounts = self._services.effects.accounts
+        if is_hedge_due(self.received, self.route, request, accounts, self.started_s, now_s):
+            self.now_s = now_s
+            self._send_beside()
+
+    def _overdue(self, now_s: float) -> None:
         """A deadline passed: of waiting, of the first event, or of the next one."""
-        relay = self.relay
-        if self.exchange.state is State.WAITING:
-            placing.stop_waiting(self)
-            ahead = max(1, len(self.lane.room))
-            self.report(Overdue(self.lane.drain.retry_after_s(ahead)))
-        elif relay is not None and relay.paused:
-            self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
-        elif relay is not None and not relay.finish() and not watching.has_more_time(self, now_s):
-            relay.cancel()
-            self._lost(AttemptFailed(Failure.TIMEOUT))
+        if self.exchange.state is _WAITING:
+            self._leave_queue()
+            self.report(moves.QueueTimeout(self.route.drain_rate.retry_after_s(max(1, len(self.route.queue)))))
+            return
+        current = self.attempts.current
+        if current is None or current.response is None or self._is_excused(current.response, now_s):
+            return
+        if not self._has_more_time(current, now_s):
+            current.cancel()
+            self.on_lost(AttemptFailed(Failure.TIMEOUT))
+
+    def move_from(self, endpoint: EndpointState, silent_s: float, now_s: float) -> None:
+        """Its Endpoint cannot be reached: move, if it has waited there for its first event long enough."""
+        current = self.attempts.current
+        if current is None or current.endpoint is not endpoint or self.exchange.state is not _TRYING:
+            return
+        if now_s - current.sent_s <= silent_s or current.response is None:
+            return
+        if not self._is_excused(current.response, now_s):
+            current.cancel()
+            self.on_lost(AttemptFailed(Failure.TIMEOUT))
+
+    def _is_excused(self, response: UpstreamResponse, now_s: float) -> bool:
+        """Whether silence is not the Endpoint's: the client stalls, or the answer had ended but for its last bytes."""
+        if response.paused:
+            self.deadline_s = self.client.next_read_deadline_s(now_s)
+            return True
+        return response.finish()
+
+    def _has_more_time(self, attempt: Attempt, now_s: float) -> bool:
+        """Whether an answer that is not streamed may take longer than the minimum; it then has that time."""
+        if self.received.info.stream or self.first_s:
+            return False
+        reservation = attempt.reservation
+        predicted_s = reservation.predicted_ttft_s if reservation is not None else None
+        tokens_max = output_tokens_max(self.received.body)
+        self.deadline_s = attempt.sent_s + deadlines.whole_answer_s(attempt.deployment, predicted_s, tokens_max)
+        return self.deadline_s > now_s
+
+    def _check_progress(self, now_s: float, furthest: dict[int, int]) -> None:
+        """Once a second: an answer that moved since the last tick has its whole stall limit before it again."""
+        attempts, first_s, is_stream = self.attempts, self.first_s, self.received.info.stream
+        monitor = self._monitor = self._monitor or ProgressMonitor()
+        current = attempts.current
+        if current is not None and current.response is not None:
+            response = current.response
+            if current.reservation is not None:
+                current.reservation.tick(response.event_count if first_s else -1, furthest, now_s)
+            if (response.stream or is_stream) and self.resume_state is None and not self.client.is_behind:
+                size, is_first = len(self.received.body), attempts.count == 1
+                monitor.observe_speed(current, response, (first_s, now_s), size, is_first)
+            if first_s and monitor.has_moved(response):
+                self.deadline_s = now_s + deadlines.stall_s(current.deployment)
+                if current.id:
+                    attempts.usage.progress(current.id, response)
+                if self.exchange.state is _COMMITTED:
+                    monitor.note_read(current.deployment, first_s, now_s, self.client.is_behind)
+        if is_stream and monitor.is_comment_due(self.started_s, now_s):
+            sent_to = current.deployment if current is not None and self.exchange.state is _TRYING else None
+            if self.writer.keep_alive(attempts.count, sent_to):
+                monitor.note_comment(now_s)
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""
-        if self.relay is not None:
-            self.relay.pause()
+        current = self.attempts.current
+        if current is not None and current.response is not None:
+            current.response.pause()
 
     def resume(self) -> None:
-        """It caught up."""
-        if self.relay is not None:
-            self.relay.resume()
+        """The client caught up."""
+        current = self.attempts.current
+        if current is not None and current.response is not None:
+            current.response.resume()
 
 
-ACTIONS: dict[type, Callable[..., None]] = {
-    Pick: placing.pick,
-    Wait: placing.wait,
-    Send: RequestHandler._send,
-    Commit: RequestHandler._commit,
-    Continue: RequestHandler._continue,
+ACTIONS: dict[type, Callable[..., Event | None]] = {
+    moves.Pick: RequestHandler._pick,
+    moves.Wait: RequestHandler._wait,
+    moves.Send: RequestHandler._send,
+    moves.Commit: RequestHandler._commit,
+    moves.Continue: RequestHandler._continue,
     Refuse: RequestHandler._refuse,
-    Interrupt: RequestHandler._interrupt,
-    Finish: RequestHandler._end,
+    moves.Interrupt: RequestHandler._interrupt,
+    moves.Finish: RequestHandler._finish,
 }

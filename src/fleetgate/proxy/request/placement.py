@@ -1,107 +1,179 @@
-"""A request looks for a place: the Lane's lead takes it, or whom the strategy names, or it waits for one."""
+"""A request looks for a slot: the route's lead takes it, or a Deployment that the scheduler names, or it waits."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import Protocol
 
+import msgspec
+
+from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.request_queue import QueueEntry
-from fleetgate.core.exchange import NotPicked, Overdue, Pick, Picked, QueueFull, Wait
-from fleetgate.core.routing.route import NoPlace, Rejection
-from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
-from fleetgate.proxy.routing.routing_table import ModelRouteState
+from fleetgate.core.exchange import NotPicked, QueueFull, QueueTimeout
+from fleetgate.core.routing.route import Rejection, RejectionReason
+from fleetgate.core.routing.scheduler import Placement
+from fleetgate.core.routing.strategies import Candidate
+from fleetgate.proxy.request.outcome import identity_of
+from fleetgate.proxy.request.registry import RegisteredRequest, RequestRegistry
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.request.reservation import CapacityAccounts, PlacementRequest, Reservation
+from fleetgate.proxy.request.resume import Resume
+from fleetgate.proxy.routing.active_table import ActiveTable
+from fleetgate.proxy.routing.deployment_state import DeploymentState
+from fleetgate.proxy.routing.endpoint_state import EndpointState
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.telemetry.decision_log import DecisionLog
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
-
-COOLS_WAIT_MAX_S = 2.0  # FAULTS.md row 16: in place only for so long
+RETRY_AFTER_IN_PLACE_MAX_S = 2.0  # faults.md row 16: a request waits here for a Deployment only this long
 QUEUE_FULL = QueueFull()
-LOST = (NoPlace.NONE_UP, NoPlace.ALL_TRIED)  # unless somebody who is out proves better than thought
+# A request whose candidates are gone fails, unless an ejected Endpoint proves healthier than thought.
+NO_CANDIDATE = (RejectionReason.NONE_UP, RejectionReason.ALL_TRIED)
 
 
-def pick(conversation: "RequestHandler", command: Pick) -> None:
-    """Look for a place, and report what came of it."""
-    hub, lane = conversation.hub, conversation.lane
-    if lane.tables is not hub.tables:
-        lane = conversation.lane = hub.tables.lane_after(lane)
-    lead = lane.lead
-    if lead is not None and not command.tried and not lane.room:
-        place = hub.tables.places[lead.slot]
-        if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
-            conversation.place = conversation.last_place = place
-            conversation.report(Picked(lead))
-            return
-    _pick_by_route(conversation, command, lane)
+class PanicPicker(Protocol):
+    """Readmits the least bad ejected Endpoint, now and then."""
+
+    def panic_pick(self, route: ModelRouteState, now_s: float, without: Collection[int] = ()) -> bool:
+        """Whether one request may try an ejected Endpoint of this route."""
 
 
-def _pick_by_route(conversation: "RequestHandler", command: Pick, lane: ModelRouteState) -> None:
-    hub, now_s = conversation.hub, conversation.hub.clock()
-    wanting = conversation.wanting = conversation.wanting or PlacementRequest(conversation)
-    first = lane.room.first() if conversation.ticket is None and not command.tried else None
-    if first is not None and first.priority <= wanting.priority:
-        conversation.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
-        return
-    tried = _exhausted(conversation, command.tried, now_s) if command.tried else ()
-    if lane.missing:
-        tried = [*tried, *lane.lacking(conversation.request.path, now_s)]
-    if conversation.resumption is not None:
-        tried = [*tried, *conversation.resumption.unfit(lane, hub.tables)]
-    wish = wanting.wish(now_s - conversation.wants_since_s)
-    placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
-    if hub.recorder is not None:
-        hub.recorder.decided(conversation, wish, tried, placed)
-    if isinstance(placed, Rejection):
-        why = lane.why(placed.reason, tried, conversation.wants_since_s, now_s)
-        if why in LOST and hub.ward.try_least_bad(lane, now_s, tried):
-            pick(conversation, command)
-        else:
-            conversation.report(NotPicked(why))
-        return
-    conversation.place = conversation.last_place = hub.tables.places[placed.candidate.slot]
-    conversation.booking = Reservation(hub, placed, lane.desk.has_slo, now_s)
-    lane.affinity.record(wanting.chain, placed.reservation.endpoint_slot)
-    if conversation.ticket is not None:
-        stop_waiting(conversation, served=True)
-    conversation.report(Picked(placed.candidate))
+class PlacementQuery(msgspec.Struct):
+    """One look for a slot.
+
+    Shape: `tried` and `failed` are the Deployments (slots) and Endpoints that have failed this request; `is_queued`
+    marks a request that waits already. Units: `wants_since_s` is when it began to want this slot.
+    """
+
+    request: PlacementRequest
+    request_id: bytes
+    received: ReceivedRequest
+    route: ModelRouteState
+    wants_since_s: float
+    is_queued: bool = False
+    tried: tuple[int, ...] = ()
+    failed: tuple[EndpointState, ...] = ()
+    resume: Resume | None = None
 
 
-def _exhausted(conversation: "RequestHandler", slots: tuple[int, ...], now_s: float) -> list[int]:
-    """Those of the Deployments tried that have no other Endpoint to try."""
-    places, failed = conversation.hub.tables.places, conversation.failed_peers
-    return [slot for slot in slots if slot not in places or not places[slot].choose(now_s, failed)]
+class PlacedRequest(msgspec.Struct):
+    """A slot that was reserved. Shape: `reservation` is None where the route's lead took the request uncounted."""
+
+    candidate: Candidate
+    deployment: DeploymentState
+    reservation: Reservation | None
 
 
-def wait(conversation: "RequestHandler", command: Wait) -> None:
-    """Join the row, unless it is full or the wait would be in vain."""
-    if conversation.ticket is not None:
-        return  # woken in vain: it keeps its place in the row
-    hub, lane, wanting = conversation.hub, conversation.lane, conversation.wanting
-    assert wanting is not None
-    gateway, request = lane.site.gateway, conversation.request
-    cools_s = lane.cools_s(hub.clock())
-    if cools_s > COOLS_WAIT_MAX_S:  # nobody will take it before, so its client hears of it now
-        conversation.report(Overdue(cools_s))
-        return
-    if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
-        shed = lane.room.shed_candidate(wanting.priority, request.key.name)
-        if shed is None:
-            conversation.report(QUEUE_FULL)
-            return
-        hub.waiters[shed].shed()
-    need, outlooks = wanting.need, hub.learning.outlooks
-    conversation.deadline_s = lane.desk.waits_until_s(need, conversation.wants_since_s, outlooks, request.timeout_s)
-    promised = gateway.slo is not None or request.timeout_s  # to the client, or by it to somebody
-    expected_s = hub.clock() + lane.drain.wait_expected_s(len(lane.room) + 1) if promised else 0.0
-    if expected_s > conversation.deadline_s:  # it would only wait in vain
-        conversation.report(Overdue(lane.drain.retry_after_s(len(lane.room) + 1)))
-        return
-    conversation.ticket = QueueEntry(conversation.deadline_s, request.key.name, need.units, wanting.priority)
-    lane.room.join(conversation.ticket, ahead=conversation.exchange.moves > 0)
-    hub.waiters[conversation.ticket] = conversation
-    hub.count_waiting(lane, 1)
+class Placer:
+    """Finds slots for the requests of one worker."""
 
+    def __init__(
+        self,
+        active: ActiveTable,
+        ledger: Ledger,
+        accounts: CapacityAccounts,
+        registry: RequestRegistry,
+        panic: PanicPicker,
+        decisions: DecisionLog | None,
+    ) -> None:
+        self._active = active
+        self._ledger = ledger
+        self._accounts = accounts
+        self._registry = registry
+        self._panic = panic
+        self._decisions = decisions
 
-def stop_waiting(conversation: "RequestHandler", served: bool = False) -> None:
-    """Leave the row, if it waits."""
-    ticket, conversation.ticket = conversation.ticket, None
-    if ticket is not None:
-        conversation.lane.room.leave(ticket, served)
-        conversation.hub.waiters.pop(ticket, None)
-        conversation.hub.count_waiting(conversation.lane, -1)
+    def current_route(self, route: ModelRouteState) -> ModelRouteState:
+        """The route of the active Snapshot that took the place of an older one."""
+        return self._active.current.successor(route)
+
+    def take_lead(self, route: ModelRouteState) -> DeploymentState | None:
+        """Reserve at the route's lead, without a decision; None if it has none or the lead has no slot."""
+        lead = route.lead
+        if lead is None or route.queue:
+            return None
+        deployment = route.by_slot[lead.slot]
+        if deployment.health < 1.0 or deployment.external_in_flight or deployment.paused:
+            return None
+        return deployment if self._ledger.reserve(lead.slot, deployment.limit) else None
+
+    def place(self, query: PlacementQuery, now_s: float) -> PlacedRequest | NotPicked:
+        """Reserve the slot that the scheduler names, or say why there is none."""
+        route, request = query.route, query.request
+        if not query.is_queued and not query.tried:
+            first = route.queue.first()
+            if first is not None and first.priority <= request.priority:
+                return NotPicked(RejectionReason.ALL_FULL)  # others wait already, and new requests queue behind them
+        while True:
+            placed = self._schedule(query, now_s)
+            if isinstance(placed, PlacedRequest):
+                return placed
+            if placed not in NO_CANDIDATE or not self._panic.panic_pick(route, now_s, query.tried):
+                return NotPicked(placed)
+
+    def _schedule(self, query: PlacementQuery, now_s: float) -> PlacedRequest | RejectionReason:
+        route, accounts = query.route, self._accounts
+        tried = self._exhausted(query.tried, query.failed, now_s) if query.tried else []
+        if route.missing_models:
+            tried = [*tried, *route.slots_without_model(query.received.context.path, now_s)]
+        if query.resume is not None:
+            tried = [*tried, *query.resume.unfit_slots(route)]
+        asked = query.request.schedule_request(now_s - query.wants_since_s)
+        placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, tried)
+        if self._decisions is not None:
+            considered = route.scheduler.last_decision
+        if self._decisions is not None and considered is not None:
+            identity = identity_of(self._decisions, query.request_id, query.received, route)
+            self._decisions.decided(identity, considered, asked, tried, placed)
+        if isinstance(placed, Rejection):
+            return route.explain(placed.reason, tried, query.wants_since_s, now_s)
+        route.affinity.record(query.request.prefix_chain, placed.reservation.endpoint_slot)
+        deployment = route.by_slot[placed.candidate.slot]
+        reservation = Reservation(accounts, placed, route.scheduler.has_slo, now_s)
+        return PlacedRequest(placed.candidate, deployment, reservation)
+
+    def place_beside(self, query: PlacementQuery, now_s: float) -> tuple[PlacedRequest, EndpointState] | None:
+        """A slot at another Deployment for a second attempt beside the first, None if there is none."""
+        route, accounts = query.route, self._accounts
+        asked = query.request.schedule_request(0.0)  # a new attempt has its whole TTFT before it
+        placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, query.tried)
+        if not isinstance(placed, Placement):
+            return None
+        deployment = route.by_slot[placed.candidate.slot]
+        endpoint = deployment.endpoint_at(placed.reservation.endpoint_slot)
+        if endpoint is None or query.received.info.model not in deployment.upstream_names:
+            accounts.work_ledger.settle(placed.reservation)
+            return None
+        reservation = Reservation(accounts, placed, route.scheduler.has_slo, now_s)
+        return PlacedRequest(placed.candidate, deployment, reservation), endpoint
+
+    def _exhausted(self, slots: tuple[int, ...], failed: tuple[EndpointState, ...], now_s: float) -> list[int]:
+        """Those of the tried Deployments that have no other Endpoint to try."""
+        deployments = self._active.current.deployments
+        return [
+            slot for slot in slots if slot not in deployments or not deployments[slot].choose_endpoint(now_s, failed)
+        ]
+
+    def enqueue(
+        self, query: PlacementQuery, waiter: RegisteredRequest, moved: bool, now_s: float
+    ) -> QueueEntry | QueueTimeout | QueueFull:
+        """Join the queue, unless it is full or the wait would be in vain.
+
+        Shape: `moved` requests wait ahead of new ones.
+        """
+        route, request, context = query.route, query.request, query.received.context
+        spec, registry, drain_rate = route.gateway.spec, self._registry, route.drain_rate
+        retry_after_s = route.retry_after_s(now_s)
+        if retry_after_s > RETRY_AFTER_IN_PLACE_MAX_S:  # no Deployment takes it before
+            return QueueTimeout(retry_after_s)
+        if registry.total_waiting(spec.slot) >= spec.admission.queue_max:
+            shed = route.queue.shed_candidate(request.priority, context.key.name)
+            if shed is None:
+                return QUEUE_FULL
+            registry.shed(shed)
+        views, shape = self._accounts.tracker.views, request.shape
+        deadline_s = route.scheduler.queue_deadline_s(shape, query.wants_since_s, views, context.timeout_s)
+        if spec.slo is not None or context.timeout_s:  # something was promised
+            expected_s = now_s + drain_rate.wait_expected_s(len(route.queue) + 1)
+            if expected_s > deadline_s:
+                return QueueTimeout(drain_rate.retry_after_s(len(route.queue) + 1))
+        entry = QueueEntry(deadline_s, context.key.name, shape.units, request.priority)
+        registry.join(entry, waiter, moved)
+        return entry

@@ -1,64 +1,90 @@
-"""One request's place with the token work it stands for: made at its pick, told its first token, closed at its end."""
-
-from typing import TYPE_CHECKING
+"""One request's slot at a Deployment with the token work it stands for: from placement to settlement."""
 
 from fleetgate.core.admission.request_queue import PRIORITIES, Priority
+from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
 from fleetgate.core.capacity.latency_model import RequestShape
+from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.routing.prefix_affinity import BLOCK_TOKENS, COLD
 from fleetgate.core.routing.scheduler import Placement, ScheduleRequest
-from fleetgate.ipc.shared_memory import DeploymentCounter
+from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter, SharedMemory
 from fleetgate.protocols.clients.openai import output_tokens_max
 from fleetgate.protocols.prompt_prefix import chain_of
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.routing.capacity_tracker import CapacityTracker
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.telemetry.metrics import LatencyHistogram
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
-    from fleetgate.proxy.worker.services import Hub
-
-# An answer that is not streamed shows no first token: its prompt counts as through after so many times its forecast.
-UNSEEN_FIRST = 1.5
-_ENDED, _TTFT_LATE, _TPOT_LATE = (
+# An answer that is not streamed shows no first token: its prompt counts as prefilled after this many times the
+# predicted TTFT.
+UNSEEN_FIRST_FACTOR = 1.5
+ENDED, TTFT_LATE, TPOT_LATE, REFUSED = (
     int(DeploymentCounter.ENDED),
     int(DeploymentCounter.TTFT_LATE),
     int(DeploymentCounter.TPOT_LATE),
+    int(DeploymentCounter.REFUSED),
 )
 
 
 class PlacementRequest:
-    """What a request wants a place for, worked out once, however often it has to look."""
+    """What a request needs of a Deployment, worked out once, however often it has to look for one."""
 
-    __slots__ = ("_allowed", "_preferred", "chain", "need", "priority")
+    __slots__ = ("_allowed", "_preferred", "prefix_chain", "priority", "shape")
 
-    def __init__(self, conversation: "RequestHandler") -> None:
-        hub, lane, request = conversation.hub, conversation.lane, conversation.request
-        model, body = lane.model, conversation.body
-        # With a single Endpoint there is nobody to prefer.
-        self.chain = chain_of(body, request.session) if lane.has_choice else ()
-        warm = lane.affinity.find(self.chain) if self.chain else COLD
-        self.need = RequestShape(
-            prompt_tokens=hub.lengths.prompt_tokens(model, len(body)),
-            output_tokens=hub.lengths.output_tokens(model, request.key.name, output_tokens_max(body)),
+    def __init__(self, received: ReceivedRequest, route: ModelRouteState, estimates: TokenEstimates) -> None:
+        context, body, model = received.context, received.body, route.model
+        # With a single Endpoint there is no choice that a prefix could decide.
+        self.prefix_chain = chain_of(body, context.session) if route.has_choice else ()
+        warm = route.affinity.find(self.prefix_chain) if self.prefix_chain else COLD
+        self.shape = RequestShape(
+            prompt_tokens=estimates.prompt_tokens(model, len(body)),
+            output_tokens=estimates.output_tokens(model, context.key.name, output_tokens_max(body)),
             warm_slot=warm.endpoint_slot,
             warm_tokens=warm.blocks * BLOCK_TOKENS,
         )
-        judgement = conversation.judgement
-        self.priority = PRIORITIES[judgement.priority] if judgement.priority else Priority.STANDARD
-        self._allowed, self._preferred = judgement.allowed, judgement.preferred
+        decision = received.decision
+        self.priority = PRIORITIES[decision.priority] if decision.priority else Priority.STANDARD
+        self._allowed, self._preferred = decision.allowed, decision.preferred
 
-    def wish(self, waited_s: float) -> ScheduleRequest:
-        """The wish for a place now."""
-        return ScheduleRequest(self.need, waited_s, self.priority, self._allowed, self._preferred)
+    def schedule_request(self, waited_s: float) -> ScheduleRequest:
+        """The request as the scheduler takes it, now."""
+        return ScheduleRequest(self.shape, waited_s, self.priority, self._allowed, self._preferred)
+
+
+class CapacityAccounts:
+    """What reservations of one worker write to: token work, learned speed, counters of late and ended requests."""
+
+    __slots__ = ("_counters", "_worker", "_workers", "tracker", "ttft_error", "work_ledger")
+
+    def __init__(
+        self,
+        shared: SharedMemory,
+        worker: int,
+        work_ledger: WorkLedger,
+        tracker: CapacityTracker,
+        ttft_error: LatencyHistogram,
+    ) -> None:
+        self._counters = shared.deployment_counters
+        self._workers = shared.workers
+        self._worker = worker
+        self.work_ledger = work_ledger
+        self.tracker = tracker
+        self.ttft_error = ttft_error
+
+    def count(self, slot: int, counter: int) -> None:
+        """Count an event of a Deployment for the correction of its limit."""
+        self._counters[(slot * self._workers + self._worker) * TALLY_CELLS + counter] += 1
 
 
 class Reservation:
-    """A place that was found, as long as the request holds it. Cost: 3 µs over its life."""
+    """A slot that a request holds. Cost: 3 µs over its life."""
 
-    __slots__ = ("_first_s", "_hold", "_hub", "_placed", "_promised", "_seen_tokens", "_sent_s")
+    __slots__ = ("_accounts", "_first_s", "_has_slo", "_placement", "_seen_tokens", "_sent_s", "_work")
 
-    def __init__(self, hub: "Hub", placed: Placement, promised: bool, now_s: float) -> None:
-        self._hub = hub
-        self._promised = promised  # without an SLO nothing can be late
-        self._placed = placed
-        self._hold = placed.reservation
+    def __init__(self, accounts: CapacityAccounts, placement: Placement, has_slo: bool, now_s: float) -> None:
+        self._accounts = accounts
+        self._has_slo = has_slo  # without an SLO no request is late
+        self._placement = placement
+        self._work: WorkReservation = placement.reservation
         self._sent_s = now_s
         self._first_s = 0.0
         self._seen_tokens = 0
@@ -66,66 +92,66 @@ class Reservation:
     @property
     def endpoint_slot(self) -> int:
         """The Endpoint that was chosen."""
-        return self._hold.endpoint_slot
+        return self._work.endpoint_slot
 
     @property
-    def predicted_s(self) -> float | None:
-        """The TTFT that was predicted of it, None where no Profile does."""
-        fit = self._placed.prediction
-        return fit.ttft_s if fit is not None else None
+    def predicted_ttft_s(self) -> float | None:
+        """The predicted TTFT, None without a Profile."""
+        prediction = self._placement.prediction
+        return prediction.ttft_s if prediction is not None else None
 
-    def moved(self, endpoint_slot: int) -> None:
-        """Another Endpoint of the same Deployment takes it: the chosen one has just fallen out."""
-        if endpoint_slot != self._hold.endpoint_slot:
-            self._hold = self._hub.books.move(self._hold, endpoint_slot)
+    def move(self, endpoint_slot: int) -> None:
+        """Another Endpoint of the same Deployment takes the request: the chosen one has become unhealthy."""
+        if endpoint_slot != self._work.endpoint_slot:
+            self._work = self._accounts.work_ledger.move(self._work, endpoint_slot)
 
     def first_token(self, ttft_s: float, now_s: float) -> None:
         """The first token of a stream came. Units: `ttft_s` counts from the request's arrival here."""
+        accounts = self._accounts
         self._first_s = now_s
-        self._hold = self._hub.books.first_token(self._hold, now_s)
-        fit, observed_s = self._placed.prediction, now_s - self._sent_s
-        if fit is not None:
-            self._hub.learning.saw_first(self._hold.slot, fit, observed_s)
-            self._hub.ttft_error.observe(abs(observed_s - fit.ttft_s))
-            if self._promised and ttft_s > self._placed.target_s:
-                self._hub.tally(self._hold.slot, _TTFT_LATE)
+        self._work = accounts.work_ledger.first_token(self._work, now_s)
+        prediction, observed_s = self._placement.prediction, now_s - self._sent_s
+        if prediction is not None:
+            accounts.tracker.record_first_token(self._work.slot, prediction, observed_s)
+            accounts.ttft_error.observe(abs(observed_s - prediction.ttft_s))
+            if self._has_slo and ttft_s > self._placement.target_s:
+                accounts.count(self._work.slot, TTFT_LATE)
 
-    def went_on(self, now_s: float) -> None:
-        """An answer that broke off elsewhere goes on here: its prompt is through, and nothing is learned from it."""
-        self._hold = self._hub.books.first_token(self._hold, now_s)
+    def resumed(self, now_s: float) -> None:
+        """An answer that broke off elsewhere continues here: its prompt is prefilled; nothing is learned from it."""
+        self._work = self._accounts.work_ledger.first_token(self._work, now_s)
 
-    def watch(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
-        """Once a second. Units: `tokens` that its stream has brought by now, -1 before the first.
+    def tick(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
+        """Once a second. Units: `tokens` that its stream has brought so far, -1 before the first.
 
-        Nothing shows the first token of an answer that is not streamed: it is presumed when it is overdue.
+        The first token of an answer that is not streamed is presumed when it is overdue.
+        Shape: `furthest` collects, by Endpoint slot, the most tokens that one stream got since the last tick.
         """
         if tokens >= 0:
             if self._seen_tokens:
-                at = self._hold.endpoint_slot
-                furthest[at] = max(furthest.get(at, 0), tokens - self._seen_tokens)
+                slot = self._work.endpoint_slot
+                furthest[slot] = max(furthest.get(slot, 0), tokens - self._seen_tokens)
             self._seen_tokens = tokens
             return
-        fit = self._placed.prediction
-        if fit is not None and self._hold.pending_tokens and now_s - self._sent_s > UNSEEN_FIRST * fit.ttft_s:
-            self._hold = self._hub.books.first_token(self._hold, now_s)
+        prediction = self._placement.prediction
+        overdue_s = UNSEEN_FIRST_FACTOR * prediction.ttft_s if prediction is not None else 0.0
+        if prediction is not None and self._work.pending_tokens and now_s - self._sent_s > overdue_s:
+            self._work = self._accounts.work_ledger.first_token(self._work, now_s)
 
     def ended(self, output_tokens: int, tpot_max_s: float, now_s: float) -> None:
-        """The answer ended as it should. Units: `output_tokens` 0 where they are not known or were not streamed."""
-        self._hub.tally(self._hold.slot, _ENDED)
-        if (
-            self._promised
-            and output_tokens > 1
-            and self._first_s
-            and (now_s - self._first_s) / (output_tokens - 1) > tpot_max_s
-        ):
-            self._hub.tally(self._hold.slot, _TPOT_LATE)
+        """The answer ended well. Units: `output_tokens` 0 if they are not known or were not streamed."""
+        self._accounts.count(self._work.slot, ENDED)
+        if not self._has_slo or output_tokens <= 1 or not self._first_s:
+            return
+        if (now_s - self._first_s) / (output_tokens - 1) > tpot_max_s:
+            self._accounts.count(self._work.slot, TPOT_LATE)
 
     def measured(self, prompt_tokens: float, output_tokens: float, now_s: float) -> None:
-        """How much was done while the place was held; where a Profile is known, its streams tell more."""
-        if self._placed.prediction is None:
+        """How much was done while the slot was held. With a Profile, its streams tell more."""
+        if self._placement.prediction is None:
             units = RequestShape(prompt_tokens, output_tokens).units
-            self._hub.learning.saw_end(self._hold.slot, units, now_s - self._sent_s)
+            self._accounts.tracker.record_end(self._work.slot, units, now_s - self._sent_s)
 
     def settle(self) -> None:
-        """Give the place and its token work back."""
-        self._hub.books.settle(self._hold)
+        """Give the slot and its token work back."""
+        self._accounts.work_ledger.settle(self._work)

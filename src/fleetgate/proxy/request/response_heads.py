@@ -1,22 +1,21 @@
-"""The bytes of heads and errors that clients get: one place, so that no answer lacks what DESIGN.md promises."""
+"""The bytes of heads and errors that clients get, in one place, so that every answer has the promised headers."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Protocol
 from zlib import crc32
+
+import msgspec
 
 from fleetgate.core.admission.retry_budget import jittered_s
 from fleetgate.core.exchange import Refuse
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import status_line
-from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.interface import UpstreamResponse
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
-    from fleetgate.proxy.request.response_writer import ResponseWriter
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 
 _OK = status_line(200)
 JSON = b"content-type: application/json\r\n"
-_CLOSE = b"connection: close\r\n"
+CLOSE = b"connection: close\r\n"
 
 MESSAGES = {
     "no_deployment_available": "no Deployment that serves this model is up; try again shortly",
@@ -34,72 +33,121 @@ MESSAGES = {
 }
 
 
-def relayed_head(conversation: "RequestHandler", relay: UpstreamResponse, place: DeploymentState, length: int) -> bytes:
-    """The head of an answer that is passed on; `length` is -1 for one whose end is not known yet."""
-    client_headers = conversation.request.answer_headers + _closing(conversation)
+class ResponseDefaults:
+    """What every answer of a worker has in common.
+
+    Shape: `on_error` logs an internal error; while `draining`, each answer is the last one on its connection.
+    """
+
+    __slots__ = ("date_line", "draining", "on_error")
+
+    def __init__(self, on_error: Callable[[BaseException, bytes], None]) -> None:
+        self.date_line = b""
+        self.draining = False
+        self.on_error = on_error
+
+    def set_date(self, epoch_s: int) -> None:
+        """Renew the date. Once a second."""
+        self.date_line = b"date: %b\r\n" % formatdate(epoch_s, usegmt=True).encode()
+
+    def begin_drain(self) -> None:
+        """From now on each answer closes its connection."""
+        self.draining = True
+
+
+class ResponseMeta(msgspec.Struct):
+    """What a head says beside its own fields. Shape: `client_headers` are lines (CORS, `connection: close`)."""
+
+    date_line: bytes
+    request_id: bytes
+    attempts: int
+    client_headers: bytes
+
+
+class RelayedResponse(Protocol):
+    """What a head tells of the upstream's answer. Shape: `passed` are header lines, `held` the body of a whole one."""
+
+    @property
+    def status(self) -> int:
+        """The upstream's status."""
+
+    @property
+    def stream(self) -> bool:
+        """Whether it is an event stream."""
+
+    @property
+    def raw(self) -> bool:
+        """Whether the client speaks HTTP/1.0."""
+
+    @property
+    def passed(self) -> bytes:
+        """Header lines of the upstream that the client may see."""
+
+    @property
+    def finish_seen(self) -> bool:
+        """Whether it is whole."""
+
+    @property
+    def held(self) -> list[bytes]:
+        """What was held back before the commit point."""
+
+
+def relayed_head(meta: ResponseMeta, response: RelayedResponse, deployment: DeploymentState, length: int) -> bytes:
+    """The head of a relayed answer; `length` is -1 if its end is not known yet."""
     if length >= 0:
         framing = b"content-length: %d\r\n" % length
-    elif relay.raw:
+    elif response.raw:
         framing = b""
     else:
         framing = b"transfer-encoding: chunked\r\n"
     return b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
-        _OK if relay.status == 200 else status_line(relay.status),
-        conversation.hub.date_line,
-        relay.passed,
-        place.answer_headers,
-        client_headers,
+        _OK if response.status == 200 else status_line(response.status),
+        meta.date_line,
+        response.passed,
+        deployment.response_headers,
+        meta.client_headers,
         framing,
-        conversation.request_id,
-        conversation.attempts,
+        meta.request_id,
+        meta.attempts,
     )
 
 
-def _closing(conversation: "ResponseWriter") -> bytes:
-    """What tells the client that this connection's last answer begins: while the worker drains each is one."""
-    if conversation.hub.draining:
-        conversation.client.keep_alive = False
-    return b"" if conversation.client.keep_alive else _CLOSE
-
-
-def early_head(conversation: "ResponseWriter", place: DeploymentState) -> bytes:
-    """The head of a stream whose first event is not here yet; it names the attempt in hand."""
-    client_headers = conversation.request.answer_headers + _closing(conversation)
-    framing = b"" if conversation.request.raw else b"transfer-encoding: chunked\r\n"
-    fields = place.answer_headers + client_headers + framing
+def early_head(meta: ResponseMeta, raw: bool, deployment: DeploymentState) -> bytes:
+    """The head of a stream whose first event has not come; it names the attempt in hand."""
+    framing = b"" if raw else b"transfer-encoding: chunked\r\n"
+    fields = deployment.response_headers + meta.client_headers + framing
     return b"%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
         _OK,
-        conversation.hub.date_line,
+        meta.date_line,
         b"content-type: text/event-stream; charset=utf-8\r\n",
         fields,
-        conversation.request_id,
-        conversation.attempts,
+        meta.request_id,
+        meta.attempts,
     )
 
 
-def place_comment(place: DeploymentState, attempts: int) -> bytes:
-    """Who answers from here on, where the head named somebody else: a comment, which SDKs ignore."""
-    deployment = place.deployment
+def deployment_comment(deployment: DeploymentState, attempts: int) -> bytes:
+    """The Deployment that answers from here on, if the head named another: an SSE comment, which SDKs ignore."""
+    spec = deployment.spec
     return b": fleetgate deployment=%b region=%b attempts=%d\n\n" % (
-        deployment.name.encode(),
-        deployment.region.encode(),
+        spec.name.encode(),
+        spec.region.encode(),
         attempts,
     )
 
 
-def refusal(conversation: "RequestHandler", refuse: Refuse) -> bytes:
+def refusal(meta: ResponseMeta, refuse: Refuse) -> bytes:
     """An error of ours after the core has decided."""
-    extra = JSON + b"x-fleetgate-attempts: %d\r\n" % conversation.attempts
+    extra = JSON + b"x-fleetgate-attempts: %d\r\n" % meta.attempts
     if refuse.retry_after_s:
         wait_s = refuse.retry_after_s
         if refuse.status == 503:
-            wait_s = jittered_s(wait_s, crc32(conversation.request_id) / 2**32)
+            wait_s = jittered_s(wait_s, crc32(meta.request_id) / 2**32)
         extra += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (max(1, round(wait_s)), max(1, round(wait_s * 1000)))
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
     body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
-    extra += conversation.request.answer_headers + _closing(conversation)
-    return plain(refuse.status, body, conversation.hub.date_line, conversation.request_id, extra)
+    return plain(refuse.status, body, meta.date_line, meta.request_id, extra + meta.client_headers)
 
 
 def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = JSON) -> bytes:

@@ -1,76 +1,110 @@
-"""The half of a conversation that faces the client: what has been said to it, and what is said on our own account."""
+"""What is written to one client: the head, relayed bytes, and events of our own."""
 
-from typing import TYPE_CHECKING
-
+from fleetgate.core.exchange import Refuse
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
-from fleetgate.proxy.request import response_heads as answers
-from fleetgate.proxy.routing.routing_table import DeploymentState
+from fleetgate.proxy.request import response_heads
+from fleetgate.proxy.request.ports import ClientStream
+from fleetgate.proxy.request.request_context import RequestContext
+from fleetgate.proxy.request.response_heads import ResponseDefaults, ResponseMeta
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.downstream.client_connection import ClientConnection
-    from fleetgate.proxy.downstream.request_authorizer import RequestContext
-    from fleetgate.proxy.request.usage import PendingCharge
-    from fleetgate.proxy.worker.services import Hub
-
-COMMENT_EVERY_S = 10.0  # FAULTS.md row 6
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class ResponseWriter:
-    """Writes to one client. Its attributes are a conversation's."""
+    """Writes to one client.
+
+    Shape: `tail` is the answer's last bytes, written after its slot is free again; `early_attempts` counts the attempts
+    when the head went out before its answer, 0 if it has not.
+    """
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
-    hub: "Hub"
-    client: "ClientConnection"
-    request: "RequestContext"
-    request_id: bytes
-    place: DeploymentState | None = None  # where a reservation is held
-    first_s = 0.0
-    attempts = 0
-    owed: "PendingCharge | None" = None  # an attempt that broke off half-way, until it is known who goes on
     status = 0
     written = 0
-    tail = b""  # the answer's last bytes, written when its place is free again
-    early_attempts = 0  # how many there had been when the head went out before its answer; 0 while it has not
-    heard_s = 0.0  # when its client last read something, as far as the looks once a second tell
+    tail = b""
+    early_attempts = 0
+
+    def __init__(
+        self, client: ClientStream, request_id: bytes, context: RequestContext, defaults: ResponseDefaults
+    ) -> None:
+        self.client = client
+        self._id = request_id
+        self._context = context
+        self._defaults = defaults
 
     def write(self, data: bytes) -> None:
-        """Send to the client."""
-        if data:
-            self.written += len(data)
-            self.client.transport.write(data)
+        """Send to the client. Called for each streamed event; an internal error ends this request alone."""
+        try:
+            if data:
+                self.written += len(data)
+                self.client.write(data)
+        except Exception as error:
+            self._defaults.on_error(error, self._id)
+            self.client.fail(self._id)
 
-    def framed(self, payload: bytes) -> bytes:
-        """Part of a body, as this client reads it."""
-        return payload if self.request.raw or not payload else http1.chunk(payload)
+    def frame(self, payload: bytes) -> bytes:
+        """A part of the body with the framing that this client reads."""
+        return payload if self._context.raw or not payload else http1.chunk(payload)
 
     def write_event(self, event: bytes) -> None:
         """Send an event or comment of our own."""
-        self.write(self.framed(event))
+        self.write(self.frame(event))
 
-    def say_who_answers(self, place: DeploymentState) -> None:
-        """Name the Deployment that answers from here on, where the head named an earlier one."""
-        if self.attempts != self.early_attempts:
-            self.write_event(answers.place_comment(place, self.attempts))
+    def write_error(self, code: str) -> None:
+        """Send an error inside the stream."""
+        self.write_event(openai.error_event(code, response_heads.MESSAGES[code]))
 
-    def say_as_event(self, body: bytes) -> None:
-        """What came is no stream, but its client has been told to read one."""
-        self.tail = self.framed(openai.event_of_body(body)) + (b"" if self.request.raw else http1.LAST_CHUNK)
+    def write_relayed_head(
+        self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
+    ) -> None:
+        """Send the head of a relayed answer; a whole one is put into `tail` with its body."""
+        self.status = response.status
+        whole = response.finish_seen and not response.stream
+        if self.early_attempts:
+            self.name_deployment(deployment, attempts)
+            if whole:  # the client has been told to read a stream
+                self.tail = self.frame(openai.event_of_body(response.held[0]))
+                self.tail += b"" if self._context.raw else http1.LAST_CHUNK
+            return
+        if self._context.raw and not whole:
+            self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
+        length = len(response.held[0]) if whole else -1
+        head = response_heads.relayed_head(self._meta(attempts), response, deployment, length)
+        if whole:
+            self.tail = head + response.held[0]
+        else:
+            self.write(head)
 
-    def keep_alive(self, now_s: float, trying: bool) -> None:
-        """A comment, so that nobody between us and the client takes the silence for death; the request may still move.
+    def name_deployment(self, deployment: DeploymentState, attempts: int) -> None:
+        """Name the Deployment that answers from here on, if the head named an earlier attempt."""
+        if attempts != self.early_attempts:
+            self.write_event(response_heads.deployment_comment(deployment, attempts))
 
-        While it waits for room nothing is said: a refusal with its status is worth more.
+    def keep_alive(self, attempts: int, deployment: DeploymentState | None) -> bool:
+        """Send a comment, so that no intermediary closes a silent connection; the request may still move.
+
+        Shape: `deployment` of the attempt in hand, None while the request waits: no head is sent then, because a
+        refusal with its status is worth more than a comment. False if nothing was sent.
         """
-        place = self.place
-        if not self.first_s and not self.early_attempts:
-            if not trying or place is None or self.client.unread:
-                return
-            self.early_attempts = self.attempts
+        if not self.written:
+            if deployment is None or self.client.is_behind:
+                return False
+            self.early_attempts = attempts
             self.status = 200
-            if self.request.raw:
+            if self._context.raw:
                 self.client.keep_alive = False
-            self.write(answers.early_head(self, place))
-        self.heard_s = now_s
+            self.write(response_heads.early_head(self._meta(attempts), self._context.raw, deployment))
         self.write_event(KEEP_ALIVE)
+        return True
+
+    def refusal(self, attempts: int, refuse: Refuse) -> bytes:
+        """The bytes of an error of ours in place of an answer."""
+        return response_heads.refusal(self._meta(attempts), refuse)
+
+    def _meta(self, attempts: int) -> ResponseMeta:
+        defaults = self._defaults
+        if defaults.draining:
+            self.client.keep_alive = False
+        closing = b"" if self.client.keep_alive else response_heads.CLOSE
+        return ResponseMeta(defaults.date_line, self._id, attempts, self._context.response_headers + closing)

@@ -1,134 +1,153 @@
-"""An answer that broke off half-way: whether and how it goes on from another Deployment."""
+"""An answer that broke off half-way: whether and how another Deployment resumes it."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fleetgate.protocols.clients.openai import Operation
 from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, TokenSplicer, tokens_body
 from fleetgate.protocols.resume.transcript import ResumeMethod, StreamSplicer, Transcript, prefill_body, resume_methods
-from fleetgate.proxy.transport.interface import ResumedStream, UpstreamResponse
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.routing.deployment_state import DeploymentState
+from fleetgate.proxy.routing.endpoint_state import EndpointState
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.transport.interface import ResumedStream
 
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
-    from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState, RoutingTable
+UNVERIFIED_IDS = 1  # the mark of token ids that no other engine is known to take: a replay still compares them
 
 
-NOBODYS_IDS = 1  # the mark of ids that no other engine is known to take: a replay still compares them
+class BrokenResponse(Protocol):
+    """What is known of an answer that broke off."""
+
+    @property
+    def transcript(self) -> Transcript | None:
+        """What it said, if it was kept."""
+
+    @property
+    def event_count(self) -> int:
+        """How many content events it sent."""
 
 
-def transcript_of(conversation: "RequestHandler") -> Transcript | None:
-    """What to write a stream down in, None where it could not go on anyway: it then costs nothing."""
-    lane, operation = conversation.lane, conversation.request.operation
-    if operation is None or not lane.resumes:
+def transcript_for(received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState) -> Transcript | None:
+    """A transcript to keep a stream in; None if it could not be resumed anyway, and then costs nothing."""
+    operation = received.operation
+    if not route.resumes:
         return None
-    ways = _ways(conversation.body, operation) & lane.ways
+    methods = _methods(received.body, operation) & route.resume_methods
     if operation.name == "responses":
-        return ResponseTranscript() if ways else None
-    place = conversation.place
+        return ResponseTranscript() if methods else None
     mark = 0
-    if ResumeMethod.TOKENS in ways and place is not None:
-        mark = _mark(place, conversation.ask.model) or NOBODYS_IDS
-    return Transcript(mark) if mark > NOBODYS_IDS or ways - {ResumeMethod.TOKENS} else None
+    if ResumeMethod.TOKENS in methods:
+        mark = _mark(deployment, received.info.model) or UNVERIFIED_IDS
+    return Transcript(mark) if mark > UNVERIFIED_IDS or methods - {ResumeMethod.TOKENS} else None
 
 
-def _ways(body: bytes, operation: Operation) -> frozenset[ResumeMethod]:
+def _methods(body: bytes, operation: Operation) -> frozenset[ResumeMethod]:
     return response_resume_methods(body) if operation.name == "responses" else resume_methods(body, operation)
 
 
-def _mark(place: "DeploymentState", model: str) -> int:
-    """Whose token ids it gives and takes for this model; the probe asked for the first of its models only."""
-    names = place.upstream_names
-    return place.token_mark if names.get(model) == next(iter(names.values()), None) else 0
+def _mark(deployment: DeploymentState, model: str) -> int:
+    """The mark of token ids that a Deployment gives and takes for a model; only its first model was probed."""
+    names = deployment.upstream_names
+    return deployment.token_mark if names.get(model) == next(iter(names.values()), None) else 0
 
 
 class Resume:
-    """One answer that goes on elsewhere, perhaps twice. Units: `lost_s` is when it last broke off."""
+    """One answer that another Deployment resumes, perhaps twice. Units: `lost_s` is when it last broke off."""
 
-    __slots__ = ("_asked_model", "_seen", "_transcript", "lost_s", "way")
+    __slots__ = ("_asked_model", "_events_seen", "_transcript", "lost_s", "method")
 
-    def __init__(self, transcript: Transcript, way: ResumeMethod, relay: UpstreamResponse, asked_model: str) -> None:
+    def __init__(self, transcript: Transcript, method: ResumeMethod, events_seen: int, asked_model: str) -> None:
         self._transcript = transcript
         self._asked_model = asked_model
-        self._seen = relay.event_count
-        self.way = way
+        self._events_seen = events_seen
+        self.method = method
         self.lost_s = 0.0
 
     @classmethod
-    def of(cls, conversation: "RequestHandler", relay: UpstreamResponse, now_s: float) -> "Resume | None":
-        """How this answer goes on: compared where that is exact, else asked to be gone on with; None if not at all."""
-        transcript, operation = relay.transcript, conversation.request.operation
-        if transcript is None or operation is None:
+    def of(
+        cls,
+        received: ReceivedRequest,
+        response: BrokenResponse,
+        route: ModelRouteState,
+        failed: tuple[EndpointState, ...],
+        now_s: float,
+    ) -> "Resume | None":
+        """How to resume: replay and compare where the answer is deterministic, else continue; None if neither is safe.
+
+        Shape: `failed` are the Endpoints that have failed this request.
+        """
+        transcript = response.transcript
+        if transcript is None:
             return None
-        ways = _ways(conversation.body, operation)
-        runs = transcript.runs  # reads the last events, which tell whether all of it is known
+        methods, body, model = _methods(received.body, received.operation), received.body, received.info.model
+        runs = transcript.runs  # decodes the last events, which tells whether all of it is known
         if not transcript.whole or not runs:
             return None
-        if ResumeMethod.REPLAY in ways:
-            return cls(transcript, ResumeMethod.REPLAY, relay, conversation.ask.model)
-        if ResumeMethod.TOKENS in ways and tokens_body(conversation.body, transcript) is not None:
-            made = cls(transcript, ResumeMethod.TOKENS, relay, conversation.ask.model)
-            if made.has_taker(conversation):
-                return made
-        if ResumeMethod.PREFILL in ways and prefill_body(conversation.body, transcript, "") is not None:
-            return cls(transcript, ResumeMethod.PREFILL, relay, conversation.ask.model)
+        if ResumeMethod.REPLAY in methods:
+            return cls(transcript, ResumeMethod.REPLAY, response.event_count, model)
+        if ResumeMethod.TOKENS in methods and tokens_body(body, transcript) is not None:
+            resume = cls(transcript, ResumeMethod.TOKENS, response.event_count, model)
+            if resume._has_candidate(route, failed, now_s):
+                return resume
+        if ResumeMethod.PREFILL in methods and prefill_body(body, transcript, "") is not None:
+            return cls(transcript, ResumeMethod.PREFILL, response.event_count, model)
         return None
 
-    def has_taker(self, conversation: "RequestHandler") -> bool:
-        """Whether some Deployment that is up could go on with it."""
-        lane, tables = conversation.lane, conversation.hub.tables
-        unfit = frozenset(self.unfit(lane, tables))
-        lost = () if conversation.peer is None else (conversation.peer,)
-        without, now_s = (*conversation.failed_peers, *lost), conversation.hub.clock()
-        slots = [candidate.slot for candidate in lane.candidates if candidate.slot not in unfit]
-        return any(tables.places[slot].choose(now_s, without) is not None for slot in slots)
+    def _has_candidate(self, route: ModelRouteState, failed: tuple[EndpointState, ...], now_s: float) -> bool:
+        """Whether a healthy Deployment could resume it."""
+        unfit = frozenset(self.unfit_slots(route))
+        return any(
+            deployment.choose_endpoint(now_s, failed) is not None
+            for deployment in route.deployments
+            if deployment.slot not in unfit
+        )
 
-    def broke_off(self, relay: UpstreamResponse | None, now_s: float) -> None:
-        """It did, with so much said by then."""
+    def broke_off(self, event_count: int, now_s: float) -> None:
+        """The answer broke off, after this many content events."""
         self.lost_s = now_s
-        if relay is not None:
-            self._seen = max(self._seen, relay.event_count)
+        self._events_seen = max(self._events_seen, event_count)
 
-    def can_go_on(self, body: bytes) -> bool:
-        """Whether what was said by now can be gone on with."""
-        return self.way is ResumeMethod.REPLAY or self._body(body, "") is not None
+    def is_possible(self, body: bytes) -> bool:
+        """Whether what was said so far can be resumed."""
+        return self.method is ResumeMethod.REPLAY or self._resuming_body(body, "") is not None
 
     def path(self, asked: bytes) -> bytes:
-        """Where the next engine is asked."""
-        return COMPLETIONS if self.way is ResumeMethod.TOKENS else asked
+        """The path at which the next engine is asked."""
+        return COMPLETIONS if self.method is ResumeMethod.TOKENS else asked
 
-    def unfit(self, lane: "ModelRouteState", tables: "RoutingTable") -> Iterator[int]:
-        """The Deployments that could not go on with it."""
-        if self.way is ResumeMethod.PREFILL:
-            for candidate in lane.candidates:
-                if not tables.places[candidate.slot].prefills:
-                    yield candidate.slot
-        elif self.way is ResumeMethod.TOKENS:
-            for candidate in lane.candidates:
-                if _mark(tables.places[candidate.slot], self._asked_model) != self._transcript.token_mark:
-                    yield candidate.slot
+    def unfit_slots(self, route: ModelRouteState) -> Iterator[int]:
+        """The Deployments that could not resume it."""
+        if self.method is ResumeMethod.PREFILL:
+            for deployment in route.deployments:
+                if not deployment.resumes_prefill:
+                    yield deployment.slot
+        elif self.method is ResumeMethod.TOKENS:
+            for deployment in route.deployments:
+                if _mark(deployment, self._asked_model) != self._transcript.token_mark:
+                    yield deployment.slot
 
     def body(self, body: bytes, engine: str) -> bytes:
         """What this engine is asked."""
-        if self.way is ResumeMethod.REPLAY:
+        if self.method is ResumeMethod.REPLAY:
             return body
-        going_on = self._body(body, engine)
-        assert going_on is not None, "asked for, and not changed since"
-        return going_on
+        resuming = self._resuming_body(body, engine)
+        assert resuming is not None, "`is_possible` was asked, and nothing has changed since"
+        return resuming
 
-    def _body(self, body: bytes, engine: str) -> bytes | None:
-        if self.way is ResumeMethod.TOKENS:
+    def _resuming_body(self, body: bytes, engine: str) -> bytes | None:
+        if self.method is ResumeMethod.TOKENS:
             return tokens_body(body, self._transcript)
         return prefill_body(body, self._transcript, engine)
 
-    def resumed_stream(self, operation: Operation) -> ResumedStream:
-        """How the response that continues it is read."""
-        seam: StreamSplicer
+    def answer(self, operation: Operation) -> ResumedStream:
+        """How the next engine's answer is joined to what its client has read."""
+        splicer: StreamSplicer
         if isinstance(self._transcript, ResponseTranscript):
-            seam = ResponseSplicer(self._transcript, self._asked_model)
-        elif self.way is ResumeMethod.TOKENS:
-            seam = TokenSplicer(self._transcript, self._asked_model, operation)
+            splicer = ResponseSplicer(self._transcript, self._asked_model)
+        elif self.method is ResumeMethod.TOKENS:
+            splicer = TokenSplicer(self._transcript, self._asked_model, operation)
         else:
-            seam = StreamSplicer(self._transcript, self.way, self._asked_model)
-        inherited = 0 if self.way is ResumeMethod.REPLAY else self._seen
-        return ResumedStream(seam, self._transcript, self._seen, inherited)
+            splicer = StreamSplicer(self._transcript, self.method, self._asked_model)
+        inherited = 0 if self.method is ResumeMethod.REPLAY else self._events_seen
+        return ResumedStream(splicer, self._transcript, self._events_seen, inherited)

@@ -1,15 +1,13 @@
-"""Every attempt in the journal: an intent before it is sent, progress while it streams, a settlement at its end."""
+"""Every attempt in the usage journal: an intent before it is sent, progress in its stream, a settlement at its end."""
 
+from collections.abc import Callable
 from time import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
+from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
-from fleetgate.ipc.usage_journal import UsageJournal
-from fleetgate.proxy.routing.routing_table import DeploymentState
-from fleetgate.proxy.transport.interface import UpstreamResponse
-
-if TYPE_CHECKING:
-    from fleetgate.proxy.request.handler import RequestHandler
+from fleetgate.protocols.clients.openai import Usage
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 
 HEDGED = b"hedged"  # the other attempt was first
 STALE = b"stale"  # a kept connection was closed before anything came over it
@@ -19,8 +17,8 @@ _SETTLEMENT = (
     b'{"t":"s","id":"%b","at_ms":%d,"outcome":"%b","prompt_tokens":%d,"output_tokens":%d,"exact":%d,'
     b'"billed_prompt_tokens":%d,"billed_output_tokens":%d,"bytes":%d}\n'
 )
-# An attempt that failed so has cost its engine nothing.
-_IDLE = {each.value.encode() for each in (Failure.UNREACHABLE, Failure.TLS, Failure.FULL, Failure.CREDENTIAL)} | {
+# Failures that cost the engine nothing.
+_NO_WORK = {each.value.encode() for each in (Failure.UNREACHABLE, Failure.TLS, Failure.FULL, Failure.CREDENTIAL)} | {
     Failure.MODEL_MISSING.value.encode()
 }
 _BILLED = (Outcome.OK, Outcome.CLIENT_GONE)
@@ -30,7 +28,7 @@ _OK = Outcome.OK  # a member read off its enum costs 70 ns each time
 
 
 class TokenUsage(NamedTuple):
-    """What an engine worked for an attempt. Shape: `exact` says that it told so itself, 0 that this is estimated."""
+    """What an engine worked for an attempt. Shape: `exact` is 1 if the engine reported it, 0 if it is estimated."""
 
     prompt: int
     output: int
@@ -40,104 +38,147 @@ class TokenUsage(NamedTuple):
 NOTHING = TokenUsage(0, 0, 1)
 
 
-class PendingCharge(NamedTuple):
-    """An attempt that broke off after its client had read some of it: another one may answer, or it stays at that.
+class CountedResponse(Protocol):
+    """What is counted of an answer. Shape: `told` is what the engine of a resumed answer reports of its own part."""
 
-    Only then is known whom to bill: what goes on elsewhere is billed as one answer. `billed` counts what was read.
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens of the whole answer, if they are known."""
+
+    @property
+    def told(self) -> Usage | None:
+        """Tokens that a resuming engine reports."""
+
+    @property
+    def inherited(self) -> int:
+        """Events that another engine sent and that this one was given as its prompt."""
+
+    @property
+    def event_count(self) -> int:
+        """Content events."""
+
+    @property
+    def stream(self) -> bool:
+        """Whether it is an event stream."""
+
+
+class PendingCharge(NamedTuple):
+    """An attempt that broke off after its client had read some of it.
+
+    It is charged when it is known whether another attempt resumes the answer, which is then billed as one. `billed`
+    counts what was read.
     """
 
-    attempt: bytes
+    attempt_id: bytes
     how: bytes
     worked: TokenUsage
     billed: tuple[int, int]
 
 
 class UsageRecorder:
-    """One worker's accounts. Cost: 1 µs when an attempt begins and when it is over."""
+    """The attempts of one request. Cost: 1 µs when an attempt begins and when it is over.
 
-    def __init__(self, journal: UsageJournal) -> None:
-        self._add = journal.add
+    Shape: `names` are the JSON members for key and route; `estimates`, `model` and `body_bytes` estimate the prompt if
+    no engine reports it.
+    """
 
-    def begin(self, conversation: "RequestHandler", place: DeploymentState, attempt: bytes) -> None:
-        """It is about to be sent: from here on it will have a row, whatever happens."""
-        names = conversation.request.key_json, conversation.lane.log_names, place.log_names
-        self._add(_INTENT % (attempt, time() * 1000, *names))
+    __slots__ = ("_add", "_body_bytes", "_estimates", "_model", "_names", "_pending")
 
-    def again(self, conversation: "RequestHandler", place: DeploymentState, attempt: bytes) -> bytes:
-        """It is sent once more, because its connection was closed under it: the engine may have seen it or not."""
-        self._settle(attempt, STALE, NOTHING, (0, 0), 0)
-        attempt += b".2"
-        self.begin(conversation, place, attempt)
-        return attempt
+    def __init__(
+        self,
+        add: Callable[[bytes], None],
+        names: tuple[bytes, bytes],
+        estimates: TokenEstimates,
+        model: str,
+        body_bytes: int,
+    ) -> None:
+        self._add = add
+        self._names = names
+        self._estimates = estimates
+        self._model = model
+        self._body_bytes = body_bytes
+        self._pending: PendingCharge | None = None
 
-    def progress(self, conversation: "RequestHandler", relay: UpstreamResponse) -> None:
+    @property
+    def has_pending_charge(self) -> bool:
+        """Whether an attempt that broke off is still to be charged."""
+        return self._pending is not None
+
+    def begin(self, deployment: DeploymentState, attempt_id: bytes) -> None:
+        """The attempt is about to be sent: from here on it will have a row, whatever happens."""
+        self._add(_INTENT % (attempt_id, time() * 1000, *self._names, deployment.log_names))
+
+    def begin_again(self, deployment: DeploymentState, attempt_id: bytes) -> bytes:
+        """It is sent once more, because its connection was closed: the engine may have seen it. Returns the new id."""
+        self._settle(attempt_id, STALE, NOTHING, (0, 0), 0)
+        attempt_id += b".2"
+        self.begin(deployment, attempt_id)
+        return attempt_id
+
+    def progress(self, attempt_id: bytes, response: CountedResponse) -> None:
         """How far a stream is, once its client reads what this attempt brings."""
-        if conversation.owed is None:
-            self._add(_PROGRESS % (conversation.attempt, _estimate(conversation), relay.event_count))
+        if self._pending is None:
+            self._add(_PROGRESS % (attempt_id, self._prompt_tokens(), response.event_count))
 
-    def lost(self, conversation: "RequestHandler", attempt: bytes, relay: UpstreamResponse | None, how: bytes) -> None:
-        """It is over and another one answers, or may: its client is billed nothing unless it read some of it."""
-        worked = NOTHING if how in _IDLE else _worked(conversation, relay)
-        if not conversation.first_s or conversation.owed is not None:
-            self._settle(attempt, how, worked, (0, 0), 0)
+    def lost(self, attempt_id: bytes, response: CountedResponse | None, how: bytes, was_read: bool) -> None:
+        """It is over and another one answers, or may: its client is billed only for what it has read of it."""
+        worked = NOTHING if how in _NO_WORK else self._worked(response)
+        if not was_read or self._pending is not None:
+            self._settle(attempt_id, how, worked, (0, 0), 0)
             return
-        billed = _read(conversation, relay)
-        conversation.owed = PendingCharge(attempt, how, worked, billed)
-        self._add(_PROGRESS % (attempt, *billed))
+        billed = self._read(response)
+        self._pending = PendingCharge(attempt_id, how, worked, billed)
+        self._add(_PROGRESS % (attempt_id, *billed))
 
-    def went_on(self, conversation: "RequestHandler") -> None:
-        """Another attempt goes on with what one had begun, and is billed for both."""
-        owed, conversation.owed = conversation.owed, None
-        if owed is not None:
-            self._settle(owed.attempt, owed.how, owed.worked, (0, 0), 0)
+    def resumed(self) -> None:
+        """Another attempt resumes the answer, and is billed for both."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._settle(pending.attempt_id, pending.how, pending.worked, (0, 0), 0)
 
-    def end(self, conversation: "RequestHandler", attempt: bytes, relay: UpstreamResponse | None) -> None:
-        """The request is over, and so is the attempt, if one was in hand; what was read of another is billed now."""
-        owed, outcome = conversation.owed, conversation.exchange.outcome or Outcome.FAILED
-        size_bytes = conversation.written + len(conversation.tail)  # which is written when the books are done
-        usage = relay.usage if relay is not None and relay.told is None else None
-        if usage is not None and outcome is _OK and owed is None:  # as nearly all end: what follows says the same
+    def end(self, attempt_id: bytes, response: CountedResponse | None, outcome: Outcome, size_bytes: int) -> None:
+        """The request is over, and so is the attempt if one was in hand; a pending charge is billed now."""
+        pending = self._pending
+        usage = response.usage if response is not None and response.told is None else None
+        if usage is not None and outcome is _OK and pending is None:  # as nearly all end; what follows says the same
             prompt, output = usage.prompt_tokens or usage.prompt, usage.completion_tokens or usage.output
-            row = attempt, time() * 1000, b"ok", prompt, output, 1, prompt, output, size_bytes
+            row = attempt_id, time() * 1000, b"ok", prompt, output, 1, prompt, output, size_bytes
             self._add(_SETTLEMENT % row)
             return
-        if owed is not None:
-            self._settle(owed.attempt, owed.how, owed.worked, owed.billed, size_bytes)
-        if not attempt:
+        if pending is not None:
+            self._settle(pending.attempt_id, pending.how, pending.worked, pending.billed, size_bytes)
+        if not attempt_id:
             return
-        worked = NOTHING if outcome in _FREE else _worked(conversation, relay)
-        if owed is None and outcome in _BILLED:
-            self._settle(attempt, _OUTCOMES[outcome], worked, _read(conversation, relay), size_bytes)
+        worked = NOTHING if outcome in _FREE else self._worked(response)
+        if pending is None and outcome in _BILLED:
+            self._settle(attempt_id, _OUTCOMES[outcome], worked, self._read(response), size_bytes)
         else:
-            self._settle(attempt, _OUTCOMES[outcome], worked, (0, 0), 0)
+            self._settle(attempt_id, _OUTCOMES[outcome], worked, (0, 0), 0)
 
-    def _settle(self, attempt: bytes, how: bytes, worked: TokenUsage, billed: tuple[int, int], size_bytes: int) -> None:
-        self._add(_SETTLEMENT % (attempt, time() * 1000, how, *worked, *billed, size_bytes))
+    def _prompt_tokens(self) -> int:
+        return int(self._estimates.prompt_tokens(self._model, self._body_bytes))
 
+    def _settle(
+        self, attempt_id: bytes, how: bytes, worked: TokenUsage, billed: tuple[int, int], size_bytes: int
+    ) -> None:
+        self._add(_SETTLEMENT % (attempt_id, time() * 1000, how, *worked, *billed, size_bytes))
 
-def _worked(conversation: "RequestHandler", relay: UpstreamResponse | None) -> TokenUsage:
-    """What this engine worked; one that goes on reads as its prompt what another had said."""
-    if relay is None:
-        return TokenUsage(_estimate(conversation), 0, 0)
-    told = relay.told or relay.usage
-    if told is not None:
-        return TokenUsage(told.prompt, told.output, 1)
-    said = relay.inherited
-    return TokenUsage(_estimate(conversation) + said, relay.event_count - said if relay.stream else 0, 0)
+    def _worked(self, response: CountedResponse | None) -> TokenUsage:
+        """What this engine worked. A resuming engine reads as its prompt what another had said."""
+        if response is None:
+            return TokenUsage(self._prompt_tokens(), 0, 0)
+        told = response.told or response.usage
+        if told is not None:
+            return TokenUsage(told.prompt, told.output, 1)
+        inherited = response.inherited
+        output = response.event_count - inherited if response.stream else 0
+        return TokenUsage(self._prompt_tokens() + inherited, output, 0)
 
-
-def _read(conversation: "RequestHandler", relay: UpstreamResponse | None) -> tuple[int, int]:
-    """What the client got of the answer as a whole, whoever said it."""
-    if relay is None:
-        return _estimate(conversation), 0
-    usage = relay.usage
-    if usage is not None:
-        return usage.prompt, usage.output
-    return _estimate(conversation), relay.event_count if relay.stream else 0
-
-
-def _estimate(conversation: "RequestHandler") -> int:
-    wanting = conversation.wanting
-    if wanting is not None:
-        return int(wanting.need.prompt_tokens)
-    return int(conversation.hub.lengths.prompt_tokens(conversation.lane.model, len(conversation.body)))
+    def _read(self, response: CountedResponse | None) -> tuple[int, int]:
+        """What the client got of the answer as a whole, whichever engine said it."""
+        if response is None:
+            return self._prompt_tokens(), 0
+        usage = response.usage
+        if usage is not None:
+            return usage.prompt, usage.output
+        return self._prompt_tokens(), response.event_count if response.stream else 0

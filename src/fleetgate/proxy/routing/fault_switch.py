@@ -28,10 +28,10 @@ class FaultSwitch:
         if faults == self._faults and (not faults or table is self._table):
             return
         self._faults, self._table = faults, table
-        for place in table.places.values():
-            of_deployment = tuple(fault for fault in faults if fault.deployment == place.deployment.name)
-            for peer in place.peers:
-                peer.pool.faults = ActiveFaults(of_deployment, self._count) if of_deployment else None
+        for deployment in table.deployments.values():
+            of_deployment = tuple(fault for fault in faults if fault.deployment == deployment.spec.name)
+            for endpoint in deployment.endpoints:
+                endpoint.pool.faults = ActiveFaults(of_deployment, self._count) if of_deployment else None
 
     def _count(self, fault: Fault) -> None:
         labels = {"fault": fault.name, "deployment": fault.deployment, "kind": fault.kind.value}

@@ -32,7 +32,7 @@ class KeyValidity:
         heard_ms = self._board.control_plane[ControlPlaneCell.HEARTBEAT_MS]
         return now_s - heard_ms / 1000 if heard_ms else float("inf")
 
-    def look(self, now_s: float) -> bool:
+    def check(self, now_s: float) -> bool:
         """Ten times a second: whether other keys are good than at the last look. Cost: one `stat`, 2 µs."""
         before = self.stale, self._revoked
         # What was never heard of was away at least since this worker began: a machine that starts without its control

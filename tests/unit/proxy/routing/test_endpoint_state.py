@@ -41,16 +41,18 @@ def test_an_ejected_one_takes_nothing_and_then_one_trial_more_for_each_that_brou
     assert state.fitness(NOW_S) == 0.0
     later_s = NOW_S + 600.0
     assert state.fitness(later_s) == SLOW_START_MIN
-    state.trials = 1
+    state.begin_trial(later_s)
     assert state.fitness(later_s) == 0.0
-    state.shown = 1
+    state.end_trial(has_content=True)
+    state.begin_trial(later_s)
     assert state.fitness(later_s) == SLOW_START_MIN
-    state.trials = 2
+    state.begin_trial(later_s)
     assert state.fitness(later_s) == 0.0
 
 
 def test_a_change_of_state_forgets_the_trials_before_it(state: EndpointState) -> None:
-    state.shown = 3
+    state.begin_trial(NOW_S)
+    state.end_trial(has_content=True)
     eject(state)
     assert state.shown == 0
 
@@ -77,18 +79,18 @@ def fault(deployment: str) -> Fault:
 
 def table(*deployments: str) -> RoutingTable:
     """What a switch reads of a table: Deployments with one Endpoint each."""
-    places = {
+    deployments_by_slot = {
         slot: SimpleNamespace(
-            deployment=SimpleNamespace(name=name),
-            peers=[EndpointState(ENDPOINT, ConnectionPool(ENDPOINT, None, None))],
+            spec=SimpleNamespace(name=name),
+            endpoints=[EndpointState(ENDPOINT, ConnectionPool(ENDPOINT, None, None))],
         )
         for slot, name in enumerate(deployments)
     }
-    return cast(RoutingTable, SimpleNamespace(places=places))
+    return cast(RoutingTable, SimpleNamespace(deployments=deployments_by_slot))
 
 
 def pools(of: RoutingTable) -> list[ConnectionPool]:
-    return [place.peers[0].pool for place in of.places.values()]
+    return [deployment.endpoints[0].pool for deployment in of.deployments.values()]
 
 
 def test_a_fault_is_put_on_its_deployment_alone_and_taken_off() -> None:

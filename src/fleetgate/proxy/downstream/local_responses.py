@@ -1,0 +1,66 @@
+"""Answers that the gateway gives itself: errors before routing, the list of models, kept answers."""
+
+from collections.abc import Callable
+
+from fleetgate.protocols import http1
+from fleetgate.protocols.clients import openai
+from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.request import response_heads
+from fleetgate.proxy.request.response_heads import CLOSE, JSON, ResponseDefaults
+from fleetgate.proxy.telemetry.access_log import AccessLog
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
+
+INTERNAL_ERROR = "internal error; search the gateway log for this x-request-id"
+
+
+class LocalResponder:
+    """Makes and counts the local answers of one worker."""
+
+    def __init__(
+        self,
+        defaults: ResponseDefaults,
+        next_id: Callable[[], bytes],
+        metrics: WorkerMetrics,
+        access_log: AccessLog,
+    ) -> None:
+        self.defaults = defaults
+        self.next_id = next_id
+        self._metrics = metrics
+        self._access_log = access_log
+        self._counters: dict[tuple[int, str], int] = {}
+
+    def count(self, status: int, code: str) -> None:
+        """Count a request that was not routed. Shape: `code` is one of ours, so the label is bounded."""
+        index = self._counters.get((status, code))
+        if index is None:
+            labels = {"status": str(status), "code": code}
+            index = self._counters[status, code] = self._metrics.counter("fleetgate_denied_total", labels)
+        self._metrics.cells[index] += 1
+        self._access_log.denied(status, code)
+
+    def rejection(self, rejected: RequestRejected, keep_alive: bool, no_body: bool) -> bytes:
+        """The bytes of an error of ours, counted."""
+        self.count(rejected.status, rejected.code)
+        if rejected.status == 204:
+            head = http1.status_line(204) + self.defaults.date_line + rejected.extra
+            return head + (b"" if keep_alive else CLOSE) + b"\r\n"
+        body = openai.error_body(rejected.status, rejected.code, rejected.message, rejected.param)
+        return self.plain(rejected.status, body, JSON + rejected.extra, keep_alive, no_body)
+
+    def plain(self, status: int, body: bytes, extra: bytes, keep_alive: bool, no_body: bool = False) -> bytes:
+        """The bytes of a whole answer. Shape: `extra` are header lines, with the content type."""
+        if not keep_alive:
+            extra += CLOSE
+        data = response_heads.plain(status, body, self.defaults.date_line, self.next_id(), extra)
+        return data[: -len(body)] if no_body else data
+
+    def internal_error(self, request_id: bytes) -> bytes:
+        """The bytes of a 500, counted."""
+        self.count(500, "internal_error")
+        body = openai.error_body(500, "internal_error", INTERNAL_ERROR)
+        return response_heads.plain(500, body, self.defaults.date_line, request_id, JSON + CLOSE)
+
+    def internal_error_event(self) -> bytes:
+        """The same as an event inside a stream, with its framing."""
+        self.count(500, "internal_error")
+        return http1.chunk(openai.error_event("internal_error", INTERNAL_ERROR))

@@ -1,0 +1,346 @@
+"""The attempts of one request: at most two at a time, of which one answers; and what they show of Endpoints."""
+
+from asyncio import Task
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from fleetgate.core.exchange import AttemptFailed, Failure
+from fleetgate.core.health.poison_request import is_poison
+from fleetgate.ipc.shared_memory import DeploymentCounter
+from fleetgate.proxy.health.passive_health import FailedAttempt, PassiveHealthChecker
+from fleetgate.proxy.health.poison_detector import PoisonDetector
+from fleetgate.proxy.request import deadlines
+from fleetgate.proxy.request.attempt import Attempt, AttemptServices
+from fleetgate.proxy.request.outcome import OutcomeRecorder
+from fleetgate.proxy.request.placement import RETRY_AFTER_IN_PLACE_MAX_S, PlacedRequest
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.request.reservation import CapacityAccounts
+from fleetgate.proxy.request.resume import Resume
+from fleetgate.proxy.request.usage import HEDGED
+from fleetgate.proxy.routing.deployment_state import DeploymentState
+from fleetgate.proxy.routing.endpoint_state import EndpointState
+from fleetgate.proxy.routing.model_route import ModelRouteState
+from fleetgate.proxy.transport.interface import UpstreamResponse
+
+BAD_REQUEST = 400
+_REFUSED = int(DeploymentCounter.REFUSED)
+_FULL, _BROKEN, _UNREACHABLE = Failure.FULL, Failure.BROKEN, Failure.UNREACHABLE
+
+
+class AttemptEffects(msgspec.Struct, frozen=True):
+    """What lost attempts of one worker act on: health, counters, and the check whether a request ends engines."""
+
+    health: PassiveHealthChecker
+    poison: PoisonDetector
+    accounts: CapacityAccounts
+    outcomes: OutcomeRecorder
+
+
+class AttemptOwner(Protocol):
+    """The request that attempts belong to. It hears of the one that answers."""
+
+    resume_state: Resume | None
+
+    @property
+    def write(self) -> Callable[[bytes], None]:
+        """Sends payload to the client."""
+
+    def on_content(self, response: UpstreamResponse) -> None:
+        """The first content is here."""
+
+    def on_lost(self, event: AttemptFailed) -> None:
+        """The attempt in hand is lost."""
+
+    def on_answered(self, response: UpstreamResponse, tail: bytes) -> None:
+        """The answer ended well; `tail` is the end of its framing."""
+
+    def on_verdict(self, event: AttemptFailed) -> None:
+        """A loss that was held back is known to be one of an engine, or of this request."""
+
+    def on_dial_slow(self) -> None:
+        """The attempt in hand should have a connection by now."""
+
+    def on_internal_error(self, error: BaseException) -> None:
+        """A bug of ours was met in an attempt."""
+
+    def on_one_given_up(self, is_adopted: bool) -> None:
+        """One of two attempts was given up before it was sent; `is_adopted` if the second goes on alone."""
+
+
+class AttemptSet:
+    """One request's attempts, and the listener of their answers.
+
+    Shape: `current` is the one in hand, `hedge` a second one beside it; `last` is the latest, which stays for the
+    records after it was settled; `count` counts those that were sent; `failed` are Endpoints that failed this request;
+    `was_read` says that the client has been sent content.
+    """
+
+    # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
+    current: Attempt | None = None
+    hedge: Attempt | None = None
+    last: Attempt | None = None
+    failed: tuple[EndpointState, ...] = ()
+    count = 0
+    was_read = False
+    _stale_endpoint: EndpointState | None = None  # where a kept connection was closed before the request got there
+    _deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with the request: whether each is down
+
+    def __init__(
+        self,
+        services: AttemptServices,
+        effects: AttemptEffects,
+        request_id: bytes,
+        received: ReceivedRequest,
+        owner: AttemptOwner,
+    ) -> None:
+        self._services = services
+        self._effects = effects
+        self._id = request_id
+        self._received = received
+        self._owner: AttemptOwner = owner
+        self.write = owner.write  # called for each streamed event: no call in between
+        self.usage = effects.outcomes.usage_recorder(received)
+
+    # --- sending ---
+
+    def reserve(self, route: ModelRouteState, deployment: DeploymentState, placed: PlacedRequest | None) -> None:
+        """A slot was reserved for the next attempt."""
+        reservation = placed.reservation if placed is not None else None
+        self.current = self.last = Attempt(self._services, route, deployment, reservation)
+
+    def send(self, now_s: float) -> bool:
+        """Send the current attempt; False if its Deployment has no healthy Endpoint any more."""
+        attempt = self.current
+        assert attempt is not None, "a slot is reserved before anything is sent"
+        endpoint = attempt.choose_endpoint(now_s, self.failed)
+        self.count += 1
+        if endpoint is None:
+            return False
+        self._start(attempt, endpoint, now_s)
+        return True
+
+    def send_beside(self, route: ModelRouteState, placed: PlacedRequest, endpoint: EndpointState, now_s: float) -> None:
+        """Send a second attempt beside the current one."""
+        self.count += 1
+        self.hedge = Attempt(self._services, route, placed.deployment, placed.reservation)
+        self._start(self.hedge, endpoint, now_s)
+
+    def _start(self, attempt: Attempt, endpoint: EndpointState, now_s: float) -> None:
+        attempt.occupy(endpoint, now_s)
+        attempt.id = b"%b-%d" % (self._id, self.count)
+        self.usage.begin(attempt.deployment, attempt.id)
+        attempt.send(self._id, self._received, self._owner.resume_state, self)
+
+    def _find(self, response: UpstreamResponse) -> Attempt | None:
+        """The attempt whose answer this is."""
+        for attempt in (self.current, self.hedge, self.last):
+            if attempt is not None and attempt.response is response:
+                return attempt
+        return None
+
+    def first_event_s(self) -> float:
+        """How long the current attempt may take to its first event."""
+        attempt, received = self.current, self._received
+        assert attempt is not None, "it was just sent"
+        reservation = attempt.reservation
+        predicted_s = reservation.predicted_ttft_s if reservation is not None else None
+        return deadlines.first_event_s(received.info.stream, len(received.body), attempt.deployment, predicted_s)
+
+    # --- what the transport reports ---
+    # Each of these is an entry from the event loop: an internal error ends this request alone. faults.md row 75.
+
+    def now_s(self) -> float:
+        """The worker's clock."""
+        return self._services.clock()
+
+    def on_dial_slow(self, response: UpstreamResponse) -> None:
+        """An attempt has no connection yet, and should have: another Deployment may be nearer."""
+        try:
+            if self.current is None or response is not self.current.response or self.hedge is not None:
+                return
+            self._owner.on_dial_slow()
+            hedge = self.hedge
+            if hedge is not None and hedge.response is not None and hedge.response.is_connected:
+                self.on_connected(hedge.response)
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    def on_connected(self, response: UpstreamResponse) -> None:
+        """One of two attempts has its connection: give up the other, if it has none and so was not sent."""
+        try:
+            current, hedge = self.current, self.hedge
+            if current is None or hedge is None or current.response is None or hedge.response is None:
+                return
+            if response is current.response and not hedge.response.is_connected:
+                self.end_hedge(self.now_s())
+                self._owner.on_one_given_up(False)
+            elif response is hedge.response and not current.response.is_connected:
+                self.adopt_hedge(self.now_s())
+                self._owner.on_one_given_up(True)
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    def on_first(self, response: UpstreamResponse) -> None:
+        """One attempt brings the first content: it answers, and the other is cancelled."""
+        try:
+            if self.hedge is not None:
+                if response is self.hedge.response:
+                    self.adopt_hedge(self.now_s())
+                else:
+                    self.end_hedge(self.now_s())
+            self._owner.on_content(response)
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    def on_failed(self, response: UpstreamResponse, event: AttemptFailed) -> None:
+        """An attempt is lost."""
+        try:
+            hedge = self.hedge
+            if hedge is None or response is not hedge.response:
+                self._owner.on_lost(event)
+                return
+            self.hedge = None  # the first one still runs, so the core need not hear of it
+            self._blame(hedge, event.failure)
+            self._account(hedge, event.failure.value.encode(), False)
+            hedge.settle(self.now_s())
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    def on_stale(self, response: UpstreamResponse) -> None:
+        """A kept connection was closed before the request got there: send it once more, on a new one."""
+        try:
+            attempt = self._find(response)
+            assert attempt is not None, "an attempt that is reported is in hand"
+            if attempt is self.current:
+                self._stale_endpoint = attempt.endpoint
+            attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
+            attempt.send(self._id, self._received, self._owner.resume_state, self, fresh=True)
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    def on_not_connected(self, response: UpstreamResponse, failure: Failure, reason: str) -> None:
+        """An attempt could not be sent. One that was given up meanwhile tells of its Endpoint all the same."""
+        try:
+            attempt, effects = self._find(response), self._effects
+            if attempt is not None:
+                effects.outcomes.not_connected(attempt.deployment, reason, self.now_s())
+                if response.over and attempt.endpoint is not None:
+                    effects.outcomes.attempt_failed(attempt.route, attempt.deployment, failure)
+                    effects.health.record_failure(attempt.endpoint, failure)
+            if not response.over:
+                self.on_failed(response, AttemptFailed(failure, sent=False))
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    def on_ended(self, response: UpstreamResponse, tail: bytes) -> None:
+        """The answer ended well."""
+        try:
+            self._owner.on_answered(response, tail)
+        except Exception as error:
+            self._owner.on_internal_error(error)
+
+    # --- two attempts ---
+
+    def adopt_hedge(self, now_s: float) -> None:
+        """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
+        if self.current is not None:
+            self.current.cancel()
+            self._account(self.current, HEDGED, self.was_read)
+            self.current.settle(now_s)
+        self.current = self.last = self.hedge
+        self.hedge = None
+
+    def end_hedge(self, now_s: float) -> None:
+        """Cancel the second attempt."""
+        hedge, self.hedge = self.hedge, None
+        if hedge is not None:
+            hedge.cancel()
+            self._account(hedge, HEDGED, False)
+            hedge.settle(now_s)
+
+    # --- ends ---
+
+    def count_failure(self, attempt: Attempt, event: AttemptFailed) -> None:
+        """Count a lost attempt, and respect how long a full engine asks to be left alone."""
+        effects, deployment = self._effects, attempt.deployment
+        effects.outcomes.attempt_failed(attempt.route, deployment, event.failure)
+        if event.failure is _FULL:
+            effects.accounts.count(deployment.slot, _REFUSED)
+            if event.wait_s > RETRY_AFTER_IN_PLACE_MAX_S:  # a shorter time is what engines say of any full queue
+                effects.health.apply_retry_after(deployment, event.wait_s)
+
+    def lose(self, attempt: Attempt, failure: Failure, now_s: float) -> None:
+        """The current attempt is lost: tell health, charge it, and give its slot back."""
+        self._blame(attempt, failure)
+        self._account(attempt, failure.value.encode(), self.was_read)
+        attempt.settle(now_s)
+        self.current = None
+
+    def charge(self, how: bytes) -> None:
+        """Close the current attempt's usage; nothing more is charged for it."""
+        if self.current is not None:
+            self._account(self.current, how, self.was_read)
+
+    def settle(self, now_s: float) -> None:
+        """The request has ended: give the current slot back."""
+        attempt, self.current = self.current, None
+        if attempt is not None:
+            attempt.settle(now_s)
+
+    def release(self) -> None:
+        """Let go of what the ended request's records needed, so that an answer's bytes do not outlive it."""
+        self.last = None
+        del self._owner, self.write  # each leads back here
+
+    def cancel(self) -> None:
+        """Close the current attempt's connection."""
+        if self.current is not None:
+            self.current.cancel()
+
+    def _blame(self, attempt: Attempt, failure: Failure) -> None:
+        """This request does not go to that Endpoint again, nor to those that would fail it for the same reason."""
+        endpoint = attempt.endpoint
+        if endpoint is None:
+            return
+        failed = FailedAttempt(endpoint, failure, attempt.route, self._received.context.path)
+        self.failed = (*self.failed, endpoint, *self._effects.health.report_failure(failed))
+
+    def _account(self, attempt: Attempt, how: bytes, was_read: bool) -> None:
+        attempt_id, attempt.id = attempt.id, b""
+        if attempt_id:
+            self.usage.lost(attempt_id, attempt.response, how, was_read)
+
+    # --- engines that end with this request ---
+
+    def hold_back(self, event: AttemptFailed, attempt: Attempt) -> bool:
+        """Whether the loss is held back until it is known if two engines ended because of this request.
+
+        Each suspicious loss starts a probe of its Endpoint.
+        """
+        endpoint, response, services = attempt.endpoint, attempt.response, self._services
+        if event.failure not in (_BROKEN, _UNREACHABLE) or self.was_read or endpoint is None:
+            return False
+        if event.failure is _BROKEN:
+            reset = event.sent and response is not None and response.status < BAD_REQUEST
+        else:  # closed at once, so that it looked like a connection kept too long; then refused
+            reset = self._stale_endpoint is endpoint
+        if not reset or endpoint in self._deaths:
+            return False
+        others, without_content = services.registry.others_at(endpoint, self._owner)
+        task = self._effects.poison.probe_if_suspicious(endpoint, others, without_content)
+        if task is None:
+            return False
+        self._deaths = {**self._deaths, endpoint: task}
+        if not is_poison(len(self._deaths)):
+            return False
+        services.spawn(self._await_verdict(event))
+        return True
+
+    async def _await_verdict(self, event: AttemptFailed) -> None:
+        """Report the loss when it is known whether the engines are down."""
+        deployment = self.last.deployment if self.last is not None else None
+        if await self._effects.poison.is_poison(self._deaths, self._id, deployment):
+            event = AttemptFailed(Failure.POISON)
+        self._owner.on_verdict(event)

@@ -1,0 +1,41 @@
+"""A request, as the connection of its client uses it. The worker hands the connection a factory."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from fleetgate.core.exchange import Refuse
+from fleetgate.proxy.request.ports import ClientStream
+from fleetgate.proxy.request.request_context import ReceivedRequest
+from fleetgate.proxy.request.response_writer import ResponseWriter
+
+
+class InFlightRequest(Protocol):
+    """A request that is being answered."""
+
+    id: bytes
+    writer: ResponseWriter
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether an SSE comment may be sent to the client now."""
+
+    def start(self) -> None:
+        """Begin; called once, when the connection knows it."""
+
+    def client_gone(self) -> None:
+        """The client left."""
+
+    def terminate(self, why: Refuse) -> None:
+        """End it while its client is there, with an error."""
+
+    def pause(self) -> None:
+        """The client reads slower than the upstream writes."""
+
+    def resume(self) -> None:
+        """The client caught up."""
+
+    def fail(self) -> bool:
+        """End it after an internal error, silently; True if an SSE error event may still be written."""
+
+
+RequestFactory = Callable[[ClientStream, ReceivedRequest], InFlightRequest]

@@ -1,0 +1,22 @@
+"""What the handlers of one worker use. The worker makes it once."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from fleetgate.proxy.request.attempt import AttemptServices
+from fleetgate.proxy.request.attempts import AttemptEffects
+from fleetgate.proxy.request.placement import Placer
+from fleetgate.proxy.request.registry import RequestRegistry
+from fleetgate.proxy.request.response_heads import ResponseDefaults
+
+
+class HandlerServices(msgspec.Struct, frozen=True):
+    """Shape: `defaults` is what all answers share; the clock is in `attempts`."""
+
+    next_id: Callable[[], bytes]
+    defaults: ResponseDefaults
+    placer: Placer
+    registry: RequestRegistry
+    attempts: AttemptServices
+    effects: AttemptEffects
