@@ -54,7 +54,7 @@ class Addresses:
             return await asyncio.shield(self._start_query(now_s))
 
     def refresh(self, now_s: float, at_once: bool = False) -> None:
-        """Resolve again in the background if that is due; `at_once`, after an address failed, it is due after a second."""
+        """Resolve again in the background if that is due: after 5 s, or `at_once` (an address failed) after 1 s."""
         due_s = self._queried_s + (RESOLVE_EVERY_S / 5 if at_once else RESOLVE_EVERY_S)
         if self.current and not self._is_literal and now_s >= due_s:
             self._start_query(now_s).add_done_callback(_retrieve_error)

@@ -11,12 +11,12 @@ _INFO_BYTES = 136
 _UNACKED_AT = 24  # offsets in `struct tcp_info` of linux/tcp.h, which only ever grows at its end
 _ACKED_BYTES_AT = 120
 CLOSE_WAIT = 8  # the peer has sent its FIN, this side has not, and the peer has sent no reset
-# For a client that reads slowly the kernel keeps at most this much of an answer beyond what is on its way, instead of up
-# to 4 MB: it counts against the memory of the cgroup. faults.md row 5.
+# For a client that reads slowly the kernel keeps at most this much of an answer beyond what is on its way, instead of
+# up to 4 MB: it counts against the memory of the cgroup. faults.md row 5.
 UNSENT_BYTES_MAX = 128 * 1024
 
-# The network behind a kept connection may lose every packet by now; by default the kernel would retransmit a request for
-# a quarter of an hour. faults.md row 55.
+# The network behind a kept connection may lose every packet by now; by default the kernel would retransmit a request
+# for a quarter of an hour. faults.md row 55.
 UNHEARD_MS_MAX = 2000  # the kernel takes up to 1.5 s longer, until its next retransmission
 
 
