@@ -52,7 +52,7 @@ async def dial(peer: ConnectionPool) -> UpstreamConnection:
 
 async def turn_over(peer: ConnectionPool) -> None:
     """As the sweep does once a second, when the time has come."""
-    peer.addresses._asked_s = float("-inf")
+    peer.addresses._queried_s = float("-inf")
     peer.follow_name(asyncio.get_running_loop().time())
     await asyncio.sleep(0.05)
     peer.follow_name(asyncio.get_running_loop().time())
@@ -94,13 +94,13 @@ def test_row_66_an_empty_failing_or_poisoned_answer_changes_nothing(answer: list
         names.answer = answer
         await turn_over(peer)
         assert peer.addresses.current == ["127.0.0.1"]
-        assert peer.addresses.trouble
+        assert peer.addresses.error
         assert peer.take_idle() is kept
         (await dial(peer)).drop()
         kept.drop()
         names.answer = ["127.0.0.1"]
         await turn_over(peer)
-        assert not peer.addresses.trouble
+        assert not peer.addresses.error
 
     with door("127.0.0.1") as port:
         asyncio.run(scene(port))
@@ -112,7 +112,7 @@ def test_row_66_a_name_server_that_hangs_holds_no_request_up() -> None:
         peer = peer_of(names, port)
         (await dial(peer)).drop()
         names.slow_s = 30.0
-        peer.addresses._asked_s = float("-inf")
+        peer.addresses._queried_s = float("-inf")
         begun_s = time.monotonic()
         for _ in range(20):
             (await dial(peer)).drop()
@@ -137,7 +137,7 @@ def test_row_66_a_name_is_asked_for_every_five_seconds_and_sooner_when_it_fails(
         names.answer = ["127.0.0.3"]  # nothing listens there
         await turn_over(peer)
         asked = names.asked
-        peer.addresses._asked_s = asyncio.get_running_loop().time() - 1.5
+        peer.addresses._queried_s = asyncio.get_running_loop().time() - 1.5
         with pytest.raises(OSError, match=r"127\.0\.0\.3"):
             await dial(peer)
         await asyncio.sleep(0.01)

@@ -86,6 +86,7 @@ class AttemptSet:
     was_read = False
     _given_up: tuple[Attempt, ...] = ()  # before they had a connection; its failure is still worth knowing
     _stale_endpoint: EndpointState | None = None  # where a kept connection was closed before the request got there
+    _dialling: Mapping[UpstreamResponse, Attempt] = {}  # without a connection yet, given up or not
     _deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with the request: whether each is down
 
     def __init__(
@@ -133,6 +134,15 @@ class AttemptSet:
         attempt.id = b"%b-%d" % (self._id, self.count)
         self.usage.begin(attempt.deployment, attempt.id)
         attempt.send(self._id, self._received, self._owner.resume_state, self)
+        if attempt.response is not None and not attempt.response.is_connected:
+            self._begin_dial(attempt, attempt.response)
+
+    def _begin_dial(self, attempt: Attempt, response: UpstreamResponse) -> None:
+        """A dial that fails is reported also after its attempt was given up, or its request has ended."""
+        self._dialling = {**self._dialling, response: attempt}
+
+    def _end_dial(self, response: UpstreamResponse) -> None:
+        self._dialling = {other: attempt for other, attempt in self._dialling.items() if other is not response}
 
     def _find(self, response: UpstreamResponse) -> Attempt | None:
         """The attempt whose answer this is."""
@@ -171,6 +181,7 @@ class AttemptSet:
     def on_connected(self, response: UpstreamResponse) -> None:
         """One of two attempts has its connection: give up the other, if it has none and so was not sent."""
         try:
+            self._end_dial(response)
             current, hedge = self.current, self.hedge
             if current is None or hedge is None or current.response is None or hedge.response is None:
                 return
@@ -218,13 +229,16 @@ class AttemptSet:
                 self._stale_endpoint = attempt.endpoint
             attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
             attempt.send(self._id, self._received, self._owner.resume_state, self, fresh=True)
+            if attempt.response is not None:
+                self._begin_dial(attempt, attempt.response)
         except Exception as error:
             self._owner.on_internal_error(error)
 
     def on_not_connected(self, response: UpstreamResponse, failure: Failure, reason: str) -> None:
         """An attempt could not be sent. One that was given up meanwhile tells of its Endpoint all the same."""
         try:
-            attempt, effects = self._find(response), self._effects
+            attempt, effects = self._dialling.get(response), self._effects
+            self._end_dial(response)
             if attempt is not None:
                 effects.outcomes.not_connected(attempt.deployment, reason, self.now_s())
                 if response.over and attempt.endpoint is not None:

@@ -1,22 +1,22 @@
-"""The addresses of an Endpoint's name: asked for again every few seconds, the last good ones kept whatever comes."""
+"""The addresses of an Endpoint's name: resolved again every few seconds, the last good ones kept until better come."""
 
 import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable
 
-RESOLVE_EVERY_S = 5.0  # FAULTS.md row 66
-RESOLVE_S_MAX = 30.0  # a name server that takes longer is away; nobody waits for it but the first request
-_BROKEN = (OSError, TimeoutError, UnicodeError)
+RESOLVE_EVERY_S = 5.0  # faults.md row 66
+RESOLVE_S_MAX = 30.0  # a name server that takes longer is down; only the first request waits for it
+_RESOLVE_ERRORS = (OSError, TimeoutError, UnicodeError)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class AddressRefused(Exception):
-    """An address is outside the ranges that Endpoints may be dialled in."""
+    """An address is outside the ranges that the egress rule allows."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The system's own resolver, in a thread.
+    """Resolve with the system's resolver, in a thread.
 
     Raises: `OSError`.
     """
@@ -25,63 +25,64 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class Addresses:
-    """What a name resolves to now. Every set is checked by `check` before it is used; a bad one changes nothing.
+    """The current addresses of a name. Each answer is checked with `check` before use; a refused one changes nothing.
 
-    Shape: `check` raises `AddressRefused`. Cost: nothing for requests; one question every 5 s for each name in use.
+    Shape: `check` raises `AddressRefused`.
+    Cost: nothing for requests; one query every 5 s for each name in use.
     """
 
     def __init__(self, host: str, port: int, check: Callable[[str, list[str]], None]) -> None:
         self._host = host
         self._port = port
         self._check = check
-        self._asking: asyncio.Task[list[str]] | None = None
-        self._asked_s = float("-inf")
-        self._fixed = _is_literal(host)
+        self._query: asyncio.Task[list[str]] | None = None
+        self._queried_s = float("-inf")
+        self._is_literal = _is_literal(host)
         self.resolve: Resolve = resolve
         self.current: list[str] = []
-        self.trouble = ""  # why the last question brought nothing new
+        self.error = ""  # of the last query, empty if it succeeded
 
     async def get(self, now_s: float, timeout_s: float) -> list[str]:
-        """The last good set at once, whatever its age; only the first request has to wait for one.
+        """Return the last good addresses at once, whatever their age; only the first request waits for a query.
 
-        Raises: `OSError`, `TimeoutError` and `AddressRefused` while there is none.
+        Raises: `OSError`, `TimeoutError` and `AddressRefused` while there are none.
         """
         if self.current:
             self.refresh(now_s)
             return self.current
         async with asyncio.timeout(timeout_s):
-            return await asyncio.shield(self._ask(now_s))
+            return await asyncio.shield(self._start_query(now_s))
 
     def refresh(self, now_s: float, at_once: bool = False) -> None:
-        """Ask again in the background when it is time; an address that failed is a reason not to wait."""
-        due_s = self._asked_s + (RESOLVE_EVERY_S / 5 if at_once else RESOLVE_EVERY_S)
-        if self.current and not self._fixed and now_s >= due_s:
-            self._ask(now_s).add_done_callback(_look_at)
+        """Resolve again in the background if that is due: after 5 s, or `at_once` (an address failed) after 1 s."""
+        due_s = self._queried_s + (RESOLVE_EVERY_S / 5 if at_once else RESOLVE_EVERY_S)
+        if self.current and not self._is_literal and now_s >= due_s:
+            self._start_query(now_s).add_done_callback(_retrieve_error)
 
-    def _ask(self, now_s: float) -> asyncio.Task[list[str]]:
-        if self._asking is None or self._asking.done():
-            self._asked_s = now_s
-            self._asking = asyncio.get_running_loop().create_task(self._answer())
-        return self._asking
+    def _start_query(self, now_s: float) -> asyncio.Task[list[str]]:
+        if self._query is None or self._query.done():
+            self._queried_s = now_s
+            self._query = asyncio.get_running_loop().create_task(self._resolve())
+        return self._query
 
-    async def _answer(self) -> list[str]:
+    async def _resolve(self) -> list[str]:
         try:
             async with asyncio.timeout(RESOLVE_S_MAX):
                 addresses = await self.resolve(self._host, self._port)
             if not addresses:
                 raise OSError(f"{self._host} has no address")
             self._check(self._host, addresses)
-        except (*_BROKEN, AddressRefused) as error:
-            self.trouble = str(error) or f"{self._host} was not resolved in {RESOLVE_S_MAX:.0f} s"
+        except (*_RESOLVE_ERRORS, AddressRefused) as error:
+            self.error = str(error) or f"{self._host} was not resolved in {RESOLVE_S_MAX:.0f} s"
             if not self.current:
                 raise
             return self.current
-        self.current, self.trouble = addresses, ""
+        self.current, self.error = addresses, ""
         return addresses
 
 
-def _look_at(task: asyncio.Task[list[str]]) -> None:
-    """A background question that failed is kept as `trouble`; asyncio need not complain of it too."""
+def _retrieve_error(task: asyncio.Task[list[str]]) -> None:
+    """Keep asyncio from logging a failed background query: its text is in `error`."""
     if not task.cancelled():
         task.exception()
 
@@ -95,7 +96,7 @@ def _is_literal(host: str) -> bool:
 
 
 class EgressRule:
-    """The addresses that may be dialled: inside the ranges, or public ones over https; link-local ones never.
+    """The addresses that may be dialled: those in the ranges, and public ones over https, but no link-local ones.
 
     Shape: `ranges` are CIDRs.
     """
@@ -105,7 +106,7 @@ class EgressRule:
         self._networks = [ipaddress.ip_network(text) for text in ranges]
 
     def check(self, host: str, addresses: list[str]) -> None:
-        """Refuse a host one of whose addresses is outside.
+        """Refuse a host if one of its addresses is outside the rule.
 
         Raises: `AddressRefused`.
         """

@@ -1,4 +1,4 @@
-"""Injected faults at the upstream seam: connections that do to their attempt what a sick Endpoint would do.
+"""Injected faults: connections that treat a request as a faulty Endpoint would.
 
 Nothing here runs while no fault is in force.
 """
@@ -23,7 +23,7 @@ from fleetgate.proxy.transport.connection_pool import ConnectionPool, FaultInjec
 from fleetgate.proxy.transport.network import Network
 
 FAULTS = "faults.json"
-CUT_BYTES_MAX = 2_000  # some ten events into a stream
+CUT_BYTES_MAX = 2_000  # about ten events of a stream
 _BODY = b'{"error":{"message":"a fault was injected here","type":"server_error","param":null,"code":null}}'
 
 
@@ -51,22 +51,22 @@ class FaultFile:
 
 
 class ActiveFaults(FaultInjector):
-    """The faults on one Endpoint. Shape: `on_strike` counts, by Deployment and kind."""
+    """The faults on one Endpoint. Shape: `on_strike` is called for each request that gets one."""
 
     def __init__(self, faults: tuple[Fault, ...], on_strike: Callable[[Fault], None]) -> None:
         self.faults = faults
         self._on_strike = on_strike
-        self._owed: list[Fault] = []
+        self._pending: list[Fault] = []
         self._random = random.Random()
-        # Probes come over `connect` alone, and meet a closed door only where everybody does.
-        self._closed = next((one for one in faults if one.kind is FaultKind.REFUSE and one.share >= 1.0), None)
+        # Health probes only call `connect`; they are refused only if all requests are.
+        self._refuse_all = next((one for one in faults if one.kind is FaultKind.REFUSE and one.share >= 1.0), None)
 
     def strikes(self) -> bool:
-        """Whether the request that asks for a connection is struck; `connect` then is its blow."""
+        """Whether the next request gets a fault, which its `connect` then applies."""
         fault = select_fault(self.faults, self._random.random())
         if fault is not None:
             self._on_strike(fault)
-            self._owed.append(fault)
+            self._pending.append(fault)
         return fault is not None
 
     async def connect(self, pool: ConnectionPool, network: Network, timeout_s: float) -> UpstreamConnection | None:
@@ -74,7 +74,7 @@ class ActiveFaults(FaultInjector):
 
         Raises: `ConnectionRefusedError` and what `ConnectionPool.connect` raises.
         """
-        fault = self._owed.pop() if self._owed else self._closed
+        fault = self._pending.pop() if self._pending else self._refuse_all
         if fault is None:
             return None
         if fault.kind is FaultKind.REFUSE:
@@ -82,40 +82,40 @@ class ActiveFaults(FaultInjector):
         if fault.kind is FaultKind.DELAY:
             await asyncio.sleep(fault.delay_s)
             return None
-        left = self._random.randrange(CUT_BYTES_MAX)
-        return await pool.dial(network, timeout_s, lambda: FaultyConnection(pool, fault, left))
+        left_bytes = self._random.randrange(CUT_BYTES_MAX)
+        return await pool.dial(network, timeout_s, lambda: FaultyConnection(pool, fault, left_bytes))
 
 
 class FaultyConnection(UpstreamConnection):
-    """A connection that answers with an error, or whose answer ends too early. Never used twice."""
+    """A connection that returns an error, or whose response stops early. It is never used twice."""
 
-    __slots__ = ("_begun", "_fault", "_left")
+    __slots__ = ("_fault", "_has_begun", "_left_bytes")
 
-    def __init__(self, pool: ConnectionPool, fault: Fault, left: int) -> None:
+    def __init__(self, pool: ConnectionPool, fault: Fault, left_bytes: int) -> None:
         super().__init__(pool)
         self._fault = fault
-        self._left = left
-        self._begun = False
+        self._left_bytes = left_bytes
+        self._has_begun = False
 
     def carry(self, reader: ResponseReader, request: tuple[bytes, ...]) -> None:
-        """Send the request, unless the answer is made here."""
+        """Send the request, unless this object makes the response."""
         if self._fault.kind is not FaultKind.ERROR:
             super().carry(reader, request)
             return
         self.reader = reader
         self.served += 1
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(_BODY)
-        answer = status_line(self._fault.status) + head + _BODY
-        asyncio.get_running_loop().call_soon(super().data_received, answer)
+        response = status_line(self._fault.status) + head + _BODY
+        asyncio.get_running_loop().call_soon(super().data_received, response)
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what comes before the fault."""
-        if not self._begun:
-            self._begun = True
-            self._left += data.find(HEAD_END) + 4 if HEAD_END in data else 0
+        """Pass on the bytes before the fault."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._left_bytes += data.find(HEAD_END) + 4 if HEAD_END in data else 0
             if b"content-length" in data.lower():
-                self._left = min(self._left, len(data) - 1)  # a short answer, which would else be whole
-        passed, self._left = data[: self._left], max(0, self._left - len(data))
+                self._left_bytes = min(self._left_bytes, len(data) - 1)  # a short body would otherwise be whole
+        passed, self._left_bytes = data[: self._left_bytes], max(0, self._left_bytes - len(data))
         if passed:
             super().data_received(passed)
         if len(passed) < len(data) and self._fault.kind is FaultKind.CUT:
@@ -125,5 +125,5 @@ class FaultyConnection(UpstreamConnection):
                 reader.on_lost(ConnectionResetError("an injected fault cut the answer"))
 
     def release(self, now_s: float) -> None:
-        """Never again."""
+        """Close: it must not carry another request."""
         self.drop()

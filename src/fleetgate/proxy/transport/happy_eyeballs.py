@@ -1,20 +1,21 @@
-"""Several addresses of one name: while one is silent the next is dialled, and the first that answers wins."""
+"""Dials several addresses of one name: the next one if the last is silent; the first that answers wins (RFC 8305)."""
 
 import asyncio
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-AFTER_S = 0.25  # FAULTS.md row 2, and RFC 8305
+AFTER_S = 0.25  # faults.md row 2, and RFC 8305
 
 Made = TypeVar("Made")
 
 
 async def race(attempts: Sequence[Callable[[], Coroutine[Any, Any, Made]]], discard: Callable[[Made], None]) -> Made:
-    """What the first attempt to succeed made. Cost: nothing beside the attempt where there is only one.
+    """Return what the first successful attempt made; what later ones make is discarded.
 
-    Raises: what the last to fail raised; `ssl.SSLError` at once, because another address of the same name would only
-    hide a wrong certificate.
+    Raises: what the last attempt to fail raised; `ssl.SSLError` at once, because another address of the same name would
+    only hide a wrong certificate.
+    Cost: nothing beside the attempt if there is only one.
     """
     if len(attempts) == 1:
         return await attempts[0]()
@@ -24,9 +25,9 @@ async def race(attempts: Sequence[Callable[[], Coroutine[Any, Any, Made]]], disc
     try:
         for number, attempt in enumerate(attempts, 1):
             waiting.add(asyncio.create_task(attempt()))
-            patience_s = AFTER_S if number < len(attempts) else None
+            wait_s = AFTER_S if number < len(attempts) else None
             while waiting and not made:
-                done, _ = await asyncio.wait(waiting, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(waiting, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     break
                 waiting -= done

@@ -107,7 +107,7 @@ class UpstreamResponse(Protocol):
 
     @property
     def finish_seen(self) -> bool:
-        """Whether the answer is complete; of a stream only usage and `[DONE]` may still come."""
+        """Whether its last content was read: a `finish_reason`, or a whole body that was held."""
 
     @property
     def is_connected(self) -> bool:
