@@ -3,8 +3,9 @@
 import random
 from typing import Any
 
-from fleetgate.protocols.clients.openai import InvalidBody, output_tokens_max, read_request, rewrite
+from fleetgate.protocols.clients.openai import output_tokens_max, parse_request, rewrite
 from fleetgate.protocols.json_checks import DEPTH_MAX
+from fleetgate.protocols.json_members import InvalidBody
 from tests.fuzz.mutation import Mutator
 from tests.fuzz.strict_json import Members, Number, Reading, Refuse, decode
 
@@ -55,7 +56,7 @@ class Bodies:
         except Refuse:
             wanted = None
         try:
-            ask = read_request(data)
+            ask = parse_request(data)
         except InvalidBody as error:
             assert error.message and error.code in ("invalid_json", "invalid_request"), error
             assert wanted is None, f"refused what is good: {error.message}"

@@ -2,18 +2,16 @@
 
 import random
 
-from fleetgate.protocols.clients.openai import OPERATIONS, EventMeaning, InvalidBody, classify_event, read_request
+from fleetgate.protocols.clients.openai import OPERATIONS, classify_event, parse_request
+from fleetgate.protocols.clients.openai_resume import resume_methods
 from fleetgate.protocols.http1 import Malformed
+from fleetgate.protocols.json_members import InvalidBody
+from fleetgate.protocols.messages import EventMeaning, ResumeMethod
+from fleetgate.protocols.resume.prefill import prefill_body
 from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
 from fleetgate.protocols.resume.token_ids import TokenSplicer, tokens_body
-from fleetgate.protocols.resume.transcript import (
-    Mismatch,
-    ResumeMethod,
-    StreamSplicer,
-    Transcript,
-    prefill_body,
-    resume_methods,
-)
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from tests.fuzz import strict_json
 from tests.fuzz.mutation import Mutator
@@ -88,7 +86,7 @@ class Resumes:
         """Nothing but the announced refusals, and what is passed on is JSON that goes on from what was said."""
         ask, said, more = [*data.split(b"\x00", 2), b"", b""][:3]
         try:
-            read_request(ask)
+            parse_request(ask)
         except InvalidBody:
             ask = rng.choice(ASKS)
         if b'"input"' in ask:

@@ -7,8 +7,12 @@ import pytest
 
 from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
 from fleetgate.protocols import json_checks as bounds
-from fleetgate.protocols.clients.openai import EventMeaning, InvalidBody, classify_event, read_request, top_level
-from fleetgate.protocols.resume.transcript import Mismatch, ResumeMethod, StreamSplicer, Transcript, prefill_body
+from fleetgate.protocols.clients.openai import classify_event, parse_request
+from fleetgate.protocols.json_members import InvalidBody, locate_members
+from fleetgate.protocols.messages import EventMeaning, ResumeMethod
+from fleetgate.protocols.resume.prefill import prefill_body
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
+from fleetgate.protocols.resume.transcript import Transcript
 from tests.loopback.rig import deployment, gateway
 from tests.loopback.wall_rig import Plane, plane
 
@@ -56,9 +60,9 @@ def nested(levels: int) -> bytes:
 
 
 def test_bodies_nest_64_deep_and_no_deeper() -> None:
-    assert read_request(nested(bounds.DEPTH_MAX)).model == "m"
+    assert parse_request(nested(bounds.DEPTH_MAX)).model == "m"
     with pytest.raises(InvalidBody, match="64 levels"):
-        read_request(nested(bounds.DEPTH_MAX + 1))
+        parse_request(nested(bounds.DEPTH_MAX + 1))
 
 
 @pytest.mark.parametrize(
@@ -67,14 +71,14 @@ def test_bodies_nest_64_deep_and_no_deeper() -> None:
 def test_brackets_inside_of_strings_are_no_depth(text: bytes) -> None:
     inner = b"[" * 62 + text + b"]" * 62
     flat = b",".join([b'[{"a":' + text.partition(b",")[0] + b"}]"] * 40)
-    assert read_request(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
+    assert parse_request(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
     with pytest.raises(InvalidBody):
-        read_request(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
+        parse_request(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
 
 
 def test_a_key_given_twice_keeps_its_places() -> None:
     body = b'{ "a" : [1,{}] , "a":2,"\\u0061" :"x" }'
-    assert [(name, body[start:end]) for name, start, end in top_level(body)] == [
+    assert [(name, body[start:end]) for name, start, end in locate_members(body)] == [
         ("a", b"[1,{}]"), ("a", b"2"), ("a", b'"x"'),
     ]  # fmt: skip
 

@@ -8,17 +8,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
-from fleetgate.protocols.clients.openai import OPERATIONS, Usage
+from fleetgate.protocols.clients.openai import OPERATIONS
+from fleetgate.protocols.clients.openai_resume import resume_methods
 from fleetgate.protocols.http1 import chunk
-from fleetgate.protocols.resume.transcript import (
-    KEPT_CHARS_MAX,
-    Mismatch,
-    ResumeMethod,
-    StreamSplicer,
-    Transcript,
-    prefill_body,
-    resume_methods,
-)
+from fleetgate.protocols.messages import ResumeMethod, Usage
+from fleetgate.protocols.resume.prefill import prefill_body
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
+from fleetgate.protocols.resume.transcript import KEPT_CHARS_MAX, Transcript
 
 CHAT, COMPLETIONS = OPERATIONS[b"/v1/chat/completions"], OPERATIONS[b"/v1/completions"]
 Run = tuple[str, str]
@@ -195,7 +191,7 @@ def _whole(events: list[bytes]) -> bool:
 def test_what_a_request_allows(wish: dict[str, Any], ways: set[ResumeMethod]) -> None:
     body = json.dumps({"model": "m", "messages": [], "stream": True, **wish}).encode()
     assert resume_methods(body, CHAT) == ways
-    assert resume_methods(body, OPERATIONS[b"/v1/responses"]) == frozenset()
+    assert resume_methods(body, OPERATIONS[b"/v1/embeddings"]) == frozenset()
 
 
 def test_a_completion_goes_on_from_a_prompt_that_is_text() -> None:

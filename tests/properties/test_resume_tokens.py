@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
-from fleetgate.protocols.clients.openai import OPERATIONS, Operation
+from fleetgate.protocols.clients.openai import OPERATIONS
+from fleetgate.protocols.clients.openai_resume import resume_methods
+from fleetgate.protocols.messages import Operation, ResumeMethod
 from fleetgate.protocols.resume.token_ids import TokenSplicer, mark_of, tokens_body
-from fleetgate.protocols.resume.transcript import ResumeMethod, Transcript, resume_methods
+from fleetgate.protocols.resume.transcript import Transcript
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall_replies import DONE
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fleetgate.core.routing.policy_decision import ALLOWED
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import InvalidBody
 from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
+from fleetgate.protocols.json_members import InvalidBody
 from fleetgate.proxy.downstream.half_close import HalfCloseDetector
 from fleetgate.proxy.downstream.idempotency import IdempotentReplay, claim
 from fleetgate.proxy.downstream.policy_filter import evaluate_policies
@@ -292,7 +292,7 @@ class ClientConnection(asyncio.Protocol):
             self._answer_models(admitted)
             return
         try:
-            ask = openai.read_request(body)
+            ask = openai.parse_request(body)
             lane = admitted.site.lanes.get(ask.model)
             if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
                 raise RequestRejected(404, "model_not_found", _no_model(ask.model, admitted), "model")

@@ -6,7 +6,8 @@ import msgspec
 
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
 from fleetgate.ipc.event_spool import EventRecord
-from fleetgate.protocols.clients.openai import RequestInfo, output_tokens_max
+from fleetgate.protocols.clients.openai import output_tokens_max
+from fleetgate.protocols.messages import RequestInfo
 from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
 
 if TYPE_CHECKING:

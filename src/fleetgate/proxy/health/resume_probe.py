@@ -14,8 +14,9 @@ import msgspec
 
 from fleetgate.ipc.shared_memory import EndpointSignal
 from fleetgate.protocols.http1 import Malformed
+from fleetgate.protocols.resume.prefill import prefix_fields
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, mark_of
-from fleetgate.protocols.resume.transcript import Transcript, prefix_fields
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.health.active_health import ProbeResponse
 from fleetgate.proxy.routing.routing_table import DeploymentState

@@ -33,7 +33,7 @@ from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, Signal
 from fleetgate.core.routing.policy_decision import ALLOWED
 from fleetgate.ipc.shared_memory import DeploymentCounter
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import RequestInfo
+from fleetgate.protocols.messages import RequestInfo
 from fleetgate.proxy.downstream.idempotency import IdempotencyClaim
 from fleetgate.proxy.request import (
     attempt as sending,

@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fleetgate.protocols.clients.openai import Operation
+from fleetgate.protocols.clients.openai_resume import resume_methods
+from fleetgate.protocols.messages import Operation, ResumeMethod
+from fleetgate.protocols.resume.prefill import prefill_body
 from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
+from fleetgate.protocols.resume.splice import StreamSplicer
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, TokenSplicer, tokens_body
-from fleetgate.protocols.resume.transcript import ResumeMethod, StreamSplicer, Transcript, prefill_body, resume_methods
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.proxy.transport.response_relay import AttemptListener, ModelNames, ResponseRelay
 from fleetgate.proxy.transport.resume_relay import ResumeRelay
 

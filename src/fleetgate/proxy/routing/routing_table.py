@@ -18,7 +18,7 @@ from fleetgate.ipc.sealed_secret import unseal
 from fleetgate.policies.body_fields import BodyReader
 from fleetgate.policies.policy_set import CompiledPolicies
 from fleetgate.protocols.clients.openai import OPERATIONS, USAGE_ENGINES, models_body
-from fleetgate.protocols.resume.transcript import ResumeMethod
+from fleetgate.protocols.messages import ResumeMethod
 from fleetgate.proxy.downstream.server_tls import UpstreamTls
 from fleetgate.proxy.telemetry.metrics import LatencyHistogram, WorkerMetrics
 from fleetgate.proxy.transport.connection_pool import EgressRule, EndpointState

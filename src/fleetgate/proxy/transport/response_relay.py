@@ -11,12 +11,13 @@ from typing import Protocol
 from fleetgate.core.exchange import AttemptFailed, Failure
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning, Operation, Usage
+from fleetgate.protocols.clients.openai_events import status_of_error
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
-from fleetgate.protocols.json_validity import as_text, is_json, is_plain, is_text
+from fleetgate.protocols.json_checks import is_json, is_text
+from fleetgate.protocols.messages import EventMeaning, Operation, Usage
 from fleetgate.protocols.resume.transcript import Transcript
-from fleetgate.protocols.sse import Events, EventTooLong, data_of
-from fleetgate.protocols.upstream_errors import failure_of, retry_after_s, status_of_error
+from fleetgate.protocols.sse import Events, EventTooLong, as_text, data_of, is_plain
+from fleetgate.protocols.upstream_errors import failure_of, retry_after_s
 from fleetgate.proxy.transport.body_drain import BodyDrain
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 

@@ -3,9 +3,10 @@
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols import sse
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning, Operation
 from fleetgate.protocols.http1 import Malformed, ResponseHead
-from fleetgate.protocols.resume.transcript import Mismatch, StreamSplicer, Transcript
+from fleetgate.protocols.messages import EventMeaning, Operation
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.proxy.transport.response_relay import AttemptListener, ModelNames, ResponseRelay
 
 
