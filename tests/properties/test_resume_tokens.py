@@ -1,4 +1,4 @@
-"""Joining answers by token ids: wherever one was cut, once or twice, text and ids are those of the uncut one."""
+"""Joining responses by token ids: cut once or twice, text and ids are those of the uncut response."""
 
 import json
 from types import SimpleNamespace
@@ -36,12 +36,12 @@ def told(events: list[bytes]) -> tuple[str, list[int], list[str]]:
 
 
 def gone_on(body: bytes, transcript: Transcript, operation: Operation) -> list[bytes] | None:
-    """What another engine adds; None where that cannot be asked for."""
+    """What another engine adds; None if it cannot be asked to continue."""
     further = tokens_body(body, transcript)
     if further is None:
         return None
-    seam = TokenSplicer(transcript, "asked", operation)
-    taken = [seam.take(sse.data_of(event) or b"") for event in events_of(TokenEngine("other"), further)]
+    splicer = TokenSplicer(transcript, "asked", operation)
+    taken = [splicer.take(sse.data_of(event) or b"") for event in events_of(TokenEngine("other"), further)]
     return [event for event in taken if event is not None]
 
 

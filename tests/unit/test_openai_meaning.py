@@ -1,4 +1,4 @@
-"""What bodies ask and what events mean."""
+"""OpenAI requests, events and errors, by example."""
 
 import json
 
@@ -93,9 +93,9 @@ def test_errors_are_shaped_as_the_sdk_reads_them() -> None:
 
 def test_stream_options_keep_what_else_they_say() -> None:
     body = b'{"stream_options":{"a":1e99,"include_usage":false},"model":"m","stream":true}'
-    ask = parse_request(body)
+    info = parse_request(body)
     wanted = b'{"stream_options":{"a":1e99,"include_usage":true},"model":"m","stream":true}'
-    assert rewrite(body, ask, "m", True) == wanted
+    assert rewrite(body, info, "m", True) == wanted
 
 
 def test_a_model_given_twice_is_found_beside_stream_options() -> None:

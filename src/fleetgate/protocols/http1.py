@@ -146,7 +146,7 @@ def parse_response_head(head: bytes) -> ResponseHead:
     length, chunked = _framing(fields.items, match[1])
     connection = headers.get(b"connection", b"").lower()
     status = int(match[2])
-    if status in (204, 304):  # no body, whatever the head says: a client would take it for the next response
+    if status in (204, 304):  # no body, even if the head announces one: a client would take it for the next response
         length, chunked = 0, False
     return ResponseHead(
         status=status,

@@ -33,7 +33,7 @@ _KEY = re.compile(rb'[ \t\r\n]*"[^"\\]*(?:\\.[^"\\]*)*"[ \t\r\n]*:[ \t\r\n]*', r
 
 
 def locate_members(body: bytes) -> list[tuple[str, int, int]]:
-    """Every member of a JSON object in order, repeated keys included: its key, and begin and end of its value.
+    """Every member of a JSON object in order, repeated keys included: its key, and where its value begins and ends.
 
     Raises: `InvalidBody` if the body is not a JSON object, or has more than 1,000 keys.
     Cost: 10 µs and 2 µs a key; the values are skipped in C.

@@ -1,4 +1,4 @@
-"""Prompts that begin alike, recognised by digests of their bytes: nothing is tokenised on the request path."""
+"""Prompts with a common prefix, recognised by digests of their bytes: nothing is tokenised on the request path."""
 
 from collections.abc import Sequence
 from hashlib import blake2b

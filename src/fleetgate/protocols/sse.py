@@ -6,7 +6,7 @@ from fleetgate.protocols.json_checks import is_json, is_text
 
 EVENT_BYTES_MAX = 1024 * 1024  # faults.md row 25
 # A line end and a blank line, each ended by LF, CR LF or CR. A last CR may be half of a CR LF, so it counts only when
-# the next byte is known; behind another CR it counts at once, for streams that use nothing else.
+# the next byte is known; after another CR it counts at once, for streams that use nothing else.
 _EVENT_END = re.compile(rb"\r\r|(?>\r\n|\n|\r)(?:\r\n|\n|\r(?=[^\n]))")
 
 
@@ -17,7 +17,7 @@ class EventTooLong(Exception):
 class Events:
     """Splits payload bytes into whole events, each with the blank line that ends it.
 
-    Shape: `partial` is the begin of an event that has not ended; at the end of a stream, a truncated one.
+    Shape: `partial` holds the event that has not ended yet; at the end of a stream, a truncated one.
     Raises: `EventTooLong`.
     """
 
@@ -54,7 +54,7 @@ def _split_at_any_line_end(buffer: bytes) -> tuple[list[bytes], bytes]:
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The data of an event, its lines joined with a line feed; None for an event without data, a comment say."""
+    """The data of an event, its lines joined with a line feed; None for an event without data, such as a comment."""
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
         return event[6:-2]
     lines = event.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")

@@ -1,4 +1,4 @@
-"""The class of failure that an upstream's status stands for, and how long the upstream asks to be left alone."""
+"""The class of failure that an upstream's status stands for, and how long the upstream asks the gateway to wait."""
 
 import re
 from email.utils import parsedate_to_datetime
@@ -30,7 +30,7 @@ _SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
 
 
 def retry_after_s(headers: dict[bytes, bytes], epoch_s: float) -> float:
-    """How long the upstream asks to be left alone, 0 if it does not say."""
+    """The wait that the upstream asks for, 0 if it asks for none."""
     value = headers.get(b"retry-after-ms", b"")
     if _SECONDS.fullmatch(value):
         return float(value) / 1000

@@ -48,7 +48,7 @@ _decode_fields = msgspec.json.Decoder(_ResumeFields).decode
 def response_resume_methods(body: bytes) -> frozenset[ResumeMethod]:
     """How the response to a request of `/v1/responses` may continue elsewhere.
 
-    Only a greedy one can, whose state no engine stores and which calls no tools of the engine.
+    Only a greedy response can, and only if no engine stores its state and the engine runs no tools.
     """
     try:
         fields = _decode_fields(body)
@@ -97,7 +97,7 @@ def _channel(event: _Event) -> str:
 class ResponseTranscript(Transcript):
     """What a client has received of a response.
 
-    Shape: in `runs` a mark, the start of an item say, is a run without text.
+    Shape: in `runs` a mark, for example the start of an item, is a run without text.
     """
 
     __slots__ = ("created_at", "items", "sequence")

@@ -125,7 +125,7 @@ class Transcript:
         if not self.whole:
             return
         for event in pending:
-            # A chunk ends with CR LF behind the blank line; an event whose lines end with CR LF does not look like it.
+            # A chunk has CR LF after the blank line. That tells it from an event whose own lines end with CR LF.
             framed = event.endswith(b"\n\n\r\n")
             bare = event[event.find(b"\r\n") + 2 : -2] if framed else event
             data = sse.data_of(bare)
