@@ -3,19 +3,19 @@
 import inspect
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.protocols import clients, sse
+from fleetgate.protocols import sse
 from fleetgate.protocols.clients import find, names, openai
-from fleetgate.protocols.clients.base import ClientProtocol
+from fleetgate.protocols.clients.base import ClientProtocol, missing_members
 from fleetgate.protocols.http1 import Malformed
 from fleetgate.protocols.json_members import InvalidBody
 from fleetgate.protocols.messages import EventMeaning, Operation, ResumeMethod, Usage
+from fleetgate.protocols.prompt_prefix import BLOCK_BYTES, chain_of
 from fleetgate.protocols.resume.splice import Mismatch
 
 TYPED: ClientProtocol = openai  # mypy compares every signature of the module with the contract
@@ -115,12 +115,11 @@ def whole_events(protocol: ClientProtocol, data: bytes) -> list[bytes]:
 def check_members(protocol: ClientProtocol) -> None:
     """Every constant and function of the contract, with the parameters that the contract gives them."""
     assert inspect.getdoc(protocol)
-    for name in ClientProtocol.__annotations__:
-        assert hasattr(protocol, name), f"the constant {name} is missing"
+    assert missing_members(protocol) == []
     contract = inspect.getmembers(ClientProtocol, inspect.isfunction)
     for name, wanted in [(name, wanted) for name, wanted in contract if not name.startswith("_")]:
-        function = getattr(protocol, name, None)
-        assert callable(function) and inspect.getdoc(function), f"{name} is missing or has no docstring"
+        function = getattr(protocol, name)
+        assert inspect.getdoc(function), f"{name} has no docstring"
         assert list(inspect.signature(function).parameters) == list(inspect.signature(wanted).parameters)[1:], name
 
 
@@ -152,10 +151,20 @@ def check_marks(protocol: ClientProtocol) -> None:
             ]
 
 
+def check_prompt_marks(protocol: ClientProtocol) -> None:
+    """Prompts that are equal have equal digests, whatever stands before them."""
+    for mark in protocol.PROMPT_MARKS:
+        prompt = mark + b':"%b"}' % (b"word " * BLOCK_BYTES)
+        one, other = (chain_of(b'{"model":"%b",' % name + prompt, b"", protocol.PROMPT_MARKS) for name in (b"a", b"bc"))
+        assert one and one == other
+
+
 def check_headers(protocol: ClientProtocol, headers: dict[bytes, bytes]) -> None:
     """A client's key is read, and neither it nor any framing is passed on."""
     assert protocol.authorization_of({}) == b""
     assert protocol.authorization_of({b"authorization": b"Bearer k"}) == b"Bearer k"
+    assert protocol.credential_lines("") == b""
+    assert b"secret" in protocol.credential_lines("secret") and protocol.credential_lines("secret").endswith(b"\r\n")
     for lines, hidden in (
         (protocol.request_headers(headers), HIDDEN),
         (protocol.response_headers(headers), HIDDEN_ANSWERS),
@@ -322,6 +331,7 @@ class TestEveryProtocol:
         check_members(find(name))
         check_paths(find(name))
         check_marks(find(name))
+        check_prompt_marks(find(name))
 
     @given(headers=HEADS)
     def test_headers(self, name: str, headers: dict[bytes, bytes]) -> None:
@@ -364,126 +374,3 @@ class TestEveryProtocol:
 def test_an_unknown_protocol_is_a_clear_error() -> None:
     with pytest.raises(KeyError, match="openai"):
         find("gopher")
-
-
-# --- one file adds a protocol -----------------------------------------------------------------------------------------
-
-TOY = '''"""A protocol with one path, `/say`, on engines that speak the OpenAI API."""
-
-import json
-from collections.abc import Mapping
-
-from fleetgate.protocols.clients.openai import (
-    CREDENTIAL_HINT,
-    ERROR_TYPE,
-    EVENT_BEGINS,
-    PROMPT_MARKS,
-    USAGE_ENGINES,
-    authorization_of,
-    classify_event,
-    model_body,
-    models_body,
-    note_choices,
-    other_model_name,
-    output_tokens_max,
-    parse_request,
-    read_answer,
-    rename_model,
-    request_headers,
-    response_headers,
-    resume_body,
-    rewrite,
-    new_splicer,
-    new_transcript,
-)
-from fleetgate.protocols.messages import Operation
-
-TITLE = "toy protocol"
-OPERATIONS: Mapping[bytes, Operation] = {
-    b"/say": Operation("say", b"/chat/completions", b\'"finish_reason":null\', b"data: [DONE]\\n\\n", usage_option=True)
-}
-MODELS_PATH = b"/voices"
-
-
-def methods_of(path):
-    """POST to say something, GET for the models."""
-    if path in OPERATIONS:
-        return b"POST, OPTIONS"
-    return b"GET, HEAD, OPTIONS" if path == MODELS_PATH or path.startswith(MODELS_PATH + b"/") else b""
-
-
-def error_body(status, code, message, param=None):
-    """An error in a shape of its own."""
-    return json.dumps({"error": {"type": "toy", "code": code, "text": message}}, separators=(",", ":")).encode()
-
-
-def error_event(code, message):
-    """The same inside a stream."""
-    return b"event: error\\ndata: %b\\n\\n" % error_body(500, code, message)
-
-
-def event_of_body(body):
-    """The body as an error event, for it is one."""
-    return b"event: error\\ndata: %b\\n\\n" % body
-
-
-def status_of_error(data):
-    """It tells no status."""
-    return 500
-
-
-def resume_methods(body, operation):
-    """None."""
-    return frozenset()
-
-
-def resume_path(method, path):
-    """The same path."""
-    return path
-'''
-
-
-@pytest.fixture
-def toy(tmp_path: Path) -> Iterator[ClientProtocol]:
-    """The file in a folder that the package looks into for a while, with a part that is no protocol of its own."""
-    (tmp_path / "toy.py").write_text(TOY)
-    (tmp_path / "toy_events.py").write_text('"""A part of it."""')
-    clients.__path__.append(str(tmp_path))
-    names.cache_clear()
-    yield find("toy")
-    clients.__path__.remove(str(tmp_path))
-    names.cache_clear()
-    find.cache_clear()
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-@given(made=bodies(), event=EVENTS, headers=HEADS, model=MODELS, text=TEXTS, streams=st.tuples(STREAMS, STREAMS))
-def test_a_dropped_in_protocol_conforms(
-    toy: ClientProtocol,
-    made: AnyRequest,
-    event: bytes,
-    headers: dict[bytes, bytes],
-    model: str,
-    text: str,
-    streams: tuple[list[bytes], list[bytes]],
-) -> None:
-    assert names() == ("openai", "toy") and toy.TITLE == "toy protocol"
-    check_members(toy)
-    check_paths(toy)
-    check_marks(toy)
-    check_headers(toy, headers)
-    check_request(toy, made, model)
-    check_any_request(toy, made[1][:-1])
-    check_any_event(toy, event)
-    check_usage(toy, 3, 4)
-    check_rename(toy, made[0]["model"], model, text)
-    check_errors(toy, 404, "model_not_found", text)
-    check_models(toy, [model])
-    check_resume(toy, made[1], *streams)
-
-
-@pytest.mark.parametrize("missing", ["resume_path", "TITLE", "error_event"])
-def test_the_suite_finds_what_is_missing(toy: ClientProtocol, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.delattr(toy, missing)
-    with pytest.raises(AssertionError, match=missing):
-        check_members(toy)

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from fleetgate.protocols.clients.base import ClientProtocol
+from fleetgate.protocols.clients.base import ClientProtocol, missing_members
 
 _CONTRACT = "base"
 
@@ -23,9 +23,12 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> ClientProtocol:
     """The protocol of a name.
 
-    Raises: `KeyError` when there is none.
+    Raises: `KeyError` if there is none, `TypeError` if its file does not define all members of the contract.
     """
     if name not in names():
         raise KeyError(f"no client protocol {name!r}; there are: {', '.join(names())}")
     protocol: ClientProtocol = importlib.import_module(f"{__name__}.{name}")
+    missing = missing_members(protocol)
+    if missing:
+        raise TypeError(f"client protocol {name} does not define {', '.join(missing)}; see protocols/clients/base.py")
     return protocol

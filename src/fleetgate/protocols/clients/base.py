@@ -35,6 +35,9 @@ class ClientProtocol(Protocol):
     def authorization_of(self, headers: Headers) -> bytes:
         """The client's credential in the form `Bearer KEY`; empty if it sent none."""
 
+    def credential_lines(self, credential: str) -> bytes:
+        """The header lines that carry an Endpoint's credential; empty for an Endpoint without one."""
+
     def request_headers(self, headers: Headers) -> bytes:
         """The header lines of a request that the Endpoint gets too: never the client's credential or cookies."""
 
@@ -58,7 +61,7 @@ class ClientProtocol(Protocol):
     # --- responses and events ---
 
     def classify_event(self, event: bytes) -> tuple[EventMeaning, Usage | None]:
-        """What one whole event means, and the usage in it. Never raises."""
+        """What one whole event means, and the usage in it, which replaces that of earlier events. Never raises."""
 
     def read_answer(self, body: bytes) -> tuple[Usage | None, bool]:
         """The usage of a whole response that is not a stream, and whether it is an error despite its status.
@@ -113,3 +116,9 @@ class ClientProtocol(Protocol):
 
     def resume_path(self, method: ResumeMethod, path: bytes) -> bytes:
         """The path of that request. Shape: `path` is a key of `OPERATIONS`, as is the result."""
+
+
+def missing_members(protocol: object) -> list[str]:
+    """The constants and functions of the contract that a protocol does not define, in alphabetical order."""
+    functions = [name for name, value in vars(ClientProtocol).items() if callable(value) and not name.startswith("_")]
+    return sorted(name for name in (*ClientProtocol.__annotations__, *functions) if not hasattr(protocol, name))

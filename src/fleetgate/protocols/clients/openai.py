@@ -62,6 +62,11 @@ def authorization_of(headers: Headers) -> bytes:
     return headers.get(b"authorization", b"")
 
 
+def credential_lines(credential: str) -> bytes:
+    """The header lines that carry an Endpoint's credential; empty for an Endpoint without one."""
+    return f"authorization: Bearer {credential}\r\n".encode() if credential else b""
+
+
 def request_headers(headers: Headers) -> bytes:
     """The header lines of a request that the Endpoint gets too: never the client's credential or cookies."""
     return b"".join([b"%b: %b\r\n" % (name, headers[name]) for name in _REQUEST_HEADERS if name in headers])
