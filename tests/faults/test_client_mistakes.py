@@ -28,7 +28,7 @@ def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
 HANDLER = "fleetgate.proxy.request.handler"
 # Where it breaks, and whether something of the answer is out by then.
 PLACES = {
-    "reading the body": (breaks("fleetgate.protocols.clients.openai.read_request", "b'boom' in self"), False),
+    "reading the body": (breaks("fleetgate.protocols.clients.openai.parse_request", "b'boom' in self"), False),
     "picking": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.moves.Pick]", "b'boom' in self.received.body"), False),
     "sending": (breaks("fleetgate.proxy.request.attempt.request_bytes", "b'boom' in a[0].body"), False),
     "the first content": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.moves.Commit]", "b'boom' in self.received.body"), False),
@@ -132,7 +132,7 @@ def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.Capt
 def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.CaptureFixture[str]) -> None:
     """One second of sleep in a request: a metric, the board for readiness, an Event, a line that names the place."""
     sleeps = breaks(
-        "fleetgate.protocols.clients.openai.read_request", "b'boom' in self and __import__('time').sleep(1.0)", "0"
+        "fleetgate.protocols.clients.openai.parse_request", "b'boom' in self and __import__('time').sleep(1.0)", "0"
     )
     with plane(patience=sleeps) as made:
         made.use({})

@@ -16,7 +16,7 @@ from fleetgate.control.resources.field_types import Url
 from fleetgate.core.model import Endpoint
 from fleetgate.protocols import engines, sse
 from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning
+from fleetgate.protocols.messages import EventMeaning
 
 CONNECT_S_MAX = 5.0
 LOAD_S_MAX = 2.0
