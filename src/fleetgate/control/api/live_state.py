@@ -10,6 +10,7 @@ from fleetgate.control.api import views as shown
 from fleetgate.control.api.errors import ErrorAnswer
 from fleetgate.control.context import Control
 from fleetgate.control.snapshot import profiles
+from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.telemetry.series import MetricSeries, read_series
 from fleetgate.core.model import Deployment, Gateway, Snapshot
 from fleetgate.ipc.shared_memory import LEARNED_CELLS, EndpointSignal, LearnedCell, SharedMemory, WorkerCell
@@ -56,13 +57,6 @@ def picture(snapshot: Snapshot | None, board: SharedMemory | None) -> dict[str, 
         ],
         "workers": workers_of(board),
     }
-
-
-def endpoint_up(board: SharedMemory | None, slot: int) -> bool:
-    """Whether an Endpoint counts as up: what was never probed does."""
-    return (
-        board is None or not board.signal(slot, EndpointSignal.SEEN_MS) or bool(board.signal(slot, EndpointSignal.UP))
-    )
 
 
 def workers_of(board: SharedMemory | None) -> list[dict[str, Any]]:

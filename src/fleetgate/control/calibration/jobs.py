@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import structlog
 
-from fleetgate.control.api.live_state import endpoint_up
 from fleetgate.control.calibration.client import CalibrationClient, CalibrationTarget, RequestFailed, reach
 from fleetgate.control.calibration.load_sweep import LoadSweep, SweepFindings, SweepProgress, TrafficWatch
 from fleetgate.control.context import Control
@@ -18,6 +17,7 @@ from fleetgate.control.resources.apply import ChangeOrigin, GenerationConflict, 
 from fleetgate.control.resources.egress import parse_ranges
 from fleetgate.control.resources.problems import ResourceRefused, one_of
 from fleetgate.control.snapshot import profiles
+from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.store import repository as rows
 from fleetgate.core import model
 from fleetgate.core.capacity import calibration

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from fleetgate.control.api.live_state import endpoint_up
 from fleetgate.control.context import Control
+from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.telemetry.overload_metrics import gauges, usage_gauges
 from fleetgate.control.telemetry.series import Labels, MetricSeries, read_series
 from fleetgate.core.admission.work_ledger import WorkCell
