@@ -19,9 +19,9 @@ import yaml
 from fleetgate.control.calibration.client import (
     CalibrationClient,
     CalibrationTarget,
-    MeasuredAnswer,
+    MeasuredResponse,
     RequestFailed,
-    reach,
+    dialable_address,
 )
 from fleetgate.core.model import Endpoint
 from tests.loopback.control_rig import DEPLOYMENT, ControlRig
@@ -268,13 +268,13 @@ END = (
 )
 
 
-def asked(port: int) -> tuple[MeasuredAnswer, int]:
+def asked(port: int) -> tuple[MeasuredResponse, int]:
     """One answer, and the KV cache's tokens."""
 
-    async def both() -> tuple[MeasuredAnswer, int]:
+    async def both() -> tuple[MeasuredResponse, int]:
         endpoint = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=port, base_path="/v1")
         target = CalibrationTarget(endpoint=endpoint, engine="vllm", upstream_model="m", ranges=None)
-        asker = CalibrationClient(target, await reach(target))
+        asker = CalibrationClient(target, await dialable_address(target))
         try:
             return await asker.ask(500, 7), await asker.kv_tokens()
         finally:

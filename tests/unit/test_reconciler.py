@@ -17,7 +17,7 @@ from fleetgate.control.reconciler.reconciler import (
     Reconciler,
     StartReplica,
     StopReplica,
-    after_failure,
+    next_back_off,
     plan,
 )
 from fleetgate.providers.base import (
@@ -135,7 +135,7 @@ def test_back_off_grows_to_its_limit_and_belongs_to_one_workload(failures: int, 
     hold: BackOff | None = None
     waits = []
     for _ in range(failures):
-        hold = after_failure(hold, "f", now_s)
+        hold = next_back_off(hold, "f", now_s)
         waits.append(hold.until_s - now_s)
     assert waits == sorted(waits)
     assert max(waits) <= RETRY_MAX_S + 1e-6
@@ -156,7 +156,7 @@ def test_an_outdated_replica_stays_while_the_new_workload_fails() -> None:
     old = (seen("a-0", "a"), seen("a-1", "a"))
     first = plan([changed], ObservedState(old), 0.0)
     assert [type(action) for action in first.actions] == [StopReplica, StartReplica]
-    hold = after_failure(None, WORKLOADS[1].fingerprint, 1.0)
+    hold = next_back_off(None, WORKLOADS[1].fingerprint, 1.0)
     assert plan([changed], ObservedState(old[1:], {"a": hold}), 1.1).actions == ()
     again = plan([changed], ObservedState(old[1:], {"a": hold}), 10.0)
     assert [type(action) for action in again.actions] == [StartReplica]

@@ -14,7 +14,9 @@ from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 
-KEYS_S_MAX = 0.5  # DESIGN.md section 3: a change of keys returns when this machine's workers have it, or after this
+KEY_CHANGE_S_MAX = (
+    0.5  # DESIGN.md section 3: a change of keys returns when this machine's workers have it, or after this
+)
 CHANGE_S_MAX = 2.0  # other changes go to one worker first; on a busy machine that takes longer
 _LOOK_EVERY_S = 0.01
 
@@ -50,7 +52,7 @@ class Control:
     async def adopted(self, keys_only: bool = False) -> None:
         """Return once every live worker has what is stored now or one has given it up, or after a while."""
         try:
-            async with asyncio.timeout(KEYS_S_MAX if keys_only else CHANGE_S_MAX):
+            async with asyncio.timeout(KEY_CHANGE_S_MAX if keys_only else CHANGE_S_MAX):
                 version = await self.publisher.settle()
                 while not self.has_everywhere(version):  # noqa: ASYNC110 - nothing rings when shared memory changes
                     await asyncio.sleep(_LOOK_EVERY_S)
@@ -76,7 +78,7 @@ class Control:
             log.error("event_not_kept", sentence=sentence, reason=str(error))
 
 
-def newest_in_use(board: SharedMemory | None) -> int:
+def newest_version_in_use(board: SharedMemory | None) -> int:
     """The newest version that a worker uses or has given up."""
     cells = (WorkerCell.SNAPSHOT_VERSION, WorkerCell.SNAPSHOT_RETURNED)
     return (
@@ -84,6 +86,6 @@ def newest_in_use(board: SharedMemory | None) -> int:
     )
 
 
-def changed_anything(results: list[ApplyResult]) -> bool:
+def has_changes(results: list[ApplyResult]) -> bool:
     """Whether there is something for the workers to take up."""
     return any(result.outcome != "unchanged" for result in results)

@@ -24,10 +24,10 @@ from fleetgate.core.fault_injection import (
 from fleetgate.core.model import Gateway, Slo
 
 FILE = "faults.json"
-LOOK_EVERY_S = 1.0
-WINDOW_LOOKS = 10  # the SLO is judged over the last ten seconds of the fault
+POLL_EVERY_S = 1.0
+WINDOW_POLLS = 10  # the SLO is judged over the last ten seconds of the fault
 _WELL, _LOST = ("ok",), ("failed", "interrupted", "refused")
-REQUESTS, STRIKES = "fleetgate_requests_total", "fleetgate_injected_faults_total"
+REQUESTS, INJECTED = "fleetgate_requests_total", "fleetgate_injected_faults_total"
 TARGETS = (("fleetgate_ttft_seconds", "ttft_s"), ("fleetgate_tpot_seconds", "tpot_s"))
 
 log = structlog.get_logger()
@@ -87,12 +87,12 @@ class FaultService:
 
     def strikes(self, name: str) -> int:
         """How many requests it has struck, in all workers."""
-        return sum(self._series().counts_by(STRIKES, "fault", fault=name).values())
+        return sum(self._series().counts_by(INJECTED, "fault", fault=name).values())
 
     async def run(self) -> None:
         """Look once a second whether one is over or does too much harm, and let workers know that somebody looks."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_EVERY_S)
             if self._faults:
                 try:
                     await asyncio.to_thread(self._look)
@@ -122,7 +122,7 @@ class FaultService:
             if any(upstream.deployment == fault.deployment for upstream in gateway.upstreams)
         ]
         now = _sum([_seen(gateway, series) for gateway in gateways])
-        looks = self._seen.setdefault(fault.name, deque(maxlen=WINDOW_LOOKS + 1))
+        looks = self._seen.setdefault(fault.name, deque(maxlen=WINDOW_POLLS + 1))
         looks.append(now)
         then = looks[0]
         return SloObservation(max(0, now.well - then.well), max(0, now.late - then.late), max(0, now.lost - then.lost))

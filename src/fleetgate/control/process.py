@@ -21,7 +21,7 @@ import uvloop
 
 from fleetgate.control.api.app import create_app
 from fleetgate.control.config import ENV, ControlConfig
-from fleetgate.control.context import Control, StartedProcess, newest_in_use
+from fleetgate.control.context import Control, StartedProcess, newest_version_in_use
 from fleetgate.control.data_dir import (
     API_ADDRESS,
     DataDir,
@@ -39,7 +39,7 @@ from fleetgate.control.revocation_sync import merge_revoked
 from fleetgate.control.snapshot.publisher import Publisher
 from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
 from fleetgate.control.store.database import Database
-from fleetgate.control.store.repository import load_world
+from fleetgate.control.store.repository import load_resources
 from fleetgate.control.telemetry.event_recorder import EventRecorder, beat, watch
 from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.ipc.event_spool import EventSpool
@@ -89,7 +89,7 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     publisher = Publisher(database, data_dir, config.egress_allow, lambda: replicas.ready())
     control = Control(config, data_dir, database, changes, publisher)
     control.board = _board(config)
-    publisher.in_use = lambda: newest_in_use(control.board)
+    publisher.in_use = lambda: newest_version_in_use(control.board)
     for problem in plugins.load():
         log.warning("plugin_unusable", reason=problem)
         control.record("Plugin", problem.split()[1], problem)
@@ -154,7 +154,7 @@ async def _apply_config(control: Control, path: str) -> None:
     except Unreadable as error:
         # Whoever edits the file must not lose the API because the workers are replaced just then.
         with control.database.read() as connection:
-            if not load_world(connection):
+            if not load_resources(connection):
                 raise
         sentence = f"{path} is not applied, and what the store has stays: {'; '.join(error.messages)}"
         log.error("config_not_applied", reason=sentence)

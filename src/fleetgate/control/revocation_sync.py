@@ -12,7 +12,7 @@ from fleetgate.control.store import repository as rows
 from fleetgate.ipc.revocation_list import Revocation, read_revoked, remove_revocation
 from fleetgate.ipc.signed_file import SignatureInvalid, public_key
 
-LOOK_EVERY_S = 1.0
+POLL_EVERY_S = 1.0
 log = structlog.get_logger()
 
 
@@ -31,7 +31,7 @@ async def merge_revoked(control: Control) -> None:
             if str(error) != trouble:
                 trouble = str(error)
                 log.error("revoked_not_merged", path=str(control.data_dir.revoked), reason=trouble)
-        await asyncio.sleep(LOOK_EVERY_S)
+        await asyncio.sleep(POLL_EVERY_S)
 
 
 async def _merge(control: Control) -> None:

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Query, Request
 from fleetgate.control.api import views as shown
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.request_bodies import read_json
-from fleetgate.control.api.resources import ERRORS, outcome
-from fleetgate.control.context import Control, changed_anything
+from fleetgate.control.api.resources import ERRORS, result_fields
+from fleetgate.control.context import Control, has_changes
 from fleetgate.control.resources.apply import API
 from fleetgate.control.store import repository as rows
 
@@ -31,9 +31,9 @@ def routes(control: Control) -> APIRouter:
         documents, dry_run, confirmed = _taken_apart(await read_json(request))
         checked = await control.changes.check(documents, API)
         results = await asyncio.to_thread(control.changes.apply, checked, API, dry_run, confirmed)
-        if changed_anything(results) and not dry_run:
+        if has_changes(results) and not dry_run:
             await control.adopted(all(result.kind == "Key" for result in results))
-        return {"dry_run": dry_run, "results": [outcome(result) for result in results]}
+        return {"dry_run": dry_run, "results": [result_fields(result) for result in results]}
 
     @router.get("/events", operation_id="list_events", summary="What happened, oldest first")
     def events(
@@ -45,7 +45,7 @@ def routes(control: Control) -> APIRouter:
         of = (kind, name) if kind and name else None
         with control.database.read() as connection:
             found = rows.load_events(connection, after, limit, of)
-        return {"items": [shown.event(kept) for kept in found]}
+        return {"items": [shown.event_view(kept) for kept in found]}
 
     return router
 

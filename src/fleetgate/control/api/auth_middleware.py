@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fleetgate.control.api.errors import answer
+from fleetgate.control.api.errors import error_response
 
 _OPEN_PATHS = frozenset({"/api/v1/openapi.json"})
 _SAFE_HEADERS = {
@@ -47,13 +47,13 @@ class AuthMiddleware:
         path: str = scope["path"]
         if not self.knows_host(headers.getlist("host")):
             # A page elsewhere whose name was pointed at this address (DNS rebinding) names its own host.
-            refused = answer(
+            refused = error_response(
                 421, "this Host is not known here; use localhost, the IP address or a name of --api-listen"
             )
             await refused(scope, receive, send_safe)
         elif path.startswith("/api/") and path not in _OPEN_PATHS and not self._is_owner(headers):
             text = "the owner's token is missing or wrong; send `Authorization: Bearer` with DATA_DIR/owner-token"
-            await answer(401, text)(scope, receive, send_safe)
+            await error_response(401, text)(scope, receive, send_safe)
         else:
             await self._app(scope, receive, send_safe)
 

@@ -53,7 +53,9 @@ class ApiError(Exception):
         self.status = status
 
 
-def answer(status: int, message: str, problems: Iterable[Problem] = (), generation: int | None = None) -> JSONResponse:
+def error_response(
+    status: int, message: str, problems: Iterable[Problem] = (), generation: int | None = None
+) -> JSONResponse:
     """An error answer."""
     body: dict[str, Any] = {
         "message": message,
@@ -70,15 +72,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> JSONResponse:
-        return answer(error.status, str(error))
+        return error_response(error.status, str(error))
 
     @app.exception_handler(ResourceRefused)
     async def _refused(_: Request, error: ResourceRefused) -> JSONResponse:
-        return answer(409 if error.conflict else 422, error.message, error.problems)
+        return error_response(409 if error.conflict else 422, error.message, error.problems)
 
     @app.exception_handler(GenerationConflict)
     async def _stale(_: Request, error: GenerationConflict) -> JSONResponse:
-        return answer(409, str(error), generation=error.current)
+        return error_response(409, str(error), generation=error.current)
 
     @app.exception_handler(ConfirmationRequired)
     async def _unconfirmed(_: Request, error: ConfirmationRequired) -> JSONResponse:
@@ -88,11 +90,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(DataDirUnusable)
     async def _unusable(_: Request, error: DataDirUnusable) -> JSONResponse:
         log.error("store_unusable", reason=str(error))
-        return answer(503, f"nothing was changed: {error}")
+        return error_response(503, f"nothing was changed: {error}")
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        answered = answer(error.status_code, str(error.detail))
+        answered = error_response(error.status_code, str(error.detail))
         answered.headers.update(error.headers or {})
         return answered
 
@@ -102,9 +104,9 @@ def install(app: FastAPI) -> None:
             Problem(path_of(item["loc"]), str(item["msg"]).lower(), "correct it, see /api/v1/openapi.json")
             for item in error.errors()
         ]
-        return answer(422, "the request has mistakes", problems)
+        return error_response(422, "the request has mistakes", problems)
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> JSONResponse:
         log.error("request_failed", exc_info=error)
-        return answer(500, "this is a fault in Fleetgate; the log of the control process has more")
+        return error_response(500, "this is a fault in Fleetgate; the log of the control process has more")

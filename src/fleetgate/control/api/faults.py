@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.api.views import moment
+from fleetgate.control.api.views import rfc3339
 from fleetgate.control.context import Control
 from fleetgate.control.faults import FaultExists, FaultService, new_name
 from fleetgate.control.resources.field_types import Name
@@ -117,8 +117,8 @@ def _shown(fault: Fault, faults: FaultService) -> FaultShown:
         stop_below_slo=fault.stop_below_slo,
         delay_s=fault.delay_s if fault.kind is FaultKind.DELAY else None,
         status=fault.status if fault.kind is FaultKind.ERROR else None,
-        begins_at=moment(fault.begins_s),
-        ends_at=moment(fault.ends_s),
+        begins_at=rfc3339(fault.begins_s),
+        ends_at=rfc3339(fault.ends_s),
         left_s=round(max(0.0, fault.ends_s - time.time()), 1),
         struck=faults.strikes(fault.name),
     )

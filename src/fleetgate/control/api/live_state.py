@@ -35,31 +35,31 @@ def routes(control: Control) -> APIRouter:
             "tls_listen": config.tls_listen,
             "region": config.region,
             "auth": config.auth,
-            **picture(control.publisher.current, control.board),
+            **fleet_state(control.publisher.current, control.board),
         }
 
     return router
 
 
-def picture(snapshot: Snapshot | None, board: SharedMemory | None) -> dict[str, Any]:
+def fleet_state(snapshot: Snapshot | None, board: SharedMemory | None) -> dict[str, Any]:
     """Gateways, Deployments and workers as they are now."""
     series = read_series(board.series_totals() if board else {})
     gateways = snapshot.gateways if snapshot else ()
     deployments = snapshot.deployments if snapshot else ()
     return {
-        "now": shown.moment(time.time()),
+        "now": shown.rfc3339(time.time()),
         "snapshot_version": snapshot.version if snapshot else 0,
-        "snapshot_made_at": shown.moment(snapshot.made_at_s) if snapshot else None,
+        "snapshot_made_at": shown.rfc3339(snapshot.made_at_s) if snapshot else None,
         "gateways": [_gateway(gateway, board, series) for gateway in gateways],
         "deployments": [
-            {**_deployment(deployment, board, series), **takes(deployment, gateways, board)}
+            {**_deployment(deployment, board, series), **capacity_fields(deployment, gateways, board)}
             for deployment in deployments
         ],
-        "workers": workers_of(board),
+        "workers": worker_states(board),
     }
 
 
-def workers_of(board: SharedMemory | None) -> list[dict[str, Any]]:
+def worker_states(board: SharedMemory | None) -> list[dict[str, Any]]:
     """The workers as they report themselves."""
     return [
         {
@@ -118,7 +118,7 @@ def _deployment(deployment: Deployment, board: SharedMemory | None, series: Metr
     }
 
 
-def takes(deployment: Deployment, gateways: Iterable[Gateway], board: SharedMemory | None) -> dict[str, Any]:
+def capacity_fields(deployment: Deployment, gateways: Iterable[Gateway], board: SharedMemory | None) -> dict[str, Any]:
     """What a Deployment takes: `units` and `limit` in short, `capacity` with the token form and the source."""
     learned_limit = board.learned[deployment.slot * LEARNED_CELLS + LearnedCell.LIMIT] if board else 0
     capacity = profiles.profile_description(

@@ -8,9 +8,9 @@ from fastapi.responses import JSONResponse
 
 from fleetgate.control.api import views as shown
 from fleetgate.control.api.errors import ApiError, ErrorAnswer
-from fleetgate.control.api.live_state import takes
+from fleetgate.control.api.live_state import capacity_fields
 from fleetgate.control.api.request_bodies import if_match, read_document
-from fleetgate.control.context import Control, changed_anything
+from fleetgate.control.context import Control, has_changes
 from fleetgate.control.resources.apply import API, ApplyResult
 from fleetgate.control.store import repository as rows
 
@@ -36,14 +36,14 @@ def routes(control: Control, kind: str) -> APIRouter:
     @router.get("", operation_id=f"list_{plural}", summary=f"All {plural}")
     def list_all() -> dict[str, Any]:
         with control.database.read() as connection:
-            world, keys = rows.load_world(connection), rows.load_keys(connection)
+            world, keys = rows.load_resources(connection), rows.load_keys(connection)
         found = [stored for stored in world.values() if stored.kind == kind]
-        return {"items": [shown.document(stored, keys.get(stored.name)) for stored in found]}
+        return {"items": [shown.resource_view(stored, keys.get(stored.name)) for stored in found]}
 
     @router.post("", status_code=201, operation_id=f"create_{kind.lower()}", summary="Create", openapi_extra=body)
     async def create(request: Request) -> JSONResponse:
         document = await read_document(request, kind, None)
-        return await write(control, {**document, "generation": 0})
+        return await write_document(control, {**document, "generation": 0})
 
     @router.get("/{name}", operation_id=f"get_{kind.lower()}", summary="One")
     def get(name: str) -> JSONResponse:
@@ -61,7 +61,7 @@ def routes(control: Control, kind: str) -> APIRouter:
         generation = if_match(request)
         if generation is not None:
             document["generation"] = generation
-        return await write(control, document, confirmed)
+        return await write_document(control, document, confirmed)
 
     @router.delete("/{name}", operation_id=f"delete_{kind.lower()}", summary="Delete, unless something uses it")
     async def delete(name: str, request: Request, confirmed: Confirmed = False) -> dict[str, Any]:
@@ -69,23 +69,23 @@ def routes(control: Control, kind: str) -> APIRouter:
         if deleted is None:
             raise _absent(kind, name)
         await control.adopted(kind == "Key")
-        return outcome(deleted)
+        return result_fields(deleted)
 
     return router
 
 
-async def write(control: Control, document: dict[str, Any], confirmed: bool = False) -> JSONResponse:
+async def write_document(control: Control, document: dict[str, Any], confirmed: bool = False) -> JSONResponse:
     """Write one document and answer with it; a new Key's text is beside it, this once."""
     checked = await control.changes.check([document], API)
     results = await asyncio.to_thread(control.changes.apply, checked, API, False, confirmed)
-    if changed_anything(results):
+    if has_changes(results):
         await control.adopted(results[0].kind == "Key")
     result = results[0]
     status = 201 if result.outcome == "created" else 200
     return await asyncio.to_thread(_one, control, result.kind, result.name, status, result.key)
 
 
-def outcome(result: ApplyResult) -> dict[str, Any]:
+def result_fields(result: ApplyResult) -> dict[str, Any]:
     """What became of a document."""
     told = {"kind": result.kind, "name": result.name, "outcome": result.outcome, "generation": result.generation}
     return {**told, "key": result.key} if result.key else told
@@ -93,11 +93,11 @@ def outcome(result: ApplyResult) -> dict[str, Any]:
 
 def _one(control: Control, kind: str, name: str, status: int = 200, key: str = "") -> JSONResponse:
     with control.database.read() as connection:
-        stored = rows.load_one(connection, kind, name)
+        stored = rows.load_resource(connection, kind, name)
         kept = rows.load_keys(connection).get(name) if kind == "Key" else None
     if stored is None:
         raise _absent(kind, name)
-    body = shown.document(stored, kept)
+    body = shown.resource_view(stored, kept)
     if key:
         body["key"] = key
     if kind == "Deployment":
@@ -111,7 +111,7 @@ def _status(control: Control, name: str) -> dict[str, Any]:
     found = next((one for one in snapshot.deployments if one.name == name), None) if snapshot else None
     if snapshot is None or found is None:
         return {}
-    return {"status": {"capacity": takes(found, snapshot.gateways, control.board)["capacity"]}}
+    return {"status": {"capacity": capacity_fields(found, snapshot.gateways, control.board)["capacity"]}}
 
 
 def _absent(kind: str, name: str) -> ApiError:

@@ -8,13 +8,13 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.api.views import moment
+from fleetgate.control.api.views import rfc3339
 from fleetgate.control.context import Control
 from fleetgate.control.resources.schema import Part
 from fleetgate.control.store import usage
 
-By = Literal["hour", "key", "gateway", "model", "deployment"]
-DEFAULT_BY: list[By] = ["key", "gateway", "model", "deployment"]
+GroupBy = Literal["hour", "key", "gateway", "model", "deployment"]
+DEFAULT_BY: list[GroupBy] = ["key", "gateway", "model", "deployment"]
 
 
 class UsageSum(Part):
@@ -70,10 +70,10 @@ class RequestUsage(Part):
     attempts: list[Attempt]
 
 
-class Asked(Part):
+class UsageQuery(Part):
     """Which sums."""
 
-    by: list[By] = Field(DEFAULT_BY, description="What to sum by; repeatable. Without it by all but the hour.")
+    by: list[GroupBy] = Field(DEFAULT_BY, description="What to sum by; repeatable. Without it by all but the hour.")
     since: str = Field("", description="From the hour of this time on, like 2030-01-31T12:00:00Z.")
     until: str = Field("", description="Up to the hour of this time.")
     key: str = ""
@@ -87,7 +87,7 @@ def routes(control: Control) -> APIRouter:
     router = APIRouter(prefix="/api/v1/usage", tags=["usage"], responses=ERRORS)
 
     @router.get("", operation_id="sum_usage", summary="Sums of what was used")
-    def sums(asked: Annotated[Asked, Query()]) -> UsageList:
+    def sums(asked: Annotated[UsageQuery, Query()]) -> UsageList:
         given = {name: getattr(asked, name) for name in usage.NAMES}
         where = {name: value for name, value in given.items() if value}
         groups = list(dict.fromkeys(asked.by))
@@ -96,7 +96,7 @@ def routes(control: Control) -> APIRouter:
             found = usage.load_sums(connection, groups, where, since_ms, until_ms)
         for one in found:
             if "hour" in one:
-                one["hour"] = moment(one["hour"] * usage.HOUR_MS / 1000)
+                one["hour"] = rfc3339(one["hour"] * usage.HOUR_MS / 1000)
         return UsageList(items=[UsageSum(**one) for one in found])
 
     @router.get("/{request_id}", operation_id="get_usage", summary="The attempts of one request")
@@ -115,7 +115,7 @@ def routes(control: Control) -> APIRouter:
 
 
 def _attempt(row: dict[str, object]) -> Attempt:
-    times = {f"{name}_at": moment(float(str(row.pop(f"{name}_ms"))) / 1000) for name in ("began", "ended")}
+    times = {f"{name}_at": rfc3339(float(str(row.pop(f"{name}_ms"))) / 1000) for name in ("began", "ended")}
     row.pop("id")
     return Attempt(**times, **row)  # type: ignore[arg-type]
 

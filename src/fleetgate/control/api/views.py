@@ -9,7 +9,7 @@ from fleetgate.control.resources.schema import Key
 from fleetgate.control.store.repository import Event, StoredKey, StoredResource
 
 
-def document(stored: StoredResource, key: StoredKey | None = None) -> dict[str, Any]:
+def resource_view(stored: StoredResource, key: StoredKey | None = None) -> dict[str, Any]:
     """A resource with its defaults filled in, its generation and its dates; never a secret."""
     resource = parse_stored(stored)
     fields = full_document(resource)
@@ -19,28 +19,28 @@ def document(stored: StoredResource, key: StoredKey | None = None) -> dict[str, 
         case Key(expires=expires):
             ends_s = expires_at_s(expires, stored.created_s)
             if ends_s:
-                shown["expires_at"] = moment(ends_s)
+                shown["expires_at"] = rfc3339(ends_s)
             if key is not None:
                 shown["id"] = key.id
     return {
         **shown,
         "generation": stored.generation,
-        "created_at": moment(stored.created_s),
-        "updated_at": moment(stored.updated_s),
+        "created_at": rfc3339(stored.created_s),
+        "updated_at": rfc3339(stored.updated_s),
     }
 
 
-def event(kept: Event) -> dict[str, Any]:
+def event_view(kept: Event) -> dict[str, Any]:
     """An Event."""
     return {
         "kind": "Event",
         "id": kept.id,
-        "at": moment(kept.at_s),
+        "at": rfc3339(kept.at_s),
         "object": {"kind": kept.kind, "name": kept.name},
         "sentence": kept.sentence,
     }
 
 
-def moment(at_s: float) -> str:
+def rfc3339(at_s: float) -> str:
     """RFC 3339 in UTC."""
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -20,7 +20,7 @@ from fleetgate.protocols.clients.openai import EventMeaning
 
 CONNECT_S_MAX = 5.0
 LOAD_S_MAX = 2.0
-ANSWER_S_MAX = 180.0  # an answer of a hundred tokens that takes longer is of no use to anybody
+RESPONSE_S_MAX = 180.0  # an answer of a hundred tokens that takes longer is of no use to anybody
 ERROR_BYTES_MAX = 4096
 FULL_STATUSES = frozenset({429, 503, 529})
 # These engines go on past an end-of-sequence token when told to, so that every answer has the length asked for.
@@ -48,7 +48,7 @@ class EngineFull(Exception):
     """The Endpoint takes no more requests now."""
 
 
-class MeasuredAnswer(msgspec.Struct, frozen=True):
+class MeasuredResponse(msgspec.Struct, frozen=True):
     """A whole answer. Units: moments are seconds of the machine's monotonic clock.
 
     Shape: `counted` says that the engine told its token counts; else they are estimates.
@@ -108,7 +108,7 @@ class CalibrationClient:
         self._extensions = {"sni_hostname": endpoint.host} if endpoint.scheme == "https" else {}
         self._http = httpx2.AsyncClient(
             headers={**headers, "accept-encoding": "identity"},
-            timeout=httpx2.Timeout(ANSWER_S_MAX, connect=CONNECT_S_MAX),
+            timeout=httpx2.Timeout(RESPONSE_S_MAX, connect=CONNECT_S_MAX),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
             verify=ssl.create_default_context(),
             trust_env=False,
@@ -117,7 +117,7 @@ class CalibrationClient:
         self._words_per_token = _WORDS_PER_TOKEN_FIRST
         self._length_field = "max_tokens"
 
-    async def ask(self, prompt_tokens: int, output_tokens: int) -> MeasuredAnswer:
+    async def ask(self, prompt_tokens: int, output_tokens: int) -> MeasuredResponse:
         """Send a prompt of about so many tokens that was never sent before, and read the whole answer.
 
         Raises: `EngineFull`, `PromptTooLong`, `RequestFailed`.
@@ -125,10 +125,12 @@ class CalibrationClient:
         words = max(1, int(prompt_tokens * self._words_per_token))
         prompt = self._prompt(words)
         try:
-            async with asyncio.timeout(ANSWER_S_MAX):
+            async with asyncio.timeout(RESPONSE_S_MAX):
                 answer = await self._ask(prompt, output_tokens)
         except (TimeoutError, httpx2.TimeoutException) as error:
-            raise RequestFailed(f"an answer took longer than {ANSWER_S_MAX:.0f} s; look at the engine's log") from error
+            raise RequestFailed(
+                f"an answer took longer than {RESPONSE_S_MAX:.0f} s; look at the engine's log"
+            ) from error
         except httpx2.TransportError as error:
             raise RequestFailed(f"the Endpoint broke the connection ({error}); look at the engine's log") from error
         if answer.counted:
@@ -159,7 +161,7 @@ class CalibrationClient:
         body = " ".join(self._dice.choices(_WORDS, k=words))
         return f"{self._dice.getrandbits(48):012x} Tell a long story that never ends, with these words: {body}"
 
-    async def _ask(self, prompt: str, output_tokens: int) -> MeasuredAnswer:
+    async def _ask(self, prompt: str, output_tokens: int) -> MeasuredResponse:
         body = {
             "model": self._target.upstream_model,
             "messages": [{"role": "user", "content": prompt}],
@@ -180,7 +182,7 @@ class CalibrationClient:
             return await self._ask(prompt, output_tokens)
         raise _refusal(response.status_code, text)
 
-    async def _read(self, response: httpx2.Response, sent_s: float, prompt_chars: int) -> MeasuredAnswer:
+    async def _read(self, response: httpx2.Response, sent_s: float, prompt_chars: int) -> MeasuredResponse:
         kind = response.headers.get("content-type", "")
         if not kind.startswith("text/event-stream"):
             raise RequestFailed(
@@ -207,7 +209,7 @@ class CalibrationClient:
             raise RequestFailed("a stream ended without content or before its [DONE]; look at the engine's log")
         counted = output > 0
         uncached = max(1, prompt - cached if counted else prompt_chars // 4)
-        return MeasuredAnswer(sent_s, tuple(moments), time.monotonic(), uncached, output or len(moments), counted)
+        return MeasuredResponse(sent_s, tuple(moments), time.monotonic(), uncached, output or len(moments), counted)
 
     async def _metrics(self) -> bytes:
         module = engines.find(self._target.engine)
@@ -220,13 +222,13 @@ class CalibrationClient:
         return b""
 
 
-async def reach(target: CalibrationTarget) -> str:
+async def dialable_address(target: CalibrationTarget) -> str:
     """An address of the Endpoint that may be dialled and accepts a connection.
 
     Raises: `RequestFailed`.
     """
     endpoint = target.endpoint
-    match await egress.addresses(Url(endpoint.scheme, endpoint.host, endpoint.port, ""), target.ranges):
+    match await egress.resolve_allowed(Url(endpoint.scheme, endpoint.host, endpoint.port, ""), target.ranges):
         case egress.EgressDenied() as denied:
             raise RequestFailed(f"{denied.message}; {denied.fix}")
         case found:

@@ -8,14 +8,14 @@ from typing import Any
 import msgspec
 import structlog
 
-from fleetgate.control.calibration.client import CalibrationClient, CalibrationTarget, RequestFailed, reach
-from fleetgate.control.calibration.load_sweep import LoadSweep, SweepFindings, SweepProgress, TrafficWatch
+from fleetgate.control.calibration.client import CalibrationClient, CalibrationTarget, RequestFailed, dialable_address
+from fleetgate.control.calibration.load_sweep import LoadSweep, SweepFindings, SweepProgress, TrafficDetected
 from fleetgate.control.context import Control
 from fleetgate.control.data_dir import DataDirUnusable
 from fleetgate.control.resources import schema as resources
 from fleetgate.control.resources.apply import ChangeOrigin, GenerationConflict, parse_stored
 from fleetgate.control.resources.egress import parse_ranges
-from fleetgate.control.resources.problems import ResourceRefused, one_of
+from fleetgate.control.resources.problems import ResourceRefused, suggest
 from fleetgate.control.snapshot import profiles
 from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.store import repository as rows
@@ -112,13 +112,13 @@ class Calibrations:
         snapshot = self._control.publisher.current
         found = next((one for one in snapshot.deployments if one.name == deployment), None) if snapshot else None
         with self._control.database.read() as connection:
-            stored = rows.load_one(connection, "Deployment", deployment)
+            stored = rows.load_resource(connection, "Deployment", deployment)
         if snapshot is None or found is None or stored is None:
             return None
         asked = order.model or next(iter(found.models))
         if asked not in found.models:
             raise ResourceRefused(
-                f"Deployment {deployment} does not serve {asked[:80]!r}; {one_of(asked, found.models)}"
+                f"Deployment {deployment} does not serve {asked[:80]!r}; {suggest(asked, found.models)}"
             )
         engines = found.endpoints[0].engines if found.endpoints else 1
         try:
@@ -190,7 +190,7 @@ class Calibrations:
             ranges=parse_ranges(self._control.config.egress_allow) if plan.deployment.egress_checked else None,
         )
         try:
-            asker = CalibrationClient(target, await reach(target))
+            asker = CalibrationClient(target, await dialable_address(target))
         except RequestFailed as error:
             raise ResourceRefused(f"Deployment {name} cannot be calibrated: {error}", conflict=True) from error
         load = await asker.load()
@@ -214,13 +214,13 @@ class Calibrations:
             raise
         except (
             RequestFailed,
-            TrafficWatch,
+            TrafficDetected,
             MeasurementFailed,
             ResourceRefused,
             GenerationConflict,
             DataDirUnusable,
         ) as error:
-            hint = "; wait until it is idle or give --force" if type(error) is TrafficWatch else ""
+            hint = "; wait until it is idle or give --force" if type(error) is TrafficDetected else ""
             text = f"The calibration of Deployment {name} was stopped: {_reason(error)}{hint}. Nothing was written."
             self._end(job, "failed", text)
         except BaseException:

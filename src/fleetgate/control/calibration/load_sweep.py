@@ -10,7 +10,7 @@ import msgspec
 from fleetgate.control.calibration.client import (
     CalibrationClient,
     EngineFull,
-    MeasuredAnswer,
+    MeasuredResponse,
     PromptTooLong,
     RequestFailed,
 )
@@ -18,13 +18,13 @@ from fleetgate.core.capacity import calibration
 from fleetgate.core.capacity.calibration import RequestWave, SingleRequest, SweepBudget, SweepRound, SweepTargets
 from fleetgate.protocols.engines import EngineSignals
 
-LOOK_EVERY_S = 0.1
-QUEUED_LOOKS = 3
+POLL_EVERY_S = 0.1
+QUEUED_POLLS = 3
 DRAIN_S_MAX = 2.0  # a metrics page may be a second old; after two, what still runs is not ours
 TrafficCheck = Callable[[], int]  # requests of clients that are in flight to the Deployment
 
 
-class TrafficWatch(Exception):
+class TrafficDetected(Exception):
     """Clients' requests came in between."""
 
 
@@ -71,7 +71,7 @@ class LoadSweep:
     async def run(self, rounds: Sequence[SweepRound]) -> SweepFindings:
         """Send round after round, and say what they told.
 
-        Raises: `RequestFailed`, `TrafficWatch`, `CannotTell`.
+        Raises: `RequestFailed`, `TrafficDetected`, `CannotTell`.
         """
         planned = sum(one.tokens for one in rounds)
         because = "all that its budget allows was sent"
@@ -115,7 +115,7 @@ class LoadSweep:
                 self._waves.append(self._wave(one.concurrency, answers, seen))
         await self._drained()
 
-    async def _send(self, one: SweepRound, seen: "_Seen") -> list[MeasuredAnswer | BaseException]:
+    async def _send(self, one: SweepRound, seen: "_Seen") -> list[MeasuredResponse | BaseException]:
         """All requests of a round at once, with an eye on the engine and on clients' traffic meanwhile."""
         self.progress.requests += one.concurrency
         asks = (self._asker.ask(one.prompt_tokens, one.output_tokens) for _ in range(one.concurrency))
@@ -132,11 +132,13 @@ class LoadSweep:
             looker.cancel()
             await asyncio.gather(asked, looker, return_exceptions=True)
 
-    def _whole(self, one: SweepRound, results: Sequence[MeasuredAnswer | BaseException]) -> Iterator[MeasuredAnswer]:
+    def _whole(
+        self, one: SweepRound, results: Sequence[MeasuredResponse | BaseException]
+    ) -> Iterator[MeasuredResponse]:
         """The answers of a round. Raises: `RequestFailed` for what a sweep cannot go on from."""
         for result in results:
             match result:
-                case MeasuredAnswer() as answer:
+                case MeasuredResponse() as answer:
                     self._estimated = self._estimated or not answer.counted
                     self.progress.tokens += answer.uncached_tokens + answer.output_tokens
                     yield answer
@@ -150,7 +152,7 @@ class LoadSweep:
                 case BaseException() as failure:
                     raise failure
 
-    def _wave(self, at_once: int, answers: Sequence[MeasuredAnswer], seen: "_Seen") -> RequestWave:
+    def _wave(self, at_once: int, answers: Sequence[MeasuredResponse], seen: "_Seen") -> RequestWave:
         """What a round was for one of the engines behind the Endpoint, if they share it evenly."""
         if not answers:
             raise RequestFailed(f"the engine refused all of {at_once} requests at once; look at its log")
@@ -173,25 +175,25 @@ class LoadSweep:
         )
 
     async def _look(self, seen: "_Seen") -> None:
-        """Watch until cancelled. Raises: `TrafficWatch`."""
+        """Watch until cancelled. Raises: `TrafficDetected`."""
         while True:
             self._mind_traffic()
             signals = await self._asker.load()
             if signals is not None:
                 seen.look(signals)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_EVERY_S)
 
     async def _drained(self) -> None:
-        """Wait until the engine is idle again. Raises: `TrafficWatch` where somebody else keeps it busy."""
+        """Wait until the engine is idle again. Raises: `TrafficDetected` where somebody else keeps it busy."""
         self._mind_traffic()
         if self._traffic is None:
             return
         try:
             async with asyncio.timeout(DRAIN_S_MAX):
                 while not await self._idle():  # noqa: ASYNC110 - nothing rings when an engine is idle
-                    await asyncio.sleep(LOOK_EVERY_S)
+                    await asyncio.sleep(POLL_EVERY_S)
         except TimeoutError:
-            raise TrafficWatch("the engine serves requests that did not come from here") from None
+            raise TrafficDetected("the engine serves requests that did not come from here") from None
 
     async def _idle(self) -> bool:
         """Whether the engine has nothing to do, as far as it says."""
@@ -201,7 +203,7 @@ class LoadSweep:
     def _mind_traffic(self) -> None:
         count = self._traffic() if self._traffic is not None else 0
         if count:
-            raise TrafficWatch(f"{count} request{'s' if count > 1 else ''} of clients came meanwhile")
+            raise TrafficDetected(f"{count} request{'s' if count > 1 else ''} of clients came meanwhile")
 
 
 class _Seen(msgspec.Struct):
@@ -218,7 +220,7 @@ class _Seen(msgspec.Struct):
         self.running = max(self.running, running)
         self._same_looks = self._same_looks + 1 if waiting and (running, waiting) == self._last else 0
         self._last = (running, waiting)
-        self.queued = self.queued or self._same_looks >= QUEUED_LOOKS
+        self.queued = self.queued or self._same_looks >= QUEUED_POLLS
 
 
 def _step(one: SweepRound) -> str:

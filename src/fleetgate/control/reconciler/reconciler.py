@@ -128,7 +128,7 @@ def _free_ids(name: str, taken: Collection[str], count: int) -> list[str]:
     return [replica_id for replica_id in candidates if replica_id not in taken][: max(0, count)]
 
 
-def after_failure(hold: BackOff | None, fingerprint: str, now_s: float) -> BackOff:
+def next_back_off(hold: BackOff | None, fingerprint: str, now_s: float) -> BackOff:
     """The hold after one more failure: twice as long as the one before, up to `RETRY_MAX_S`."""
     failures = hold.failures + 1 if hold is not None and hold.fingerprint == fingerprint else 1
     wait_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 30))
@@ -247,7 +247,7 @@ class Reconciler:
                 self._ready_since_s.pop(replica.id, None)
                 told = f"replica {replica.id} failed: {replica.because}"
                 if fingerprint == replica.fingerprint:
-                    hold = self._holds[name] = after_failure(self._holds.get(name), fingerprint, now_s)
+                    hold = self._holds[name] = next_back_off(self._holds.get(name), fingerprint, now_s)
                     told += f"; it is started again in {hold.until_s - now_s:g} s"
                 self._record("Deployment", name, told)
             case _:
@@ -276,7 +276,7 @@ class Reconciler:
             self._holds[deployment.name] = BackOff(1, NEVER_S, fingerprint)
             self._record("Deployment", deployment.name, f"{action.replica_id} cannot be started: {error}")
         except ProviderError as error:
-            hold = after_failure(self._holds.get(deployment.name), fingerprint, now_s)
+            hold = next_back_off(self._holds.get(deployment.name), fingerprint, now_s)
             self._holds[deployment.name] = hold
             told = f"{action.replica_id} was not started: {error}; the next try is in {hold.until_s - now_s:g} s"
             self._record("Deployment", deployment.name, told)

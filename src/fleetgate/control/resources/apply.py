@@ -14,7 +14,7 @@ from fleetgate.control.resources import egress, references
 from fleetgate.control.resources.parser import ParsedDocument, parse_documents
 from fleetgate.control.resources.policy_fields import STORED
 from fleetgate.control.resources.problems import Problem, ResourceRefused
-from fleetgate.control.resources.removal_guard import ConfirmationRequired, loss
+from fleetgate.control.resources.removal_guard import ConfirmationRequired, removal_warning
 from fleetgate.control.resources.schema import KINDS, READ_ONLY, Deployment, Key, Resource, Secret
 from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
@@ -102,7 +102,7 @@ class ResourceWriter:
             for draft, urls in _urls_to_look_up(drafts, world):
                 looked_up.add(draft.name)
                 for field, url in urls:
-                    denied = await egress.refusal(url, self._ranges)
+                    denied = await egress.check_url(url, self._ranges)
                     if denied is not None:
                         problems.append(draft.problem(field, denied.message, denied.fix))
         refuse_if_any(problems)
@@ -110,9 +110,9 @@ class ResourceWriter:
 
     def _look(
         self, documents: Sequence[object], origin: ChangeOrigin
-    ) -> tuple[rows.World, list[ParsedDocument], list[Problem]]:
+    ) -> tuple[rows.StoredResources, list[ParsedDocument], list[Problem]]:
         with self._database.read() as connection:
-            world = rows.load_world(connection)
+            world = rows.load_resources(connection)
         return world, *find_problems(documents, world, origin)
 
     def apply(
@@ -124,12 +124,12 @@ class ResourceWriter:
         generation, `ConfirmationRequired` for what takes away so much that it may be a mistake.
         """
         with self._database.write() as connection:
-            world = rows.load_world(connection)
+            world = rows.load_resources(connection)
             documents = {(stored.kind, stored.name): stored.document for stored in world.values()}
             refuse_if_any(references.check(checked.drafts, documents))
             if not (confirmed or dry_run or origin.trusted):
                 changed = {(draft.kind, draft.name): draft.raw for draft in checked.drafts}
-                require_confirmation(loss(documents, {**documents, **changed}))
+                require_confirmation(removal_warning(documents, {**documents, **changed}))
             writer = _Writer(connection, self._data_dir, origin, dry_run)
             return [writer.write(draft, world, checked.looked_up) for draft in checked.drafts]
 
@@ -142,7 +142,7 @@ class ResourceWriter:
         `ConfirmationRequired` as `apply` does.
         """
         with self._database.write() as connection:
-            world = rows.load_world(connection)
+            world = rows.load_resources(connection)
             stored = world.get((kind, name))
             if stored is None:
                 return None
@@ -158,14 +158,14 @@ class ResourceWriter:
                 )
             if not confirmed:
                 kept = {identity: document for identity, document in documents.items() if identity != (kind, name)}
-                require_confirmation(loss(documents, kept))
-            rows.remove(connection, kind, name)
+                require_confirmation(removal_warning(documents, kept))
+            rows.remove_resource(connection, kind, name)
             rows.add_event(connection, time.time(), kind, name, f"{kind} {name} was deleted {origin.says}.")
             return ApplyResult(kind, name, "deleted", stored.generation)
 
 
 def find_problems(
-    documents: Sequence[object], world: rows.World, origin: ChangeOrigin
+    documents: Sequence[object], world: rows.StoredResources, origin: ChangeOrigin
 ) -> tuple[list[ParsedDocument], list[Problem]]:
     """Every mistake that can be seen without asking the network."""
     drafts, problems = parse_documents(documents)
@@ -186,7 +186,7 @@ def _operator_problems(draft: ParsedDocument, stored: StoredResource | None) -> 
         # The file is applied at every start, and at the second one its own change has moved the generation.
         yield draft.problem("generation", f"{given} is not the stored one", "remove `generation:` from the file")
     for field, url in _urls_of(draft):
-        denied = egress.literal_refusal(url)
+        denied = egress.check_literal(url)
         if denied is not None:
             yield draft.problem(field, denied.message, denied.fix)
 
@@ -234,7 +234,7 @@ class _Writer:
             return ApplyResult(draft.kind, draft.name, outcome, current + 1)
         document = {field: value for field, value in draft.raw.items() if field not in HIDDEN_FIELDS}
         created_s = stored.created_s if stored else self._now_s
-        rows.save(
+        rows.save_resource(
             self._connection,
             StoredResource(draft.kind, draft.name, document, current + 1, trusted, created_s, self._now_s),
         )

@@ -56,14 +56,14 @@ async def apply_file(path: str, changes: ResourceWriter) -> list[ApplyResult]:
         raise Unreadable(sentences or [f"{path}: {error.message}"]) from error
 
 
-def _world(database_file: Path) -> rows.World:
+def _world(database_file: Path) -> rows.StoredResources:
     if not database_file.exists():
         return {}
     database = Database(database_file)
     try:
         database.migrate()
         with database.read() as connection:
-            return rows.load_world(connection)
+            return rows.load_resources(connection)
     finally:
         database.close()
 

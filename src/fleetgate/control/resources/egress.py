@@ -69,7 +69,7 @@ def is_never_allowed(address: IpAddress) -> bool:
     )
 
 
-def literal_refusal(url: str) -> EgressDenied | None:
+def check_literal(url: str) -> EgressDenied | None:
     """Whether a URL names a refused address without any look-up: for what the machine's operator wrote."""
     try:
         host = parse_url(url).host
@@ -88,23 +88,23 @@ def literal_refusal(url: str) -> EgressDenied | None:
     return None
 
 
-async def refusal(url: str, ranges: Sequence[IpNetwork]) -> EgressDenied | None:
+async def check_url(url: str, ranges: Sequence[IpNetwork]) -> EgressDenied | None:
     """Whether a URL given through the API is refused: each address its host resolves to must be allowed."""
-    denied = literal_refusal(url)
+    denied = check_literal(url)
     if denied is not None:
         return denied
     try:
         parts = parse_url(url)
     except PydanticCustomError:
         return None
-    match await addresses(parts, ranges):
+    match await resolve_allowed(parts, ranges):
         case EgressDenied() as refused:
             return refused
         case _:
             return None
 
 
-async def addresses(url: Url, ranges: Sequence[IpNetwork] | None) -> list[str] | EgressDenied:
+async def resolve_allowed(url: Url, ranges: Sequence[IpNetwork] | None) -> list[str] | EgressDenied:
     """The addresses at which a URL's host may be dialled, each judged; without ranges only the forbidden ones are.
 
     Who dials these, and not the name again, cannot be led elsewhere by a name that changes its address.

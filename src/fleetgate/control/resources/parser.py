@@ -7,7 +7,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fleetgate.control.resources.problems import Problem, nearest, one_of, path_of, plain
+from fleetgate.control.resources.problems import Problem, nearest, path_of, printable, suggest
 from fleetgate.control.resources.schema import KINDS, LATER_FIELDS, LATER_KINDS, READ_ONLY, Resource
 
 DOCUMENTS_MAX = 10_000
@@ -79,8 +79,8 @@ def _parse(index: int, value: object) -> tuple[ParsedDocument | None, list[Probl
             return None, [Problem(numbered, "is not a mapping", "begin it with `kind:` and `name:`", index)]
     name = rest.get("name")
     name = name if type(name) is str else ""
-    shown = plain(kind[:_SHOWN_CHARS_MAX])
-    label = f"{shown}/{plain(name[:_SHOWN_CHARS_MAX])}" if name else f"{numbered} ({shown})"
+    shown = printable(kind[:_SHOWN_CHARS_MAX])
+    label = f"{shown}/{printable(name[:_SHOWN_CHARS_MAX])}" if name else f"{numbered} ({shown})"
     if kind not in KINDS:
         return None, [Problem(f"{label}: kind", *_unknown_kind(kind), index)]
     try:
@@ -97,7 +97,7 @@ def _unknown_kind(kind: str) -> tuple[str, str]:
         return LATER_KINDS[kind], "remove this document today"
     if kind == "Event":
         return "Events are written by Fleetgate alone", "remove this document"
-    return f"there is no kind {_shown(kind)}", one_of(kind, KINDS)
+    return f"there is no kind {_shown(kind)}", suggest(kind, KINDS)
 
 
 def _problems(draft: ParsedDocument, errors: Iterable[ErrorDetails]) -> Iterable[Problem]:
@@ -127,7 +127,7 @@ def _explain(kind: str, error: ErrorDetails) -> tuple[str, str]:
             return _unknown_field(kind, error["loc"])
         case "literal_error":
             words = [word.strip("'") for word in str(context["expected"]).replace(" or ", ", ").split(", ")]
-            return f"is {_shown(error.get('input'))}", one_of(str(error.get("input")), words)
+            return f"is {_shown(error.get('input'))}", suggest(str(error.get("input")), words)
         case "too_short" | "string_too_short":
             return "is empty", "give at least one" if error["type"] == "too_short" else "write something or remove it"
         case "string_too_long":
@@ -151,7 +151,7 @@ def _unknown_field(kind: str, location: tuple[int | str, ...]) -> tuple[str, str
         return LATER_FIELDS[(kind, field)], "remove this field today"
     if (kind, field) == ("Secret", "value_from"):
         return "only the CLI and --config read value_from", "send `value:` here"
-    return "is not a known field", one_of(field, _field_names(kind, location[:-1]))
+    return "is not a known field", suggest(field, _field_names(kind, location[:-1]))
 
 
 def _field_names(kind: str, location: tuple[int | str, ...]) -> list[str]:

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from fleetgate.control.resources.field_types import refuse
-from fleetgate.control.resources.problems import one_of
+from fleetgate.control.resources.field_types import refuse_field
+from fleetgate.control.resources.problems import suggest
 from fleetgate.policies import plugins
 from fleetgate.policies import type_checker as checking
 from fleetgate.policies.cel_parser import CHARS_MAX, CelError
@@ -25,7 +25,7 @@ def check_condition(source: str, without: str = "") -> str:
     try:
         checking.check(source, without)
     except CelError as mistake:
-        refuse(f"at {mistake.place(source)}: {mistake.message}", mistake.fix)
+        refuse_field(f"at {mistake.place(source)}: {mistake.message}", mistake.fix)
     return source
 
 
@@ -36,8 +36,8 @@ def _condition(source: str, info: ValidationInfo) -> str:
 def _python_policy(name: str, info: ValidationInfo) -> str:
     known = plugins.names()
     if name not in known and info.context != STORED:
-        fix = one_of(name, known) if known else "install the package that brings it, and restart"
-        refuse(f"there is no Python policy {name[:80]!r}", fix)
+        fix = suggest(name, known) if known else "install the package that brings it, and restart"
+        refuse_field(f"there is no Python policy {name[:80]!r}", fix)
     return name
 
 

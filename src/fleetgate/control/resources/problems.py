@@ -37,7 +37,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return next((by_lower[match] for match in get_close_matches(word.lower(), by_lower, 1, _NEAR_ENOUGH)), "")
 
 
-def one_of(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """The fix for a word that is not known: the nearest one, else all of them."""
     known = list(known)
     meant = nearest(word, known)
@@ -46,7 +46,7 @@ def one_of(word: str, known: Iterable[str]) -> str:
     return f"use one of: {', '.join(known)}" if known else "there are none yet"
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """Text that can go to any terminal or page: what cannot be printed is written as an escape."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
@@ -59,5 +59,5 @@ def path_of(location: Iterable[str | int]) -> str:
             case int():
                 text += f"[{part}]"
             case _:
-                text += f".{plain(part)}" if text else plain(part)
+                text += f".{printable(part)}" if text else printable(part)
     return text

@@ -16,7 +16,7 @@ from fleetgate.control.resources.problems import Problem, nearest
 from fleetgate.control.resources.schema import ProviderName
 from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
 
-World = Mapping[tuple[str, str], Mapping[str, Any]]  # by kind and name: the document as written
+Documents = Mapping[tuple[str, str], Mapping[str, Any]]  # by kind and name: the document as written
 MANAGED_PROVIDERS = ("local",)
 
 
@@ -48,7 +48,7 @@ def references_of(kind: str, raw: Mapping[str, Any]) -> Iterable[Reference]:
                     yield Reference(f"gateways[{at}]", "Gateway", gateway)
 
 
-def check(drafts: Iterable[ParsedDocument], stored: World) -> list[Problem]:
+def check(drafts: Iterable[ParsedDocument], stored: Documents) -> list[Problem]:
     """Every mistake that only shows when documents are seen together, in the file and in the store."""
     drafts = list(drafts)
     world = {**stored, **{(draft.kind, draft.name): draft.raw for draft in drafts}}
@@ -67,7 +67,7 @@ def check(drafts: Iterable[ParsedDocument], stored: World) -> list[Problem]:
     return problems + _too_many(world)
 
 
-def users_of(kind: str, name: str, world: World) -> list[str]:
+def users_of(kind: str, name: str, world: Documents) -> list[str]:
     """The resources that name this one, as `Kind/name`."""
     return sorted(
         f"{user_kind}/{user_name}"
@@ -76,7 +76,7 @@ def users_of(kind: str, name: str, world: World) -> list[str]:
     )
 
 
-def _missing(draft: ParsedDocument, world: World) -> Iterable[Problem]:
+def _missing(draft: ParsedDocument, world: Documents) -> Iterable[Problem]:
     for reference in references_of(draft.kind, draft.raw):
         if (reference.kind, reference.name) in world:
             continue
@@ -85,7 +85,7 @@ def _missing(draft: ParsedDocument, world: World) -> Iterable[Problem]:
         yield draft.problem(reference.field, f"there is no {reference.kind} {reference.name[:63]!r}", fix)
 
 
-def _deployment(draft: ParsedDocument, world: World) -> Iterable[Problem]:
+def _deployment(draft: ParsedDocument, world: Documents) -> Iterable[Problem]:
     raw = draft.raw
     given = [field for field in ("url", "urls", "workload") if raw.get(field) is not None]
     if not given:
@@ -108,7 +108,7 @@ def _deployment(draft: ParsedDocument, world: World) -> Iterable[Problem]:
         yield draft.problem("price", "is by the hour and by the token", "keep usd_per_hour or the usd_per_mtok fields")
 
 
-def _profiled(draft: ParsedDocument, world: World) -> Iterable[Problem]:
+def _profiled(draft: ParsedDocument, world: Documents) -> Iterable[Problem]:
     """Does the Profile that a Deployment names belong to it?"""
     name = draft.raw.get("profile")
     profile = world.get(("Profile", name)) if type(name) is str else None
@@ -119,7 +119,7 @@ def _profiled(draft: ParsedDocument, world: World) -> Iterable[Problem]:
         yield draft.problem("profile", f"Profile {name} {message}", fix)
 
 
-def _misfits(draft: ParsedDocument, drafts: list[ParsedDocument], world: World) -> Iterable[Problem]:
+def _misfits(draft: ParsedDocument, drafts: list[ParsedDocument], world: Documents) -> Iterable[Problem]:
     """A changed Profile must still suit the Deployments of the store that name it; the file's are checked as such."""
     written = {d.name for d in drafts if d.kind == "Deployment"}
     for (kind, name), raw in world.items():
@@ -145,7 +145,7 @@ def _unlike(deployment: Mapping[str, Any], profile: Mapping[str, Any]) -> Iterab
             yield f"is of {field} {measured[:64]!r}, and the Deployment's is {own[:64]!r}"
 
 
-def _managed(draft: ParsedDocument, world: World) -> Iterable[Problem]:
+def _managed(draft: ParsedDocument, world: Documents) -> Iterable[Problem]:
     workload = _mapping(draft.raw.get("workload"))
     cluster = draft.raw.get("cluster")
     if cluster is None:
@@ -167,7 +167,7 @@ def _managed(draft: ParsedDocument, world: World) -> Iterable[Problem]:
             yield draft.problem("workload.image", "provider local runs no images", "give `command:` instead")
 
 
-def _gateway(draft: ParsedDocument, world: World) -> Iterable[Problem]:
+def _gateway(draft: ParsedDocument, world: Documents) -> Iterable[Problem]:
     upstreams = [_mapping(upstream).get("deployment") for upstream in _list(draft.raw.get("upstreams"))]
     yield from _repeated(draft, "upstreams", upstreams, ".deployment")
     policies = [_mapping(policy) for policy in _list(draft.raw.get("policies"))]
@@ -190,7 +190,7 @@ def _gateway(draft: ParsedDocument, world: World) -> Iterable[Problem]:
             yield draft.problem("default", f"Gateway {others[0]} is the default already", "keep one `default: true`")
 
 
-def _stranded(draft: ParsedDocument, drafts: list[ParsedDocument], world: World) -> Iterable[Problem]:
+def _stranded(draft: ParsedDocument, drafts: list[ParsedDocument], world: Documents) -> Iterable[Problem]:
     """A changed Cluster must still carry the managed Deployments that the store has; the file's are checked as such."""
     written = {d.name for d in drafts if d.kind == "Deployment"}
     if draft.raw.get("provider") in MANAGED_PROVIDERS:
@@ -215,7 +215,7 @@ def _normal_url(url: Any) -> str | None:
         return None  # the parser says what is wrong with it
 
 
-def _too_many(world: World) -> list[Problem]:
+def _too_many(world: Documents) -> list[Problem]:
     counts = Counter(kind for kind, _ in world)
     endpoints = sum(_endpoint_count(raw) for (kind, _), raw in world.items() if kind == "Deployment")
     checks = (

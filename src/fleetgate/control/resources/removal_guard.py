@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-ENDPOINTS_ASKED = 10
-SHARE_ASKED = 0.3
-CONFIRM = "send it again with `confirmed: true` (the CLI's --yes) if it is meant"
-World = Mapping[tuple[str, str], Mapping[str, Any]]  # by kind and name: the document as written
+CONFIRM_ENDPOINTS_MIN = 10
+CONFIRM_SHARE_MIN = 0.3
+CONFIRM_FIX = "send it again with `confirmed: true` (the CLI's --yes) if it is meant"
+Documents = Mapping[tuple[str, str], Mapping[str, Any]]  # by kind and name: the document as written
 
 
 class ConfirmationRequired(Exception):
     """A change that somebody has to confirm; the text says what it takes away."""
 
 
-def endpoints_by_gateway(world: World) -> dict[str, set[str]]:
+def endpoints_by_gateway(world: Documents) -> dict[str, set[str]]:
     """The Endpoints that each Gateway can send to: the URLs written, or the replicas that are always kept running."""
     found: dict[str, set[str]] = {}
     for (kind, name), document in world.items():
@@ -23,7 +23,7 @@ def endpoints_by_gateway(world: World) -> dict[str, set[str]]:
     return found
 
 
-def loss(before: World, after: World) -> str:
+def removal_warning(before: Documents, after: Documents) -> str:
     """The sentence that asks, empty where there is nothing to ask.
 
     A Gateway that is deleted by its name takes its own last Endpoint along; that is what was said.
@@ -31,13 +31,13 @@ def loss(before: World, after: World) -> str:
     had, has = endpoints_by_gateway(before), endpoints_by_gateway(after)
     bare = sorted(name for name, endpoints in has.items() if not endpoints and had.get(name))
     if bare:
-        return f"this leaves Gateway {', '.join(bare)} without an Endpoint; {CONFIRM}"
+        return f"this leaves Gateway {', '.join(bare)} without an Endpoint; {CONFIRM_FIX}"
     all_before = set[str]().union(*had.values())
     gone = all_before - set[str]().union(*has.values())
-    if len(gone) < ENDPOINTS_ASKED or len(gone) <= SHARE_ASKED * len(all_before):
+    if len(gone) < CONFIRM_ENDPOINTS_MIN or len(gone) <= CONFIRM_SHARE_MIN * len(all_before):
         return ""
     share = round(100 * len(gone) / len(all_before))
-    return f"this takes {len(gone)} of {len(all_before)} Endpoints ({share} %) out of use; {CONFIRM}"
+    return f"this takes {len(gone)} of {len(all_before)} Endpoints ({share} %) out of use; {CONFIRM_FIX}"
 
 
 def _endpoints(name: str, deployment: Mapping[str, Any]) -> set[str]:

@@ -208,8 +208,8 @@ class Resilience(Part):
     attempts_max: Annotated[int, Field(ge=1, le=100)] = 3
     retry_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     connect_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
-    resume: Annotated[Literal["auto", "off"], BeforeValidator(fields.off_word)] = "auto"
-    hedge: Annotated[Literal["off", "critical", "all"], BeforeValidator(fields.off_word)] = "off"
+    resume: Annotated[Literal["auto", "off"], BeforeValidator(fields.restore_off)] = "auto"
+    hedge: Annotated[Literal["off", "critical", "all"], BeforeValidator(fields.restore_off)] = "off"
 
 
 class PolicySet(Part):
@@ -243,7 +243,7 @@ class Policy(Part):
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         if self.require is None and self.prefer is None and self.set is None and self.python is None:
-            fields.refuse(f"policy {self.name} does nothing", "add `require:`, `prefer:`, `set:` or `python:`")
+            fields.refuse_field(f"policy {self.name} does nothing", "add `require:`, `prefer:`, `set:` or `python:`")
         return self
 
 

@@ -8,7 +8,7 @@ from fleetgate.control.resources import schema as resources
 from fleetgate.control.resources.apply import parse_stored
 from fleetgate.control.resources.field_types import expires_at_s, parse_url
 from fleetgate.control.snapshot import profiles
-from fleetgate.control.store.repository import StoredKey, StoredResource, World
+from fleetgate.control.store.repository import StoredKey, StoredResource, StoredResources
 from fleetgate.core import model
 from fleetgate.core.capacity import units as capacity
 from fleetgate.providers.base import ManagedDeployment, ReplicaWorkload
@@ -26,7 +26,7 @@ class SnapshotParts(msgspec.Struct, frozen=True):
     keys: dict[str, tuple[StoredResource, resources.Key]]
 
 
-def snapshot_parts(world: World) -> SnapshotParts:
+def snapshot_parts(world: StoredResources) -> SnapshotParts:
     """Take the store's resources apart by kind."""
     parts = SnapshotParts({}, {}, {}, {}, {})
     for stored in world.values():
@@ -66,7 +66,7 @@ def endpoint(url: str, slot: int, engines: int = 1) -> model.Endpoint:
     )
 
 
-class PlacedDeployment(msgspec.Struct, frozen=True):
+class DeploymentEndpoints(msgspec.Struct, frozen=True):
     """What a Deployment has beside its document.
 
     Units: `tpot_s` is the strictest TPOT target it is held to.
@@ -79,7 +79,7 @@ class PlacedDeployment(msgspec.Struct, frozen=True):
     tpot_s: float
 
 
-def deployment_of(parts: SnapshotParts, name: str, placed: PlacedDeployment) -> model.Deployment:
+def deployment_of(parts: SnapshotParts, name: str, placed: DeploymentEndpoints) -> model.Deployment:
     """A Deployment of the Snapshot, with region and labels of its Cluster where it has none of its own."""
     stored, written = parts.deployments[name]
     cluster = parts.clusters.get(written.cluster or "")
@@ -87,7 +87,7 @@ def deployment_of(parts: SnapshotParts, name: str, placed: PlacedDeployment) -> 
     managed = written.workload is not None
     named = parts.profiles.get(written.profile or "")
     price = profiles.price_of(written, cluster)
-    takes = _capacity(written, placed, profiles.chosen(written, parts.profiles))
+    takes = _capacity(written, placed, profiles.choose_profile(written, parts.profiles))
     return model.Deployment(
         slot=placed.slot,
         name=name,
@@ -121,7 +121,7 @@ class _Capacity(msgspec.Struct, frozen=True):
     units: float
 
 
-def _capacity(written: resources.Deployment, placed: PlacedDeployment, profile: model.Profile | None) -> _Capacity:
+def _capacity(written: resources.Deployment, placed: DeploymentEndpoints, profile: model.Profile | None) -> _Capacity:
     """What was typed is for all replicas and scales with those that are ready; a Profile is for each one.
 
     Without either, units are 0: the proxies learn them.
@@ -257,7 +257,7 @@ def build(
     for name, (_, written) in parts.deployments.items():
         owners = {url: endpoint_slots.get(endpoint_owner(name, url)) for url in urls[name]}
         engines = written.engines if written.url is not None else 1
-        placed = PlacedDeployment(
+        placed = DeploymentEndpoints(
             slot=deployment_slots[name],
             endpoints=tuple(endpoint(url, slot, engines) for url, slot in owners.items() if slot is not None),
             credential=credential(name, written.credential.secret) if written.credential else "",

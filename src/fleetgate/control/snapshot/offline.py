@@ -6,7 +6,9 @@ from fleetgate.control.store.repository import StoredResource
 from fleetgate.core.model import Snapshot
 from fleetgate.manifests import Unreadable, read_file
 
-ON_PAPER = ChangeOrigin("in a simulation")  # not trusted: that brings rules which only matter where something is served
+SIMULATION = ChangeOrigin(
+    "in a simulation"
+)  # not trusted: that brings rules which only matter where something is served
 
 
 def read_fleet(path: str) -> Snapshot:
@@ -14,7 +16,7 @@ def read_fleet(path: str) -> Snapshot:
 
     Raises: `Unreadable` with every mistake.
     """
-    drafts, problems = find_problems([_without_value(document) for document in read_file(path)], {}, ON_PAPER)
+    drafts, problems = find_problems([_without_value(document) for document in read_file(path)], {}, SIMULATION)
     if problems:
         raise Unreadable([problem.sentence(path) for problem in problems])
     parts = snapshot_parts(

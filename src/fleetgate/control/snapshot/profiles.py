@@ -23,7 +23,7 @@ def profile_of(written: resources.Profile, source: model.ProfileSource) -> model
     )
 
 
-def chosen(deployment: resources.Deployment, stored: Mapping[str, resources.Profile]) -> model.Profile | None:
+def choose_profile(deployment: resources.Deployment, stored: Mapping[str, resources.Profile]) -> model.Profile | None:
     """The Profile that a Deployment names, else a peer's: measured on the same model, SKU, count and engine.
 
     Of several peers it is the one of the model listed first, then the first by name.

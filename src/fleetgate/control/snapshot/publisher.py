@@ -22,7 +22,7 @@ from fleetgate.providers.base import ManagedDeployment
 DEBOUNCE_S = 0.005  # several changes made at once become one Snapshot
 RETRY_S = 1.0
 VERSION = "snapshot_version"
-Ready = Callable[[], Mapping[str, tuple[str, ...]]]
+ReadyUrls = Callable[[], Mapping[str, tuple[str, ...]]]
 
 log = structlog.get_logger()
 
@@ -34,7 +34,7 @@ class Publisher:
     that a worker uses.
     """
 
-    def __init__(self, database: Database, data_dir: DataDir, egress_allow: Sequence[str], ready: Ready) -> None:
+    def __init__(self, database: Database, data_dir: DataDir, egress_allow: Sequence[str], ready: ReadyUrls) -> None:
         self._database = database
         self._data_dir = data_dir
         self._egress_allow = tuple(egress_allow)
@@ -90,7 +90,7 @@ class Publisher:
     def load_managed(self) -> tuple[ManagedDeployment, ...]:
         """What we keep running, as the store has it."""
         with self._database.read() as connection:
-            self.managed = managed_of(snapshot_parts(rows.load_world(connection)))
+            self.managed = managed_of(snapshot_parts(rows.load_resources(connection)))
         return self.managed
 
     def publish(self) -> bool:
@@ -100,7 +100,7 @@ class Publisher:
         """
         self._credentials = {one.name: one.credential for one in self.current.deployments} if self.current else {}
         with self._database.write() as connection:
-            parts = snapshot_parts(rows.load_world(connection))
+            parts = snapshot_parts(rows.load_resources(connection))
             self.managed = managed_of(parts)
             sealed = rows.load_secrets(connection)
             built = build(parts, self._ready(), partial(slots.assign, connection), partial(self._credential, sealed))

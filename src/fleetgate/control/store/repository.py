@@ -43,23 +43,23 @@ class Event(msgspec.Struct, frozen=True):
     sentence: str
 
 
-World = dict[tuple[str, str], StoredResource]
+StoredResources = dict[tuple[str, str], StoredResource]
 
 
-def load_world(connection: Connection) -> World:
+def load_resources(connection: Connection) -> StoredResources:
     """Every resource by kind and name."""
     rows = connection.execute(select(resources).order_by(resources.c.kind, resources.c.name))
     return {(row.kind, row.name): _stored(row) for row in rows}
 
 
-def load_one(connection: Connection, kind: str, name: str) -> StoredResource | None:
+def load_resource(connection: Connection, kind: str, name: str) -> StoredResource | None:
     """One resource."""
     query = select(resources).where(resources.c.kind == kind, resources.c.name == name)
     row = connection.execute(query).first()
     return _stored(row) if row is not None else None
 
 
-def save(connection: Connection, stored: StoredResource) -> None:
+def save_resource(connection: Connection, stored: StoredResource) -> None:
     """Write a resource, new or changed."""
     spec = {field: value for field, value in stored.document.items() if field not in ("kind", "name")}
     values = {
@@ -73,7 +73,7 @@ def save(connection: Connection, stored: StoredResource) -> None:
     connection.execute(statement.on_conflict_do_update(index_elements=["kind", "name"], set_=values))
 
 
-def remove(connection: Connection, kind: str, name: str) -> None:
+def remove_resource(connection: Connection, kind: str, name: str) -> None:
     """Delete a resource with all that belongs to it."""
     connection.execute(delete(resources).where(resources.c.kind == kind, resources.c.name == name))
     if kind == "Key":

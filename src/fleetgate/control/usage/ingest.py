@@ -19,10 +19,10 @@ from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
 from fleetgate.core.usage_record import JOURNAL, JournalReplay, OpenAttempt, UsageRow, entries_in
 
-TAKE_EVERY_S = 1.0
+INGEST_EVERY_S = 1.0
 PRUNE_EVERY = 600  # takes
-PIECE_BYTES = 2 * 1024 * 1024  # of journals at once: after a long absence there may be more than the memory holds
-PIECE_BYTES_MIN = 64 * 1024  # longer than any line
+CHUNK_BYTES = 2 * 1024 * 1024  # of journals at once: after a long absence there may be more than the memory holds
+CHUNK_BYTES_MIN = 64 * 1024  # longer than any line
 log = structlog.get_logger()
 
 
@@ -63,7 +63,7 @@ class UsageIngest:
                 if str(error) != trouble:
                     trouble = str(error)
                     log.error("journal_not_taken", reason=trouble)
-            await asyncio.sleep(TAKE_EVERY_S)
+            await asyncio.sleep(INGEST_EVERY_S)
 
     def take(self) -> int:
         """Bring the book up to date; how many rows are new.
@@ -82,7 +82,7 @@ class UsageIngest:
         if not self._loaded:
             self._load()
         taken: list[_Taken] = []
-        left_bytes = PIECE_BYTES
+        left_bytes = CHUNK_BYTES
         for run, paths in self._files().items():
             if left_bytes <= 0:
                 break
@@ -140,7 +140,7 @@ class UsageIngest:
             # Asked before reading, too. The next file may be there long before anything is in it.
             is_over = dead or any(_has_begun(later) for later in paths[number + 1 :])
             at = self._offsets.get(path.name, 0)
-            data, is_all = _piece(path, at, max(PIECE_BYTES_MIN, left_bytes), is_over)
+            data, is_all = _piece(path, at, max(CHUNK_BYTES_MIN, left_bytes), is_over)
             entries, read, damaged = entries_in(data, is_over)
             if damaged:
                 log.warning("journal_damaged", file=path.name, lines=damaged)
