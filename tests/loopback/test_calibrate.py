@@ -276,7 +276,7 @@ def asked(port: int) -> tuple[MeasuredResponse, int]:
         target = CalibrationTarget(endpoint=endpoint, engine="vllm", upstream_model="m", ranges=None)
         asker = CalibrationClient(target, await dialable_address(target))
         try:
-            return await asker.ask(500, 7), await asker.kv_tokens()
+            return await asker.send(500, 7), await asker.kv_tokens()
         finally:
             await asker.close()
 

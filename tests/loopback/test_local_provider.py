@@ -251,7 +251,7 @@ def test_the_reconciler_starts_what_crashed_again(provider: LocalProvider, tmp_p
         after = await ready(2)
         assert len(set(after)) == 2
         desired.clear()
-        reconciler.poke()
+        reconciler.wake()
         await ready(0)
         await come(lambda: not list((tmp_path / "engines").glob("*.json")))
         job.cancel()

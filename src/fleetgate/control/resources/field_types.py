@@ -1,4 +1,4 @@
-"""The forms that single fields may have, each refused with a sentence and a fix."""
+"""The types of single fields. Each refuses a wrong value with a sentence and a fix."""
 
 import re
 from datetime import UTC, datetime
@@ -28,12 +28,12 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def refuse_field(message: str, fix: str) -> NoReturn:
-    """Refuse a field. Raises: `PydanticCustomError` always."""
+    """Refuse the value of a field. Raises: `PydanticCustomError` always."""
     raise PydanticCustomError("fleetgate", "{message}; {fix}", {"message": message, "fix": fix})
 
 
 class Url(msgspec.Struct, frozen=True):
-    """A base URL taken apart. Shape: `path` has no trailing slash, `host` is lower case and without brackets."""
+    """A parsed base URL. Shape: `path` has no trailing slash, `host` is lower case and without brackets."""
 
     scheme: str
     host: str
@@ -49,7 +49,7 @@ def _name(value: str) -> str:
     if not _LABEL.fullmatch(value):
         refuse_field(
             f"{value[:80]!r} is not a name",
-            "use 1 to 63 of a-z, 0-9 and -, beginning and ending with a letter or digit",
+            "use 1 to 63 of a-z, 0-9 and -, with a letter or digit at both ends",
         )
     return value
 
@@ -108,7 +108,7 @@ def _path(value: str) -> str:
 
 
 def parse_url(value: str) -> Url:
-    """Take a base URL apart. Raises: `PydanticCustomError` with a sentence and a fix."""
+    """Parse a base URL. Raises: `PydanticCustomError` with a sentence and a fix."""
     if _CONTROL_CHARS.search(value) or " " in value or not value.isascii():
         refuse_field("has characters that a URL cannot have", "write it like https://HOST:PORT/v1")
     try:
@@ -140,7 +140,7 @@ def _url(value: str) -> str:
 
 
 def expires_at_s(value: str, created_s: float) -> float:
-    """When a Key ends, from `30d` after its creation or an RFC 3339 time.
+    """The time at which a Key expires, given as `30d` after its creation or as an RFC 3339 time.
 
     Units: seconds since the epoch; 0 for never.
     """
@@ -170,14 +170,14 @@ def _strategy(value: str) -> str:
 
 def _protocol(value: str) -> str:
     if value in ("anthropic", "http"):
-        refuse_field(f"protocol {value} comes in a later release", "use openai today")
+        refuse_field(f"protocol {value} comes in a later release", "use openai")
     if value != "openai":
         refuse_field(f"there is no protocol {value[:80]!r}", "use openai")
     return value
 
 
 def restore_off(value: object) -> object:
-    """`off` again: YAML 1.1 reads a bare `off` as false."""
+    """Restore `off`, which YAML 1.1 reads as false."""
     return "off" if value is False else value
 
 

@@ -62,7 +62,7 @@ class _BoardCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every metric."""
-        board, snapshot = self._control.board, self._control.publisher.current
+        board, snapshot = self._control.shared_memory, self._control.publisher.current
         if board is not None:
             series = read_series(board.series_totals())
             yield from _counters(series)
