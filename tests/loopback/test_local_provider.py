@@ -257,4 +257,4 @@ def test_the_reconciler_starts_what_crashed_again(provider: LocalProvider, tmp_p
         job.cancel()
 
     asyncio.run(run())
-    assert any("was ended by SIGKILL" in sentence and "started again in 0.5 s" in sentence for sentence in told)
+    assert any("was ended by SIGKILL" in sentence and "the next start is in 0.5 s" in sentence for sentence in told)

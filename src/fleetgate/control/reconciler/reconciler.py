@@ -287,7 +287,9 @@ class Reconciler:
         except BadSpec as error:
             # A retry cannot succeed. A changed workload has another fingerprint, which ends the back-off.
             self._back_offs[deployment.name] = BackOff(1, NEVER_S, fingerprint)
-            sentence = f"replica {action.replica_id} cannot be started: {error}; change the workload"
+            sentence = (
+                f"replica {action.replica_id} cannot be started: {error}; the next try is when its workload changes"
+            )
             self._record("Deployment", deployment.name, sentence)
         except ProviderError as error:
             back_off = next_back_off(self._back_offs.get(deployment.name), fingerprint, now_s)

@@ -123,7 +123,7 @@ def _measured(deployment: model.Deployment, profile: model.Profile, tpot_s: floa
     units = capacity.units_of(profile, tpot_s) * engines
     source = {
         model.ProfileSource.WRITTEN: f"Profile {profile.name}",
-        model.ProfileSource.PEER: f"Profile {profile.name}, measured on the same model, SKU and engine",
+        model.ProfileSource.PEER: f"Profile {profile.name} (measured on the same model, SKU and engine)",
         model.ProfileSource.GUESS: "an estimate that its streams correct",
     }[profile.source]
     times = f" times {engines} engines" if engines > 1 else ""

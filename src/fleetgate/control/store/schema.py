@@ -81,7 +81,7 @@ usage_rows = Table(
     Column("bytes", BigInteger, nullable=False),
 )
 
-# `hour` counts hours since the epoch, at an attempt's end; `estimated` counts attempts without an engine's token counts.
+# `hour` is that of an attempt's end, since the epoch; `estimated` counts attempts without an engine's token counts.
 usage_hours = Table(
     "usage_hours",
     metadata,
