@@ -149,7 +149,7 @@ class Calibrations:
         name = plan.deployment.name
         if any(job.state == "running" for job in self.of(name)):
             raise ResourceRefused(
-                f"a calibration of Deployment {name} is running; wait for it or cancel it", conflict=True
+                f"a calibration of Deployment {name} is already running; wait for it or cancel it", conflict=True
             )
         job = CalibrationJob(id=secrets.token_hex(6), plan=plan, order=order)
         self._jobs[job.id] = job  # before the first await, so that no second job starts meanwhile
