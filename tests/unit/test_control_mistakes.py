@@ -186,7 +186,7 @@ def test_a_config_file_has_its_own_mistakes() -> None:
         ["Deployment/llama", "url"],
         [
             "Key/k",
-            "a --config file cannot create a Key, because its token is shown only once; run `fleetgate keys create k`",
+            "a --config file cannot create a Key, because nothing receives its token; run `fleetgate keys create k`",
         ],
     ]
 

@@ -185,7 +185,7 @@ def _operator_problems(parsed: ParsedDocument, stored: StoredResource | None) ->
     """Mistakes that only a --config file can have."""
     if parsed.kind == "Key" and stored is None:
         fix = f"run `fleetgate keys create {parsed.name}`"
-        yield parsed.problem("", "a --config file cannot create a Key, because its token is shown only once", fix)
+        yield parsed.problem("", "a --config file cannot create a Key, because nothing receives its token", fix)
     given = parsed.resource.generation if parsed.resource is not None else None
     if given is not None and given != (stored.generation if stored else 0):
         # The file is applied at every start. At the second start its own first change has raised the generation.

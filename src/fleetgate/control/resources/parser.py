@@ -11,7 +11,7 @@ from fleetgate.control.resources.problems import Problem, nearest, path_of, prin
 from fleetgate.control.resources.schema import KINDS, LATER_FIELDS, LATER_KINDS, READ_ONLY, Resource
 
 DOCUMENTS_MAX = 10_000
-_SHOWN_CHARS_MAX = 60
+_EXCERPT_CHARS_MAX = 60
 _TYPES = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -79,8 +79,8 @@ def _parse(index: int, value: object) -> tuple[ParsedDocument | None, list[Probl
             return None, [Problem(numbered, "is not a mapping", "begin it with `kind:` and `name:`", index)]
     name = rest.get("name")
     name = name if type(name) is str else ""
-    shown = printable(kind[:_SHOWN_CHARS_MAX])
-    label = f"{shown}/{printable(name[:_SHOWN_CHARS_MAX])}" if name else f"{numbered} ({shown})"
+    printed_kind = printable(kind[:_EXCERPT_CHARS_MAX])
+    label = f"{printed_kind}/{printable(name[:_EXCERPT_CHARS_MAX])}" if name else f"{numbered} ({printed_kind})"
     if kind not in KINDS:
         return None, [Problem(f"{label}: kind", *_unknown_kind(kind), index)]
     try:
@@ -97,7 +97,7 @@ def _unknown_kind(kind: str) -> tuple[str, str]:
         return LATER_KINDS[kind], "remove this document"
     if kind == "Event":
         return "only Fleetgate writes Events", "remove this document"
-    return f"there is no kind {_shown(kind)}", suggest(kind, KINDS)
+    return f"there is no kind {_excerpt(kind)}", suggest(kind, KINDS)
 
 
 def _problems(parsed: ParsedDocument, errors: Iterable[ErrorDetails]) -> Iterable[Problem]:
@@ -127,20 +127,22 @@ def _explain(kind: str, error: ErrorDetails) -> tuple[str, str]:
             return _unknown_field(kind, error["loc"])
         case "literal_error":
             words = [word.strip("'") for word in str(context["expected"]).replace(" or ", ", ").split(", ")]
-            return f"is {_shown(error.get('input'))}", suggest(str(error.get("input")), words)
+            return f"is {_excerpt(error.get('input'))}", suggest(str(error.get("input")), words)
         case "too_short" | "string_too_short":
             return "is empty", "give at least one" if error["type"] == "too_short" else "give a value or remove it"
         case "string_too_long":
             return "is too long", f"use at most {context['max_length']} characters"
         case wrong if wrong in _TYPES:
             message = (
-                f" is {_shown(error['input'])}, not {_TYPES[wrong]}" if "input" in error else f" is not {_TYPES[wrong]}"
+                f" is {_excerpt(error['input'])}, not {_TYPES[wrong]}"
+                if "input" in error
+                else f" is not {_TYPES[wrong]}"
             )
             quotes = " (put it in quotes)" if wrong == "string_type" else ""
             return message.strip(), f"write {_TYPES[wrong]}{quotes}"
         case bound if bound in _BOUNDS:
             words_, key = _BOUNDS[bound]
-            return f"is {_shown(error.get('input'))}", f"use a value of {words_} {context[key]}"
+            return f"is {_excerpt(error.get('input'))}", f"use a value of {words_} {context[key]}"
         case _:
             return error["msg"].lower(), "correct it"
 
@@ -170,6 +172,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
 
 
-def _shown(value: object) -> str:
+def _excerpt(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"
+    return text if len(text) <= _EXCERPT_CHARS_MAX else f"{text[:_EXCERPT_CHARS_MAX]}…"
