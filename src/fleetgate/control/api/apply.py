@@ -35,7 +35,7 @@ def routes(control: Control) -> APIRouter:
             await control.wait_adopted(all(result.kind == "Key" for result in results))
         return {"dry_run": dry_run, "results": [result_fields(result) for result in results]}
 
-    @router.get("/events", operation_id="list_events", summary="All Events, oldest first")
+    @router.get("/events", operation_id="list_events", summary="Events, oldest first")
     def events(
         limit: Annotated[int, Query(ge=1, le=EVENTS_MAX)] = 100,
         after: Annotated[int, Query(ge=0, le=2**53)] = 0,

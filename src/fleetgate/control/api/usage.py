@@ -78,7 +78,7 @@ class UsageQuery(Part):
         DEFAULT_BY, description="A field to group by; repeatable. The default is every field but the hour."
     )
     since: str = Field("", description="Include hours from the hour of this time, like 2030-01-31T12:00:00Z.")
-    until: str = Field("", description="Include hours before this time.")
+    until: str = Field("", description="Include hours that begin before this time.")
     key: str = ""
     gateway: str = ""
     model: str = ""
