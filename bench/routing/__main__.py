@@ -21,10 +21,10 @@ from bench.routing.bars import Findings, bars
 from bench.routing.runs import Case, Point, run_case, window
 from fleetgate.control.snapshot.offline import read_fleet
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baselines import BASELINES
+from fleetgate.simulator.baselines.registry import BASELINES
 from fleetgate.simulator.fleet import SimulatedFleet, fleet_of
+from fleetgate.simulator.serving.world import Arrival
 from fleetgate.simulator.traces import read_trace
-from fleetgate.simulator.world import Arrival
 
 HERE = Path(__file__).parent
 TUNED = """

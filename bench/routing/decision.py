@@ -44,7 +44,7 @@ class Bed:
         )
         snapshot = Snapshot(version=1, made_at_s=0.0, gateways=(gateway,), deployments=deployments)
         self.desk = Scheduler(gateway, model_routes(gateway, snapshot, "us-east")["m"])
-        self.outlooks: dict[int, DeploymentView] = {
+        self.views: dict[int, DeploymentView] = {
             one.slot: OnlineEstimate(one, Slo()).view(Observation(1.0, (EndpointCapacity(one.slot),)))
             for one in deployments
         }
@@ -61,7 +61,7 @@ class Bed:
 
     def _place(self) -> Placement:
         self._now_s += self._step_s
-        placed = self.desk.place(WISH, self.outlooks, self.books, self._now_s)
+        placed = self.desk.place(WISH, self.views, self.books, self._now_s)
         assert isinstance(placed, Placement)
         return placed
 

@@ -11,9 +11,9 @@ from fleetgate.core.routing.prefix_affinity import COLD, PrefixAffinity, WarmPre
 from fleetgate.simulator.faults import SimulatedFault
 from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.proxy_model import ProxyFleet
-from fleetgate.simulator.score import good
+from fleetgate.simulator.report.score import slo_met
+from fleetgate.simulator.serving.world import Arrival, Balancer, World
 from fleetgate.simulator.simulation import Simulation, SimulationOutcome, SimulationSetting
-from fleetgate.simulator.world import Arrival, Balancer, World
 
 WINDOW_SHARE = 0.5  # of the trace that one seed sees; seeds begin evenly spaced, so that they overlap
 
@@ -124,6 +124,6 @@ def worst_third(simulation: Simulation, outcome: SimulationOutcome) -> float:
     for arrival, work in zip(outcome.arrivals, simulation.work, strict=True):
         third = min(2, int(3 * arrival.at_s / span_s))
         offered[third] += work
-        served[third] += work if all(good(arrival, simulation.fleet)) else 0.0
+        served[third] += work if all(slo_met(arrival, simulation.fleet)) else 0.0
     rates = [done / (span_s / 3) for done in served]
     return round(min(rates) / max(1e-9, median(rates)), 4)
