@@ -16,7 +16,7 @@ from tests.loopback.up_rig import Up, deployment, free_port, gateway, run
 WAVES = (
     (8, 24),
     (18, 8),
-)  # clients, and requests of each, for 12 slots: first with a choice, then often without capacity
+)  # clients, and requests of each, for 12 slots: first a choice, then often no capacity
 REQUESTS = sum(clients * each for clients, each in WAVES)
 SPEEDS = [  # prompt tokens/s, seconds of a step
     ("--prefill-tokens-per-s", "20000", "--decode-base-s", "0.002"),

@@ -25,7 +25,7 @@ def check_condition(source: str, without: str = "") -> str:
     try:
         checking.check(source, without)
     except CelError as mistake:
-        refuse(f"at {mistake.place(source)}: {mistake.message}", mistake.fix)
+        refuse(f"at {mistake.position(source)}: {mistake.message}", mistake.fix)
     return source
 
 

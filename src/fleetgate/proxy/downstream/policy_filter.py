@@ -30,7 +30,7 @@ def evaluate_policies(hub: "Hub", admitted: RequestContext, ask: RequestInfo, bo
         headers={name.decode(): headers[name].decode("latin-1") for name in rules.needs_headers if name in headers},
         body=site.body_reader.read(body) if rules.needs_body else {},
     )
-    judgement = rules.judge(facts, admitted.key)
+    judgement = rules.evaluate(facts, admitted.key)
     if judgement.notes:
         _tell(hub, site.gateway.name, judgement.notes)
     if judgement.denied_by:
