@@ -14,7 +14,7 @@ _TOKEN = re.compile(
     |(?P<text>[rR]?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'))
     |(?P<number>(?:0x[0-9a-fA-F]+|\d+\.\d+(?:[eE][+-]?\d+)?|\d+(?:[eE][+-]?\d+)?)(?![\w.]))
     |(?P<name>[A-Za-z_][A-Za-z0-9_]*)
-    |(?P<mark>&&|\|\||[=!<>]=|[-+*/%<>!?:.,()\[\]])""",
+    |(?P<symbol>&&|\|\||[=!<>]=|[-+*/%<>!?:.,()\[\]])""",
     re.VERBOSE,
 )
 _LEVELS: tuple[frozenset[str], ...] = (
@@ -123,7 +123,7 @@ Node = ConstantNode | NameNode | FieldNode | IndexNode | UnaryNode | BinaryNode 
 
 
 class _Token(msgspec.Struct, frozen=True):
-    kind: str  # text, number, name, mark or end
+    kind: str  # text, number, name, symbol or end
     text: str
     offset: int
 
@@ -192,15 +192,15 @@ class _Parser:
         self._next += token.kind != "end"
         return token
 
-    def _skip(self, mark: str) -> bool:
+    def _skip(self, symbol: str) -> bool:
         token = self._peek
-        found = token.kind == "mark" and token.text == mark
+        found = token.kind == "symbol" and token.text == symbol
         self._next += found
         return found
 
-    def _expect(self, mark: str, opened: str) -> None:
-        if not self._skip(mark):
-            raise self._unexpected(f"{opened} needs `{mark}` here")
+    def _expect(self, symbol: str, opened: str) -> None:
+        if not self._skip(symbol):
+            raise self._unexpected(f"{opened} needs `{symbol}` here")
 
     def _unexpected(self, fix: str) -> CelError:
         token = self._peek
@@ -235,14 +235,14 @@ class _Parser:
         if level == len(_LEVELS):
             return self._unary()
         node = self._level(level + 1)
-        while self._peek.kind in ("mark", "name") and self._peek.text in _LEVELS[level]:
+        while self._peek.kind in ("symbol", "name") and self._peek.text in _LEVELS[level]:
             operator = self._take()
             node = self._count(BinaryNode(operator.offset, operator.text, node, self._level(level + 1)))
         return node
 
     def _unary(self) -> Node:
         token = self._peek
-        if token.kind == "mark" and token.text in "!-":
+        if token.kind == "symbol" and token.text in "!-":
             self._take()
             self._depth += 1
             if self._depth > DEPTH_MAX:
@@ -290,11 +290,11 @@ class _Parser:
                 if self._skip("("):
                     return self._count(CallNode(token.offset, name, None, self._list(")", f"`{name}(`")))
                 return self._count(NameNode(token.offset, name))
-            case "mark", "(":
+            case "symbol", "(":
                 node = self._expression()
                 self._expect(")", "`(`")
                 return node
-            case "mark", "[":
+            case "symbol", "[":
                 return self._count(ListNode(token.offset, self._list("]", "`[`")))
         self._next -= token.kind != "end"
         raise self._unexpected("a value is missing here: write a name, a number, a text in quotes or `(`")
