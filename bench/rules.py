@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Policy, ...]] = {
     "a loop over 10 messages": (
         Policy(name="a", when='request.body.messages.exists(m, m.role == "system")', priority="critical"),
     ),
-    "DESIGN's three together": (EU, LONG, BATCH),
+    "three policies together": (EU, LONG, BATCH),
 }
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         rules = CompiledPolicies.compile(gateway(policies), DEPLOYMENTS)
         reader = BodyReader(rules.needs_body)
         facts = RequestAttributes(model="llama", prompt_tokens=9000, headers={"x-team": "a"}, body=reader.read(BODY))
-        judge_us = best_us(lambda rules=rules, facts=facts: rules.judge(facts, KEY))
+        judge_us = best_us(lambda rules=rules, facts=facts: rules.evaluate(facts, KEY))
         body_us = best_us(lambda reader=reader: reader.read(BODY)) if rules.needs_body else 0.0
         print(f"{kind:28} {judge_us:9.2f} {body_us:8.2f} {(judge_us + body_us) / pick_us:10.2f}")
 

@@ -107,7 +107,7 @@ class FaultService:
                 continue
             observed = self._observe(fault, series)
             if violates_slo_bound(fault, observed):
-                share = f"{observed.share_inside:.1%} of {observed.succeeded + observed.failed} requests were inside the SLO"
+                share = f"{observed.share_inside:.1%} of {observed.succeeded + observed.failed} requests met the SLO"
                 self.end(fault.name, f"{share}, below its limit of {fault.stop_below_slo:.0%}")
         with self._lock:
             if any(fault.stop_below_slo for fault in self._faults.values()):

@@ -43,7 +43,7 @@ class PolicyFilter:
             },
             body=gateway.body_reader.read(body) if policies.needs_body else {},
         )
-        decision = policies.judge(attributes, context.key)
+        decision = policies.evaluate(attributes, context.key)
         if decision.notes:
             self._notify(gateway.spec.name, decision.notes)
         if decision.denied_by:

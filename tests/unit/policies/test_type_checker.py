@@ -1,11 +1,11 @@
-"""Expressions of policies: what is refused when they are written, and what absent values read as."""
+"""The type checker of expressions: what it refuses, and the values that absent entries have."""
 
 import pytest
 
 from fleetgate.core.routing.policy_decision import BodyPath, RequestAttributes
 from fleetgate.policies.cel_parser import CHARS_MAX, DEPTH_MAX, NODES_MAX, CelError
 from fleetgate.policies.type_checker import check
-from tests.unit.rules_rig import key, policy, rules
+from tests.unit.policies.rig import key, policies, policy
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ from tests.unit.rules_rig import key, policy, rules
         ("request.stream < true", 16, "compares true or false"),
         ("request.prompt_tokens", 9, "must be true or false, but this is a whole number"),
         ("request.prompt_tokens && true", 9, "each side of `&&`"),
-        ("!request.model", 10, "what stands after `!`"),
-        ("request.model ? true : false", 9, "what stands before `?`"),
+        ("!request.model", 10, "the operand of `!`"),
+        ("request.model ? true : false", 9, "the condition before `?`"),
         ("request.stream ? 1 : 'a'", 16, "a whole number or text"),
         ("request.prompt_tokens / 2.0 > 3.0", 23, "joins a whole number and a number"),
         ("request.body.n + 1 > 3", 14, "convert it with int() or double()"),
@@ -32,13 +32,13 @@ from tests.unit.rules_rig import key, policy, rules
         ("request.stream &&", 18, "not complete"),
         ("(request.stream", 16, "needs `)`"),
         ("request.stream true", 16, "write && or ||"),
-        ("{'a': 1}.a == 1", 1, "maps cannot be written"),
+        ("{'a': 1}.a == 1", 1, "cannot contain a map"),
         ("request == null", 1, "cannot be used as a whole"),
         ("request.headers == null", 9, "cannot be used as a whole"),
-        ("has(key.labels)", 9, "is always there"),
+        ("has(key.labels)", 9, "is always present"),
         ('request.headers["X-Team"] == "a"', 17, 'write "x-team"'),
-        ('request.headers["Authorization"] == "a"', 17, "may hold a secret"),
-        ("request.headers[key.name] == 'a'", 21, "must be written out"),
+        ('request.headers["Authorization"] == "a"', 17, "may contain a secret"),
+        ("request.headers[key.name] == 'a'", 21, "must be a literal"),
         ("request.headers[0] == 'a'", 17, "has names, not numbers"),
         ("key.name.first == 'a'", 10, "is text and has no fields"),
         ("deployment.models[0] == 'a'", 19, "is a list"),
@@ -46,28 +46,28 @@ from tests.unit.rules_rig import key, policy, rules
         ("len(request.model) > 1", 1, "there is no function `len`"),
         ("request.model.startsWith(3)", 26, "reads text"),
         ("request.model.startsWith('a', 'b')", 15, "give 1"),
-        ("request.model.matches(key.name)", 27, "must be written out"),
+        ("request.model.matches(key.name)", 27, "must be a literal"),
         ("request.model.matches('(')", 23, "not a regular expression"),
         ("request.model.matches('(a{50}){50}')", 23, "costs too much"),
         ("request.model in ['a', 1]", 19, "in a list"),
         ("request.prompt_tokens in ['a']", 9, "the list has string values"),
         ("request.body.stop == ['a']", 19, "a list"),
-        ("request.body.a.exists(m, request.body.b.exists(n, n == m))", 41, "stands inside another"),
-        ("request.body.a.exists(1, true)", 23, "no name for each item"),
-        ("request.body.a.exists(key, true)", 23, "no name for each item"),
+        ("request.body.a.exists(m, request.body.b.exists(n, n == m))", 41, "is inside another"),
+        ("request.body.a.exists(1, true)", 23, "not a new name for the items"),
+        ("request.body.a.exists(key, true)", 23, "not a new name for the items"),
         ("deployment.models.exists(m, m.x == 'a')", 31, "has no fields"),
         ("request.stream\n  && request.promt_tokens > 1", 14, "did you mean"),
         ("true\n&& request.a.if", 14, "after the dot"),
         ("1 == 99999999999999999999", 1, "cannot be read"),
     ],
 )
-def test_a_mistake_has_its_column_and_a_fix(source: str, column: int, says: str) -> None:
+def test_an_error_has_its_column_and_a_fix(source: str, column: int, says: str) -> None:
     with pytest.raises(CelError) as caught:
         check(source)
-    mistake = caught.value
-    assert says in str(mistake)
-    assert mistake.place(source).endswith(f"column {column}"), mistake.place(source)
-    assert mistake.place(source).startswith("line 2") == ("\n" in source)
+    error = caught.value
+    assert says in str(error)
+    assert error.position(source).endswith(f"column {column}"), error.position(source)
+    assert error.position(source).startswith("line 2") == ("\n" in source)
 
 
 @pytest.mark.parametrize(
@@ -87,18 +87,18 @@ def test_an_expression_is_bounded(source: str) -> None:
 
 def test_a_variable_can_be_forbidden() -> None:
     with pytest.raises(CelError, match="with `require:` alone"):
-        check("deployment.tier == 'spot'", without="deployment")
+        check("deployment.tier == 'spot'", forbidden="deployment")
 
 
-def test_only_what_is_read_is_asked_for() -> None:
-    ruleset = rules(
+def test_only_values_that_are_read_are_needed() -> None:
+    compiled = policies(
         policy(when='request.headers["x-team"] == "a" && request.body.user == null', priority="critical"),
         policy(when='request.body.messages[0].role == "system" || "b" in request.headers', priority="critical"),
         policy(when='"request.body.nothing" == request.model', priority="critical"),
     )
-    assert ruleset.needs_headers == (b"b", b"x-team")
-    assert set(ruleset.needs_body) == {("user",), ("messages", 0, "role")}
-    assert not ruleset.is_empty and rules().is_empty
+    assert compiled.needs_headers == (b"b", b"x-team")
+    assert set(compiled.needs_body) == {("user",), ("messages", 0, "role")}
+    assert not compiled.is_empty and policies().is_empty
 
 
 BODY: dict[BodyPath, object] = {
@@ -161,14 +161,14 @@ BODY: dict[BodyPath, object] = {
         ('deployment.labels.zone == "z" && deployment.cluster != ""', True, False),
     ],
 )
-def test_what_is_absent_reads_as_empty(source: str, present: bool, absent: bool) -> None:
-    ruleset = rules(policy(require=source))
+def test_an_absent_value_reads_as_empty(source: str, present: bool, absent: bool) -> None:
+    compiled = policies(policy(require=source))
     full = RequestAttributes(model="m", headers={"x-team": "a", "x-n": "5"}, body=BODY)
-    told = ruleset.judge(full, key(team="t", **{"a.b/c": "d"}))
-    # The rich Deployment has slot 0, the bare one slot 1.
-    assert not told.notes and (told.allowed is None or 0 in told.allowed) == present
-    untold = ruleset.judge(RequestAttributes(model="m"), key())
-    assert not untold.notes and (untold.allowed is None or 1 in untold.allowed) == absent
+    labelled = compiled.evaluate(full, key(team="t", **{"a.b/c": "d"}))
+    # The labelled Deployment has slot 0, the bare one slot 1.
+    assert not labelled.notes and (labelled.allowed is None or 0 in labelled.allowed) == present
+    bare = compiled.evaluate(RequestAttributes(model="m"), key())
+    assert not bare.notes and (bare.allowed is None or 1 in bare.allowed) == absent
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_is_absent_reads_as_empty(source: str, present: bool, absent: bool)
     [
         ({("n",): "many"}, "another type"),
         ({("n",): {"a": 1}}, "another type"),
-        ({("n",): 1, ("list",): "text"}, "no list"),
+        ({("n",): 1, ("list",): "text"}, "not a list"),
         ({("n",): 1, ("list",): ["a"] * 300}, "more than 256 items"),
         ({("n",): 1, ("size",): 5}, "no size"),
         ({("n",): 1, ("flag",): 5}, "another type"),
@@ -184,6 +184,8 @@ def test_what_is_absent_reads_as_empty(source: str, present: bool, absent: bool)
 )
 def test_a_value_of_another_type_fails_without_showing_it(body: dict[BodyPath, object], why: str) -> None:
     source = 'request.body.n > 3 || "a" in request.body.list || size(request.body.size) > 3 || request.body.flag'
-    told = rules(policy(require=source)).judge(RequestAttributes(model="m", body=body), key())
-    assert told.denied_by == "p0" and len(told.notes) == 1
-    assert why in told.notes[0] and "many" not in told.notes[0] and "the request is refused" in told.notes[0]
+    decision = policies(policy(require=source)).evaluate(RequestAttributes(model="m", body=body), key())
+    assert decision.denied_by == "p0" and len(decision.notes) == 1
+    assert (
+        why in decision.notes[0] and "many" not in decision.notes[0] and "the request is refused" in decision.notes[0]
+    )

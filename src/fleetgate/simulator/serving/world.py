@@ -1,4 +1,4 @@
-"""The simulated world: one heap of events, engines that take time, a network that takes time, and a balancer."""
+"""The simulated world: one heap of events, engines and a network that take time, and a balancer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,21 +7,22 @@ from itertools import count
 from typing import Protocol
 
 from fleetgate.core.model import Deployment
-from fleetgate.simulator.replica import ReplicaJob, SimulatedReplica
+from fleetgate.simulator.serving.replica import ReplicaJob, SimulatedReplica
 
 TICK_S = 1.0
-TICKS_ALONE_MAX = 600  # with nothing else to come: then nothing ever will
+TICKS_ALONE_MAX = 600  # ticks without any other event; after so many, none will come
+PROGRESS_EVERY = 200  # requests
 
 
 class UnfinishedRequest(Exception):
-    """A balancer let go of requests: neither sent nor refused, and nothing is left that could end them."""
+    """A balancer dropped requests: neither sent nor refused, and no event is left that could end them."""
 
 
 @dataclass(slots=True, eq=False)
 class Arrival:
-    """One request of a trace, and what became of it. `output_tokens` is the truth, which no balancer may look at.
+    """One request of a trace and its result. `output_tokens` is the truth, which no balancer may read.
 
-    Units: `first_s` and `ended_s` at the client, −1 where they never came.
+    Units: `first_s` and `ended_s` at the client, −1 if they did not happen.
     """
 
     index: int
@@ -40,44 +41,44 @@ class Arrival:
 
 @dataclass(slots=True)
 class SimulatedEngine:
-    """A replica with its place in the fleet."""
+    """A replica with its Deployment and its round trips. Units: `rtts_s` by proxy."""
 
     deployment: Deployment
     replica: SimulatedReplica
-    rtts_s: Sequence[float]  # by proxy
+    rtts_s: Sequence[float]
     jobs: dict[int, tuple[ReplicaJob, Arrival]] = field(default_factory=dict)
     refuses: bool = False
 
 
 class Balancer(Protocol):
-    """What decides where a request goes. It calls `send`, `refuse` and `wake_at` of the world."""
+    """Decides where a request goes. It calls `send`, `refuse` and `wake_at` of the world."""
 
-    def arrive(self, arrival: Arrival, now_s: float) -> None:
-        """A request came to its proxy."""
+    def on_arrival(self, arrival: Arrival, now_s: float) -> None:
+        """A request reached its proxy."""
 
-    def first_token(self, arrival: Arrival, now_s: float) -> None:
+    def on_first_token(self, arrival: Arrival, now_s: float) -> None:
         """Its first token came back."""
 
-    def finished(self, arrival: Arrival, now_s: float) -> None:
+    def on_finished(self, arrival: Arrival, now_s: float) -> None:
         """Its last token came back."""
 
-    def failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
-        """The attempt was lost: `full` for a refusal, `broken` for an engine that died."""
+    def on_failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
+        """The attempt failed: `full` if the engine refused it, `broken` if the engine died."""
 
-    def tick(self, now_s: float) -> None:
+    def on_tick(self, now_s: float) -> None:
         """A second has passed."""
 
-    def woken(self, now_s: float) -> None:
-        """The moment of a `wake_at`."""
+    def on_wake(self, now_s: float) -> None:
+        """The time of a `wake_at` has come."""
 
     def limit_of(self, slot: int) -> int:
-        """The limit of a Deployment now, 0 for none."""
+        """The current limit of a Deployment, 0 for none."""
 
 
 class World:
-    """Engines, network and clock. Every arrival ends exactly once: finished, refused, or lost.
+    """Engines, network and clock. Every arrival ends exactly once: finished or refused.
 
-    Shape: `engines` are individually addressable; an Endpoint's slot is its index. `proxies` is how many there are.
+    Shape: an Endpoint's slot is the index of its engine; `proxy_regions` has one region for each proxy.
     """
 
     def __init__(self, engines: Sequence[SimulatedEngine], proxy_regions: Sequence[str]) -> None:
@@ -95,7 +96,7 @@ class World:
     # --- for balancers ---
 
     def send(self, arrival: Arrival, engine: int, now_s: float) -> None:
-        """Send a request to an engine; it gets there half a round trip later."""
+        """Send a request to an engine; it arrives there half a round trip later."""
         arrival.replica = engine
         slot = self.engines[engine].deployment.slot
         self.in_flight[slot] += 1
@@ -105,12 +106,12 @@ class World:
         self._later(now_s + self._half_s(arrival, engine), self._reach, arrival, engine)
 
     def refuse(self, arrival: Arrival, reason: str, now_s: float) -> None:
-        """Tell the client that it will not be served."""
+        """Refuse a request to its client."""
         arrival.refused = reason
         self._open -= 1
 
     def wake_at(self, at_s: float) -> None:
-        """Ask to be woken."""
+        """Schedule a call of the balancer's `on_wake`."""
         self._push(at_s, self._wake, ())
 
     def rtt_s(self, proxy: int, slot: int) -> float:
@@ -118,19 +119,19 @@ class World:
         return next(engine.rtts_s[proxy] for engine in self.engines if engine.deployment.slot == slot)
 
     def is_up(self, engine: int) -> bool:
-        """What a probe would say."""
+        """The result of a health probe."""
         return self.engines[engine].replica.up
 
     def waiting(self, engine: int) -> int:
-        """The engine's own metric: requests that wait in it."""
+        """The engine's own metric: requests in its queue."""
         return len(self.engines[engine].replica.queue)
 
     def kv_share(self, engine: int) -> float:
-        """The engine's own metric: how much of its KV cache is in use."""
+        """The engine's own metric: the share of its KV cache in use."""
         return self.engines[engine].replica.kv_share
 
     def tokens_received(self, arrival: Arrival, now_s: float) -> int:
-        """Tokens that a stream has brought to its proxy so far; 0 once the engine is done with it."""
+        """Tokens of a stream that its proxy has received; 0 once the engine has finished it."""
         engine = self.engines[arrival.replica]
         known = engine.jobs.get(arrival.index)
         if known is None or arrival.first_s < 0.0:
@@ -139,12 +140,12 @@ class World:
 
     # --- running ---
 
-    def at(self, at_s: float, happen: Callable[[float], None]) -> None:
-        """Let something happen at a time: a fault begins or ends."""
-        self._push(at_s, happen, None)
+    def at(self, at_s: float, callback: Callable[[float], None]) -> None:
+        """Schedule a call, for example of a fault that begins or ends."""
+        self._push(at_s, callback, None)
 
     def run(self, arrivals: Sequence[Arrival], progress: Callable[[int], None] = lambda done: None) -> None:
-        """Until every arrival has ended.
+        """Run until every arrival has ended.
 
         Raises: `UnfinishedRequest`.
         """
@@ -154,72 +155,73 @@ class World:
         self._push(TICK_S, self._tick, ())
         done, total = 0, len(arrivals)
         while self._heap and self._open:
-            at_s, _, happen, what = heappop(self._heap)
+            at_s, _, callback, arguments = heappop(self._heap)
             self.now_s = at_s
-            if what is None:
-                happen(at_s)
+            if arguments is None:
+                callback(at_s)
             else:
-                happen(*what)
-            if total - self._open >= done + 200:
+                callback(*arguments)
+            if total - self._open >= done + PROGRESS_EVERY:
                 done = total - self._open
                 progress(done)
         progress(total)
 
     def slow_down(self, engine: int, slowness: float, now_s: float) -> None:
-        """A fault: the engine silently slows down, or recovers."""
-        self._poke(engine, lambda replica: replica.slow_down(slowness, now_s))
+        """A fault: the engine slows down without an error, or recovers."""
+        self._change(engine, lambda replica: replica.slow_down(slowness, now_s))
 
     def take_down(self, engine: int, now_s: float) -> None:
-        """A fault: the engine dies with everything in it."""
-        truth = self.engines[engine]
-        truth.replica.up = False
-        lost = [truth.jobs.pop(job.identity)[1] for job in truth.replica.die()]
+        """A fault: the engine dies and loses all its jobs."""
+        simulated = self.engines[engine]
+        simulated.replica.up = False
+        lost = [simulated.jobs.pop(job.index)[1] for job in simulated.replica.die()]
         for arrival in lost:
             self._later(now_s + self._half_s(arrival, engine), self._fail, arrival, engine, "broken")
 
     def bring_up(self, engine: int) -> None:
-        """It is back, empty."""
+        """End of the fault: the engine is up again, and empty."""
         self.engines[engine].replica.up = True
 
     # --- events ---
 
-    def _push(self, at_s: float, happen: Callable[..., None], what: tuple[object, ...] | None) -> None:
-        heappush(self._heap, (at_s, next(self._order), happen, what))
+    def _push(self, at_s: float, callback: Callable[..., None], arguments: tuple[object, ...] | None) -> None:
+        heappush(self._heap, (at_s, next(self._order), callback, arguments))
 
-    def _later(self, at_s: float, happen: Callable[..., None], *what: object) -> None:
+    def _later(self, at_s: float, callback: Callable[..., None], *arguments: object) -> None:
         if at_s <= self.now_s:
-            happen(*what)
+            callback(*arguments)
         else:
-            self._push(at_s, happen, what)
+            self._push(at_s, callback, arguments)
 
     def _half_s(self, arrival: Arrival, engine: int) -> float:
         return 0.5 * self.engines[engine].rtts_s[arrival.proxy]
 
     def _arrive(self, arrival: Arrival) -> None:
-        self.balancer.arrive(arrival, self.now_s)
+        self.balancer.on_arrival(arrival, self.now_s)
 
     def _tick(self) -> None:
         self._ticks_alone = 0 if self._heap else self._ticks_alone + 1
         if self._ticks_alone > TICKS_ALONE_MAX:
             raise UnfinishedRequest(f"{self._open} requests were neither sent nor refused by {self.now_s:.0f} s")
         self._push(self.now_s + TICK_S, self._tick, ())
-        self.balancer.tick(self.now_s)
+        self.balancer.on_tick(self.now_s)
 
     def _wake(self) -> None:
-        self.balancer.woken(self.now_s)
+        self.balancer.on_wake(self.now_s)
 
     def _reach(self, arrival: Arrival, engine: int) -> None:
-        truth = self.engines[engine]
-        if not truth.replica.up or truth.refuses:
-            failure = "full" if truth.replica.up else "broken"
-            # Through the heap even without a round trip: the balancer is in the middle of sending.
+        simulated = self.engines[engine]
+        if not simulated.replica.up or simulated.refuses:
+            failure = "full" if simulated.replica.up else "broken"
+            # Always through the heap, even without a round trip: the balancer is still inside `send`.
             self._push(self.now_s + self._half_s(arrival, engine), self._fail, (arrival, engine, failure))
             return
         job = ReplicaJob(arrival.index, arrival.prompt_tokens, arrival.output_tokens, arrival.blocks)
-        truth.jobs[arrival.index] = (job, arrival)
-        self._poke(engine, lambda replica: replica.push(job, self.now_s))
+        simulated.jobs[arrival.index] = (job, arrival)
+        self._change(engine, lambda replica: replica.push(job, self.now_s))
 
-    def _poke(self, engine: int, change: Callable[[SimulatedReplica], None]) -> None:
+    def _change(self, engine: int, change: Callable[[SimulatedReplica], None]) -> None:
+        """Change a replica, and schedule the end of its leap if that moved."""
         replica = self.engines[engine].replica
         version = replica.version
         change(replica)
@@ -227,30 +229,30 @@ class World:
             self._push(replica.ends_s, self._advance, (engine, replica.version))
 
     def _advance(self, engine: int, version: int) -> None:
-        truth = self.engines[engine]
-        replica = truth.replica
+        simulated = self.engines[engine]
+        replica = simulated.replica
         if replica.version != version:
-            return  # that leap was cut short
+            return  # the leap was shortened, and its new end is scheduled
         firsts, ended = replica.advance()
         if not replica.idle:
             self._push(replica.ends_s, self._advance, (engine, replica.version))
         for job in firsts:
-            arrival = truth.jobs[job.identity][1]
-            self._later(self.now_s + self._half_s(arrival, engine), self._first, arrival)
+            arrival = simulated.jobs[job.index][1]
+            self._later(self.now_s + self._half_s(arrival, engine), self._first_token, arrival)
         for job in ended:
-            _, arrival = truth.jobs.pop(job.identity)
+            _, arrival = simulated.jobs.pop(job.index)
             self._later(self.now_s + self._half_s(arrival, engine), self._finish, arrival, engine)
 
-    def _first(self, arrival: Arrival) -> None:
+    def _first_token(self, arrival: Arrival) -> None:
         arrival.first_s = self.now_s
-        self.balancer.first_token(arrival, self.now_s)
+        self.balancer.on_first_token(arrival, self.now_s)
 
     def _finish(self, arrival: Arrival, engine: int) -> None:
         arrival.ended_s = self.now_s
         self._open -= 1
         self.in_flight[self.engines[engine].deployment.slot] -= 1
-        self.balancer.finished(arrival, self.now_s)
+        self.balancer.on_finished(arrival, self.now_s)
 
     def _fail(self, arrival: Arrival, engine: int, failure: str) -> None:
         self.in_flight[self.engines[engine].deployment.slot] -= 1
-        self.balancer.failed(arrival, failure, self.now_s)
+        self.balancer.on_failed(arrival, failure, self.now_s)

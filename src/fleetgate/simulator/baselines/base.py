@@ -1,31 +1,31 @@
-"""What the built-in comparisons have in common.
+"""The common part of the built-in comparisons.
 
-All of them see at once who is down, and move a request that failed before its first token once: more than many real
-balancers do.
+Every baseline sees at once which engines are down, and moves a request that failed before its first token once. Many
+real balancers do less.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fleetgate.simulator.fleet import SimulatedFleet
-from fleetgate.simulator.world import Arrival, World
+from fleetgate.simulator.serving.world import Arrival, World
 
 
-class TrueLoad(NamedTuple):
-    """What a baseline is given. Units: `capacities` in requests/s by Deployment name, as measured beforehand."""
+class BaselineInputs(NamedTuple):
+    """What a baseline knows. Units: `capacities` in requests/s by Deployment name, as measured beforehand."""
 
     fleet: SimulatedFleet
     capacities: Mapping[str, float]
 
 
-class Baseline:
-    """Sends every request at once to whom `choose` names; it learns nothing and refuses nothing."""
+class BaselineBalancer:
+    """Sends every request at once to the engine that `choose` returns; it learns nothing and refuses nothing."""
 
-    def __init__(self, world: World, truth: TrueLoad) -> None:
+    def __init__(self, world: World, inputs: BaselineInputs) -> None:
         self.world = world
-        self.fleet = truth.fleet
+        self.fleet = inputs.fleet
         self.in_flight = [0] * len(world.engines)
-        self.weights = {d.slot: truth.capacities[d.name] for d in truth.fleet.deployments}
+        self.weights = {d.slot: inputs.capacities[d.name] for d in inputs.fleet.deployments}
         self._credit: dict[int, float] = {}
         self._turns: dict[int, int] = {}
         self._turn = 0
@@ -35,8 +35,8 @@ class Baseline:
         """The engine to send to, or −1 to refuse."""
         raise NotImplementedError
 
-    def arrive(self, arrival: Arrival, now_s: float) -> None:
-        """Send it at once."""
+    def on_arrival(self, arrival: Arrival, now_s: float) -> None:
+        """Send the request at once."""
         engine = self.choose(arrival, now_s)
         if engine < 0:
             self.world.refuse(arrival, "capacity_exhausted", now_s)
@@ -44,45 +44,45 @@ class Baseline:
         self.in_flight[engine] += 1
         self.world.send(arrival, engine, now_s)
 
-    def first_token(self, arrival: Arrival, now_s: float) -> None:
-        """Nothing to learn."""
+    def on_first_token(self, arrival: Arrival, now_s: float) -> None:
+        """Do nothing: a baseline does not learn."""
 
-    def finished(self, arrival: Arrival, now_s: float) -> None:
-        """One less."""
+    def on_finished(self, arrival: Arrival, now_s: float) -> None:
+        """Count one request less in flight."""
         self.in_flight[arrival.replica] -= 1
 
-    def failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
-        """What was not answered yet is tried once more."""
+    def on_failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
+        """Try a request once more if it has no token yet."""
         self.in_flight[arrival.replica] -= 1
         if arrival.first_s >= 0.0 or arrival.index in self._moved:
             self.world.refuse(arrival, "failed", now_s)
             return
         self._moved.add(arrival.index)
-        self.arrive(arrival, now_s)
+        self.on_arrival(arrival, now_s)
 
-    def tick(self, now_s: float) -> None:
-        """Nothing to correct."""
+    def on_tick(self, now_s: float) -> None:
+        """Do nothing: there is nothing to correct."""
 
-    def woken(self, now_s: float) -> None:
-        """Nobody waits."""
+    def on_wake(self, now_s: float) -> None:
+        """Do nothing: no request waits."""
 
     def limit_of(self, slot: int) -> int:
-        """No limits."""
+        """0: a baseline has no limits."""
         return 0
 
     # --- ways to choose ---
 
     def up(self) -> list[int]:
-        """Engines that answer their probe, or all when none does."""
+        """Engines that answer their probe, or all if none does."""
         return [n for n in range(len(self.world.engines)) if self.world.is_up(n)] or list(range(len(self.in_flight)))
 
-    def least(self, engines: Sequence[int]) -> int:
-        """Fewest requests in flight; equal ones in turn."""
+    def least_loaded(self, engines: Sequence[int]) -> int:
+        """The engine with the fewest requests in flight; equal ones in turn."""
         self._turn += 1
         return min(engines, key=lambda n: (self.in_flight[n], (n + self._turn) % len(self.in_flight)))
 
     def weighted(self, weights: Mapping[int, float]) -> int:
-        """Smooth weighted round robin over Deployments, replicas in turn."""
+        """Smooth weighted round robin over Deployments; replicas in turn."""
         engines: dict[int, list[int]] = {}
         for n in self.up():
             engines.setdefault(self.world.engines[n].deployment.slot, []).append(n)

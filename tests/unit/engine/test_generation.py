@@ -1,4 +1,4 @@
-"""What the simulated engine says, and the shapes it can be asked for."""
+"""Generated text and values of the simulated engine, and the parsers of its requests."""
 
 import json
 from typing import Any
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.engine.json_schema import Schema, matching
+from fleetgate.engine.json_schema import Schema, generate_value
 from fleetgate.engine.request_parser import (
     InvalidRequest,
-    OutputHabits,
+    OutputDefaults,
     read_chat,
     read_completion,
     read_embedding,
@@ -49,14 +49,14 @@ def nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[s
 
 @given(st.recursive(SIMPLE, nested, max_leaves=12), st.binary())
 def test_a_value_matches_its_schema(schema: dict[str, Any], prompt: bytes) -> None:
-    value = matching(msgspec.convert(schema, Schema), TextGenerator(0, prompt))
+    value = generate_value(msgspec.convert(schema, Schema), TextGenerator(0, prompt))
     jsonschema_rs.validate(schema, json.loads(json.dumps(value)))
 
 
-def test_a_schema_that_needs_itself_without_end_still_gets_an_answer() -> None:
+def test_an_infinitely_recursive_schema_still_gets_a_value() -> None:
     names = [f"f{index}" for index in range(20)]
     schema = {"type": "object", "properties": {name: {"$ref": "#"} for name in names}, "required": names}
-    assert matching(msgspec.convert(schema, Schema), TextGenerator(0, b"x"))
+    assert generate_value(msgspec.convert(schema, Schema), TextGenerator(0, b"x"))
 
 
 @given(st.binary(max_size=200), st.integers(0, 3), st.integers(1, 100))
@@ -67,7 +67,7 @@ def test_the_same_prompt_gets_the_same_words(prompt: bytes, seed: int, tokens: i
 
 
 @given(st.lists(st.binary(max_size=40), min_size=20, max_size=20, unique=True))
-def test_unlike_prompts_get_unlike_answers(prompts: list[bytes]) -> None:
+def test_different_prompts_get_different_responses(prompts: list[bytes]) -> None:
     assert len({"".join(TextGenerator(0, prompt).pieces(12)) for prompt in prompts}) == 20
 
 
@@ -99,15 +99,15 @@ def test_unlike_prompts_get_unlike_answers(prompts: list[bytes]) -> None:
         ).map(lambda value: json.dumps(value).encode()),
     )
 )
-def test_any_body_is_an_ask_or_a_clear_refusal(body: bytes) -> None:
+def test_any_body_is_a_request_or_a_clear_refusal(body: bytes) -> None:
     for read in (read_chat, read_completion, read_response):
         try:
-            ask = read(body, OutputHabits(output_tokens=3))
+            request = read(body, OutputDefaults(output_tokens=3))
         except InvalidRequest as error:
             assert str(error)
         else:
-            assert ask.pieces
-            assert ask.prompt_tokens > 0
+            assert request.pieces
+            assert request.prompt_tokens > 0
     try:
         assert read_embedding(body).inputs
     except InvalidRequest as error:
@@ -127,5 +127,5 @@ def test_any_body_is_an_ask_or_a_clear_refusal(body: bytes) -> None:
 )
 def test_length_follows_the_limits(fields: dict[str, object], tokens: int, finish_reason: str) -> None:
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
-    ask = read_chat(body, OutputHabits(output_tokens=5))
-    assert (len(ask.pieces), ask.finish_reason) == (tokens, finish_reason)
+    request = read_chat(body, OutputDefaults(output_tokens=5))
+    assert (len(request.pieces), request.finish_reason) == (tokens, finish_reason)

@@ -1,4 +1,4 @@
-"""What a run came to, in the figures that operators ask for."""
+"""The score of a run."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ import msgspec
 from fleetgate.core.capacity.units import ttft_target_s
 from fleetgate.core.model import Price
 from fleetgate.simulator.fleet import SimulatedFleet
+from fleetgate.simulator.serving.world import Arrival, World
 from fleetgate.simulator.trace_capacity import fastest_idle_s
-from fleetgate.simulator.world import Arrival, World
 
 
 class Score(msgspec.Struct, frozen=True):
-    """One strategy's run. The fields' names are the keys of `-o json`.
+    """The score of one strategy. The fields' names are the keys of `-o json`.
 
     Units: shares of all arrivals; `ttft_*` of those that were served; `cost_usd_per_mtok` for tokens inside the SLO,
-    None where no Deployment has a price; `jain` 1 where every key had the same share of its work served inside the SLO.
+    None if no Deployment has a price; `jain` 1 if every key had the same share of its work served inside the SLO.
     """
 
     strategy: str
@@ -33,8 +33,8 @@ class Score(msgspec.Struct, frozen=True):
     jain: float
 
 
-class Run(msgspec.Struct, frozen=True):
-    """How a run was set up. Units: `capacity_rps` of all Deployments; `work` by arrival, 1 on average."""
+class RunSetting(msgspec.Struct, frozen=True):
+    """The settings of a run. Units: `capacity_rps` of all Deployments; `work` by arrival, 1 on average."""
 
     strategy: str
     load: float | None
@@ -43,8 +43,8 @@ class Run(msgspec.Struct, frozen=True):
     work: Sequence[float]
 
 
-def good(arrival: Arrival, fleet: SimulatedFleet) -> tuple[bool, bool]:
-    """Whether a request met its TTFT and its TPOT target; one that did not end met neither."""
+def slo_met(arrival: Arrival, fleet: SimulatedFleet) -> tuple[bool, bool]:
+    """Whether a request met its TTFT and its TPOT target; a request that was not served met neither."""
     if arrival.ended_s < 0.0:
         return False, False
     slo = fleet.slo
@@ -53,9 +53,9 @@ def good(arrival: Arrival, fleet: SimulatedFleet) -> tuple[bool, bool]:
     return arrival.first_s - arrival.at_s <= target_s, tpot_s <= slo.tpot_s
 
 
-def score(run: Run, fleet: SimulatedFleet, arrivals: Sequence[Arrival], world: World) -> Score:
-    """Judge a run that has ended."""
-    verdicts = [good(arrival, fleet) for arrival in arrivals]
+def score(run: RunSetting, fleet: SimulatedFleet, arrivals: Sequence[Arrival], world: World) -> Score:
+    """The score of a finished run."""
+    verdicts = [slo_met(arrival, fleet) for arrival in arrivals]
     count = len(arrivals)
     span_s = max(1e-9, arrivals[-1].at_s - arrivals[0].at_s)
     good_work = sum(work for work, verdict in zip(run.work, verdicts, strict=True) if all(verdict))
@@ -78,28 +78,28 @@ def score(run: Run, fleet: SimulatedFleet, arrivals: Sequence[Arrival], world: W
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """A quantile of sorted values, 0 of none."""
+    """A quantile of sorted values, 0 without values."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 def spill_ratio(fleet: SimulatedFleet, arrivals: Sequence[Arrival], world: World) -> float:
-    """The share of served requests off the first rank or, where all ranks are equal, out of their own region."""
+    """The share of served requests not on the first rank or, if all ranks are equal, outside their own region."""
     ranks = {upstream.deployment: upstream.rank for upstream in fleet.gateway.upstreams}
     first = min(ranks.values())
     served = [arrival for arrival in arrivals if arrival.ended_s >= 0.0]
     ranked = len(set(ranks.values())) > 1
-    spilt = 0
+    spilled = 0
     for arrival in served:
         deployment = world.engines[arrival.replica].deployment
         home = arrival.region or world.proxy_regions[arrival.proxy]
-        spilt += ranks[deployment.name] > first if ranked else bool(home) and deployment.region != home
-    return spilt / max(1, len(served))
+        spilled += ranks[deployment.name] > first if ranked else bool(home) and deployment.region != home
+    return spilled / max(1, len(served))
 
 
 def cost_usd_per_mtok(
     fleet: SimulatedFleet, arrivals: Sequence[Arrival], verdicts: Sequence[tuple[bool, bool]], world: World
 ) -> float | None:
-    """Dollars per million tokens inside the SLO: hours are paid whether used or not, tokens where they were served."""
+    """USD per million tokens inside the SLO; hourly prices count for the whole run, token prices for served tokens."""
     prices = {deployment.slot: deployment.price for deployment in fleet.deployments}
     if all(price == Price() for price in prices.values()):
         return None
@@ -117,7 +117,7 @@ def cost_usd_per_mtok(
 
 
 def jain(arrivals: Sequence[Arrival], verdicts: Sequence[tuple[bool, bool]], work: Sequence[float]) -> float:
-    """Jain's index over keys of the share of their work that was served inside the SLO."""
+    """Jain's fairness index of the share of each key's work that was served inside the SLO."""
     offered: dict[str, float] = {}
     served: dict[str, float] = {}
     for arrival, verdict, weight in zip(arrivals, verdicts, work, strict=True):

@@ -1,4 +1,4 @@
-"""The production balancer in the simulator: its books close, its limits hold, and it answers each request once."""
+"""The production balancer in the simulator: its ledger ends at zero, its limits hold, each request ends once."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from fleetgate.core.routing import strategies
 from fleetgate.simulator.faults import SimulatedFault, schedule_faults
 from fleetgate.simulator.fleet import SimulatedFleet, engines_of
 from fleetgate.simulator.proxy_model import ProxyFleet
-from fleetgate.simulator.region_rtt import Rtts
-from fleetgate.simulator.world import Arrival, World
+from fleetgate.simulator.region_rtt import RegionRtts
+from fleetgate.simulator.serving.world import Arrival, World
 from tests.scenarios.paper_fleets import SLOW, deployment, fleet
 
 FOREVER = float("inf")
 
 
-class Watching(World):
-    """Counts answers, and looks at the ledger each time that something is sent."""
+class CheckingWorld(World):
+    """Counts results, and checks lease and ledger for every request sent."""
 
     def __init__(self, on: SimulatedFleet, regions: Sequence[str]) -> None:
-        super().__init__(engines_of(on, regions, Rtts(warn=lambda sentence: None)), regions)
+        super().__init__(engines_of(on, regions, RegionRtts(warn=lambda sentence: None)), regions)
         self.refusals: Counter[int] = Counter()
         self.sent = 0
-        self.shell: ProxyFleet
+        self.fleet: ProxyFleet
 
     def refuse(self, arrival: Arrival, reason: str, now_s: float) -> None:
         self.refusals[arrival.index] += 1
@@ -32,14 +32,14 @@ class Watching(World):
 
     def send(self, arrival: Arrival, engine: int, now_s: float) -> None:
         self.sent += 1
-        proxy, slot = self.shell.proxies[arrival.proxy], self.engines[engine].deployment.slot
-        assert self.shell.leases[arrival.proxy, slot].until_s >= now_s
-        assert 0 < proxy.books.ledger.in_flight(slot) <= proxy.outlooks[slot].limit
+        proxy, slot = self.fleet.proxies[arrival.proxy], self.engines[engine].deployment.slot
+        assert self.fleet.leases[arrival.proxy, slot].until_s >= now_s
+        assert 0 < proxy.work_ledger.ledger.in_flight(slot) <= proxy.views[slot].limit
         super().send(arrival, engine, now_s)
 
 
 def crowd(count: int, gap_s: float, prompt_tokens: int, proxies: int) -> list[Arrival]:
-    """More than a fleet can take, so that many wait."""
+    """More requests than the fleet can serve, so that many wait."""
     return [Arrival(n, n * gap_s, prompt_tokens, 20, region="us-east", proxy=n % proxies) for n in range(count)]
 
 
@@ -68,20 +68,20 @@ REFUSED_WHILE_MANY_WAIT = [
 @given(st.sampled_from(strategies.names()), crowds, st.lists(faults, max_size=3))
 @example("overflow", crowd(60, 0.004, 600, 2), REFUSED_WHILE_MANY_WAIT)
 @example("overflow", crowd(60, 0.004, 600, 2), [SimulatedFault("down", "a", 1.02, FOREVER, 1.0)])
-def test_books_close_limits_hold_and_nobody_is_answered_twice(
-    strategy: str, requests: list[Arrival], happening: list[SimulatedFault]
+def test_the_ledger_ends_at_zero_limits_hold_and_each_request_ends_once(
+    strategy: str, requests: list[Arrival], scheduled: list[SimulatedFault]
 ) -> None:
-    # No round trip anywhere: a request may fail in the moment in which it is sent.
+    # Without round trips a request may fail at the time at which it is sent.
     on, regions = fleet(deployment("a", SLOW), deployment("b", SLOW)), ("us-east", "us-east")
-    world = Watching(on, regions)
-    world.balancer = world.shell = ProxyFleet(world, on, strategy)
-    schedule_faults(happening, on, world)
+    world = CheckingWorld(on, regions)
+    world.balancer = world.fleet = ProxyFleet(world, on, strategy)
+    schedule_faults(scheduled, on, world)
     world.run(requests)
     ended = Counter(arrival.index for arrival in requests if arrival.ended_s >= 0.0)
     assert ended + world.refusals == Counter(range(len(requests)))
-    if not happening:
+    if not scheduled:
         assert world.sent == len(ended)
-    for proxy in world.shell.proxies:
-        assert not proxy.open and not proxy.waiting and not proxy.desk.queue
-        assert all(proxy.books.ledger.in_flight(known.slot) == 0 for known in on.deployments)
-        assert all(proxy.books.sequences(slot) == 0 for slot in range(len(world.engines)))
+    for proxy in world.fleet.proxies:
+        assert not proxy.open and not proxy.waiting and not proxy.scheduler.queue
+        assert all(proxy.work_ledger.ledger.in_flight(known.slot) == 0 for known in on.deployments)
+        assert all(proxy.work_ledger.sequences(slot) == 0 for slot in range(len(world.engines)))

@@ -1,13 +1,13 @@
-"""Two Deployments, a Gateway over them and short ways to write policies."""
+"""Two Deployments, a Gateway over them, and helpers that build policies."""
 
 from itertools import count
 
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Price, Tier, Upstream
 from fleetgate.policies.policy_set import CompiledPolicies
 
-RICH = Deployment(
+LABELLED = Deployment(
     slot=0,
-    name="rich",
+    name="labelled",
     region="eu-west",
     engine="vllm",
     models={"m": "m", "n": "n"},
@@ -20,25 +20,25 @@ RICH = Deployment(
     price=Price(usd_per_hour=2.5),
 )
 BARE = Deployment(slot=1, name="bare", region="us-east", engine="openai", models={"m": "m"}, endpoints=())
-STRANGER = Deployment(slot=2, name="stranger", region="eu-west", engine="vllm", models={"m": "m"}, endpoints=())
+NOT_UPSTREAM = Deployment(slot=2, name="not-upstream", region="eu-west", engine="vllm", models={"m": "m"}, endpoints=())
 
 
 def policy(**fields: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
-    """A policy that `rules` gives a name."""
+    """The fields of a policy; `policies` adds a name."""
     return fields
 
 
-def rules(*policies: dict[str, str | tuple[str, ...]]) -> CompiledPolicies:
+def policies(*fields_of_each: dict[str, str | tuple[str, ...]]) -> CompiledPolicies:
     """Policies over both Deployments."""
-    return compiled(*(made(number, fields) for number, fields in zip(count(), policies, strict=False)))
+    return compiled(*(named(number, fields) for number, fields in zip(count(), fields_of_each, strict=False)))
 
 
-def made(number: int, fields: dict[str, str | tuple[str, ...]]) -> Policy:
-    """One policy; its name is p and its number where none is given."""
+def named(number: int, fields: dict[str, str | tuple[str, ...]]) -> Policy:
+    """One policy; its default name is p and its number."""
     return Policy(**{"name": f"p{number}", **fields})  # type: ignore[arg-type]
 
 
-def compiled(*policies: Policy) -> CompiledPolicies:
+def compiled(*of_gateway: Policy) -> CompiledPolicies:
     """Policies over both Deployments."""
     gateway = Gateway(
         slot=0,
@@ -46,10 +46,10 @@ def compiled(*policies: Policy) -> CompiledPolicies:
         domain="example.com",
         protocol="openai",
         strategy="overflow",
-        upstreams=(Upstream(deployment="rich", rank=1), Upstream(deployment="bare", rank=2)),
-        policies=policies,
+        upstreams=(Upstream(deployment="labelled", rank=1), Upstream(deployment="bare", rank=2)),
+        policies=of_gateway,
     )
-    return CompiledPolicies.compile(gateway, (STRANGER, BARE, RICH))
+    return CompiledPolicies.compile(gateway, (NOT_UPSTREAM, BARE, LABELLED))
 
 
 def key(name: str = "laptop", /, **labels: str) -> Key:

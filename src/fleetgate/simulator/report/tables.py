@@ -1,4 +1,4 @@
-"""What a simulation found, as JSON for programs and as tables for people."""
+"""The report of a simulation, as JSON and as tables."""
 
 import json
 import sys
@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fleetgate.simulator.fleet import SimulatedFleet
-from fleetgate.simulator.score import Score
-from fleetgate.simulator.world import Arrival
+from fleetgate.simulator.report.score import Score
+from fleetgate.simulator.serving.world import Arrival
 
-PIPE_WIDTH = 200  # nothing is cut where a program reads
+PIPE_WIDTH = 200  # for output that is not a terminal, so that no cell is cut
 
 
 def json_text(scores: Sequence[Score]) -> str:
@@ -25,7 +25,7 @@ def json_text(scores: Sequence[Score]) -> str:
 def print_tables(
     fleet: SimulatedFleet, trace: Sequence[Arrival], capacities_rps: Mapping[str, float], scores: Sequence[Score]
 ) -> None:
-    """First what each Deployment takes of this trace, then how each strategy did."""
+    """Print the capacity of each Deployment for this trace, then the score of each strategy."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     prompt = sum(arrival.prompt_tokens for arrival in trace) / len(trace)
     output = sum(arrival.output_tokens for arrival in trace) / len(trace)
@@ -39,7 +39,7 @@ def print_tables(
     console.print(_score_table(scores))
     console.print(
         f"load {scores[0].load:g} of capacity, seed {scores[0].seed}; goodput_ratio: work of requests inside the SLO "
-        "per second ÷ capacity; built-in baselines run without admission, clairvoyant knows the truth",
+        "per second ÷ capacity; built-in baselines run without admission, clairvoyant knows the true state",
         markup=False,
     )
 
@@ -73,6 +73,6 @@ def _capacity_table(fleet: SimulatedFleet, capacities_rps: Mapping[str, float]) 
 
 def _score_table(scores: Sequence[Score]) -> Table:
     fields = [name for name in Score.__struct_fields__ if name not in ("load", "seed")]
-    # Spaces, where a narrow terminal may break a heading.
+    # Spaces let a narrow terminal wrap a heading.
     headings = [name.replace("_", " ") for name in fields]
     return _table(headings, [[getattr(score, name) for name in fields] for score in scores])

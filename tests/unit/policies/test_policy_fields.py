@@ -1,4 +1,4 @@
-"""Policies as operators write them: mistakes told at apply with path and column, and what reaches the Snapshot."""
+"""Policies in a manifest: errors at apply with path and column, and what the Snapshot contains."""
 
 import re
 from pathlib import Path
@@ -41,13 +41,13 @@ def gateway(*policies: Any) -> dict[str, Any]:
     }
 
 
-def mistakes(*policies: Any) -> list[str]:
+def errors(*policies: Any) -> list[str]:
     drafts, problems = parse_documents([DEPLOYMENT, gateway(*policies)])
     return [problem.sentence() for problem in [*problems, *references.check(drafts, {})]]
 
 
 @pytest.mark.parametrize(
-    ("policy", "path", "says"),
+    ("policy", "path", "part"),
     [
         (EU_STAYS | {"when": "key.label.x == 'a'"}, "policies[1].when: at column 5:", "did you mean `key.labels`?"),
         (EU_STAYS | {"require": "deployment.regon"}, "policies[1].require: at column 12:", "`deployment.region`"),
@@ -73,47 +73,47 @@ def mistakes(*policies: Any) -> list[str]:
         ),
     ],
 )
-def test_one_mistake_is_one_message_with_its_place(policy: dict[str, Any], path: str, says: str) -> None:
-    found = mistakes({"name": "first", "require": "true"}, policy)
+def test_one_error_is_one_message_with_its_position(policy: dict[str, Any], path: str, part: str) -> None:
+    found = errors({"name": "first", "require": "true"}, policy)
     assert len(found) == 1, found
-    assert found[0].startswith(f"Gateway/chat: {path}") and says in found[0]
+    assert found[0].startswith(f"Gateway/chat: {path}") and part in found[0]
 
 
-def test_there_are_not_too_many() -> None:
+def test_the_number_of_policies_is_limited() -> None:
     many = [{"name": f"p{number}", "require": "true"} for number in range(POLICIES_MAX + 1)]
-    assert not mistakes(*many[:-1])
-    assert len(mistakes(*many)) == 1
+    assert not errors(*many[:-1])
+    assert len(errors(*many)) == 1
 
 
-def test_every_example_of_the_documentation_reaches_the_snapshot() -> None:
-    written = gateway(
+def test_every_example_of_the_documentation_is_in_the_snapshot() -> None:
+    manifest = gateway(
         EU_STAYS,
         {"name": "long-prompts", "when": "request.prompt_tokens > 8000", "prefer": ["llama-us"]},
         {"name": "batch", "when": 'request.body.service_tier == "flex"', "set": {"priority": "sheddable"}},
     )
-    assert not mistakes(*written["policies"])
-    made = gateway_of(resources.Gateway.model_validate(written), 0)
-    assert made.policies == (
+    assert not errors(*manifest["policies"])
+    gateway_value = gateway_of(resources.Gateway.model_validate(manifest), 0)
+    assert gateway_value.policies == (
         Policy(**EU_STAYS),  # type: ignore[arg-type]
         Policy(name="long-prompts", when="request.prompt_tokens > 8000", prefer=("llama-us",)),
         Policy(name="batch", when='request.body.service_tier == "flex"', priority="sheddable"),
     )
 
 
-def test_what_was_accepted_once_is_still_published() -> None:
-    """A plug-in that is gone, or a stricter check, must not keep the rest of the store from the proxies."""
-    written = gateway({"name": "old", "python": "gone", "when": "request.gone == 1"})
-    assert len(mistakes(*written["policies"])) == 2
-    made = gateway_of(resources.Gateway.model_validate(written, context=STORED), 0)
-    assert made.policies == (Policy(name="old", python="gone", when="request.gone == 1"),)
+def test_a_policy_accepted_before_is_still_published() -> None:
+    """A plug-in that is not installed any more, or a stricter check, must not block the other resources."""
+    manifest = gateway({"name": "old", "python": "gone", "when": "request.gone == 1"})
+    assert len(errors(*manifest["policies"])) == 2
+    gateway_value = gateway_of(resources.Gateway.model_validate(manifest, context=STORED), 0)
+    assert gateway_value.policies == (Policy(name="old", python="gone", when="request.gone == 1"),)
 
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", ["reference/policies.md", "howto/write-a-policy.md"])
-def test_what_the_documentation_shows_is_accepted(page: str) -> None:
+def test_the_examples_of_the_documentation_are_accepted(page: str) -> None:
     shown = []
     for block in BLOCK.findall((DOCS / page).read_text()):
         read = yaml.safe_load(block)
@@ -121,14 +121,14 @@ def test_what_the_documentation_shows_is_accepted(page: str) -> None:
     assert len(shown) >= 3
     for policy in shown:
         named = [f"prefer[{at}]" for at in range(len(policy.get("prefer", ())))] + ["python"] * ("python" in policy)
-        found = mistakes(policy)
-        # The Deployments and plug-ins that the pages speak of are not installed here.
-        assert [mistake.split(": ")[1] for mistake in found] == [f"policies[0].{field}" for field in named[::-1]]
+        found = errors(policy)
+        # The Deployments and plug-ins named on the pages do not exist here.
+        assert [error.split(": ")[1] for error in found] == [f"policies[0].{field}" for field in named[::-1]]
 
 
-def test_the_mistake_that_the_documentation_shows_is_the_one_that_is_told() -> None:
+def test_the_error_shown_in_the_documentation_is_real() -> None:
     page = " ".join((DOCS / "reference" / "policies.md").read_text().split())
-    told = mistakes(
+    found = errors(
         {"name": "a", "require": "true"}, {"name": "b", "when": "request.promt_tokens > 1", "require": "true"}
     )
-    assert told[0].removeprefix("Gateway/chat: ") in page
+    assert found[0].removeprefix("Gateway/chat: ") in page

@@ -1,4 +1,4 @@
-"""Whatever clients send and operators label, policies answer, and never more widely than they were written."""
+"""For every request and label, policies decide, and never allow more than their conditions."""
 
 from itertools import permutations
 from typing import Any
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fleetgate.core.admission.request_queue import PRIORITIES
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Upstream
 from fleetgate.core.routing.policy_decision import RequestAttributes
-from fleetgate.policies import evaluator as engine
+from fleetgate.policies import evaluator
 from fleetgate.policies.body_fields import BodyReader
 from fleetgate.policies.cel_parser import CHARS_MAX, CelError
 from fleetgate.policies.policy_set import CompiledPolicies
@@ -46,20 +46,20 @@ policy_fields = st.fixed_dictionaries(
     optional={
         "when": conditions,
         "require": conditions,
-        "prefer": st.lists(st.sampled_from(["d0", "d1", "d2", "d3", "gone"]), max_size=3).map(tuple),
+        "prefer": st.lists(st.sampled_from(["d0", "d1", "d2", "d3", "absent"]), max_size=3).map(tuple),
         "priority": st.sampled_from(sorted(PRIORITIES)),
     },
 )
 
 
-def made_of(name: str, fields: dict[str, Any]) -> Policy:
+def named(name: str, fields: dict[str, Any]) -> Policy:
     return Policy(name=name, **fields)
 
 
 policies = st.lists(policy_fields, max_size=4).map(
-    lambda many: tuple(made_of(f"p{number}", fields) for number, fields in enumerate(many))
+    lambda many: tuple(named(f"p{number}", fields) for number, fields in enumerate(many))
 )
-facts = st.builds(
+attributes = st.builds(
     RequestAttributes,
     model=st.sampled_from(["m", "n", "other"]),
     prompt_tokens=st.integers(0, 10**6),
@@ -93,73 +93,77 @@ def compiled(made: tuple[Policy, ...], fleet: tuple[Deployment, ...]) -> Compile
 
 
 def allowed(
-    ruleset: CompiledPolicies, request: RequestAttributes, key: Key, fleet: tuple[Deployment, ...]
+    compiled_policies: CompiledPolicies, request: RequestAttributes, key: Key, fleet: tuple[Deployment, ...]
 ) -> frozenset[int]:
     """The slots that serve the model and may be used."""
-    told = ruleset.judge(request, key).allowed
-    return frozenset(d.slot for d in fleet if request.model in d.models and (told is None or d.slot in told))
+    decision = compiled_policies.evaluate(request, key).allowed
+    return frozenset(d.slot for d in fleet if request.model in d.models and (decision is None or d.slot in decision))
 
 
-@given(policies, fleets(), facts, keys)
-def test_it_always_answers_in_terms_of_the_gateway(
+@given(policies, fleets(), attributes, keys)
+def test_a_decision_has_only_deployments_of_the_gateway(
     made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key
 ) -> None:
-    ruleset = compiled(made, fleet)
-    told = ruleset.judge(request, key)
+    compiled_policies = compiled(made, fleet)
+    decision = compiled_policies.evaluate(request, key)
     slots = {deployment.slot for deployment in fleet}
-    assert told.allowed is None or told.allowed <= slots
-    assert set(told.preferred) <= (slots if told.allowed is None else told.allowed)
-    assert len(set(told.preferred)) == len(told.preferred)
-    assert told.priority in {None, *PRIORITIES}
-    assert bool(told.denied_by) == (told.allowed == frozenset())
-    assert ruleset.judge(request, key) == told, "what is remembered of a key changes nothing"
+    assert decision.allowed is None or decision.allowed <= slots
+    assert set(decision.preferred) <= (slots if decision.allowed is None else decision.allowed)
+    assert len(set(decision.preferred)) == len(decision.preferred)
+    assert decision.priority in {None, *PRIORITIES}
+    assert bool(decision.denied_by) == (decision.allowed == frozenset())
+    assert compiled_policies.evaluate(request, key) == decision, "the cached view of a key changes nothing"
 
 
-@given(policies, fleets(), facts, keys, policy_fields)
+@given(policies, fleets(), attributes, keys, policy_fields)
 def test_another_policy_never_widens(
     made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key, more: dict[str, Any]
 ) -> None:
     before = allowed(compiled(made, fleet), request, key, fleet)
-    after = allowed(compiled((*made, made_of("more", more)), fleet), request, key, fleet)
+    after = allowed(compiled((*made, named("more", more)), fleet), request, key, fleet)
     assert after <= before
 
 
-@given(policies, fleets(), facts, keys)
-def test_their_order_only_orders_what_is_preferred(
+@given(policies, fleets(), attributes, keys)
+def test_the_order_of_policies_only_changes_the_order_of_preference(
     made: tuple[Policy, ...], fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key
 ) -> None:
-    told = compiled(made, fleet).judge(request, key)
+    decision = compiled(made, fleet).evaluate(request, key)
     for other in list(permutations(made))[:6]:
-        again = compiled(other, fleet).judge(request, key)
-        assert (again.allowed, again.priority, again.denied_by) == (told.allowed, told.priority, told.denied_by)
-        assert set(again.preferred) == set(told.preferred) and sorted(again.notes) == sorted(told.notes)
+        again = compiled(other, fleet).evaluate(request, key)
+        assert (again.allowed, again.priority, again.denied_by) == (
+            decision.allowed,
+            decision.priority,
+            decision.denied_by,
+        )
+        assert set(again.preferred) == set(decision.preferred) and sorted(again.notes) == sorted(decision.notes)
 
 
-@given(conditions, fleets(), facts, keys)
-def test_what_is_left_out_reads_as_empty(
+@given(conditions, fleets(), attributes, keys)
+def test_an_absent_entry_reads_as_empty(
     condition: str, fleet: tuple[Deployment, ...], request: RequestAttributes, key: Key
 ) -> None:
-    """An entry that is missing, null or an empty text is one and the same."""
+    """An entry that is absent, null or an empty text is the same."""
     emptied = msgspec.structs.replace(
         request,
         headers={"x-team": "", "n": "", **request.headers},
         body={**dict.fromkeys(PATHS), **request.body},
     )
     labelled = msgspec.structs.replace(key, labels={**dict.fromkeys(NAMES, ""), **key.labels})
-    ruleset = compiled((Policy(name="p", require=condition),), fleet)
-    assert ruleset.judge(emptied, labelled) == ruleset.judge(request, key)
+    compiled_policies = compiled((Policy(name="p", require=condition),), fleet)
+    assert compiled_policies.evaluate(emptied, labelled) == compiled_policies.evaluate(request, key)
 
 
-@given(conditions, st.permutations(range(3)), facts, keys)
-def test_deployments_that_look_alike_are_judged_alike(
+@given(conditions, st.permutations(range(3)), attributes, keys)
+def test_equal_deployments_get_equal_decisions(
     condition: str, order: list[int], request: RequestAttributes, key: Key
 ) -> None:
     twins = tuple(
         Deployment(slot=slot, name=f"d{slot}", region="eu", engine="vllm", models={"m": "m"}, endpoints=())
         for slot in order
     )
-    told = compiled((Policy(name="p", require=condition),), twins).judge(request, key).allowed
-    assert told is None or not told
+    decision = compiled((Policy(name="p", require=condition),), twins).evaluate(request, key).allowed
+    assert decision is None or not decision
 
 
 PRESENT: dict[str, Any] = {
@@ -207,26 +211,26 @@ expressions = st.recursive(
 
 
 @given(expressions)
-def test_where_everything_is_present_it_means_what_cel_means(source: str) -> None:
-    """The expression as written, given to the library with the whole request, against ours with flat values."""
+def test_with_all_values_present_it_means_what_cel_means(source: str) -> None:
+    """The source, evaluated by the library with the whole request, equals the rewritten text with flat values."""
     try:
         check(source)
-    except CelError as mistake:
-        assert "use at most" in mistake.fix
+    except CelError as error:
+        assert "use at most" in error.fix
         return
     try:
-        meant = engine.run(engine.compile_text(source), PRESENT) is True
-    except engine.EvaluationFailed:
+        meant = evaluator.evaluate(evaluator.compile_expression(source), PRESENT) is True
+    except evaluator.EvaluationFailed:
         meant = False
     request, key = PRESENT["request"], PRESENT["key"]
-    ruleset = compiled(
+    compiled_policies = compiled(
         (Policy(name="p", require=source),),
         (Deployment(slot=0, name="d0", region="eu", engine="vllm", models={"llama": "x"}, endpoints=()),),
     )
-    reader = BodyReader(ruleset.needs_body)
+    reader = BodyReader(compiled_policies.needs_body)
     asked = RequestAttributes(**{**request, "body": reader.read(msgspec.json.encode(request["body"]))})
-    told = ruleset.judge(asked, Key(id="k", secret_hmac="", **key))
-    assert (told.allowed is None) == meant
+    decision = compiled_policies.evaluate(asked, Key(id="k", secret_hmac="", **key))
+    assert (decision.allowed is None) == meant
 
 
 words = st.sampled_from(
@@ -237,11 +241,11 @@ words = st.sampled_from(
 
 
 @given(st.text(max_size=40) | st.lists(words, max_size=25).map("".join) | st.lists(words, max_size=25).map(" ".join))
-def test_any_text_is_read_or_refused_with_a_place(source: str) -> None:
+def test_any_text_is_parsed_or_refused_with_a_position(source: str) -> None:
     try:
         expression = check(source)
-    except CelError as mistake:
-        assert 0 <= mistake.at <= min(len(source), CHARS_MAX) and mistake.message and mistake.fix
+    except CelError as error:
+        assert 0 <= error.offset <= min(len(source), CHARS_MAX) and error.message and error.fix
         return
-    engine.compile_text(source)
-    engine.compile_text(expression.text)
+    evaluator.compile_expression(source)
+    evaluator.compile_expression(expression.text)
