@@ -17,7 +17,7 @@ from fleetgate.engine.command import SETTINGS as ENGINE_SETTINGS
 from fleetgate.engine.command import engine
 from fleetgate.manifests import Unreadable
 from fleetgate.policies import plugins
-from fleetgate.supervisor.supervisor import CannotStart
+from fleetgate.supervisor.listeners import CannotStart
 from fleetgate.supervisor.up import UpOptions, run_up
 
 WORKERS_DEFAULT_MAX = 8  # beyond that one machine's network is the limit, not its cores

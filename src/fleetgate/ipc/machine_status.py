@@ -2,8 +2,7 @@
 
 import msgspec
 
-from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
+from fleetgate.ipc.shared_memory import ControlPlaneCell, OverloadBits, SharedMemory, WorkerCell
 
 SILENT_S_MAX = 5.0  # the control plane tells that it lives twice a second; a busy machine may keep it from that
 LAG_SHOWN_S = 10.0  # a scrape or a look every few seconds must not miss it

@@ -6,7 +6,7 @@ The module is pure: the shell opens the memory and hands it in.
 """
 
 from collections.abc import Iterator
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import NamedTuple
 from zlib import crc32
 
@@ -53,6 +53,14 @@ class WorkerCell(IntEnum):
 
 
 WORKER_CELLS = 24
+
+
+class OverloadBits(IntFlag):
+    """What a worker is short of, the bits of `WorkerCell.SHORT`. While one is set, part of the new work is refused."""
+
+    MEMORY = 1
+    CONNECTIONS = 2
+    BODIES = 4
 
 
 class ControlPlaneCell(IntEnum):

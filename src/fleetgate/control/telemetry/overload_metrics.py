@@ -7,8 +7,7 @@ from pathlib import Path
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fleetgate.ipc.machine_status import running_workers
-from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
+from fleetgate.ipc.shared_memory import OverloadBits, SharedMemory, WorkerCell
 
 
 def gauges(board: SharedMemory) -> Iterable[Metric]:
