@@ -30,17 +30,11 @@ def up(
     listen: Annotated[str, typer.Option(help="HOST:PORT for clients, over HTTP.")] = "127.0.0.1:7800",
     api_listen: flags.ApiListen = "127.0.0.1:7801",
     ops_listen: flags.OpsListen = "",
-    workers: Annotated[int, typer.Option(help="Worker processes; 0: one for each core, 8 at most.")] = 0,
-    region: Annotated[
-        str, typer.Option(help="Region of this machine, such as us-east; its Deployments are preferred.")
-    ] = "",
+    workers: flags.Workers = 0,
+    region: flags.Region = "",
     tls_listen: Annotated[str, typer.Option(help="HOST:PORT for clients, over HTTPS; needs --tls.")] = "",
-    tls: Annotated[
-        str, typer.Option(help="`dev` for a development CA, or CERT.pem,KEY.pem; changed files are reloaded.")
-    ] = "",
-    auth: Annotated[
-        str, typer.Option(help="`keys`, or `none` to accept requests without a key (loopback only).")
-    ] = "keys",
+    tls: flags.Tls = "",
+    auth: flags.Auth = "keys",
     cors: flags.Cors = None,
     egress_allow: flags.EgressAllow = "",
     access_log: Annotated[str, typer.Option(help="Path of the access log, `-` for standard output, or `off`.")] = "-",

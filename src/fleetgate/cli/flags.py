@@ -17,7 +17,8 @@ OpsListen = Annotated[
     str, typer.Option(help="HOST:PORT at which workers answer /healthz, /readyz and /metrics, also without the API.")
 ]
 EgressAllow = Annotated[
-    str, typer.Option(help="CIDRs, comma-separated, in which Deployments may have addresses, such as 10.0.0.0/8.")
+    str,
+    typer.Option(help="CIDRs, comma-separated, in which Deployments given through the API may be, such as 10.0.0.0/8."),
 ]
 MaxStale = Annotated[
     float, typer.Option(help="Seconds for which API keys are accepted without the control plane; 0: no limit.", min=0)
@@ -49,3 +50,7 @@ BodyBudgetMib = Annotated[
     int,
     typer.Option(help="MiB of memory for request bodies, in all workers; 0: a quarter of the machine's memory.", min=0),
 ]
+Workers = Annotated[int, typer.Option(help="Worker processes; 0: one for each core, 8 at most.")]
+Region = Annotated[str, typer.Option(help="Region of this machine, such as us-east; its Deployments are preferred.")]
+Tls = Annotated[str, typer.Option(help="`dev` for a development CA, or CERT.pem,KEY.pem; changed files are reloaded.")]
+Auth = Annotated[str, typer.Option(help="`keys`, or `none` to accept requests without a key (loopback only).")]
