@@ -112,7 +112,7 @@ def resolve_value(value: object, index: int) -> object:
         case {"kind": "Secret", "value_from": source, **rest}:
             label = f"Secret/{rest['name']}" if type(rest.get("name")) is str else f"document {index + 1} (Secret)"
             if "value" in rest:
-                raise Unreadable([f"{label}: value_from: cannot stand beside `value`; remove one of them"])
+                raise Unreadable([f"{label}: value_from: excludes `value`; remove one of them"])
             return {**rest, "kind": "Secret", "value": _read_value(source, label)}
         case _:
             return value

@@ -64,7 +64,7 @@ class OverloadBits(IntFlag):
 
 
 class ControlPlaneCell(IntEnum):
-    """The cells about the control plane; the control process writes them."""
+    """The cells of the control process. The supervisor clears `CONFIGURED` before it replaces that process."""
 
     HEARTBEAT_MS = 0
     CONFIGURED = 1  # 1 once the file of `up --config` is applied; a restarted control process then uses the store
@@ -94,7 +94,7 @@ class EndpointSignal(IntEnum):
     RTT_US = 6
     FOREIGN = 7  # requests at the engine that came from other clients than this gateway
     PREFILL = 8  # 1: it can resume a response that another began; 2: it cannot; 0: not known
-    TOKENS = 9  # a checksum of the tokenizer whose token ids it returns and accepts; 1: none
+    TOKENS = 9  # a checksum, equal for engines that accept one another's token ids; 1: it returns or accepts none
 
 
 SIGNAL_CELLS = 10
@@ -161,7 +161,9 @@ class SharedMemory:
         at = 0
         self.worker_cells = cells[at : (at := at + workers * WORKER_CELLS)]
         self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
-        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker], see `health.told_ms`
+        self.ejected_until_ms = cells[
+            at : (at := at + ENDPOINTS_MAX * workers)
+        ]  # [slot][worker]: as the circuit breaker encodes it
         self.retry_after_until_ms = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
         self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
@@ -242,7 +244,7 @@ class SharedMemory:
         return LearnedLimits(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:
-        """Return the latest end of an Endpoint's ejection in any worker, as `health.told_ms` has it; 0 for none."""
+        """Return the latest end of an Endpoint's ejection in any worker, encoded by the circuit breaker; 0 for none."""
         at = endpoint_slot * self.workers
         return max(self.ejected_until_ms[at : at + self.workers])
 

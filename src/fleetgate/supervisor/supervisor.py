@@ -24,7 +24,7 @@ from fleetgate.supervisor.rolling_upgrade import ProcessControl, RollingUpgrade,
 
 RESTART_FIRST_S = 0.2
 RESTART_MAX_S = 10.0
-STEADY_S = 30.0  # a child that ran for this long starts its back-off anew
+STEADY_S = 30.0  # after a run of this length, the restart pause is RESTART_FIRST_S again
 FAILURES_REPORTED = 3  # one end in less than STEADY_S may be chance, three in a row are a fault for the operator
 POLL_S = 0.1
 # The kernel keeps giving connections to a worker whose event loop is stuck, so such a worker is killed. The limit is
