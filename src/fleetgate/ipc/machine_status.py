@@ -1,12 +1,24 @@
 """The state of a machine, read from shared memory: its Snapshot, and what is degraded while it still serves."""
 
+from enum import IntFlag
+
 import msgspec
 
-from fleetgate.ipc.shared_memory import ControlPlaneCell, OverloadBits, SharedMemory, WorkerCell
+from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
 
 SILENT_S_MAX = 5.0  # the control process writes its heartbeat twice a second; a busy machine may delay it
 LAG_SHOWN_S = 10.0  # a reader that polls every few seconds must not miss it
 STUCK_S = 1.0  # twenty ticks of a worker
+
+
+class OverloadBits(IntFlag):
+    """What a worker is short of: the bits of `WorkerCell.SHORT`. While one is set, part of the new work is refused."""
+
+    MEMORY = 1
+    CONNECTIONS = 2
+    BODIES = 4
+
+
 _SHORTAGES = {
     OverloadBits.MEMORY: "memory: part of the new requests get 503",
     OverloadBits.CONNECTIONS: "connections or descriptors: idle connections close, new ones may get 503",

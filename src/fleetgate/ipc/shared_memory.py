@@ -6,7 +6,7 @@ This module only arranges the cells: the caller opens the memory.
 """
 
 from collections.abc import Iterator
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import NamedTuple
 from zlib import crc32
 
@@ -44,7 +44,7 @@ class WorkerCell(IntEnum):
     SHARES = 11  # 1 if this worker counts the load of all columns, not only of its own generation's
     LAG_MS = 13  # for how long its event loop was blocked last time; `LAG_AT_MS` is when
     LAG_AT_MS = 14
-    SHORT = 15  # `OverloadBits`
+    SHORT = 15  # `machine_status.OverloadBits`
     SNAPSHOT_TRYING = 16  # the version on trial; it stays when the worker dies, so that a deadly version is known
     SNAPSHOT_PROVEN = 17  # the newest version that other workers may use
     SNAPSHOT_RETURNED = 18  # the version that was rolled back to the last good one, 0 for none
@@ -53,14 +53,6 @@ class WorkerCell(IntEnum):
 
 
 WORKER_CELLS = 24
-
-
-class OverloadBits(IntFlag):
-    """What a worker is short of: the bits of `WorkerCell.SHORT`. While one is set, part of the new work is refused."""
-
-    MEMORY = 1
-    CONNECTIONS = 2
-    BODIES = 4
 
 
 class ControlPlaneCell(IntEnum):
@@ -109,7 +101,7 @@ class DeploymentCounter(IntEnum):
     REFUSED = 3  # by the engine: 429, 503 with an overflowing queue, 529
 
 
-COUNTER_CELLS = 4
+TALLY_CELLS = 4
 
 
 class LearnedCell(IntEnum):
@@ -129,7 +121,7 @@ def layout() -> str:
     """Return a checksum of this version's layout. Only processes with an equal one can share a block."""
     enums = (WorkerCell, EndpointSignal, WorkCell, DeploymentCounter, LearnedCell)
     members = [[(cell.name, int(cell)) for cell in enum] for enum in enums]
-    sizes = (WORKER_CELLS, SIGNAL_CELLS, WORK_CELLS, COUNTER_CELLS, LEARNED_CELLS, SERIES_MAX, SERIES_NAMES_BYTES)
+    sizes = (WORKER_CELLS, SIGNAL_CELLS, WORK_CELLS, TALLY_CELLS, LEARNED_CELLS, SERIES_MAX, SERIES_NAMES_BYTES)
     of_model = (DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX, SharedMemory.bytes_needed(1))
     return f"{crc32(repr((members, sizes, of_model)).encode()):08x}"
 
@@ -169,7 +161,7 @@ class SharedMemory:
         self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
         self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][WorkCell]
         # [slot][worker][DeploymentCounter]
-        self.deployment_counters = cells[at : (at := at + DEPLOYMENTS_MAX * workers * COUNTER_CELLS)]
+        self.deployment_counters = cells[at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)]
         self.learned = cells[at : (at := at + DEPLOYMENTS_MAX * LEARNED_CELLS)]  # [slot][LearnedCell]
         self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]  # [slot][EndpointSignal]
         self.control_plane = cells[at : (at := at + CONTROL_CELLS)]  # [ControlPlaneCell]
@@ -177,7 +169,7 @@ class SharedMemory:
 
     @staticmethod
     def _cell_count(workers: int) -> int:
-        deployment_cells = 3 + COUNTER_CELLS
+        deployment_cells = 3 + TALLY_CELLS
         endpoint_cells = 1 + WORK_CELLS
         per_worker = (
             WORKER_CELLS

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from fleetgate.ipc.machine_status import running_workers
-from fleetgate.ipc.shared_memory import OverloadBits, SharedMemory, WorkerCell
+from fleetgate.ipc.machine_status import OverloadBits, running_workers
+from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 
 
 def gauges(board: SharedMemory) -> Iterable[Metric]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fleetgate.ipc.event_spool import EventRecord
-from fleetgate.ipc.shared_memory import OverloadBits, WorkerCell
+from fleetgate.ipc.machine_status import OverloadBits
+from fleetgate.ipc.shared_memory import WorkerCell
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.downstream.listener import Listener
