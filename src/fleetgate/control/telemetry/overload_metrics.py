@@ -6,9 +6,8 @@ from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from fleetgate.ipc.machine_status import running_workers
+from fleetgate.ipc.machine_status import OverloadBits, running_workers
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
 
 
 def gauges(board: SharedMemory) -> Iterable[Metric]:
