@@ -2,7 +2,6 @@
 
 import asyncio
 import fcntl
-import logging
 import mmap
 import os
 import signal
@@ -41,6 +40,7 @@ from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.repository import load_world
 from fleetgate.control.telemetry.event_recorder import EventRecorder, beat, watch
+from fleetgate.control.telemetry.log import log_as_json
 from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.ipc.event_spool import EventSpool
 from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory
@@ -57,7 +57,7 @@ log = structlog.get_logger()
 
 def main() -> int:
     """Run until SIGTERM or the supervisor's end, and give the exit code: 1 for what cannot work."""
-    _log_as_json()
+    log_as_json()
     os.umask(0o077)  # whatever is made in the data directory, the database too, is its owner's alone
     text = os.environ.get(ENV)
     if text is None:
@@ -249,19 +249,6 @@ def _write_address(data_dir: DataDir, listener: socket.socket) -> None:
 
 def _host_of(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
-
-
-def _log_as_json() -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 
 
 def _fail(messages: Sequence[str]) -> int:

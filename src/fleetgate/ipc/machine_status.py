@@ -1,13 +1,24 @@
 """How a machine stands, read off the board: ready or not, and what is not as it should be though traffic goes on."""
 
+from enum import IntFlag
+
 import msgspec
 
 from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
 
 SILENT_S_MAX = 5.0  # the control plane tells that it lives twice a second; a busy machine may keep it from that
 LAG_SHOWN_S = 10.0  # a scrape or a look every few seconds must not miss it
 STILL_S = 1.0  # twenty sweeps
+
+
+class OverloadBits(IntFlag):
+    """What a worker is short of, as bits of `WorkerCell.SHORT`. While any is set, some new requests are rejected."""
+
+    MEMORY = 1
+    CONNECTIONS = 2
+    BODIES = 4
+
+
 _SHORT_OF = {
     OverloadBits.MEMORY: "memory: part of the new requests get 503",
     OverloadBits.CONNECTIONS: "connections or descriptors: idle ones close, new ones may get 503",

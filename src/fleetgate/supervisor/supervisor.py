@@ -4,19 +4,18 @@ It serves nothing itself. A listening socket outlives the worker that accepts fr
 connection that still waits in the backlog.
 """
 
-import json
 import mmap
 import os
 import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fleetgate.ipc.log import Log
 from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
 from fleetgate.proxy.worker.config import RETIRE
 from fleetgate.supervisor.child_process import ChildProcess
@@ -30,6 +29,7 @@ POLL_S = 0.1
 # a machine that was suspended accuses nobody.
 HUNG_LOOKS = 100
 KILL_AFTER_S = 5.0  # beyond the grace that the child was given
+PROCESS_LOG = Log()
 
 
 class CannotStart(Exception):
@@ -259,5 +259,4 @@ def _kill(child: ChildProcess) -> None:
 
 def say_json(message: str) -> None:
     """A line of the supervisor's own log."""
-    sys.stderr.write(json.dumps({"event": "supervisor", "message": message}) + "\n")
-    sys.stderr.flush()
+    PROCESS_LOG.info("supervisor", message)

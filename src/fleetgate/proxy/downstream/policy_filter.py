@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
 from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.ipc.log import Level
 from fleetgate.protocols.clients.openai import RequestInfo, output_tokens_max
 from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
 
@@ -42,5 +41,4 @@ def _tell(hub: "Hub", gateway: str, notes: tuple[str, ...]) -> None:
     """A policy that fails is an Event and a line of the log, once a minute, not once a request."""
     for note in hub.notices.fresh(notes, hub.clock()):
         hub.spool.add(EventRecord("Gateway", gateway, note))
-        line = {"at_ms": int(hub.epoch_s() * 1000), "event": "policy_trouble", "gateway": gateway, "message": note}
-        hub.log.add(msgspec.json.encode(line) + b"\n")
+        hub.log.event(Level.WARNING, "policy_trouble", note, gateway=gateway)

@@ -5,17 +5,15 @@ A request reads one number here, `shed_share`. All else happens with connections
 
 import ipaddress
 import resource
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.ipc.log import Level
+from fleetgate.ipc.machine_status import OverloadBits
 from fleetgate.ipc.shared_memory import WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.downstream.listener import Listener
@@ -248,8 +246,8 @@ class OverloadManager:
             self._hub.spool.add(EventRecord("Proxy", f"worker {self._hub.config.index}", sentence))
 
     def _line(self, event: str, message: str, request_id: str) -> None:
-        line = {"event": event, "worker": self._hub.config.index, "message": message}
-        sys.stderr.write(msgspec.json.encode({**line, "id": request_id} if request_id else line).decode() + "\n")
+        level = Level.ERROR if event == "internal_error" else Level.WARNING
+        self._hub.process_log.write(level, event, message, id=request_id)
 
 
 def _touched(error: BaseException) -> set[RequestHandler]:

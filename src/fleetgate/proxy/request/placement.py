@@ -46,7 +46,11 @@ def _pick_by_route(conversation: "RequestHandler", command: Pick, lane: ModelRou
     wish = wanting.wish(now_s - conversation.wants_since_s)
     placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
     if hub.recorder is not None:
-        hub.recorder.decided(conversation, wish, tried, placed)
+        considered = conversation.lane.desk.considered
+        if considered is not None:  # it is None for a Lane that a new Snapshot has just emptied
+            gateway, key = conversation.lane.site.gateway.name, conversation.request.key.name
+            identity = hub.recorder.identity(conversation.request_id, gateway, conversation.lane.model, key)
+            hub.recorder.decided(identity, considered, wish, tried, placed)
     if isinstance(placed, Rejection):
         why = lane.why(placed.reason, tried, conversation.wants_since_s, now_s)
         if why in LOST and hub.ward.try_least_bad(lane, now_s, tried):

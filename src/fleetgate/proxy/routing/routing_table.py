@@ -20,7 +20,8 @@ from fleetgate.policies.policy_set import CompiledPolicies
 from fleetgate.protocols.clients.openai import OPERATIONS, USAGE_ENGINES, models_body
 from fleetgate.protocols.resume.transcript import ResumeMethod
 from fleetgate.proxy.downstream.server_tls import UpstreamTls
-from fleetgate.proxy.telemetry.metrics import LatencyHistogram, WorkerMetrics
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
+from fleetgate.proxy.telemetry.request_metrics import RequestMetrics
 from fleetgate.proxy.transport.connection_pool import EgressRule, EndpointState
 from fleetgate.proxy.transport.response_relay import ModelNames
 
@@ -177,30 +178,6 @@ class ModelRouteState:
         return lead if tables.places[lead.slot].deployment.profile is None else None
 
 
-class RequestMetrics:
-    """The metric cells of one Gateway and Deployment."""
-
-    def __init__(self, telemetry: WorkerMetrics, gateway: str, deployment: str, region: str) -> None:
-        self._telemetry = telemetry
-        self._labels = {"gateway": gateway, "deployment": deployment, "region": region}
-        self.outcomes: dict[str, int] = {}
-        self.ttft: LatencyHistogram = telemetry.histogram("fleetgate_ttft_seconds", self._labels)
-        self.tpot: LatencyHistogram = telemetry.histogram("fleetgate_tpot_seconds", self._labels)
-        self.duration: LatencyHistogram = telemetry.histogram("fleetgate_request_duration_seconds", self._labels)
-        self.prompt_tokens = telemetry.counter("fleetgate_tokens_total", {**self._labels, "kind": "prompt"})
-        self.output_tokens = telemetry.counter("fleetgate_tokens_total", {**self._labels, "kind": "output"})
-
-    def outcome(self, outcome: str) -> int:
-        """The cell that counts requests with this outcome."""
-        index = self._telemetry.counter("fleetgate_requests_total", {**self._labels, "outcome": outcome})
-        self.outcomes[outcome] = index
-        return index
-
-    def failure(self, failure: str) -> int:
-        """The cell that counts attempts that failed this way."""
-        return self._telemetry.counter("fleetgate_attempt_failures_total", {**self._labels, "failure": failure})
-
-
 class GatewayState:
     """A Gateway as requests meet it."""
 
@@ -267,6 +244,13 @@ class RoutingTable:
             self.lanes.append(lane)
             for place in lane.places:
                 place.lanes.append([other for other in lane.places if other is not place])
+
+    def record_decisions(self) -> None:
+        """Keep every decision for `--record`; a ModelRoute's lead gets no request without a decision."""
+        for site in self.sites.values():
+            for lane in site.lanes.values():
+                lane.lead = None
+                lane.desk.record_considered = True
 
     def try_out(self, peer: EndpointState, now_s: float) -> bool:
         """A real request goes to an Endpoint that was out; whether that one is half open, and this its trial."""

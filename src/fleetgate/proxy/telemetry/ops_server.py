@@ -1,6 +1,6 @@
-"""`--ops-listen`: liveness, readiness and the metrics that matter when the control process is away, from the workers.
+"""`--ops-listen`: liveness, readiness and the workers' metrics, also while the control process is away.
 
-Every worker answers on one socket for the whole machine, so it answers for as long as one of them lives.
+Every worker answers on one socket for the whole machine, so it answers while one of them runs.
 """
 
 import asyncio
@@ -10,20 +10,29 @@ from http import HTTPStatus
 
 import msgspec
 
-from fleetgate.ipc.machine_status import MachineStatus, machine_status
+from fleetgate.ipc.exposition import (
+    OPENMETRICS_TYPE,
+    TEXT_TYPE,
+    Family,
+    exposition_text,
+    read_series,
+    series_families,
+    wants_openmetrics,
+)
+from fleetgate.ipc.machine_status import MachineStatus, machine_status, running_workers
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 
 HEAD_BYTES_MAX = 8192
-PATIENCE_S = 5.0
+TIMEOUT_S = 5.0
 CONNECTIONS_MAX = 64
-_JSON, _TEXT = "application/json", "text/plain; version=0.0.4; charset=utf-8"
+_JSON = "application/json"
 
 
 class OpsServer:
     """One worker's share of the operations listener."""
 
-    def __init__(self, board: SharedMemory) -> None:
-        self._board = board
+    def __init__(self, shared_memory: SharedMemory) -> None:
+        self._shared_memory = shared_memory
         self._open = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -31,77 +40,79 @@ class OpsServer:
         self._open += 1
         try:
             if self._open <= CONNECTIONS_MAX:
-                async with asyncio.timeout(PATIENCE_S):
-                    words = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)[0].split(b" ")
-                    writer.write(self._answer(words))
+                async with asyncio.timeout(TIMEOUT_S):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(self.response(head))
                     await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # whoever asked has gone, or sends something else than HTTP
+            pass  # the client is gone, or sends something else than HTTP
         finally:
             self._open -= 1
             writer.close()
 
-    def _answer(self, words: list[bytes]) -> bytes:
+    def response(self, head: bytes) -> bytes:
+        """The response to a request head."""
+        request_line, *fields = head.split(b"\r\n")
+        words = request_line.split(b" ")
         if len(words) != 3 or words[0] not in (b"GET", b"HEAD"):
-            return _response(HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"only GET and HEAD\n", False)
-        now_s, epoch_s = time.monotonic(), time.time()
-        status, kind = HTTPStatus.OK, _TEXT
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, TEXT_TYPE, b"use GET or HEAD\n", False)
+        shared_memory = self._shared_memory
+        status, content_type = HTTPStatus.OK, TEXT_TYPE
         match words[1].partition(b"?")[0]:
             case b"/healthz":
                 body = b"ok\n"
             case b"/readyz":
-                kind, standing = _JSON, machine_status(self._board, now_s, epoch_s)
-                reasons = _reasons_against(self._board, standing)
+                content_type, machine = _JSON, machine_status(shared_memory, time.monotonic(), time.time())
+                reasons = _reasons_against(shared_memory, machine)
                 status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-                body = msgspec.json.encode(readiness(standing, reasons))
+                body = msgspec.json.encode(readiness(machine, reasons))
             case b"/metrics":
-                standing = machine_status(self._board, now_s, epoch_s)
-                body = "".join(f"{line}\n" for line in _metrics(self._board, standing)).encode()
+                openmetrics = wants_openmetrics(_accept(fields))
+                content_type = OPENMETRICS_TYPE if openmetrics else TEXT_TYPE
+                machine = machine_status(shared_memory, time.monotonic(), time.time())
+                body = exposition_text(families(shared_memory, machine), openmetrics).encode()
             case _:
-                status, body = HTTPStatus.NOT_FOUND, b"ask for /healthz, /readyz or /metrics\n"
-        return _response(status, kind, body, words[0] == b"HEAD")
+                status, body = HTTPStatus.NOT_FOUND, b"use /healthz, /readyz or /metrics\n"
+        return _response(status, content_type, body, words[0] == b"HEAD")
 
 
-def readiness(standing: MachineStatus, reasons: list[str]) -> dict[str, object]:
+def readiness(machine: MachineStatus, reasons: list[str]) -> dict[str, object]:
     """The body of `/readyz`."""
     return {
         "ready": not reasons,
         "reasons": reasons,
-        "degraded": standing.degraded,
-        "snapshot": {"version": standing.version, "age_s": round(standing.age_s, 1)},
-        "control_silent_s": round(standing.control_plane_silent_s, 1),
+        "degraded": machine.degraded,
+        "snapshot": {"version": machine.version, "age_s": round(machine.age_s, 1)},
+        "control_silent_s": round(machine.control_plane_silent_s, 1),
     }
 
 
-def _reasons_against(board: SharedMemory, standing: MachineStatus) -> list[str]:
-    """One worker that accepts is enough: this is for load balancers, who should not take a machine out for less."""
-    if not any(board.get(worker, WorkerCell.ACCEPTING) for worker in range(board.workers)):
+def _reasons_against(shared_memory: SharedMemory, machine: MachineStatus) -> list[str]:
+    """Why the machine is not ready. One worker that accepts is enough for a load balancer to keep the machine."""
+    if not any(shared_memory.get(worker, WorkerCell.ACCEPTING) for worker in range(shared_memory.workers)):
         return ["no worker accepts connections"]
-    return [] if standing.version else ["this proxy was never configured: it has no Snapshot"]
+    return [] if machine.version else ["this proxy was never configured: it has no Snapshot"]
 
 
-def _metrics(board: SharedMemory, standing: MachineStatus) -> Iterator[str]:
-    yield "# TYPE fleetgate_snapshot_age_seconds gauge"
-    yield f"fleetgate_snapshot_age_seconds {standing.age_s:.3f}"
-    yield "# TYPE fleetgate_control_silent_seconds gauge"
-    yield f"fleetgate_control_silent_seconds {standing.control_plane_silent_s:.3f}"
-    yield "# TYPE fleetgate_snapshot_version gauge"
-    for worker in range(board.workers):
-        if board.get(worker, WorkerCell.PID):
-            yield f'fleetgate_snapshot_version{{worker="{worker}"}} {board.get(worker, WorkerCell.SNAPSHOT_VERSION)}'
-    typed = ""
-    for name, value in sorted(board.series_totals().items()):
-        metric = name.partition("{")[0]
-        if metric.endswith("_total"):  # histograms are put together by the control process only
-            if metric != typed:
-                typed = metric
-                yield f"# TYPE {metric} counter"
-            yield f"{name} {value}"
+def families(shared_memory: SharedMemory, machine: MachineStatus) -> Iterator[Family]:
+    """Every metric that the workers know without the control process."""
+    yield Family("fleetgate_snapshot_age_seconds").add((), round(machine.age_s, 3))
+    yield Family("fleetgate_control_silent_seconds").add((), round(machine.control_plane_silent_s, 3))
+    version = Family("fleetgate_snapshot_version")
+    for worker in running_workers(shared_memory):
+        version.add((str(worker),), shared_memory.get(worker, WorkerCell.SNAPSHOT_VERSION))
+    yield version
+    yield from series_families(read_series(shared_memory.series_totals()))
 
 
-def _response(status: HTTPStatus, kind: str, body: bytes, no_body: bool) -> bytes:
+def _accept(fields: list[bytes]) -> str:
+    values = (value for name, _, value in (field.partition(b":") for field in fields) if name.lower() == b"accept")
+    return b",".join(values).decode("latin-1")
+
+
+def _response(status: HTTPStatus, content_type: str, body: bytes, no_body: bool) -> bytes:
     head = (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n"
         "connection: close\r\n\r\n"
     )
     return head.encode() + (b"" if no_body else body)

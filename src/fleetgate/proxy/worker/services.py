@@ -2,20 +2,19 @@
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import formatdate
 from pathlib import Path
-
-import msgspec
 
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.admission.work_ledger import WorkLedger
 from fleetgate.core.capacity.adaptive_limit import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
+from fleetgate.core.routing.decision_record import RecordedEnd
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
+from fleetgate.ipc.log import Level, Log
 from fleetgate.ipc.shared_memory import TALLY_CELLS, EndpointSignal, SharedMemory, WorkerCell
 from fleetgate.ipc.usage_journal import UsageJournal
 from fleetgate.proxy.downstream.authenticator import Authenticator
@@ -33,13 +32,15 @@ from fleetgate.proxy.routing.capacity_tracker import CapacityTracker, change_sen
 from fleetgate.proxy.routing.routing_table import (
     DeploymentState,
     ModelRouteState,
-    RequestMetrics,
     RoutingTable,
     RoutingTableBuilder,
 )
 from fleetgate.proxy.snapshot.key_validity import KeyValidity
+from fleetgate.proxy.telemetry.access_log import NO_DEPLOYMENT, OUTCOME_BYTES, REQUEST_LINE, AccessLog
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
-from fleetgate.proxy.telemetry.metrics import LineLog, TokenEstimateError, WorkerMetrics
+from fleetgate.proxy.telemetry.line_log import DroppedLines, LineLog
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
+from fleetgate.proxy.telemetry.request_metrics import RequestMetrics, TokenEstimateError
 from fleetgate.proxy.transport.connection_pool import IDLE_MAX_S
 from fleetgate.proxy.transport.response_relay import ResponseRelay
 from fleetgate.proxy.worker.config import WorkerConfig
@@ -50,25 +51,18 @@ LOOKS_MAX = 4  # requests of a row that may look for room in turn, so that one t
 LOAD_FRESH_MS = 3_000  # three polls: an older signal counts as no signal, not as "full"
 TROUBLE_EVERY_S = 5.0  # one line for each Deployment in trouble, not one for each request
 
-_LOG = (
-    b'{"at_ms":%d,"event":"request","id":"%b",%b,"key":%b,%b,'
-    b'"status":%d,"outcome":"%b","attempts":%d,"stream":%b,"ttft_us":%d,"duration_us":%d,"bytes":%d,'
-    b'"prompt_tokens":%d,"output_tokens":%d}\n'
-)
-_NOWHERE = b'"deployment":"","region":""'
-_OUTCOME_BYTES = {outcome: outcome.value.encode() for outcome in Outcome}
-
 
 class Hub:
     """One worker's shared state. It is made before the loop runs and changed only by the loop's thread."""
 
     def __init__(
-        self, config: WorkerConfig, board: SharedMemory, ledger: Ledger, log: LineLog, keeper: Authenticator
+        self, config: WorkerConfig, board: SharedMemory, ledger: Ledger, log: AccessLog, keeper: Authenticator
     ) -> None:
         self.config = config
         self.board = board
         self.ledger = ledger
         self.log = log
+        self.process_log = Log(worker=config.index)
         self.gatekeeper = keeper
         self.books = WorkLedger(board, config.index, ledger)
         self.learning = CapacityTracker(board, self.books)
@@ -79,10 +73,14 @@ class Hub:
         self.spool = EventSpool(Path(config.data_dir))
         self.journal = UsageJournal(Path(config.data_dir), self.say)
         self.accounts = UsageRecorder(self.journal)
-        self.recorder = DecisionLog(config) if config.record != "off" else None
+        self.recorder = DecisionLog(config.record, config.region, config.index) if config.record != "off" else None
         self.corrects_limits: Callable[[], bool] = lambda: False  # whether this worker does it for all
         self.telemetry = WorkerMetrics(board, config.index)
         self.estimates = {kind: TokenEstimateError(self.telemetry, kind) for kind in ("prompt", "output")}
+        logs: dict[str, LineLog | Log] = {"access": log, "process": self.process_log}
+        if self.recorder is not None:
+            logs["record"] = self.recorder.log
+        self.dropped_lines = DroppedLines(self.telemetry, logs)
         self.ttft_error = self.telemetry.histogram("fleetgate_ttft_prediction_error_seconds", {})
         self.loop: asyncio.AbstractEventLoop
         self.clock: Callable[[], float] = time.monotonic
@@ -118,8 +116,7 @@ class Hub:
 
     def say(self, sentence: str) -> None:
         """A line in the process's own log."""
-        line = {"event": "worker", "worker": self.config.index, "message": sentence}
-        sys.stderr.write(msgspec.json.encode(line).decode() + "\n")
+        self.process_log.info("worker", sentence)
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run something beside the loop's callbacks; kept referenced until it ends."""
@@ -189,8 +186,8 @@ class Hub:
             output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
             self.lengths.record_prompt(model, len(conversation.body), prompt_tokens)
             if wanting is not None:
-                self.estimates["prompt"].saw(wanting.need.prompt_tokens, prompt_tokens)
-                self.estimates["output"].saw(wanting.need.output_tokens, output_tokens)
+                self.estimates["prompt"].record(wanting.need.prompt_tokens, prompt_tokens)
+                self.estimates["output"].record(wanting.need.output_tokens, output_tokens)
         if output_tokens:
             self.lengths.record_output(model, conversation.request.key.name, output_tokens)
         now_s = self.clock()
@@ -210,7 +207,7 @@ class Hub:
                 peer.retire()
         before, self.tables = self.tables, tables
         if self.recorder is not None:
-            self.recorder.watch(tables)
+            tables.record_decisions()
         self.learning.use(tables.snapshot)
         tables.fit_changed = lambda place: self.learning.renew(place, int(self.clock() * 1000))
         self._renew_places(int(self.clock() * 1000), whole=True)
@@ -266,13 +263,7 @@ class Hub:
         if now_s - self._trouble.get(name, float("-inf")) < TROUBLE_EVERY_S:
             return
         self._trouble[name] = now_s
-        line = {
-            "at_ms": int(self.epoch_s() * 1000),
-            "event": "upstream_trouble",
-            "deployment": name,
-            "message": what[:300],
-        }
-        self.log.add(msgspec.json.encode(line) + b"\n")
+        self.log.event(Level.WARNING, "upstream_trouble", what[:300], deployment=name)
 
     # --- the books ---
 
@@ -280,7 +271,7 @@ class Hub:
         """Count and log a request that has ended."""
         now_s = conversation.seen_s
         if self.recorder is not None:
-            self.recorder.ended(conversation)
+            _record_end(self.recorder, conversation)
         cells = self.telemetry.cells
         relay, place, lane = conversation.relay, conversation.last_place, conversation.lane
         started_s, first_s = conversation.started_s, conversation.first_s
@@ -309,15 +300,15 @@ class Hub:
                 cells[meters.output_tokens] += output_tokens
         if self.log.on:
             self.log.add(
-                _LOG
+                REQUEST_LINE
                 % (
                     int(time.time() * 1000),
                     conversation.request_id,
                     lane.log_names,
                     conversation.request.key_json,
-                    place.log_names if place is not None else _NOWHERE,
+                    place.log_names if place is not None else NO_DEPLOYMENT,
                     conversation.status,
-                    _OUTCOME_BYTES[outcome],
+                    OUTCOME_BYTES[outcome],
                     conversation.attempts,
                     b"true" if conversation.ask.stream else b"false",
                     int((first_s - started_s) * 1e6) if first_s else 0,
@@ -349,9 +340,7 @@ class Hub:
             labels = {"status": str(status), "code": code}
             index = self._denied[status, code] = self.telemetry.counter("fleetgate_denied_total", labels)
         self.telemetry.cells[index] += 1
-        if self.log.on:
-            line = b'{"at_ms":%d,"event":"denied","status":%d,"code":"%b"}\n'
-            self.log.add(line % (time.time() * 1000, status, code.encode()))
+        self.log.denied(status, code)
 
     # --- the sweep ---
 
@@ -380,6 +369,7 @@ class Hub:
         if watch:
             self._learn_from_the_last_second(furthest, now_s)
             self._look_at_journal(now_s)
+            self.dropped_lines.publish()
             for client in self.connections:
                 if client.deadline_s <= now_s:
                     client.overdue(now_s)
@@ -404,5 +394,35 @@ class Hub:
         for name, change in self.learning.correct_limits(int(now_s * 1000)):
             sentence = change_sentence(name, change)
             self.spool.add(EventRecord("Deployment", name, sentence))
-            line = {"at_ms": int(self.epoch_s() * 1000), "event": "limit_changed", "deployment": name}
-            self.log.add(msgspec.json.encode({**line, "message": sentence}) + b"\n")
+            self.log.event(Level.INFO, "limit_changed", sentence, deployment=name)
+
+
+def _record_end(recorder: DecisionLog, conversation: RequestHandler) -> None:
+    relay, wanting, place, lane = (
+        conversation.relay,
+        conversation.wanting,
+        conversation.last_place,
+        conversation.lane,
+    )
+    if wanting is None:
+        return  # it never asked for a place
+    usage = relay.usage if relay is not None else None
+    prompt_tokens: float = 0
+    output_tokens: float = relay.event_count if relay is not None and relay.stream else 0
+    if usage is not None:
+        prompt_tokens = usage.prompt_tokens or usage.input_tokens or 0
+        output_tokens = usage.completion_tokens or usage.output_tokens or output_tokens
+    first_s, started_s, key = conversation.first_s, conversation.started_s, conversation.request.key.name
+    identity = recorder.identity(conversation.request_id, lane.site.gateway.name, lane.model, key)
+    recorder.ended(
+        RecordedEnd(
+            **identity._asdict(),
+            outcome=(conversation.exchange.outcome or Outcome.FAILED).value,
+            duration_s=conversation.seen_s - started_s,
+            ttft_s=first_s - started_s if first_s else 0.0,
+            prompt_tokens=prompt_tokens or wanting.need.prompt_tokens,
+            output_tokens=output_tokens or wanting.need.output_tokens,
+            estimated=not (prompt_tokens and output_tokens),
+            deployment=place.deployment.name if place is not None else "",
+        )
+    )

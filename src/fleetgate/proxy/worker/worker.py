@@ -29,7 +29,7 @@ from fleetgate.proxy.routing.routing_table import RoutingTable, RoutingTableBuil
 from fleetgate.proxy.snapshot.key_validity import KeyValidity
 from fleetgate.proxy.snapshot.rollout import Rollout
 from fleetgate.proxy.snapshot.snapshot_file import EMPTY, SnapshotFile
-from fleetgate.proxy.telemetry.metrics import LineLog
+from fleetgate.proxy.telemetry.access_log import AccessLog
 from fleetgate.proxy.telemetry.ops_server import HEAD_BYTES_MAX, OpsServer
 from fleetgate.proxy.transport import tcp_info as tcp
 from fleetgate.proxy.transport.fault_switch import FaultSwitch
@@ -79,7 +79,7 @@ class WorkerProcess:
         self.overlap = Generations(self.board, config.index, config.serving or config.workers, ledger)
         pepper = (data_dir / "pepper").read_bytes() if config.auth == "keys" else None
         self.config = config
-        self.hub = Hub(config, self.board, ledger, LineLog(config.access_log), Authenticator(pepper))
+        self.hub = Hub(config, self.board, ledger, AccessLog(config.access_log, config.index), Authenticator(pepper))
         self.hub.maker = RoutingTableBuilder(self.hub.telemetry, config.region, (data_dir / "seal.key").read_bytes)
         self.hub.tables = RoutingTable(EMPTY, self.hub.maker, None, 0.0)
         self._snapshots = SnapshotFile(data_dir)
@@ -151,6 +151,7 @@ class WorkerProcess:
             hub.recorder.log.close()
             if hub.recorder.log.dropped:
                 self.hub.say(f"--record: the disk was too slow, and {hub.recorder.log.dropped} records are missing")
+        hub.process_log.drain()
 
     async def _listen(self, fd: int, tls: ServerTls | DevelopmentTls | None) -> Listener:
         tcp.limit_unsent(fd)
@@ -266,4 +267,6 @@ def main() -> None:
         sys.stderr.write("this version lays shared memory out in another way; restart `fleetgate up` to change to it\n")
         sys.exit(EXIT_OTHER_LAYOUT)
     plugins.load()  # the control process tells of those that cannot be used
-    uvloop.run(WorkerProcess(config).run())
+    worker = WorkerProcess(config)
+    worker.hub.process_log.take_over()
+    uvloop.run(worker.run())
