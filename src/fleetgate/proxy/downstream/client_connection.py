@@ -6,6 +6,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from fleetgate.core.routing.policy_decision import ALLOWED
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.clients.openai import InvalidBody
@@ -30,8 +31,9 @@ LINGER_S = 1.0
 PIPELINED_BYTES_MAX = 64 * 1024
 WRITE_BUFFER_BYTES_MAX = 256 * 1024  # FAULTS.md row 5
 UNREAD_MAX_S = 60.0  # without the client taking a byte; FAULTS.md row 5
-TOO_MANY_OF_KEY = "this API key has as many connections open as it may (--key-connections-max); use them again"
-MISTAKE = "the gateway made a mistake; its log tells more under this x-request-id"
+TOO_MANY_OF_KEY = errors.TOO_MANY_CONNECTIONS_OF_KEY.filled()
+MISTAKE = errors.INTERNAL_ERROR
+_TOO_LARGE = errors.BODY_TOO_LARGE.filled(mib=http1.BODY_BYTES_MAX // (1024 * 1024))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -166,7 +168,7 @@ class ClientConnection(asyncio.Protocol):
         data = http1.without_empty_lines(data)
         end = data.find(http1.HEAD_END)
         if (len(data) if end < 0 else end) > http1.HEAD_BYTES_MAX:
-            self._deny_and_close(RequestRejected(431, "invalid_request", f"header over {http1.HEAD_BYTES_MAX} bytes"))
+            self._deny_and_close(RequestRejected(*errors.HEAD_TOO_LARGE.filled(bytes_max=http1.HEAD_BYTES_MAX)))
             return
         if end < 0:
             if data and not self._buffer:  # the first head's time runs since the connection was made
@@ -196,7 +198,7 @@ class ClientConnection(asyncio.Protocol):
                 self._deny_and_close(denied, no_body=parsed.method == b"HEAD")
             return
         if not self._hub.guards.carries(self, admitted.key.name):
-            self._deny_and_close(RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=admitted.answer_headers))
+            self._deny_and_close(RequestRejected(*TOO_MANY_OF_KEY, extra=admitted.answer_headers))
             return
         lasting = not (admitted.key.expires_s or admitted.key.require_fresh_s)
         if lasting and parsed.keep_alive and not parsed.expects_continue and self._memo.keep(head):
@@ -207,7 +209,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, admitted: RequestContext, length: int, rest: bytes) -> None:
         if length > http1.BODY_BYTES_MAX:
-            self._deny_and_close(RequestRejected(413, "invalid_request", _too_large()))
+            self._deny_and_close(RequestRejected(*_TOO_LARGE))
             return
         guards = self._hub.guards
         if guards.shed_share and guards.sheds():
@@ -271,7 +273,7 @@ class ClientConnection(asyncio.Protocol):
         parts.append(data)
         self._received += len(data)
         if self._received > http1.BODY_BYTES_MAX:
-            self._deny_and_close(RequestRejected(413, "invalid_request", _too_large()))
+            self._deny_and_close(RequestRejected(*_TOO_LARGE))
             return
         if whole:
             self._parts = self._chunks = None
@@ -295,7 +297,7 @@ class ClientConnection(asyncio.Protocol):
             ask = openai.read_request(body)
             lane = admitted.site.lanes.get(ask.model)
             if lane is None or (admitted.key.models and ask.model not in admitted.key.models):
-                raise RequestRejected(404, "model_not_found", _no_model(ask.model, admitted), "model")
+                raise RequestRejected(*_no_model(ask.model, admitted), "model")
             judgement = ALLOWED if admitted.site.rules.is_empty else evaluate_policies(hub, admitted, ask, body)
             claimed = claim(hub, admitted, body) if admitted.idempotency else None
         except InvalidBody as error:
@@ -325,9 +327,7 @@ class ClientConnection(asyncio.Protocol):
         name = admitted.path.removeprefix(openai.MODELS_PATH).removeprefix(b"/").decode("ascii", "replace")
         allowed = [model for model in admitted.site.lanes if not admitted.key.models or model in admitted.key.models]
         if name and name not in allowed:
-            self._deny(
-                RequestRejected(404, "model_not_found", _no_model(name, admitted), "model"), no_body=admitted.no_body
-            )
+            self._deny(RequestRejected(*_no_model(name, admitted), "model"), no_body=admitted.no_body)
             return
         body = openai.model_body(name, "fleetgate") if name else openai.models_body(dict.fromkeys(allowed, "fleetgate"))
         self._write_plain(200, body, answers.JSON + admitted.answer_headers, admitted.no_body)
@@ -440,7 +440,7 @@ class ClientConnection(asyncio.Protocol):
         hub = self._hub
         hub.record_denied(500, "internal_error")
         if conversation is None or not conversation.written:
-            body = openai.error_body(500, "internal_error", MISTAKE)
+            body = openai.error_body(MISTAKE.status, MISTAKE.code, MISTAKE.message)
             self.transport.write(
                 answers.plain(500, body, hub.date_line, request_id, answers.JSON + b"connection: close\r\n")
             )
@@ -448,7 +448,7 @@ class ClientConnection(asyncio.Protocol):
             self.transport.abort()  # to HTTP/1.0 a regular close would be a good end
             return
         elif conversation.ask.stream:
-            self.transport.write(http1.chunk(openai.error_event("internal_error", MISTAKE)))
+            self.transport.write(http1.chunk(openai.error_event(MISTAKE.code, MISTAKE.message)))
         self._linger()
 
     def overdue(self, now_s: float) -> None:
@@ -468,7 +468,7 @@ class ClientConnection(asyncio.Protocol):
             self.closing = True
             self.transport.close()
         else:
-            self._deny_and_close(RequestRejected(408, "invalid_request", "the request did not arrive in time"))
+            self._deny_and_close(RequestRejected(*errors.REQUEST_TOO_SLOW.filled()))
 
     def _is_body_fast_enough(self, now_s: float) -> bool:
         passed_s = now_s - self.deadline_s + 1.0
@@ -490,11 +490,7 @@ class ClientConnection(asyncio.Protocol):
         return now_s + UNREAD_MAX_S
 
 
-def _too_large() -> str:
-    return f"the request body is over {http1.BODY_BYTES_MAX // (1024 * 1024)} MiB"
-
-
-def _no_model(name: str, admitted: RequestContext) -> str:
+def _no_model(name: str, admitted: RequestContext) -> tuple[int, str, str]:
     known = [model for model in sorted(admitted.site.lanes) if not admitted.key.models or model in admitted.key.models]
     shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-    return f"the model {name[:200]!r} does not exist here or this key may not use it; there are: {shown or 'none'}"
+    return errors.MODEL_UNKNOWN.filled(model=name[:200], available=shown or "none")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
 from fleetgate.ipc.event_spool import EventRecord
 from fleetgate.ipc.log import Level
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.clients.openai import RequestInfo, output_tokens_max
 from fleetgate.proxy.downstream.request_authorizer import RequestContext, RequestRejected
 
@@ -33,7 +34,7 @@ def evaluate_policies(hub: "Hub", admitted: RequestContext, ask: RequestInfo, bo
     if judgement.notes:
         _tell(hub, site.gateway.name, judgement.notes)
     if judgement.denied_by:
-        raise RequestRejected(403, "policy_denied", judgement.denial)
+        raise RequestRejected(*errors.POLICY_DENIED.filled(reason=judgement.denial))
     return judgement
 
 

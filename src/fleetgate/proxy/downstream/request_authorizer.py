@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fleetgate.core.model import Key
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import RequestHead
+from fleetgate.protocols.response_headers import EXPOSED_HEADERS
 from fleetgate.proxy.downstream.authenticator import may_use
 from fleetgate.proxy.routing.routing_table import GatewayState, RoutingTable
 
@@ -89,35 +91,29 @@ def authorize(head: RequestHead, hub: "Hub") -> RequestContext:
         raise RequestRejected(204, "options", "", extra=allow + cors)
     key = hub.gatekeeper.find(head.headers.get(b"authorization", b""), tables)
     if key is None or (key.expires_s and key.expires_s <= hub.epoch_s()):
-        what = "has expired" if key is not None else "is missing or not known"
+        what = "has expired" if key is not None else "is missing or unknown"
         if key is None and hub.freshness.stale:
-            what = "cannot be checked: the control plane has been away for longer than --max-stale-s"
-        raise RequestRejected(
-            401, "invalid_api_key", f"the API key {what}; send `Authorization: Bearer <key>`", extra=cors
-        )
+            what = "cannot be checked: the control plane was silent for longer than --max-stale-s"
+        raise RequestRejected(*errors.INVALID_API_KEY.filled(reason=what), extra=cors)
     if key.require_fresh_s and hub.freshness.silent_s(hub.clock()) > key.require_fresh_s:
-        message = f"this API key needs a sign of the control plane every {key.require_fresh_s:g} s, and there is none"
-        raise RequestRejected(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
+        rejection = errors.KEY_NOT_FRESH.filled(seconds=key.require_fresh_s)
+        raise RequestRejected(*rejection, extra=cors + b"retry-after: 5\r\n")
     if not may_use(key, site.gateway):
-        raise RequestRejected(
-            403, "policy_denied", f"this API key may not use the Gateway {site.gateway.name}", extra=cors
-        )
+        raise RequestRejected(*errors.GATEWAY_NOT_ALLOWED.filled(gateway=site.gateway.name), extra=cors)
     methods = _methods_of(head.path)
     if not methods:
         path = head.path.decode("ascii", "replace")
-        raise RequestRejected(
-            404, "unknown_path", f"no such path: {path[:200]}; this Gateway speaks the OpenAI API", extra=cors
-        )
+        raise RequestRejected(*errors.UNKNOWN_PATH.filled(path=path[:200]), extra=cors)
     if head.method not in methods.split(b", "):
         allow = b"allow: %b\r\n" % methods
         method, known = head.method.decode(), methods.decode()
-        raise RequestRejected(405, "invalid_request", f"{method} is not possible here; use {known}", extra=allow + cors)
+        raise RequestRejected(*errors.METHOD_NOT_ALLOWED.filled(method=method, allowed=known), extra=allow + cors)
     encoding = head.headers.get(b"content-encoding", b"").strip().lower()
     if encoding not in (b"", b"identity"):
         # Never inflated: a small body may become a very large one. FAULTS.md row 39.
         shown = encoding.decode("ascii", "replace")[:40]
-        message = f"content-encoding {shown!r} is not taken here; send the body uncompressed, without that header"
-        raise RequestRejected(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
+        rejection = errors.BODY_COMPRESSED.filled(encoding=shown)
+        raise RequestRejected(*rejection, extra=b"accept-encoding: identity\r\n" + cors)
     admitted = RequestContext(head, tables, site, key)
     admitted.answer_headers = cors
     return admitted
@@ -140,7 +136,7 @@ def _site_of(host: bytes, tables: RoutingTable) -> GatewayState:
         return tables.default
     known = "set `default: true` on one Gateway" if _is_address(name) else "use <name>.<domain> of a Gateway"
     shown = name.decode("ascii", "replace")[:200]
-    raise RequestRejected(404, "gateway_not_found", f"no Gateway answers at {shown or 'an empty Host'}; {known}")
+    raise RequestRejected(*errors.GATEWAY_NOT_FOUND.filled(host=shown or "an empty Host", fix=known))
 
 
 def _is_address(host: bytes) -> bool:
@@ -163,13 +159,11 @@ def _cors(head: RequestHead, hub: "Hub") -> bytes:
         return (
             b"access-control-allow-origin: %b\r\nvary: origin\r\naccess-control-allow-methods: GET, POST, OPTIONS\r\n"
             b"access-control-allow-headers: authorization, content-type\r\n"
-            b"access-control-expose-headers: x-request-id, x-fleetgate-deployment, x-fleetgate-region, "
-            b"x-fleetgate-attempts\r\n" % origin
+            b"access-control-expose-headers: %b\r\n" % (origin, EXPOSED_HEADERS)
         )
     own = origin.partition(b"://")[2] == head.host
     if hub.config.auth == "none" and not own:
-        message = "requests from web pages of another origin need --cors ORIGIN while --auth is none"
-        raise RequestRejected(403, "policy_denied", message)
+        raise RequestRejected(*errors.ORIGIN_NOT_ALLOWED.filled())
     return b""
 
 

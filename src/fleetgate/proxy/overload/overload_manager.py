@@ -14,6 +14,7 @@ from fleetgate.ipc.event_spool import EventRecord
 from fleetgate.ipc.log import Level
 from fleetgate.ipc.machine_status import OverloadBits
 from fleetgate.ipc.shared_memory import WorkerCell
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.downstream.listener import Listener
@@ -35,8 +36,6 @@ BODY_BUDGET_BYTES_MIN = http1.BODY_BYTES_MAX + 4 * 1024 * 1024  # the largest bo
 LINGERING_MAX = 64  # who is refused is told so, but not when that many are being told already
 EVENT_EVERY_S = 60.0
 LINE_EVERY_S = 1.0
-_OVERLOADED = "the gateway runs short of memory or connections; try again shortly, running answers go on"
-_TOO_MANY_OF_ADDRESS = "this address has as many connections open as it may (--ip-connections-max); use them again"
 _RETRY = b"retry-after: 1\r\nretry-after-ms: 1000\r\nx-should-retry: true\r\n"
 _DESCRIPTORS = Path("/proc/self/fd")
 
@@ -107,7 +106,7 @@ class OverloadManager:
         self._refused += 1
         if self._refused > LINGERING_MAX:
             client.transport.abort()
-        return RequestRejected(429, "rate_limited", _TOO_MANY_OF_ADDRESS, extra=_RETRY)
+        return RequestRejected(*errors.TOO_MANY_CONNECTIONS_OF_ADDRESS.filled(), extra=_RETRY)
 
     def left(self, client: ClientConnection) -> None:
         """A connection ended."""
@@ -151,7 +150,7 @@ class OverloadManager:
 
     def refusal(self) -> RequestRejected:
         """What is said to those."""
-        return RequestRejected(503, "overloaded", _OVERLOADED, extra=_RETRY)
+        return RequestRejected(*errors.OVERLOADED.filled(), extra=_RETRY)
 
     # --- the sweep ---
 

@@ -34,6 +34,7 @@ from fleetgate.core.routing.policy_decision import ALLOWED
 from fleetgate.ipc.shared_memory import DeploymentCounter
 from fleetgate.protocols.clients import openai
 from fleetgate.protocols.clients.openai import RequestInfo
+from fleetgate.protocols.error_codes import MESSAGES
 from fleetgate.proxy.downstream.idempotency import IdempotencyClaim
 from fleetgate.proxy.request import (
     attempt as sending,
@@ -382,7 +383,7 @@ class RequestHandler(ResponseWriter):
 
     def _break_off(self, code: str, command: Command) -> None:
         if self.ask.stream:
-            self.write_event(openai.error_event(code, answers.MESSAGES[code]))
+            self.write_event(openai.error_event(code, MESSAGES[code]))
         self.client.keep_alive = False
         self._end(command)
 

@@ -2,6 +2,7 @@
 
 from fleetgate.core.exchange import ClientGone, Outcome, Refuse, State
 from fleetgate.protocols.clients import openai
+from fleetgate.protocols.error_codes import MESSAGES
 from fleetgate.proxy.request import response_heads as answers
 from fleetgate.proxy.request.handler import RequestHandler
 
@@ -20,7 +21,7 @@ def terminate(conversation: RequestHandler, why: Refuse) -> None:
         conversation.client_gone(ClientGone(Outcome.REFUSED))
         return
     if conversation.ask.stream:
-        conversation.write_event(openai.error_event(why.code, answers.MESSAGES[why.code]))
+        conversation.write_event(openai.error_event(why.code, MESSAGES[why.code]))
     elif conversation.request.raw:
         conversation.client.transport.abort()  # to HTTP/1.0 a regular close would be a good end
     conversation.client_gone()
