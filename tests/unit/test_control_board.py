@@ -39,6 +39,9 @@ def test_readiness_gives_every_reason() -> None:
     assert reasons_against(board, 2, snapshot, started, 102.0) == []
 
 
+UP = "Deployment a is up"
+
+
 def test_a_deployment_is_down_only_when_all_its_endpoints_are() -> None:
     board = board_of()
     snapshot = Snapshot(version=1, made_at_s=0.0, deployments=(deployment("a", 0, 0, 1),))
@@ -50,10 +53,12 @@ def test_a_deployment_is_down_only_when_all_its_endpoints_are() -> None:
         return [sentence for _, _, sentence in watcher.changes(snapshot)]
 
     assert list(watcher.changes(snapshot)) == []
-    assert signal(0, 0) == ["Deployment a is up: it answers its probe."]  # the other one counts as up until probed
-    assert signal(1, 0) == ["Deployment a is down: none of its 2 Endpoints answers its probe."]
+    assert signal(0, 0) == [f"{UP}: it answers its readiness probe."]  # the other one counts as up until probed
+    assert signal(1, 0) == [
+        "Deployment a is down: none of its 2 Endpoints answers the readiness probe; it gets no requests until one does."
+    ]
     assert signal(1, 0) == []
-    assert signal(0, 1) == ["Deployment a is up again: it answers its probe."]
+    assert signal(0, 1) == [f"{UP} again: it answers its readiness probe."]
     assert signal(1, 1) == []
 
 

@@ -39,7 +39,7 @@ from fleetgate.control.snapshot.publisher import Publisher
 from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.repository import load_world
-from fleetgate.control.telemetry.event_recorder import EventRecorder, beat, watch
+from fleetgate.control.telemetry.event_recorder import EventRecorder, heartbeat, record_changes
 from fleetgate.control.telemetry.log import log_as_json
 from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.ipc.event_spool import EventSpool
@@ -132,9 +132,9 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     if control.board is not None:
         jobs.append(book.run())
         spool = EventSpool(data_dir.path)
-        jobs.append(beat(control.board))
+        jobs.append(heartbeat(control.board))
         jobs.append(merge_revoked(control))
-        jobs.append(watch(EventRecorder(control.board), spool, lambda: publisher.current, control.record))
+        jobs.append(record_changes(EventRecorder(control.board), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
     with suppress(OSError, DataDirUnusable):  # what the workers wrote last; else it is taken at the next start
