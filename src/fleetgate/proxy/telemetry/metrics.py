@@ -4,7 +4,7 @@ from fleetgate.ipc.metrics_table import OCTAVE_PARTS, bound_label, metric_of, ot
 from fleetgate.ipc.shared_memory import SERIES_MAX, SERIES_NAMES_BYTES, SharedMemory, WorkerCell
 
 _BITS = 64  # microseconds of 292,000 years
-# Kept free for label sets whose resource names are "other": three histograms of 78 buckets and about 150 counters.
+# Kept free for label sets with the resource name "other": three histograms of 78 buckets and about 150 counters.
 OTHER_SERIES = 512
 _OTHER_BYTES = OTHER_SERIES * 128
 
