@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.routing import strategies
 from fleetgate.core.routing.route import Decision, ModelRoute, route
 from fleetgate.core.routing.strategies import NO_TURN, Candidate, CandidateState, Ranking, Strategy, Turn
@@ -109,3 +110,8 @@ class TestEveryStrategy:
 def test_an_unknown_strategy_is_a_clear_error() -> None:
     with pytest.raises(KeyError, match="overflow"):
         strategies.find("dice")
+
+
+def test_installed_strategies_still_read_the_prediction_by_its_old_name() -> None:
+    slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0)
+    assert CandidateState(0, 1.0, predicted=slow).fit is slow

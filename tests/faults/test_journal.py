@@ -245,7 +245,7 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
     monkeypatch.setattr(journals, "SEGMENT_BYTES", 50_000)
     monkeypatch.setattr(journals, "PREPARE_AT", 25_000)
     sizes: list[int] = []
-    real = account.entries_in
+    real = account.read_entries
 
     def measured(data: bytes, is_over: bool) -> object:
         sizes.append(len(data))

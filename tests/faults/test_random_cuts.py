@@ -26,7 +26,7 @@ CLIENTS = 16
 QUICK = {"fleetgate.core.health.timeouts.FIRST_UNKNOWN_S": 2.0}  # what is cut in its head is a silent engine
 # A breaker would soon leave nothing to cut.
 _MOVES = "fleetgate.core.health.circuit_breaker.TRANSITIONS"
-NO_BREAKER: dict[str, float | str] = {_MOVES: f"{{move: to._replace(after=10**9) for move, to in {_MOVES}.items()}}"}
+NO_BREAKER: dict[str, float | str] = {_MOVES: f"{{move: to._replace(in_a_row=10**9) for move, to in {_MOVES}.items()}}"}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fleetgate.core.health.circuit_breaker import BROKEN_IN_A_ROW
+from fleetgate.core.health.circuit_breaker import CONSECUTIVE_FAILURES_MAX
 from fleetgate.core.model import Endpoint
 from fleetgate.ipc.event_spool import EventSpool
 from fleetgate.ipc.shared_memory import SharedMemory
@@ -74,8 +74,10 @@ def test_row_18_probes_that_go_well_do_not_bring_back_whose_answers_break(three:
         asked += 1
         time.sleep(0.005)
     assert asked > 100
-    assert BROKEN_IN_A_ROW <= len(three.wall.seen) <= BROKEN_IN_A_ROW + 2, "once more after two seconds, no oftener"
-    assert (len(three.wall.seen) + len(three.walls[1].seen)) <= 1.05 * asked + BROKEN_IN_A_ROW
+    assert CONSECUTIVE_FAILURES_MAX <= len(three.wall.seen) <= CONSECUTIVE_FAILURES_MAX + 2, (
+        "once more after two seconds, no oftener"
+    )
+    assert (len(three.wall.seen) + len(three.walls[1].seen)) <= 1.05 * asked + CONSECUTIVE_FAILURES_MAX
 
 
 # --- credentials and models -------------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ class Load:
 
 def test_rows_9_and_57_a_brownout_moves_the_traffic_within_ten_seconds() -> None:
     """Tokens that took 20 ms take ten times as long: nothing breaks, and yet the other Deployment gets the work."""
-    with plane(walls=2, patience={"fleetgate.core.health.outlier_detection.USUAL_LOOKS": 4}) as made:
+    with plane(walls=2, patience={"fleetgate.core.health.outlier_detection.BASELINE_SAMPLES": 4}) as made:
         pace_s = [0.02]
         usual = made.wall.replies["ok"]
 

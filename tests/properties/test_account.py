@@ -12,7 +12,7 @@ from fleetgate.core.usage_record import (
     UsageProgress,
     UsageRow,
     UsageSettlement,
-    entries_in,
+    read_entries,
 )
 
 
@@ -74,11 +74,11 @@ def test_a_journal_that_is_cut_at_any_byte_makes_one_row_of_each_attempt_it_know
     cut = text[: data.draw(st.integers(0, len(text)))]
     pieces = cut.split(b"\n")
     whole = len(pieces) - (not pieces[-1].endswith(b"}"))  # only a line feed may be missing
-    found, read, damaged = entries_in(cut + b"\0" * 64, True)
+    found, read, damaged = read_entries(cut + b"\0" * 64, True)
     assert (len(found), damaged) == (whole, int(len(pieces) > whole and pieces[-1] != b""))
     assert read == len(cut) + 64
     fold = JournalReplay()
-    rows = [*fold.take(found), *fold.abandon(9)]
+    rows = [*fold.apply(found), *fold.abandon(9)]
     assert told(rows) == by_hand(entries[:whole])
     assert not fold.open_attempts
 
@@ -91,10 +91,10 @@ def test_reading_while_it_is_written_reads_nothing_twice_and_nothing_half(
     fold, rows, offset = JournalReplay(), list[UsageRow](), 0
     for moment in [*sorted(moments), len(text)]:
         written = text[:moment] + b"\0" * (len(text) + 8 - moment)
-        found, read, damaged = entries_in(written[offset:], False)
+        found, read, damaged = read_entries(written[offset:], False)
         assert damaged == 0
         offset += read
-        rows += fold.take(found)
+        rows += fold.apply(found)
         fold = JournalReplay(fold.open_attempts.values())  # a restart of the reader, from what it kept
     assert offset == len(text)
     assert told([*rows, *fold.abandon(9)]) == by_hand(entries)
@@ -103,9 +103,9 @@ def test_reading_while_it_is_written_reads_nothing_twice_and_nothing_half(
 @given(journals())
 def test_what_is_told_twice_counts_once(entries: list[Entry]) -> None:
     fold = JournalReplay()
-    rows = list(fold.take(entries))
+    rows = list(fold.apply(entries))
     again = [entry for entry in entries if isinstance(entry, UsageSettlement)]
-    assert not list(fold.take(again))
+    assert not list(fold.apply(again))
     assert told([*rows, *fold.abandon(9)]) == by_hand(entries)
 
 
@@ -113,6 +113,6 @@ def test_what_is_told_twice_counts_once(entries: list[Entry]) -> None:
 def test_a_hole_in_a_dead_journal_costs_what_was_in_it_and_no_more(entries: list[Entry], at: int, size: int) -> None:
     text = b"".join(line(entry) for entry in entries)
     holed = text[:at] + b"\0" * len(text[at : at + size]) + text[at + size :]
-    found, _, damaged = entries_in(holed, True)
+    found, _, damaged = read_entries(holed, True)
     assert len(found) + damaged >= len(entries) - size
     assert all(entry in entries for entry in found)

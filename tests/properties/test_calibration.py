@@ -72,7 +72,7 @@ def test_without_noise_knee_and_units_are_those_of_the_formula(profile: Profile)
     assert found.per_sequence_s == pytest.approx(profile.per_sequence_s, rel=1e-4)
     assert found.prefill_tokens_per_s == pytest.approx(profile.prefill_tokens_per_s, rel=1e-6)
     assume(found.units)
-    assume(waves[0].tpot_s * capacity.LONELY_STEPS <= targets.tpot_s)
+    assume(waves[0].tpot_s * capacity.IDLE_STEP_FACTOR <= targets.tpot_s)
     if waves[-1].tpot_s > targets.tpot_s and not waves[-1].saturated:
         free = Profile(
             name="free",
@@ -105,7 +105,7 @@ def test_a_few_late_answers_do_not_change_the_prefill_speed(profile: Profile, la
     for at, seconds in zip((1, 7, 12), late_s, strict=True):
         delays[at] = seconds
     singles = [single(profile, tokens, seconds) for tokens, seconds in zip(sizes, delays, strict=True)]
-    assert calibration.prefill_of(singles) == pytest.approx(profile.prefill_tokens_per_s, rel=0.01)
+    assert calibration.fit_prefill(singles) == pytest.approx(profile.prefill_tokens_per_s, rel=0.01)
 
 
 @given(st.integers(1, 3000), st.integers(1, 2_000_000), st.integers(1, 16))
@@ -133,13 +133,13 @@ def test_a_step_is_timed_while_all_decode(step_s: float, streams: int, events: i
         alone = [stream * step_s + n * step_s / 3 for n in range(3 * (streams - 1 - stream))]
         together = [streams * step_s + n * step_s for n in range(events)]
         moments.append(alone + together)
-    found = calibration.step_of(moments, tokens_per_event)
+    found = calibration.decode_step_s(moments, tokens_per_event)
     assert found == pytest.approx(step_s / tokens_per_event, rel=1e-6)
 
 
 def test_what_cannot_be_told_is_said() -> None:
     with pytest.raises(calibration.MeasurementFailed, match="different length"):
-        calibration.prefill_of([SingleRequest(256, 0.1), SingleRequest(256, 0.2)])
+        calibration.fit_prefill([SingleRequest(256, 0.1), SingleRequest(256, 0.2)])
     with pytest.raises(calibration.MeasurementFailed, match="long enough"):
-        calibration.decode_of([])
-    assert calibration.step_of([], 1.0) == calibration.step_of([[1.0], [2.0, 3.0]], 1.0) == 0.0
+        calibration.fit_decode([])
+    assert calibration.decode_step_s([], 1.0) == calibration.decode_step_s([[1.0], [2.0, 3.0]], 1.0) == 0.0

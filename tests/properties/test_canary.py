@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.canary_analysis import (
-    BASIS_MIN,
+    BASELINE_MIN,
+    CANARY_S,
     FAILED_MIN,
-    HELP_S,
-    LOOK_S,
-    MOVES,
     PROBATION_S,
     RETRY_MAX_S,
+    RETURNED_S,
     RISE,
+    TRANSITIONS,
     AttemptCounts,
     CanaryStage,
     CanaryTrial,
@@ -42,14 +42,14 @@ def test_nothing_is_given_up_that_does_no_worse_than_what_it_is_compared_with(
     if is_worse(since, before, others):
         assert since.failed >= FAILED_MIN
         assert since.share > max(before.share, others.share) + RISE
-        assert before.ended - before.failed >= BASIS_MIN, "there was nothing to go back to"
+        assert before.ended - before.failed >= BASELINE_MIN, "there was nothing to go back to"
 
 
 @given(results(), results(), st.integers(FAILED_MIN, 2000))
 def test_all_failing_after_nothing_failed_is_always_noticed(
     before: AttemptCounts, others: AttemptCounts, failed: int
 ) -> None:
-    before, others = AttemptCounts(before.ended + BASIS_MIN, 0), AttemptCounts(others.ended, 0)
+    before, others = AttemptCounts(before.ended + BASELINE_MIN, 0), AttemptCounts(others.ended, 0)
     assert is_worse(AttemptCounts(failed, failed), before, others)
 
 
@@ -71,13 +71,13 @@ def test_a_trial_makes_legal_moves_only(course: list[tuple[float, int, int, int]
         own = AttemptCounts(own.ended + good + bad, own.failed + bad)
         others = AttemptCounts(others.ended + elsewhere, others.failed)
         after = next_stage(trial, own, others, now_s)
-        assert after.stage is trial.stage or after.stage in MOVES[trial.stage]
+        assert after.stage is trial.stage or after.stage in TRANSITIONS[trial.stage]
         trial = after
 
 
 @given(results(), st.floats(PROBATION_S, 60))
 def test_without_failures_every_snapshot_becomes_the_good_one(before: AttemptCounts, age_s: float) -> None:
-    trial = next_stage(look(before), AttemptCounts(50, 0), NONE, LOOK_S)
+    trial = next_stage(look(before), AttemptCounts(50, 0), NONE, CANARY_S)
     assert trial.stage is CanaryStage.PROBATION
     assert next_stage(trial, AttemptCounts(500, 0), NONE, age_s).stage is CanaryStage.GOOD
 
@@ -95,7 +95,7 @@ def returned() -> CanaryTrial:
 
 
 def test_going_back_that_helps_is_followed_by_another_trial() -> None:
-    trial = next_stage(returned(), AttemptCounts(150, 46), NONE, 1.0 + HELP_S)
+    trial = next_stage(returned(), AttemptCounts(150, 46), NONE, 1.0 + RETURNED_S)
     assert trial.stage is CanaryStage.WAITING
     waits_s = retry_after_s(trial.returns)
     assert next_stage(trial, AttemptCounts(150, 46), NONE, trial.since_s + waits_s - 0.1).stage is CanaryStage.WAITING
@@ -113,5 +113,5 @@ def test_each_return_waits_longer_up_to_a_bound(returns: int) -> None:
 
 
 def test_every_stage_has_its_row() -> None:
-    assert set(MOVES) == set(CanaryStage)
+    assert set(TRANSITIONS) == set(CanaryStage)
     assert msgspec.structs.fields(CanaryTrial)[0].name == "stage"

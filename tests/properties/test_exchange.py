@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 
 from fleetgate.core.admission.retry_budget import RETRY_FLOOR_PER_S, RetryBudget
 from fleetgate.core.exchange import (
+    CLIENT_GONE,
     FINISHED,
-    GONE,
-    MOVES,
     RESUMES_MAX,
+    TRANSITIONS,
     AttemptFailed,
+    CapacityFreed,
     Command,
     Commit,
     Content,
@@ -19,22 +20,21 @@ from fleetgate.core.exchange import (
     Exchange,
     Failure,
     Finish,
-    IllegalMove,
+    IllegalTransition,
     Interrupt,
     NotPicked,
     Outcome,
-    Overdue,
     Pick,
     Picked,
     QueueFull,
+    QueueTimeout,
     Refuse,
-    RoomFreed,
     Send,
     State,
     Wait,
-    verdict,
+    final_refusal,
 )
-from fleetgate.core.routing.route import NoPlace
+from fleetgate.core.routing.route import RejectionReason
 from fleetgate.core.routing.strategies import Candidate
 
 DEPLOYMENTS = 6
@@ -49,10 +49,10 @@ def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
         match commands[-1]:
             case Pick(tried=tried):
                 left = [slot for slot in range(DEPLOYMENTS) if slot not in tried]
-                reasons = (NoPlace.ALL_FULL, NoPlace.ALL_TRIED if tried else NoPlace.NONE_UP)
+                reasons = (RejectionReason.ALL_FULL, RejectionReason.ALL_TRIED if tried else RejectionReason.NONE_UP)
                 choices = [*(Picked(Candidate(name=str(slot), slot=slot)) for slot in left), *map(NotPicked, reasons)]
             case Wait():
-                choices = [QueueFull(), RoomFreed(), Overdue(2.0), GONE]
+                choices = [QueueFull(), CapacityFreed(), QueueTimeout(2.0), CLIENT_GONE]
             case Send():
                 lost = AttemptFailed(
                     data.draw(failures),
@@ -60,9 +60,14 @@ def play(data: st.DataObject, exchange: Exchange) -> list[Command]:
                     data.draw(st.floats(0, 300)),
                     data.draw(st.booleans()),
                 )
-                choices = [lost, Content(200), Content(400), GONE]
+                choices = [lost, Content(200), Content(400), CLIENT_GONE]
             case _:
-                choices = [FINISHED, AttemptFailed(Failure.BROKEN), AttemptFailed(Failure.BROKEN, resumable=True), GONE]
+                choices = [
+                    FINISHED,
+                    AttemptFailed(Failure.BROKEN),
+                    AttemptFailed(Failure.BROKEN, resumable=True),
+                    CLIENT_GONE,
+                ]
         event = data.draw(st.sampled_from(choices))
         commands.append(exchange.receive(event, 0.0))
     return commands
@@ -83,13 +88,13 @@ def test_every_life_ends_once_and_within_its_attempts(data: st.DataObject, attem
         assert not isinstance(commands[-1], Refuse), "an answer that has begun cannot be taken back"
     if isinstance(commands[-1], Interrupt):
         assert commits
-    with pytest.raises(IllegalMove):
+    with pytest.raises(IllegalTransition):
         exchange.receive(FINISHED, 0.0)
 
 
 @given(st.lists(st.builds(AttemptFailed, failures, st.booleans(), st.floats(0, 1000)), min_size=1), st.integers(0, 3))
 def test_the_verdict_is_one_that_sdks_handle_well(failed: list[AttemptFailed], retries: int) -> None:
-    refusal = verdict(tuple(failed), retries)
+    refusal = final_refusal(tuple(failed), retries)
     assert refusal.status in (404, 429, 502, 503, 504)
     assert refusal.retry_after_s <= 60, "official SDKs do not wait longer than 120 s"
     assert refusal.status != 401, "an upstream's refusal of our credential is not the client's"
@@ -148,7 +153,9 @@ def test_every_move_of_the_table_is_reachable() -> None:
         play(data, Watched(3, RetryBudget(0.1, 0.0)))
 
     explore()
-    assert seen == set(MOVES) - {(State.PICKING, type(GONE))}  # a client can leave there only between two calls
+    assert seen == set(TRANSITIONS) - {
+        (State.PICKING, type(CLIENT_GONE))
+    }  # a client can leave there only between two calls
 
 
 def test_the_outcome_of_an_error_that_is_the_clients() -> None:

@@ -7,9 +7,9 @@ from fleetgate.core.admission.request_queue import Priority
 from fleetgate.core.health.hedge_policy import (
     SEEN_MIN,
     SLOW_QUANTILE,
-    USE_MAX,
+    UTILISATION_MAX,
     HedgeThreshold,
-    has_room_to_spare,
+    has_spare_capacity,
     may_hedge,
 )
 from fleetgate.core.routing.strategies import CandidateState
@@ -51,7 +51,8 @@ def test_room_to_spare_is_counted_where_it_is(places: list[tuple[int, int, float
     standings = [CandidateState(in_flight, health, limit) for in_flight, limit, health in places]
     up = [(in_flight, limit) for in_flight, limit, health in places if limit and health]
     used, there = sum(in_flight for in_flight, _ in up), sum(limit for _, limit in up)
-    assert has_room_to_spare(standings) == (there > 0 and used < USE_MAX * there)
+    assert has_spare_capacity(standings) == (there > 0 and used < UTILISATION_MAX * there)
+    assert not has_spare_capacity([*standings, CandidateState(0, 1.0, paused=True)]), "its engine is full"
 
 
 def test_who_is_hedged() -> None:

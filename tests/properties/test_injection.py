@@ -5,18 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.fault_injection import (
-    LASTS_S_MAX,
+    DURATION_S_MAX,
     REQUESTS_MIN,
-    WATCHED_S,
+    WATCH_TIMEOUT_S,
     Fault,
     FaultKind,
     InjectedFaults,
     SloObservation,
+    active_faults,
     decode_injected,
     encode_injected,
-    in_force,
-    is_affected,
-    must_stop,
+    select_fault,
+    violates_slo_bound,
 )
 
 SHARES = st.floats(0.001, 1.0)
@@ -37,13 +37,13 @@ def fault(share: float = 0.1, begins_s: float = 100.0, ends_s: float = 160.0, bo
 
 @given(SHARES, st.integers(1, 200))
 def test_a_fault_strikes_its_share(share: float, grid: int) -> None:
-    hits = sum(is_affected((fault(share),), (number + 0.5) / grid) is not None for number in range(grid))
+    hits = sum(select_fault((fault(share),), (number + 0.5) / grid) is not None for number in range(grid))
     assert abs(hits - share * grid) <= 1
 
 
 @given(st.lists(SHARES, max_size=4), st.floats(0.0, 0.999999))
 def test_shares_of_several_add_up(shares: list[float], entropy: float) -> None:
-    found = is_affected([fault(share) for share in shares], entropy)
+    found = select_fault([fault(share) for share in shares], entropy)
     assert (found is not None) == (entropy < sum(shares))
 
 
@@ -52,28 +52,28 @@ def test_every_fault_ends(begins_s: float, lasts_s: float, now_s: float, bound: 
     """Whoever wrote the file, with whatever times in it, and whether or not anybody lives to take it out."""
     one = fault(begins_s=begins_s, ends_s=begins_s + lasts_s, bound=bound)
     injected = InjectedFaults(watched_s=watched_s, faults=(one,))
-    if in_force(injected, now_s):
-        assert begins_s <= now_s < begins_s + min(lasts_s, LASTS_S_MAX)
-        assert not bound or now_s - watched_s < WATCHED_S
-    assert not in_force(injected, begins_s + LASTS_S_MAX)
+    if active_faults(injected, now_s):
+        assert begins_s <= now_s < begins_s + min(lasts_s, DURATION_S_MAX)
+        assert not bound or now_s - watched_s < WATCH_TIMEOUT_S
+    assert not active_faults(injected, begins_s + DURATION_S_MAX)
 
 
 def test_one_with_a_bound_needs_a_watcher() -> None:
     injected = InjectedFaults(watched_s=100.0, faults=(fault(bound=0.9), fault()))
-    assert len(in_force(injected, 104.0)) == 2
-    assert [one.stop_below_slo for one in in_force(injected, 105.1)] == [0.0]
+    assert len(active_faults(injected, 104.0)) == 2
+    assert [one.stop_below_slo for one in active_faults(injected, 105.1)] == [0.0]
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100), st.floats(0.01, 1.0))
 def test_it_stops_exactly_below_its_bound(inside: int, late: int, lost: int, bound: float) -> None:
     seen = SloObservation(inside + late, late, lost)
     total = inside + late + lost
-    stops = must_stop(fault(bound=bound), seen)
+    stops = violates_slo_bound(fault(bound=bound), seen)
     if total < REQUESTS_MIN:
         assert not stops
     else:
         assert stops == (inside / total < bound)
-    assert not must_stop(fault(bound=0.0), seen)
+    assert not violates_slo_bound(fault(bound=0.0), seen)
 
 
 @given(st.binary(max_size=200))

@@ -10,11 +10,11 @@ from fleetgate.core.capacity.adaptive_limit import (
     AdaptiveLimit,
     EngineLoad,
     LimitBounds,
-    SpeedLearner,
-    TokenEstimates,
     ViolationCounts,
 )
 from fleetgate.core.capacity.latency_model import NOMINAL_SPEED, SpeedFactor
+from fleetgate.core.capacity.speed_learning import SpeedLearner
+from fleetgate.core.capacity.token_estimates import TokenEstimates
 
 QUIET = EngineLoad()
 COUNTS = st.builds(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.core.admission.lease import LOST_SHARE, SLOTS_LEAST, Lease, LeaseDemand, divide
+from fleetgate.core.admission.lease import LOST_SHARE, SLOTS_MIN, Lease, LeaseDemand, divide
 
 NAMES = st.text(alphabet="abcdef", min_size=1, max_size=4)
 WISHES = st.dictionaries(
@@ -29,7 +29,7 @@ def test_order_changes_nothing(limit: int, wanted: dict[str, LeaseDemand], rando
 @given(st.integers(0, 12), st.integers(2, 6))
 def test_every_proxy_can_start_one_request_where_there_is_enough(busy: int, proxies: int) -> None:
     wanted = {f"p{at}": LeaseDemand(0, 0.0) for at in range(proxies)} | {"busy": LeaseDemand(busy, 1000.0)}
-    slots = divide(SLOTS_LEAST * (proxies + 1) + busy, wanted)
+    slots = divide(SLOTS_MIN * (proxies + 1) + busy, wanted)
     assert all(count >= 1 for count in slots.values())
     assert slots["busy"] == max(slots.values())
 

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.health.outlier_detection import (
+    BASELINE_SAMPLES,
     RESULTS_MIN,
-    SLOW_LOOKS,
-    USUAL_LOOKS,
+    SLOW_SAMPLES,
     LatencyOutlier,
     ResultCounts,
     is_region_lost,
@@ -17,7 +17,7 @@ paces_s = st.floats(0.002, 0.5)
 
 def learned(usual_s: float, in_flight: int = 10) -> LatencyOutlier:
     slowness = LatencyOutlier()
-    for _ in range(USUAL_LOOKS):
+    for _ in range(BASELINE_SAMPLES):
         slowness.record(usual_s)
         assert not slowness.evaluate(in_flight)
     return slowness
@@ -34,8 +34,8 @@ def looks(slowness: LatencyOutlier, took_s: float, times: int, in_flight: int = 
 @given(paces_s)
 def test_a_brownout_is_seen_within_a_few_looks(usual_s: float) -> None:
     found = looks(learned(usual_s), 10.0 * usual_s, 10)
-    assert found.index(True) == SLOW_LOOKS - 1
-    assert sum(found) <= 10 // SLOW_LOOKS, "told once, not at every look"
+    assert found.index(True) == SLOW_SAMPLES - 1
+    assert sum(found) <= 10 // SLOW_SAMPLES, "told once, not at every look"
 
 
 @given(paces_s, st.lists(st.floats(0.3, 3.0), max_size=60))
@@ -46,7 +46,7 @@ def test_ordinary_ups_and_downs_are_none(usual_s: float, factors: list[float]) -
 
 def test_nothing_is_slow_before_it_is_known_what_is_usual_nor_where_nothing_comes_by() -> None:
     slowness = LatencyOutlier()
-    assert not any(looks(slowness, 5.0, USUAL_LOOKS))
+    assert not any(looks(slowness, 5.0, BASELINE_SAMPLES))
     assert not any(slowness.evaluate(10) for _ in range(100))
 
 

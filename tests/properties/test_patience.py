@@ -9,12 +9,12 @@ from fleetgate.core.health.timeouts import (
     FIRST_MAX_S,
     FIRST_MIN_S,
     FIRST_UNKNOWN_S,
-    SEEN_MIN,
     STALL_GAPS,
     STALL_MAX_S,
     STALL_MIN_S,
     STALL_TOKENS,
     STALL_UNKNOWN_S,
+    STREAMS_MIN,
     WHOLE_MAX_S,
     WHOLE_MIN_S,
     FirstTokenTimes,
@@ -42,7 +42,7 @@ def test_a_stall_is_long_beside_what_was_seen_lately(seen_s: list[float]) -> Non
     assert STALL_MIN_S <= pulse.stall_s <= STALL_MAX_S
     slowest_s = max(seen_s[-20:], default=0.0)
     assert pulse.stall_s >= min(STALL_MAX_S, 0.8 * STALL_TOKENS * slowest_s)
-    if len(seen_s) < SEEN_MIN:
+    if len(seen_s) < STREAMS_MIN:
         assert pulse.stall_s >= STALL_UNKNOWN_S
 
 
@@ -57,7 +57,7 @@ def test_a_whole_answer_has_three_times_what_its_longest_form_would_take(
         pulse.record_response(token_s)
     limit_s = whole_answer_s(None, pulse.token_s, tokens_max)
     assert WHOLE_MIN_S <= limit_s <= WHOLE_MAX_S
-    known = wholes_s if len(wholes_s) >= SEEN_MIN else streams_s if len(streams_s) >= SEEN_MIN else []
+    known = wholes_s if len(wholes_s) >= STREAMS_MIN else streams_s if len(streams_s) >= STREAMS_MIN else []
     if not known or not tokens_max:
         assert limit_s == WHOLE_MAX_S
     else:
@@ -67,7 +67,7 @@ def test_a_whole_answer_has_three_times_what_its_longest_form_would_take(
 @given(st.floats(1.5, 100.0))
 def test_a_silence_that_it_came_back_from_is_no_stall(silent_s: float) -> None:
     pulse = StreamTiming()
-    for _ in range(SEEN_MIN):
+    for _ in range(STREAMS_MIN):
         pulse.record_stream(0.02)
     assert pulse.stall_s == STALL_MIN_S
     pulse.record_gap(silent_s)
@@ -80,14 +80,14 @@ def test_a_silence_that_it_came_back_from_is_no_stall(silent_s: float) -> None:
 sizes = st.integers(100, 10_000_000)
 
 
-@given(st.lists(st.tuples(sizes, st.floats(0.01, 20.0)), min_size=SEEN_MIN, max_size=80), sizes)
+@given(st.lists(st.tuples(sizes, st.floats(0.01, 20.0)), min_size=STREAMS_MIN, max_size=80), sizes)
 def test_what_was_seen_of_first_tokens_bounds_what_is_expected(seen: list[tuple[int, float]], size: int) -> None:
     """Never less than the slowest lately of its own size; larger requests have longer, smaller ones no less."""
     firsts = FirstTokenTimes()
-    for body_bytes, ttft_s in seen[: SEEN_MIN - 1]:
+    for body_bytes, ttft_s in seen[: STREAMS_MIN - 1]:
         firsts.record(body_bytes, ttft_s, 0.0)
     assert firsts.expected_s(size) is None, "too few tell nothing"
-    for body_bytes, ttft_s in seen[SEEN_MIN - 1 :]:
+    for body_bytes, ttft_s in seen[STREAMS_MIN - 1 :]:
         firsts.record(body_bytes, ttft_s, 0.0)
     expected_s = firsts.expected_s(size)
     assert expected_s is not None and expected_s >= min(ttft_s for _, ttft_s in seen)
@@ -104,7 +104,7 @@ def test_what_was_seen_of_first_tokens_bounds_what_is_expected(seen: list[tuple[
 def test_who_waits_while_others_are_served_makes_all_more_patient(waited_s: float) -> None:
     """A queue inside an engine is not its death; nobody served for a while may be."""
     firsts = FirstTokenTimes()
-    for _ in range(SEEN_MIN):
+    for _ in range(STREAMS_MIN):
         firsts.record(1000, 0.1, 0.0)
     firsts.record_waiting(1000, waited_s, FIRST_ALIVE_S + 0.1)
     assert firsts.expected_s(1000) == 0.1

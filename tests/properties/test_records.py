@@ -12,17 +12,17 @@ from fleetgate.core.routing.decision_record import (
     RecordedDecision,
     RecordedEnd,
     RequestIdentity,
-    choice_of,
-    decide_again,
-    line_of,
-    missed,
-    read_line,
-    record_of,
-    same,
+    chosen_deployment,
+    decode_record,
+    encode_record,
+    is_same_decision,
+    missed_slo,
+    record_decision,
+    replay_decision,
 )
 from fleetgate.core.routing.route import Decision, ModelRoute, route
-from fleetgate.core.routing.scheduler import ConsideredCandidate, ScheduleRequest, limit_for, preferred_first
-from fleetgate.core.routing.strategies import Candidate, Load, Turn
+from fleetgate.core.routing.scheduler import ConsideredDecision, ScheduleRequest, limit_for_priority, preferred_first
+from fleetgate.core.routing.strategies import Candidate, CandidateState, Load, Turn
 from tests.properties.test_routing import every_strategy, situations
 
 WHOSE = RequestIdentity(1.0, "req_1", "g", "m", "k", "eu", 1)
@@ -44,12 +44,12 @@ def recorded(
     chosen = ""
     if isinstance(decision, Decision):
         for candidate in preferred_first(decision.order, wish.preferred):
-            limit = limit_for(wish.priority, load[candidate.slot].limit)
+            limit = limit_for_priority(wish.priority, load[candidate.slot].limit)
             if not load[candidate.slot].late and (not limit or load[candidate.slot].in_flight < limit):
                 chosen = candidate.name
                 break
-    record = read_line(
-        line_of(record_of(WHOSE, ConsideredCandidate(made, load, turn, 2.0, decision), wish, tried, chosen))
+    record = decode_record(
+        encode_record(record_decision(WHOSE, ConsideredDecision(made, load, turn, 2.0, decision), wish, tried, chosen))
     )
     assert isinstance(record, RecordedDecision)
     return record
@@ -71,9 +71,9 @@ def test_a_recorded_decision_is_taken_again(
     made, load, turn = situation
     wish = ScheduleRequest(RequestShape(100.0, 50.0), priority=priority, preferred=tuple(preferred))
     record = recorded(made, load, turn, name, wish, tried)
-    again = decide_again(record, ModelRoute(moved(made), strategies.find(name)))
-    assert same(record, again)
-    assert choice_of(record, again) == record.chosen
+    again = replay_decision(record, ModelRoute(moved(made), strategies.find(name)))
+    assert is_same_decision(record, again)
+    assert chosen_deployment(record, again) == record.chosen
 
 
 @given(situations())
@@ -81,7 +81,7 @@ def test_another_configuration_may_decide_otherwise_but_never_for_the_unknown(si
     made, load, turn = situation
     record = recorded(made, load, turn, "overflow")
     stranger = Candidate(name="stranger", slot=99)
-    again = decide_again(record, ModelRoute((*made, stranger), strategies.find("capacity_round_robin")))
+    again = replay_decision(record, ModelRoute((*made, stranger), strategies.find("capacity_round_robin")))
     if isinstance(again, Decision):
         assert stranger not in again.order
 
@@ -95,31 +95,64 @@ def test_a_turn_that_is_not_what_it_was_is_noticed(situation: tuple) -> None:  #
     assume(len(standings) > 1 and any((s.limit or s.places) and s.health > 0.0 for s in standings))
     last = record.order[-1]
     corrupted = msgspec.structs.replace(record, turn={**record.turn, last: record.turn.get(last, 0.0) + 1e6})
-    assert not same(corrupted, decide_again(corrupted, ModelRoute(made, strategies.find("capacity_round_robin"))))
+    assert not is_same_decision(
+        corrupted, replay_decision(corrupted, ModelRoute(made, strategies.find("capacity_round_robin")))
+    )
 
 
 @given(every_strategy, situations())
 def test_a_choice_that_is_not_in_the_order_is_noticed(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
     record = msgspec.structs.replace(recorded(made, load, turn, name), chosen="somebody else")
-    assert not same(record, decide_again(record, ModelRoute(made, strategies.find(name))))
+    assert not is_same_decision(record, replay_decision(record, ModelRoute(made, strategies.find(name))))
 
 
 @given(every_strategy, situations())
 def test_only_those_that_were_predicted_late_or_were_not_placed_are_said_to_miss(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
     record = recorded(made, load, turn, name)
-    late = missed(record, record.chosen, tpot_s=0.5)
+    late = missed_slo(record, record.chosen, tpot_s=0.5)
     if not record.chosen:
         assert late is True
         return
-    fit = next(load[candidate.slot].fit for candidate in made if candidate.name == record.chosen)
+    fit = next(load[candidate.slot].prediction for candidate in made if candidate.name == record.chosen)
     assert late == (None if fit is None else fit.ttft_s > 2.0 or fit.tpot_s > 0.5)
 
 
 def test_the_end_of_a_request_is_a_record_too_and_anything_else_is_none() -> None:
     ended = RecordedEnd(**WHOSE._asdict(), outcome="ok", duration_s=1.5, prompt_tokens=10, output_tokens=3)
-    assert read_line(line_of(ended)) == ended
-    for line in (b"", b"{}", b'{"record":"decision"}', line_of(ended)[:-9], b"null", b"\xff\n", b'{"record":"\xff"}'):
+    assert decode_record(encode_record(ended)) == ended
+    for line in (
+        b"",
+        b"{}",
+        b'{"record":"decision"}',
+        encode_record(ended)[:-9],
+        b"null",
+        b"\xff\n",
+        b'{"record":"\xff"}',
+    ):
         with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
-            read_line(line)
+            decode_record(line)
+
+
+def test_a_paused_candidate_is_recorded_as_a_million_in_flight_and_stays_paused() -> None:
+    made = (Candidate(name="a", slot=0), Candidate(name="b", slot=1))
+    load = {0: CandidateState(3, 1.0, paused=True), 1: CandidateState(2, 1.0)}
+    record = recorded(made, load, {}, "overflow")
+    assert (record.load["a"].in_flight, record.load["a"].limit) == (1_000_003, 1), "as earlier versions wrote it"
+    assert record.order == ["b"]
+    again = replay_decision(record, ModelRoute(moved(made), strategies.find("overflow")))
+    assert is_same_decision(record, again) and dict(again.excluded)["a"].startswith("full: its engine asked")
+
+
+def test_a_record_of_an_earlier_version_with_a_paused_candidate_gives_the_same_decision() -> None:
+    line = (
+        b'{"record":"decision","at_s":1.0,"gateway":"g","model":"m","key":"k","prompt_tokens":10.0,'
+        b'"output_tokens":5.0,"load":{"a":[1000003,1.0,1,1.0,null,0.0,0.0,32],"b":[2,1.0,0,1.0,null,0.0,0.0,32]},'
+        b'"turn":{},"tried":[],"order":["b"],"chosen":"b"}'
+    )
+    record = decode_record(line)
+    assert isinstance(record, RecordedDecision)
+    made = (Candidate(name="a", slot=7), Candidate(name="b", slot=8))
+    again = replay_decision(record, ModelRoute(made, strategies.find("overflow")))
+    assert is_same_decision(record, again) and chosen_deployment(record, again) == "b"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.units import spill_limit
 from fleetgate.core.routing import strategies
-from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, route
+from fleetgate.core.routing.route import Decision, ModelRoute, Rejection, RejectionReason, route
 from fleetgate.core.routing.strategies import NO_TURN, Candidate, CandidateState, Load, Turn
 
 
@@ -44,7 +44,7 @@ def loads(draw: st.DrawFn, of: tuple[Candidate, ...]) -> Load:
         tpot_s=st.floats(0, 1),
         prefill_s=st.floats(0, 10),
         late=st.sampled_from(["", "", "", "TTFT", "TPOT"]),
-        tight=st.booleans(),
+        delays_others=st.booleans(),
     )
     units = st.sampled_from([0.5, 1.0, 3.0, 8.0])
     warm, usd = st.sampled_from([0.0, 0.0, 0.4, 1.0]), st.floats(0, 1)
@@ -93,33 +93,33 @@ def test_only_those_with_room_that_are_up_are_chosen(name: str, situation: tuple
     made, load, turn = situation
     fit = {c.name for c in made if has_room(load[c.slot])}
     decision = decide(name, made, load, turn)
-    left_out = {name for name, _ in decision.left_out}
+    excluded = {name for name, _ in decision.excluded}
     if isinstance(decision, Decision):
         chosen = [c.name for c in decision.order]
         assert len(set(chosen)) == len(chosen) and chosen[0] in fit
         assert set(chosen) <= {c.name for c in made if has_place(load[c.slot])}
-        assert {c.name for c in made if not has_place(load[c.slot])} <= left_out <= {c.name for c in made} - fit
-        assert not left_out & set(chosen)
+        assert {c.name for c in made if not has_place(load[c.slot])} <= excluded <= {c.name for c in made} - fit
+        assert not excluded & set(chosen)
     else:
-        assert not fit and left_out == {c.name for c in made}
+        assert not fit and excluded == {c.name for c in made}
 
 
 @given(every_strategy, situations())
 def test_a_long_prompt_goes_where_it_holds_up_nobody_if_it_can(name: str, situation: tuple) -> None:  # type: ignore[type-arg]
     made, load, turn = situation
     decision = decide(name, made, load, turn)
-    welcome = {c.name for c in made if has_room(load[c.slot]) and not load[c.slot].unwelcome}
+    welcome = {c.name for c in made if has_room(load[c.slot]) and not load[c.slot].harms_slo}
     if isinstance(decision, Decision) and welcome:
         assert decision.order[0].name in welcome
 
 
 class Counting(CandidateState):
-    """Counts how often its fit is asked for."""
+    """Counts how often its prediction is read."""
 
     asked: int = 0
 
     @property
-    def fit(self) -> LatencyPrediction | None:
+    def prediction(self) -> LatencyPrediction | None:
         self.asked += 1
         return self.predicted
 
@@ -132,7 +132,7 @@ def test_nobody_else_is_predicted_where_the_first_has_room(name: str, situation:
     decision = decide(name, made, counting, turn)
     asked = [c.name for c in made if counting[c.slot].asked]
     if isinstance(decision, Decision) and len(asked) > 1:
-        assert any(load[c.slot].unwelcome for c in made if c.name in asked)
+        assert any(load[c.slot].harms_slo for c in made if c.name in asked)
     elif isinstance(decision, Decision):
         assert asked == [decision.order[0].name]
 
@@ -166,7 +166,7 @@ def test_a_lead_is_whom_the_strategy_would_take_first(name: str, situation: tupl
     """What spares most requests the comparison must never change its outcome."""
     made, load, turn = situation
     lead = strategies.find_lead(name)(made)
-    welcome = lead is not None and has_room(load[lead.slot]) and not load[lead.slot].unwelcome
+    welcome = lead is not None and has_room(load[lead.slot]) and not load[lead.slot].harms_slo
     if lead is not None and welcome and not spills(lead, load[lead.slot]):
         decision = decide(name, made, load, turn)
         assert isinstance(decision, Decision) and decision.order[0] is lead
@@ -178,7 +178,7 @@ def test_overflow_takes_the_first_rank_below_its_spill_limit(situation: tuple) -
     decision = decide("overflow", made, load, turn)
     if isinstance(decision, Decision):
         fit = [c for c in made if has_room(load[c.slot])]
-        fit = [c for c in fit if not load[c.slot].unwelcome] or fit
+        fit = [c for c in fit if not load[c.slot].harms_slo] or fit
         under = [c for c in fit if not spills(c, load[c.slot])]
         assert decision.order[0].rank == min(c.rank for c in under or fit)
 
@@ -213,19 +213,37 @@ def test_shares_under_load_follow_units_and_no_limit_is_passed(sizes: list[int],
         assert in_flight[decision.order[0].slot] <= decision.order[0].limit
     load = {slot: CandidateState(count, 1.0, sizes[slot], float(sizes[slot])) for slot, count in in_flight.items()}
     rejection = decide("capacity_round_robin", made, load, turn)
-    assert isinstance(rejection, Rejection) and rejection.reason is NoPlace.ALL_FULL
+    assert isinstance(rejection, Rejection) and rejection.reason is RejectionReason.ALL_FULL
 
 
 def test_rejections_say_why() -> None:
     lane = ModelRoute((Candidate(name="a", slot=0, limit=1), Candidate(name="b", slot=1)), strategies.find("overflow"))
     rejection = route(lane, {0: CandidateState(1, 1.0, 1), 1: CandidateState(0, 0.0)}, NO_TURN)
     assert isinstance(rejection, Rejection)
-    assert dict(rejection.left_out) == {"a": "full: 1 of 1 in flight", "b": "not healthy"}
+    assert dict(rejection.excluded) == {"a": "full: 1 of 1 in flight", "b": "not healthy"}
     slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late="TTFT")
     late = route(lane, {0: CandidateState(0, 1.0, 1, predicted=slow), 1: CandidateState(0, 0.0)}, NO_TURN)
-    assert isinstance(late, Rejection) and late.reason is NoPlace.ALL_FULL
-    assert dict(late.left_out)["a"] == "no room: TTFT would be over its target (TTFT 3.10 s, TPOT 20 ms)"
+    assert isinstance(late, Rejection) and late.reason is RejectionReason.ALL_FULL
+    assert dict(late.excluded)["a"] == "no room: the predicted TTFT is over its target (TTFT 3.10 s, TPOT 20 ms)"
     down = route(lane, {0: CandidateState(0, 0.0), 1: CandidateState(0, 0.0)}, NO_TURN)
-    assert isinstance(down, Rejection) and down.reason is NoPlace.NONE_UP
+    assert isinstance(down, Rejection) and down.reason is RejectionReason.NONE_UP
     tried = route(lane, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN, tried=(0, 1))
-    assert isinstance(tried, Rejection) and tried.reason is NoPlace.ALL_TRIED
+    assert isinstance(tried, Rejection) and tried.reason is RejectionReason.ALL_TRIED
+
+
+@given(every_strategy, situations(), st.data())
+def test_a_paused_deployment_is_never_chosen_whatever_its_limit(
+    name: str,
+    situation: tuple,  # type: ignore[type-arg]
+    data: st.DataObject,
+) -> None:
+    made, load, turn = situation
+    for candidate in made:
+        load[candidate.slot].paused = data.draw(st.booleans())
+        load[candidate.slot].limit = data.draw(st.sampled_from([0, 1, 100]))
+    decision = decide(name, made, load, turn)
+    if isinstance(decision, Decision):
+        assert not any(load[candidate.slot].paused for candidate in decision.order)
+    for candidate in made:
+        if load[candidate.slot].paused and load[candidate.slot].health > 0.0:
+            assert "pause" in dict(decision.excluded)[candidate.name]

@@ -1,19 +1,19 @@
-"""docs/reference/health.md is what the table of moves draws; run this module to draw it anew."""
+"""docs/reference/health.md is what the table of transitions gives; run this module to write it again."""
 
 from pathlib import Path
 
 from fleetgate.core.health.circuit_breaker import TRANSITIONS, BreakerState, Signal
-from fleetgate.core.health_page import SIGNS, STATES, page
+from fleetgate.core.health_page import SIGNALS, STATES, page
 
 FILE = Path(__file__).parents[2] / "docs" / "reference" / "health.md"
 
 
 def test_the_page_is_current() -> None:
-    assert FILE.read_text() == page(), "draw it anew: python -m tests.unit.test_health_page"
+    assert FILE.read_text() == page(), "write it again: python -m tests.unit.test_health_page"
 
 
-def test_every_state_and_sign_is_told() -> None:
-    assert set(STATES) == set(BreakerState) and set(SIGNS) == set(Signal)
+def test_every_state_and_signal_has_a_text() -> None:
+    assert set(STATES) == set(BreakerState) and set(SIGNALS) == set(Signal)
     assert page().count("\n| ") >= len(TRANSITIONS) + len(STATES)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.core.canary_analysis import HELP_S, LOOK_S, PROBATION_S, RETRY_FIRST_S
+from fleetgate.core.canary_analysis import CANARY_S, PROBATION_S, RETRY_FIRST_S, RETURNED_S
 from fleetgate.core.model import Key, Snapshot, encode_snapshot
 from fleetgate.ipc.shared_memory import WorkerCell
 from fleetgate.ipc.signed_file import LAST_GOOD, PUBLIC_KEY, SNAPSHOT, public_key, sign
@@ -114,7 +114,7 @@ def test_one_worker_goes_first_and_the_others_follow_within_half_a_second(group:
     group.publish("new", ["k1"])
     group.run(0.05)
     assert group.versions == [2, 1, 1]
-    group.run(LOOK_S - 0.1)
+    group.run(CANARY_S - 0.1)
     assert group.versions == [2, 1, 1]
     group.run(0.25)
     assert group.versions == [2, 2, 2]
@@ -200,7 +200,7 @@ def test_a_key_deleted_during_the_trial_does_not_come_back_when_it_fails(group: 
 def test_a_snapshot_that_was_given_up_is_tried_again_and_stays_when_it_does_no_harm(group: Group) -> None:
     give_up(group)
     group.requests(good=200)
-    group.run(HELP_S + 0.2)
+    group.run(RETURNED_S + 0.2)
     group.run(RETRY_FIRST_S)
     assert group.versions == [2, 2, 2]
     group.run(PROBATION_S + 1.0)

@@ -18,7 +18,7 @@ from fleetgate.core.fault_injection import (
     SloObservation,
     decode_injected,
     encode_injected,
-    must_stop,
+    violates_slo_bound,
 )
 from fleetgate.core.model import Gateway, Slo
 from fleetgate.ipc.exposition import HistogramSeries, MetricSeries, read_series
@@ -106,8 +106,8 @@ class FaultService:
                 self.end(fault.name, f"its {fault.ends_s - fault.begins_s:.0f} s are over")
                 continue
             seen = self._since_then(fault, series)
-            if must_stop(fault, seen):
-                share = f"{seen.share_inside:.1%} of {seen.well + seen.lost} requests were inside the SLO"
+            if violates_slo_bound(fault, seen):
+                share = f"{seen.share_inside:.1%} of {seen.succeeded + seen.failed} requests were inside the SLO"
                 self.end(fault.name, f"{share}, under its bound of {fault.stop_below_slo:.0%}")
         with self._lock:
             if any(fault.stop_below_slo for fault in self._faults.values()):
@@ -125,7 +125,9 @@ class FaultService:
         looks = self._seen.setdefault(fault.name, deque(maxlen=WINDOW_LOOKS + 1))
         looks.append(now)
         then = looks[0]
-        return SloObservation(max(0, now.well - then.well), max(0, now.late - then.late), max(0, now.lost - then.lost))
+        return SloObservation(
+            max(0, now.succeeded - then.succeeded), max(0, now.late - then.late), max(0, now.failed - then.failed)
+        )
 
     def _series(self) -> MetricSeries:
         board = self._control.board
@@ -164,9 +166,9 @@ def _seen(gateway: Gateway, series: MetricSeries) -> SloObservation:
         _over(series.histogram(metric, gateway=gateway.name), getattr(slo, target)) for metric, target in TARGETS
     )
     return SloObservation(
-        well=sum(outcomes.get(outcome, 0) for outcome in _WELL),
+        succeeded=sum(outcomes.get(outcome, 0) for outcome in _WELL),
         late=late,
-        lost=sum(outcomes.get(outcome, 0) for outcome in _LOST),
+        failed=sum(outcomes.get(outcome, 0) for outcome in _LOST),
     )
 
 
@@ -178,5 +180,5 @@ def _over(histogram: HistogramSeries, target_s: float) -> int:
 
 def _sum(parts: list[SloObservation]) -> SloObservation:
     return SloObservation(
-        sum(part.well for part in parts), sum(part.late for part in parts), sum(part.lost for part in parts)
+        sum(part.succeeded for part in parts), sum(part.late for part in parts), sum(part.failed for part in parts)
     )

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import msgspec
 
-LOOK_S = 0.2  # the others wait for so long; DESIGN.md gives a change half a second until every worker has it
+CANARY_S = 0.2  # the others wait for so long; DESIGN.md gives a change half a second until every worker has it
 PROBATION_S = 5.0  # connects and first tokens that fail late still count; then the Snapshot is the last good one
-HELP_S = 2.0  # after going back: as bad as before means that the Snapshot was not to blame
+RETURNED_S = 2.0  # after going back: as bad as before means that the Snapshot was not to blame
 RETRY_FIRST_S = 30.0  # a coincidence must not keep a good change out for ever
 RETRY_MAX_S = 600.0
-BASIS_MIN = 20  # results that went well before; without them there is nothing to go back to
+BASELINE_MIN = 20  # results that went well before; without them there is nothing to go back to
 FAILED_MIN = 10
 RISE = 0.2
 FACTOR = 2.0
@@ -51,7 +51,7 @@ class CanaryStage(StrEnum):
     CLEARED = "cleared"  # it did not: the new one is taken again, and not judged any more
 
 
-MOVES = {
+TRANSITIONS = {
     CanaryStage.LOOK: (CanaryStage.PROBATION, CanaryStage.RETURNED),
     CanaryStage.PROBATION: (CanaryStage.GOOD, CanaryStage.RETURNED),
     CanaryStage.RETURNED: (CanaryStage.WAITING, CanaryStage.CLEARED),
@@ -81,7 +81,7 @@ class CanaryTrial(msgspec.Struct, frozen=True):
 
 def is_worse(since: AttemptCounts, before: AttemptCounts, others: AttemptCounts) -> bool:
     """Whether so much more fails than before, and than elsewhere, that the change is to blame."""
-    if before.ended - before.failed < BASIS_MIN or since.failed < FAILED_MIN:
+    if before.ended - before.failed < BASELINE_MIN or since.failed < FAILED_MIN:
         return False
     return since.share > RISE + FACTOR * max(before.share, others.share)
 
@@ -101,13 +101,13 @@ def next_stage(trial: CanaryTrial, own: AttemptCounts, others: AttemptCounts, no
         case CanaryStage.PROBATION if is_worse(everywhere, trial.before_all, AttemptCounts()):
             # All have it, so there is nobody left to compare with.
             return _given_up(trial, own, others, now_s, everywhere)
-        case CanaryStage.LOOK if age_s >= LOOK_S:
+        case CanaryStage.LOOK if age_s >= CANARY_S:
             return msgspec.structs.replace(trial, stage=CanaryStage.PROBATION)
         case CanaryStage.PROBATION if age_s >= PROBATION_S:
             return msgspec.structs.replace(trial, stage=CanaryStage.GOOD)
         case CanaryStage.RETURNED if _is_as_bad(since, trial.bad) or _is_as_bad(everywhere, trial.bad):
             return msgspec.structs.replace(trial, stage=CanaryStage.CLEARED)
-        case CanaryStage.RETURNED if age_s >= HELP_S:
+        case CanaryStage.RETURNED if age_s >= RETURNED_S:
             return msgspec.structs.replace(trial, stage=CanaryStage.WAITING)
         case CanaryStage.WAITING if age_s >= retry_after_s(trial.returns):
             return msgspec.structs.replace(trial, stage=CanaryStage.LOOK, since_s=now_s, own=own, others=others)

@@ -11,7 +11,7 @@ from enum import IntEnum, StrEnum
 import msgspec
 
 from fleetgate.core.admission.retry_budget import KeyBudget, RetryBudget
-from fleetgate.core.routing.route import NoPlace
+from fleetgate.core.routing.route import RejectionReason
 from fleetgate.core.routing.strategies import Candidate
 
 RETRY_AFTER_MAX_S = 60.0  # official SDKs do not wait longer than 120 s, and a client should come back while it cares
@@ -68,18 +68,18 @@ class Picked(msgspec.Struct, frozen=True):
 class NotPicked(msgspec.Struct, frozen=True):
     """Nobody could take it."""
 
-    reason: NoPlace
+    reason: RejectionReason
 
 
 class QueueFull(msgspec.Struct, frozen=True):
     """There was no place left to wait in."""
 
 
-class RoomFreed(msgspec.Struct, frozen=True):
+class CapacityFreed(msgspec.Struct, frozen=True):
     """It is this request's turn again to look for a place."""
 
 
-class Overdue(msgspec.Struct, frozen=True):
+class QueueTimeout(msgspec.Struct, frozen=True):
     """It has waited as long as it may. Units: `retry_after_s` from the measured drain rate."""
 
     retry_after_s: float = RETRY_AFTER_FULL_S
@@ -115,7 +115,7 @@ class ClientGone(msgspec.Struct, frozen=True):
     outcome: Outcome = Outcome.CLIENT_GONE
 
 
-Event = Picked | NotPicked | QueueFull | RoomFreed | Overdue | Content | AttemptFailed | Finished | ClientGone
+Event = Picked | NotPicked | QueueFull | CapacityFreed | QueueTimeout | Content | AttemptFailed | Finished | ClientGone
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -176,10 +176,10 @@ CONTINUE = Continue()
 WAIT = Wait()
 PICK = Pick()
 FINISHED = Finished()
-GONE = ClientGone()
+CLIENT_GONE = ClientGone()
 
 
-class IllegalMove(RuntimeError):
+class IllegalTransition(RuntimeError):
     """The shell reported an event that cannot happen in this state: a bug, not a fault."""
 
 
@@ -222,27 +222,27 @@ class Exchange:
             self._budget.record_request()
         return PICK
 
-    def hedged(self, candidate: Candidate) -> None:
+    def record_hedge(self, candidate: Candidate) -> None:
         """A second attempt runs beside the one in hand; which of them it is that brings content makes no difference."""
         self.tried = (*self.tried, candidate.slot)
         self.attempts_sent += 1
 
-    def not_sent(self) -> None:
+    def record_unsent(self) -> None:
         """One of two attempts was given up before its request went out, so that it counts against no bound."""
         self.attempts_sent -= 1
 
     def receive(self, event: Event, now_s: float) -> Command:
         """What to do now that this happened.
 
-        Raises: `IllegalMove` where the table has no such move.
+        Raises: `IllegalTransition` where the table has no such move.
         """
-        move = MOVES.get((self.state, type(event)))
+        move = TRANSITIONS.get((self.state, type(event)))
         if move is None:
-            raise IllegalMove(f"{type(event).__name__} in state {self.state.name}")
+            raise IllegalTransition(f"{type(event).__name__} in state {self.state.name}")
         command: Command = move(self, event, now_s)
         return command
 
-    # Each move below is named in MOVES; none is called from elsewhere.
+    # Each move below is named in TRANSITIONS; none is called from elsewhere.
 
     def _send(self, event: Picked, now_s: float) -> Command:
         self.state = _TRYING
@@ -251,13 +251,13 @@ class Exchange:
         return Send(event.candidate)
 
     def _no_place(self, event: NotPicked, now_s: float) -> Command:
-        if event.reason is NoPlace.ALL_FULL or event.reason is NoPlace.ON_TRIAL:
+        if event.reason is RejectionReason.ALL_FULL or event.reason is RejectionReason.ON_TRIAL:
             self.state = _WAITING
             return WAIT
-        if event.reason is NoPlace.DENIED:
+        if event.reason is RejectionReason.DENIED:
             return self._refuse(Refuse(502, "upstream_auth_error", should_retry=False))
         if self.failures:
-            return self._refuse(verdict(self.failures, self._client_retries))
+            return self._refuse(final_refusal(self.failures, self._client_retries))
         return self._refuse(
             Refuse(503, "no_deployment_available", RETRY_AFTER_NONE_UP_S, should_retry=not self._client_retries)
         )
@@ -265,10 +265,10 @@ class Exchange:
     def _queue_full(self, event: QueueFull, now_s: float) -> Command:
         return self._refuse(Refuse(429, "queue_full", RETRY_AFTER_FULL_S))
 
-    def _overdue(self, event: Overdue, now_s: float) -> Command:
+    def _overdue(self, event: QueueTimeout, now_s: float) -> Command:
         return self._refuse(Refuse(429, "capacity_exhausted", min(event.retry_after_s, RETRY_AFTER_MAX_S)))
 
-    def _pick_again(self, event: RoomFreed, now_s: float) -> Command:
+    def _pick_again(self, event: CapacityFreed, now_s: float) -> Command:
         self.state = _PICKING
         return Pick(self.tried)
 
@@ -286,11 +286,11 @@ class Exchange:
         if self.resumes and not event.resumable:
             return self._break_off(event.failure)
         if event.failure is Failure.POISON or self.attempts_sent >= self._attempts_max:
-            return self._refuse(verdict(self.failures, self._client_retries))
+            return self._refuse(final_refusal(self.failures, self._client_retries))
         # The first move carries load elsewhere and multiplies nothing; from the second on a total outage would,
         # and so would those of a client that retries by itself.
         if (self.moves or self._client_retries) and not self._budget.take(now_s):
-            return self._refuse(verdict(self.failures, self._client_retries))
+            return self._refuse(final_refusal(self.failures, self._client_retries))
         self.moves += 1
         self.state = _PICKING
         return Pick(self.tried)
@@ -332,13 +332,13 @@ class Exchange:
 
 
 # Each move takes the event type it is listed under, which a plain Callable type cannot say.
-MOVES: dict[tuple[State, type], Callable[..., Command]] = {
+TRANSITIONS: dict[tuple[State, type], Callable[..., Command]] = {
     (State.PICKING, Picked): Exchange._send,
     (State.PICKING, NotPicked): Exchange._no_place,
     (State.PICKING, ClientGone): Exchange._leave,
-    (State.WAITING, RoomFreed): Exchange._pick_again,
+    (State.WAITING, CapacityFreed): Exchange._pick_again,
     (State.WAITING, QueueFull): Exchange._queue_full,
-    (State.WAITING, Overdue): Exchange._overdue,
+    (State.WAITING, QueueTimeout): Exchange._overdue,
     (State.WAITING, ClientGone): Exchange._leave,
     (State.TRYING, Content): Exchange._commit,
     (State.TRYING, AttemptFailed): Exchange._move,
@@ -349,7 +349,7 @@ MOVES: dict[tuple[State, type], Callable[..., Command]] = {
 }
 
 
-def verdict(failures: tuple[AttemptFailed, ...], client_retries: int) -> Refuse:
+def final_refusal(failures: tuple[AttemptFailed, ...], client_retries: int) -> Refuse:
     """The one error a client sees after its attempts: what it can act on goes before what only we can."""
     kinds = {failed.failure for failed in failures}
     if kinds == {Failure.MODEL_MISSING}:

@@ -5,8 +5,8 @@ from enum import StrEnum
 
 import msgspec
 
-LASTS_S_MAX = 3_600.0  # who wants more asks again: a forgotten fault must end while somebody remembers it
-WATCHED_S = 5.0  # a fault with an SLO to watch ends when nobody has watched for so long
+DURATION_S_MAX = 3_600.0  # who wants more asks again: a forgotten fault must end while somebody remembers it
+WATCH_TIMEOUT_S = 5.0  # a fault with an SLO to watch ends when nobody has watched for so long
 REQUESTS_MIN = 20  # fewer say nothing about a share
 
 
@@ -63,17 +63,17 @@ def decode_injected(data: bytes) -> InjectedFaults:
     return _decode(data)
 
 
-def in_force(injected: InjectedFaults, now_s: float) -> tuple[Fault, ...]:
+def active_faults(injected: InjectedFaults, now_s: float) -> tuple[Fault, ...]:
     """The faults that strike now, whatever has become of whoever asked for them."""
     return tuple(
         fault
         for fault in injected.faults
-        if fault.begins_s <= now_s < min(fault.ends_s, fault.begins_s + LASTS_S_MAX)
-        and (not fault.stop_below_slo or now_s - injected.watched_s < WATCHED_S)
+        if fault.begins_s <= now_s < min(fault.ends_s, fault.begins_s + DURATION_S_MAX)
+        and (not fault.stop_below_slo or now_s - injected.watched_s < WATCH_TIMEOUT_S)
     )
 
 
-def is_affected(faults: Iterable[Fault], entropy: float) -> Fault | None:
+def select_fault(faults: Iterable[Fault], entropy: float) -> Fault | None:
     """Which fault strikes a request, if any; shares of several add up. Units: `entropy` 0 to 1."""
     below = 0.0
     for fault in faults:
@@ -86,19 +86,19 @@ def is_affected(faults: Iterable[Fault], entropy: float) -> Fault | None:
 class SloObservation(msgspec.Struct, frozen=True):
     """How requests went since some moment. `late` ended well but missed a target; `lost` did not end well."""
 
-    well: int
+    succeeded: int
     late: int
-    lost: int
+    failed: int
 
     @property
     def share_inside(self) -> float:
         """The share inside the SLO, 1 while nothing ended."""
-        total = self.well + self.lost
-        return (self.well - self.late) / total if total else 1.0
+        total = self.succeeded + self.failed
+        return (self.succeeded - self.late) / total if total else 1.0
 
 
-def must_stop(fault: Fault, seen: SloObservation) -> bool:
+def violates_slo_bound(fault: Fault, seen: SloObservation) -> bool:
     """Whether the fault has done more harm than its bound allows."""
-    if not fault.stop_below_slo or seen.well + seen.lost < REQUESTS_MIN:
+    if not fault.stop_below_slo or seen.succeeded + seen.failed < REQUESTS_MIN:
         return False
     return seen.share_inside < fault.stop_below_slo

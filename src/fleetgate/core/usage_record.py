@@ -85,7 +85,7 @@ class OpenAttempt(NamedTuple):
     progress: UsageProgress | None = None
 
 
-def entries_in(data: bytes, is_over: bool) -> tuple[list[Entry], int, int]:
+def read_entries(data: bytes, is_over: bool) -> tuple[list[Entry], int, int]:
     """What a piece of a journal says: entries, how many bytes of it are read for good, how many lines are damaged.
 
     Shape: a journal ends in zeros up to its file's size. Its writer may be in the middle of a line, unless it
@@ -116,7 +116,7 @@ class JournalReplay:
     def __init__(self, known: Iterable[OpenAttempt] = ()) -> None:
         self.open_attempts: dict[str, OpenAttempt] = {one.intent.id: one for one in known}
 
-    def take(self, entries: Iterable[Entry]) -> Iterator[UsageRow]:
+    def apply(self, entries: Iterable[Entry]) -> Iterator[UsageRow]:
         """The rows of what was settled. A settlement without an intent, or a second one, makes none."""
         for entry in entries:
             match entry:

@@ -8,10 +8,11 @@ from fleetgate.core.admission.lease import LEASE_S, Lease, LeaseDemand, divide
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
-from fleetgate.core.capacity.adaptive_limit import EngineLoad, TokenEstimates, ViolationCounts
+from fleetgate.core.capacity.adaptive_limit import EngineLoad, ViolationCounts
 from fleetgate.core.capacity.deployment_view import DeploymentView, EndpointCapacity
 from fleetgate.core.capacity.latency_model import LatencyPrediction, RequestShape
 from fleetgate.core.capacity.online_estimate import DecodeProgress, Observation, OnlineEstimate
+from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.model import Deployment, Slo
 from fleetgate.core.routing.prefix_affinity import BLOCK_TOKENS, PrefixAffinity
 from fleetgate.core.routing.route import Rejection, model_routes
@@ -140,7 +141,7 @@ class ProxyModel:
 
     def _wait(self, request: OpenRequest, now_s: float, ahead: bool = False) -> None:
         admission = self.desk.gateway.admission
-        deadline_s = self.desk.waits_until_s(request.need, request.arrival.at_s, self.outlooks)
+        deadline_s = self.desk.queue_deadline_s(request.need, request.arrival.at_s, self.outlooks)
         if len(self.waiting) >= admission.queue_max:
             self.shell.world.refuse(request.arrival, "queue_full", now_s)
             return

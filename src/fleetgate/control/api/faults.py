@@ -14,7 +14,7 @@ from fleetgate.control.context import Control
 from fleetgate.control.faults import FaultExists, FaultService, new_name
 from fleetgate.control.resources.field_types import Name
 from fleetgate.control.resources.schema import Part
-from fleetgate.core.fault_injection import LASTS_S_MAX, Fault, FaultKind
+from fleetgate.core.fault_injection import DURATION_S_MAX, Fault, FaultKind
 
 ADOPTED_S = 0.15  # workers look ten times a second
 
@@ -30,7 +30,7 @@ class FaultRequest(Part):
     deployment: Name
     name: Name | None = None
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
-    for_s: Annotated[float, Field(gt=0, le=LASTS_S_MAX)] = 60.0
+    for_s: Annotated[float, Field(gt=0, le=DURATION_S_MAX)] = 60.0
     stop_below_slo: Annotated[float, Field(ge=0, le=1)] = 0.9
     delay_s: Annotated[float, Field(gt=0, le=600)] = 2.0
     status: Annotated[int, Field(ge=400, le=599)] = 503

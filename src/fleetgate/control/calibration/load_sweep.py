@@ -158,11 +158,11 @@ class LoadSweep:
         sent_s = min(answer.sent_s for answer in answers)
         prompts = sum(answer.uncached_tokens for answer in answers)
         output = sum(answer.output_tokens for answer in answers)
-        prefill_s = prompts / calibration.prefill_of(self._singles) / self._engines
-        begun = calibration.started_together(streams, sent_s, prefill_s)
+        prefill_s = prompts / calibration.fit_prefill(self._singles) / self._engines
+        begun = calibration.concurrent_streams(streams, sent_s, prefill_s)
         return RequestWave(
             batch=at_once / self._engines,
-            step_s=calibration.step_of(streams, output / sum(map(len, streams))),
+            step_s=calibration.decode_step_s(streams, output / sum(map(len, streams))),
             wave_s=max(answer.ended_s for answer in answers) - sent_s,
             prompt_tokens=prompts / len(answers),
             output_tokens=output / len(answers),

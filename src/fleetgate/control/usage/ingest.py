@@ -17,7 +17,7 @@ import structlog
 from fleetgate.control.data_dir import DataDirUnusable
 from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
-from fleetgate.core.usage_record import JOURNAL, JournalReplay, OpenAttempt, UsageRow, entries_in
+from fleetgate.core.usage_record import JOURNAL, JournalReplay, OpenAttempt, UsageRow, read_entries
 
 TAKE_EVERY_S = 1.0
 PRUNE_EVERY = 600  # takes
@@ -141,10 +141,10 @@ class UsageIngest:
             is_over = dead or any(_has_begun(later) for later in paths[number + 1 :])
             at = self._offsets.get(path.name, 0)
             data, is_all = _piece(path, at, max(PIECE_BYTES_MIN, left_bytes), is_over)
-            entries, read, damaged = entries_in(data, is_over)
+            entries, read, damaged = read_entries(data, is_over)
             if damaged:
                 log.warning("journal_damaged", file=path.name, lines=damaged)
-            taken.rows.extend(fold.take(entries))
+            taken.rows.extend(fold.apply(entries))
             left_bytes -= read
             if read and (entries or not is_over or not is_all):
                 taken.offsets[path.name] = at + read

@@ -1,1 +1,1 @@
-"""Who waits and who is let in: queue, ledger, leases, retry budget."""
+"""Admission: the request queue, ledgers of requests and token work in flight, leases, retry budgets."""

@@ -1,12 +1,16 @@
-"""Budgets that keep a fault from multiplying traffic."""
+"""Retry budgets: a fault must not multiply traffic.
 
-RETRY_FLOOR_PER_S = 10.0  # a quiet Gateway must still be able to fail over
-TOKENS_MAX = RETRY_FLOOR_PER_S * 10.0  # what a quiet spell may save up: ten seconds' worth
-SPREAD = 0.2  # of a Retry-After of our own: clients that were refused together need not come back together
+If every request may try again, an outage turns one request into several, just when there is least capacity. A budget
+bounds further attempts by the rate of requests, whatever fails.
+"""
+
+RETRY_FLOOR_PER_S = 10.0  # a Gateway with little traffic can still fail over
+TOKENS_MAX = RETRY_FLOOR_PER_S * 10.0  # the most that idle time saves up: ten seconds' worth
+SPREAD = 0.2  # of our own Retry-After: clients that were refused together should not return together
 
 
 class RetryBudget:
-    """Further attempts as a share of recent requests, never less than ten a second.
+    """A budget of further attempts: a share of recent requests, and at least ten per second.
 
     Units: `ratio` attempts per request. Source: the retry budgets of Google's SRE book, with a floor.
     """
@@ -19,16 +23,16 @@ class RetryBudget:
         self._at_s = now_s
 
     def record_request(self) -> None:
-        """A request came: it adds its share."""
+        """Count a request, which adds its share."""
         tokens = self._tokens + self._ratio
         self._tokens = tokens if tokens < TOKENS_MAX else TOKENS_MAX
 
     def record_client_retry(self) -> None:
-        """A client's own retry came: a further attempt at what was counted before, for which it did not ask."""
+        """Count a retry by the client itself: a further attempt at a request counted before."""
         self._tokens = max(0.0, self._tokens - 1.0)
 
     def take(self, now_s: float) -> bool:
-        """Spend one further attempt, or be told that the budget is gone."""
+        """Spend one further attempt; False if the budget is empty."""
         self._tokens = min(self._tokens + max(0.0, now_s - self._at_s) * RETRY_FLOOR_PER_S, TOKENS_MAX)
         self._at_s = now_s
         if self._tokens < 1.0:
@@ -37,14 +41,14 @@ class RetryBudget:
         return True
 
     def give_back(self) -> None:
-        """What was taken was not spent after all."""
+        """Return an attempt that was taken and not made."""
         self._tokens = min(self._tokens + 1.0, TOKENS_MAX)
 
 
 class KeyBudget:
-    """One key's part of a Gateway's budget: it may spend what both have left, so that no key spends the others' share.
+    """One key's part of a Gateway's budget: an attempt needs both, so that no key spends the share of the others.
 
-    Cost: 0.1 µs a request more than the Gateway's alone.
+    Cost: 0.1 µs a request beside the Gateway's.
     """
 
     __slots__ = ("_gateway", "_own")
@@ -54,17 +58,17 @@ class KeyBudget:
         self._own = own
 
     def record_request(self) -> None:
-        """A request of this key came."""
+        """Count a request of this key."""
         self._gateway.record_request()
         self._own.record_request()
 
     def record_client_retry(self) -> None:
-        """A client's own retry came."""
+        """Count a retry by the client itself."""
         self._gateway.record_client_retry()
         self._own.record_client_retry()
 
     def take(self, now_s: float) -> bool:
-        """Spend one further attempt of both, or of none."""
+        """Spend one further attempt of both budgets, or of neither."""
         if not self._own.take(now_s):
             return False
         if not self._gateway.take(now_s):
@@ -74,5 +78,5 @@ class KeyBudget:
 
 
 def jittered_s(retry_after_s: float, entropy: float) -> float:
-    """A Retry-After a little sooner or later. Shape: `entropy` is 0 to 1."""
+    """A Retry-After varied by up to a fifth. Shape: `entropy` is 0 to 1."""
     return retry_after_s * (1.0 + SPREAD * (2.0 * entropy - 1.0))

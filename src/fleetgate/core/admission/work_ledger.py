@@ -1,4 +1,4 @@
-"""What is in flight, by token: one worker's hand on the token work that all workers of a machine sent to Endpoints."""
+"""The token work in flight at each Endpoint, which all workers of a machine share."""
 
 from enum import IntEnum
 from math import exp
@@ -8,34 +8,34 @@ from fleetgate.core.admission.ledger import InFlightMemory, Ledger
 
 
 class WorkCell(IntEnum):
-    """The cells a worker keeps about what it sent to one Endpoint. DESIGN.md section 4.3: room is predicted from it."""
+    """The cells of one worker about what it sent to one Endpoint; latency is predicted from them."""
 
-    PENDING_TOKENS = 0  # uncached prompt tokens whose first answer token has not come
+    PENDING_TOKENS = 0  # uncached prompt tokens of requests without a first token
     SEQUENCES = 1  # requests in flight
     KV_TOKENS = 2  # prompt and expected output of all of them
-    HEAD_SINCE_US = 3  # since when the engine may have been working on the oldest prompt
-    PREFILLED_TOKENS = 4  # ever, of prompts whose first token came
-    RECENT_TOKENS = 5  # prompt tokens that were sent lately, fading over the life of an answer
+    HEAD_SINCE_US = 3  # since when the engine may work on the oldest prompt
+    PREFILLED_TOKENS = 4  # of prompts whose first token came; it only rises
+    RECENT_TOKENS = 5  # prompt tokens sent recently, decaying over the life of a short response
     RECENT_AT_US = 6
 
 
 WORK_CELLS = 7
 
-# A member read off its enum costs 70 ns each time, a name of this module 5.
+# A member read from its enum costs 70 ns each time, a module-level name 5 ns.
 _PENDING_TOKENS, _SEQUENCES, _KV_TOKENS, _HEAD_SINCE_US, _PREFILLED_TOKENS, _RECENT_TOKENS, _RECENT_AT_US = map(
     int, WorkCell
 )
 
-# Of a prompt that the engine is working on, at most this much is taken for done before its first token proves it.
+# The largest share of pending prompt tokens that counts as done before a first token proves it.
 HEAD_DONE_MAX = 0.9
 
 
 class TokenWork(NamedTuple):
-    """What one Endpoint has to do for the requests that were sent to it and have not ended.
+    """The work of one Endpoint for the requests in flight there.
 
-    Units: `pending_tokens` are uncached prompt tokens whose first answer token has not come; `sequences` counts every
-    request in flight; `kv_tokens` are prompt and expected output of all of them; `recent_tokens` are prompt tokens that
-    were sent lately, fading over the life of a short answer.
+    Units: `pending_tokens` are uncached prompt tokens of requests without a first token; `sequences` counts all
+    requests in flight; `kv_tokens` are their prompt and expected output; `recent_tokens` are prompt tokens sent
+    recently, decaying over the life of a short response.
     """
 
     pending_tokens: float = 0
@@ -45,7 +45,7 @@ class TokenWork(NamedTuple):
 
 
 class WorkMemory(InFlightMemory, Protocol):
-    """Memory that all workers share. Shape: `work` is [Endpoint slot][worker][Work]."""
+    """Memory that all workers share. Shape: `work` is [Endpoint slot][worker][WorkCell]."""
 
     @property
     def work(self) -> memoryview:
@@ -57,9 +57,10 @@ class WorkMemory(InFlightMemory, Protocol):
 
 
 class WorkReservation(NamedTuple):
-    """What one request holds from pick to end: a place, and its token work at one Endpoint.
+    """What one request holds from its decision to its end: a request in flight and its token work at one Endpoint.
 
     Units: `milliunits` are CU × 1,000; `pending_tokens` are uncached; `window_s` is how long its prompt is recent.
+    Shape: `slot` is the Deployment's.
     """
 
     slot: int
@@ -71,7 +72,7 @@ class WorkReservation(NamedTuple):
 
 
 class WorkLedger:
-    """Reserve, start, settle: each a few integer writes in this worker's own cells.
+    """Reserve, first token, settle: each writes a few integers in this worker's own cells.
 
     Cost: 1 µs for the three together, beside the ledger's.
     """
@@ -85,48 +86,48 @@ class WorkLedger:
         self._workers = cells.workers
         self.ledger = ledger
 
-    def reserve(self, hold: WorkReservation, limit: int, now_s: float) -> bool:
-        """Take a place and enter the token work in one step, or say that the Deployment is full; 0 is no limit."""
-        if not self.ledger.reserve(hold.slot, limit):
+    def reserve(self, reservation: WorkReservation, limit: int, now_s: float) -> bool:
+        """Count the request and its token work in one step; False if the Deployment is full. Limit 0 means none."""
+        if not self.ledger.reserve(reservation.slot, limit):
             return False
-        work, at = self._work, self._at(hold.endpoint_slot)
+        work, at = self._work, self._at(reservation.endpoint_slot)
         if not work[at + _PENDING_TOKENS]:
             work[at + _HEAD_SINCE_US] = int(now_s * 1e6)
         passed_s = now_s - work[at + _RECENT_AT_US] / 1e6
         work[at + _RECENT_TOKENS] = int(
-            work[at + _RECENT_TOKENS] * exp(-passed_s / hold.window_s) + hold.pending_tokens
+            work[at + _RECENT_TOKENS] * exp(-passed_s / reservation.window_s) + reservation.pending_tokens
         )
         work[at + _RECENT_AT_US] = int(now_s * 1e6)
-        self._enter(hold, 1)
-        self._milliunits[hold.slot * self._workers + self._worker] += hold.milliunits
+        self._enter(reservation, 1)
+        self._milliunits[reservation.slot * self._workers + self._worker] += reservation.milliunits
         return True
 
-    def first_token(self, hold: WorkReservation, now_s: float) -> WorkReservation:
-        """The first token came: the prompt is through, and the engine turns to the next one."""
-        work, at = self._work, self._at(hold.endpoint_slot)
-        work[at + _PENDING_TOKENS] -= hold.pending_tokens
-        work[at + _PREFILLED_TOKENS] += hold.pending_tokens
+    def first_token(self, reservation: WorkReservation, now_s: float) -> WorkReservation:
+        """The first token came: the prompt is done, and the engine begins the next one."""
+        work, at = self._work, self._at(reservation.endpoint_slot)
+        work[at + _PENDING_TOKENS] -= reservation.pending_tokens
+        work[at + _PREFILLED_TOKENS] += reservation.pending_tokens
         work[at + _HEAD_SINCE_US] = int(now_s * 1e6)
-        return hold._replace(pending_tokens=0)
+        return reservation._replace(pending_tokens=0)
 
-    def move(self, hold: WorkReservation, endpoint_slot: int) -> WorkReservation:
-        """The token work goes to another Endpoint of the same Deployment."""
-        self._enter(hold, -1)
-        hold = hold._replace(endpoint_slot=endpoint_slot)
-        self._enter(hold, 1)
-        return hold
+    def move(self, reservation: WorkReservation, endpoint_slot: int) -> WorkReservation:
+        """Move the token work to another Endpoint of the same Deployment."""
+        self._enter(reservation, -1)
+        reservation = reservation._replace(endpoint_slot=endpoint_slot)
+        self._enter(reservation, 1)
+        return reservation
 
-    def settle(self, hold: WorkReservation) -> None:
-        """Give everything back.
+    def settle(self, reservation: WorkReservation) -> None:
+        """Release all that the request held.
 
-        Raises: `SettledTwice` when this worker holds no such place.
+        Raises: `SettledTwice` if this worker has no request in flight there.
         """
-        self.ledger.settle(hold.slot)
-        self._enter(hold, -1)
-        self._milliunits[hold.slot * self._workers + self._worker] -= hold.milliunits
+        self.ledger.settle(reservation.slot)
+        self._enter(reservation, -1)
+        self._milliunits[reservation.slot * self._workers + self._worker] -= reservation.milliunits
 
     def work_at(self, endpoint_slot: int, prompt_token_s: float, window_s: float, now_s: float) -> TokenWork:
-        """The token work at an Endpoint over all workers, less what the engine must have done since its last sign.
+        """The token work at an Endpoint over all workers, less what must be done since the last first token.
 
         Cost: 0.8 µs with one worker.
         """
@@ -142,8 +143,8 @@ class WorkLedger:
         else:
             pending, sequences = sum(cells[_PENDING_TOKENS::WORK_CELLS]), sum(cells[_SEQUENCES::WORK_CELLS])
             kv_tokens, since_us = sum(cells[_KV_TOKENS::WORK_CELLS]), max(cells[_HEAD_SINCE_US::WORK_CELLS])
-            fades = zip(cells[_RECENT_TOKENS::WORK_CELLS], cells[_RECENT_AT_US::WORK_CELLS], strict=True)
-            recent = sum(tokens * exp((sent - now_us) / (window_s * 1e6)) for tokens, sent in fades)
+            recent_cells = zip(cells[_RECENT_TOKENS::WORK_CELLS], cells[_RECENT_AT_US::WORK_CELLS], strict=True)
+            recent = sum(tokens * exp((sent_us - now_us) / (window_s * 1e6)) for tokens, sent_us in recent_cells)
         if pending:
             done = (now_us - since_us) / (prompt_token_s * 1e6)
             pending -= done if done < pending * HEAD_DONE_MAX else pending * HEAD_DONE_MAX
@@ -155,15 +156,15 @@ class WorkLedger:
         return sum(self._work[at : at + self._workers * WORK_CELLS][_SEQUENCES::WORK_CELLS])
 
     def prefilled_tokens(self, endpoint_slot: int) -> int:
-        """Prompt tokens ever prefilled at an Endpoint for this machine, by prompts whose first token came."""
+        """Prompt tokens ever prefilled at an Endpoint for this machine, by requests whose first token came."""
         at = endpoint_slot * self._workers * WORK_CELLS
         return sum(self._work[at : at + self._workers * WORK_CELLS][_PREFILLED_TOKENS::WORK_CELLS])
 
-    def _enter(self, hold: WorkReservation, sign: int) -> None:
-        work, at = self._work, self._at(hold.endpoint_slot)
-        work[at + _PENDING_TOKENS] += sign * hold.pending_tokens
+    def _enter(self, reservation: WorkReservation, sign: int) -> None:
+        work, at = self._work, self._at(reservation.endpoint_slot)
+        work[at + _PENDING_TOKENS] += sign * reservation.pending_tokens
         work[at + _SEQUENCES] += sign
-        work[at + _KV_TOKENS] += sign * hold.kv_tokens
+        work[at + _KV_TOKENS] += sign * reservation.kv_tokens
 
     def _at(self, endpoint_slot: int) -> int:
         return (endpoint_slot * self._workers + self._worker) * WORK_CELLS

@@ -1,133 +1,21 @@
-"""What traffic teaches: how long answers are, how fast engines are by now, and how much a Deployment really takes.
-
-Everything here is fed by requests that clients asked for, and learns nothing while a Deployment is idle.
-"""
-
-from collections import OrderedDict
+"""The concurrency limit and the TPOT margin of a Deployment, corrected by what its requests show."""
 
 import msgspec
-
-from fleetgate.core.capacity.latency_model import SpeedFactor
-
-# --- token counts -----------------------------------------------------------------------------------------------------
-
-KEYS_MAX = 4096  # output lengths are remembered for this many keys and models, the least recent are forgotten
-OUTPUT_TOKENS_FIRST = 200.0  # the reference shape, until an answer has told better
-TOKENS_PER_BYTE_FIRST = 0.25  # English text with any current tokenizer, within a third
-LENGTH_SHARE = 0.05  # of a new observation in a running mean: about the last forty count
-
-
-class TokenEstimates:
-    """What a model's answers and prompts usually measure, in tokens."""
-
-    __slots__ = ("_output", "_per_byte")
-
-    def __init__(self) -> None:
-        self._output: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._per_byte: dict[str, float] = {}
-
-    def output_tokens(self, model: str, key: str, tokens_max: int = 0) -> float:
-        """Expected output: what this key, else this model, usually gets, never more than the request allows."""
-        known = self._output.get((model, key)) or self._output.get((model, "")) or OUTPUT_TOKENS_FIRST
-        return min(known, tokens_max) if tokens_max else known
-
-    def prompt_tokens(self, model: str, body_bytes: int) -> float:
-        """Expected prompt tokens of a body."""
-        return body_bytes * self._per_byte.get(model, TOKENS_PER_BYTE_FIRST)
-
-    def record_output(self, model: str, key: str, tokens: int) -> None:
-        """An answer ended."""
-        for name in ((model, key), (model, "")):
-            before = self._output.pop(name, float(tokens))
-            self._output[name] = before + LENGTH_SHARE * (tokens - before)
-        if len(self._output) > KEYS_MAX:
-            self._output.popitem(last=False)
-
-    def record_prompt(self, model: str, body_bytes: int, tokens: int) -> None:
-        """A usage came back."""
-        seen = tokens / max(1, body_bytes)
-        before = self._per_byte.get(model, seen)
-        self._per_byte[model] = before + LENGTH_SHARE * (seen - before)
-
-
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-PACE_MIN, PACE_MAX = 0.1, 10.0
-PACE_SHARE = 0.2  # of one observation: a silent slow-down is believed after about five
-PREFILL_TELLS_S = 0.02  # shorter prefills drown in the network's and the step's own noise
-
-
-class SpeedLearner:
-    """How much slower or faster than its Profile a Deployment is, from its own streams."""
-
-    __slots__ = ("factor",)
-
-    def __init__(self, pace: SpeedFactor) -> None:
-        self.factor = pace
-
-    def record_first_token(self, predicted_s: float, observed_s: float, prefill_s: float) -> None:
-        """A first token came. Units: `prefill_s` is the part of the prediction that prompts made, at this pace."""
-        if prefill_s < PREFILL_TELLS_S or prefill_s < 0.25 * predicted_s:
-            return
-        ratio = max(0.25, (observed_s - (predicted_s - prefill_s)) / prefill_s)
-        share = PACE_SHARE * min(1.0, prefill_s / 0.2)  # a long prefill tells more than a short one
-        prefill = self.factor.prefill * min(4.0, ratio) ** share
-        self.factor = SpeedFactor(min(PACE_MAX, max(PACE_MIN, prefill)), self.factor.decode)
-
-    def record_decode(self, decode_s: float, step_s: float, steps: int) -> None:
-        """Streams moved for a while. Units: seconds left for decoding, the Profile's step then, and steps done."""
-        if steps < 5 or step_s <= 0.0:
-            return
-        ratio = min(PACE_MAX, max(PACE_MIN, decode_s / (steps * step_s)))
-        decode = self.factor.decode * (ratio / self.factor.decode) ** PACE_SHARE
-        self.factor = SpeedFactor(self.factor.prefill, decode)
-
-
-SLOT_SHARE = 0.02  # of an answer in the running sums: about the last fifty count
-SLOT_TELLS = 5  # answers before which a guess is better
-
-
-class ThroughputEstimate:
-    """What one place of a Deployment gets done, by Little's law, for engines of which nothing is known.
-
-    It needs no model of the engine: what limits it is in how long its answers hold their places.
-    """
-
-    __slots__ = ("_held_s", "_seen", "_units")
-
-    def __init__(self) -> None:
-        self._seen = 0
-        self._units = 0.0
-        self._held_s = 0.0
-
-    def record_end(self, units: float, held_s: float) -> None:
-        """An answer ended. Units: `units` in CU by its real lengths, `held_s` from sending to the end."""
-        self._seen += 1
-        self._units += units - SLOT_SHARE * self._units
-        self._held_s += held_s - SLOT_SHARE * self._held_s
-
-    @property
-    def units_per_s(self) -> float:
-        """CU a second of one place, 0 where too little was seen."""
-        return self._units / self._held_s if self._seen >= SLOT_TELLS and self._held_s > 0.0 else 0.0
-
-
-# --- limits -----------------------------------------------------------------------------------------------------------
 
 LATE_SHARE_MAX = 0.05
 REFUSED_SHARE_MAX = 0.02
 WINDOW_S = 10.0
 BACK_OFF = 0.9
-BACK_OFF_MOST = 0.5
+BACK_OFF_MIN = 0.5
 BACK_OFF_EVERY_S = 2.0
-CREEP_SHARE = 0.01
+RAISE_SHARE = 0.01
 MARGIN_BACK_OFF = 0.98
-MARGIN_CREEP = 0.002
+MARGIN_RAISE = 0.002
 MARGIN_MIN, MARGIN_MAX = 0.6, 1.3
 MARGIN_FIRST = 1.2
 WAITING_POLLS_MAX = 3
 WAITING_SHARE_MAX = 0.05
-TOLD_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
+REPORTED_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
 KV_SHARE_MAX = 0.9
 
 
@@ -214,7 +102,7 @@ class AdaptiveLimit:
         elif in_flight > 0.5 * self.limit and not queues:
             self._creep()
         after = int(self.limit)
-        crept = before <= after < self._told * (1.0 + TOLD_SHARE) and after < self._bounds.most
+        crept = before <= after < self._told * (1.0 + REPORTED_SHARE) and after < self._bounds.most
         if after == self._told or crept:
             return None
         told, self._told = self._told, after
@@ -246,18 +134,18 @@ class AdaptiveLimit:
         carried = float(max(in_flight - waiting, self._bounds.least))
         before = self.limit or carried
         after = before * BACK_OFF
-        if waiting and carried > BACK_OFF_MOST * before:  # else the two were not seen at the same time
+        if waiting and carried > BACK_OFF_MIN * before:  # else the two were not seen at the same time
             after = min(before - 1.0, carried) if self.limit else carried
         self.limit = max(float(self._bounds.least), after)
 
     def _creep(self) -> None:
         if self.limit:
             ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
-            self.limit = min(ceiling, self.limit + max(1.0, CREEP_SHARE * self.limit))
+            self.limit = min(ceiling, self.limit + max(1.0, RAISE_SHARE * self.limit))
 
     def _correct_margin(self, recent: ViolationCounts, in_flight: int) -> None:
         late = max(recent.ttft_late, recent.tpot_late)
         if recent.ended and late > LATE_SHARE_MAX * recent.ended:
             self.margin = max(MARGIN_MIN, self.margin * MARGIN_BACK_OFF)
         elif in_flight > 0.25 * self.limit:
-            self.margin = min(MARGIN_MAX, self.margin + MARGIN_CREEP)
+            self.margin = min(MARGIN_MAX, self.margin + MARGIN_RAISE)

@@ -12,7 +12,7 @@ from statistics import fmean, median
 
 import msgspec
 
-from fleetgate.core.capacity.units import LONELY_STEPS, cost_units, step_s
+from fleetgate.core.capacity.units import IDLE_STEP_FACTOR, cost_units, step_s
 from fleetgate.core.model import Profile
 
 # Half the reference request: the same knee at half the cost.
@@ -77,7 +77,7 @@ def plan(budget: SweepBudget, engines: int = 1) -> tuple[SweepRound, ...]:
 
     Raises: `BudgetTooSmall`.
     """
-    least = least_budget(engines)
+    least = minimum_budget(engines)
     if budget.requests_max < least.requests_max or budget.tokens_max < least.tokens_max:
         raise BudgetTooSmall(least)
     rounds = list(_prefills(2))
@@ -99,7 +99,7 @@ def plan(budget: SweepBudget, engines: int = 1) -> tuple[SweepRound, ...]:
     return tuple(rounds)
 
 
-def least_budget(engines: int = 1) -> SweepBudget:
+def minimum_budget(engines: int = 1) -> SweepBudget:
     """What two sizes of prompts and two waves need."""
     rounds = [*_prefills(2), *list(_waves(engines))[:2]]
     return SweepBudget(sum(one.concurrency for one in rounds), _tokens(rounds))
@@ -176,7 +176,7 @@ class RequestWave(msgspec.Struct, frozen=True, kw_only=True):
         return self.queued or self.refused > 0
 
 
-def step_of(streams: Sequence[Sequence[float]], tokens_per_event: float) -> float:
+def decode_step_s(streams: Sequence[Sequence[float]], tokens_per_event: float) -> float:
     """Seconds of a decode step while all streams were decoding, 0 where that was too short to tell.
 
     Shape: of each stream the moments its content events came, in order.
@@ -194,7 +194,7 @@ def step_of(streams: Sequence[Sequence[float]], tokens_per_event: float) -> floa
     return median(spans) / max(tokens_per_event, 1e-9) if spans else 0.0
 
 
-def started_together(streams: Sequence[Sequence[float]], sent_s: float, prefill_s: float) -> int:
+def concurrent_streams(streams: Sequence[Sequence[float]], sent_s: float, prefill_s: float) -> int:
     """How many streams the engine ran at once: all, or those that began before the first of them ended.
 
     Units: `prefill_s` is what all the prompts take; where no stream waited much longer than that, none was queued.
@@ -216,10 +216,10 @@ def stop_reason(waves: Sequence[RequestWave], targets: SweepTargets) -> str:
         return f"the engine refused {last.refused} of {last.batch:g} requests at once"
     if last.queued:
         return f"the engine let some of {last.batch:g} requests wait"
-    tpot_s = max(targets.tpot_s, LONELY_STEPS * first.tpot_s)
+    tpot_s = max(targets.tpot_s, IDLE_STEP_FACTOR * first.tpot_s)
     if last.tpot_s > tpot_s:
         return f"{last.batch:g} requests at once have a TPOT of {last.tpot_s:.3f} s, over the {tpot_s:.3f} s allowed"
-    ttft_s = max(targets.ttft_s, LONELY_STEPS * first.ttft_s)
+    ttft_s = max(targets.ttft_s, IDLE_STEP_FACTOR * first.ttft_s)
     if last.ttft_s > ttft_s:
         return f"{last.batch:g} requests at once have a TTFT of {last.ttft_s:.2f} s, over the {ttft_s:.2f} s allowed"
     if len(waves) > 1 and last.requests_per_s < (1.0 + GAIN_MIN) * waves[-2].requests_per_s:
@@ -248,8 +248,8 @@ def measured_profile(
 
     Raises: `MeasurementFailed`.
     """
-    prefill_tokens_per_s = prefill_of(singles)
-    base_s, per_sequence_s = decode_of(waves)
+    prefill_tokens_per_s = fit_prefill(singles)
+    base_s, per_sequence_s = fit_decode(waves)
     profile = Profile(
         name="measured",
         prefill_tokens_per_s=prefill_tokens_per_s,
@@ -275,7 +275,7 @@ def measured_profile(
     )
 
 
-def prefill_of(singles: Sequence[SingleRequest]) -> float:
+def fit_prefill(singles: Sequence[SingleRequest]) -> float:
     """Prompt tokens a second, from `TTFT = fixed + tokens / speed`.
 
     Raises: `MeasurementFailed`.
@@ -298,7 +298,7 @@ def prefill_of(singles: Sequence[SingleRequest]) -> float:
     return 1.0 / max(slope, 1.0 / PREFILL_TOKENS_PER_S_MAX)
 
 
-def decode_of(waves: Sequence[RequestWave]) -> tuple[float, float]:
+def fit_decode(waves: Sequence[RequestWave]) -> tuple[float, float]:
     """The step's fixed seconds and those of each sequence, by least squares over what the engine ran at once.
 
     Raises: `MeasurementFailed`.
@@ -335,7 +335,7 @@ def _knee(waves: Sequence[RequestWave], targets: SweepTargets) -> tuple[float, f
     good = [wave for wave in waves if not wave.saturated]
     if not good:
         return None
-    target_s = max(targets.tpot_s, LONELY_STEPS * good[0].tpot_s)
+    target_s = max(targets.tpot_s, IDLE_STEP_FACTOR * good[0].tpot_s)
     for near, far in pairwise(good):
         if far.tpot_s > target_s:
             return _at(_crossing(near, far, target_s), near, far)

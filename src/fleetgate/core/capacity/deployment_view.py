@@ -37,6 +37,7 @@ class DeploymentView(msgspec.Struct, frozen=True):
     units: float = 1.0
     current_profile: CurrentProfile | None = None
     slots: int = 0
+    paused: bool = False
 
 
 class Corrections(NamedTuple):

@@ -66,7 +66,7 @@ class LatencyPrediction(msgspec.Struct, frozen=True, gc=False):
     prefill_s: float
     ahead_s: float = 0.0
     late: str = ""
-    tight: bool = False
+    delays_others: bool = False
 
 
 class CurrentProfile(msgspec.Struct, frozen=True, gc=False):

@@ -10,17 +10,10 @@ from typing import NamedTuple
 import msgspec
 
 from fleetgate.core.admission.work_ledger import WorkLedger
-from fleetgate.core.capacity.adaptive_limit import (
-    AdaptiveLimit,
-    EngineLoad,
-    LimitBounds,
-    LimitChange,
-    SpeedLearner,
-    ThroughputEstimate,
-    ViolationCounts,
-)
+from fleetgate.core.capacity.adaptive_limit import AdaptiveLimit, EngineLoad, LimitBounds, LimitChange, ViolationCounts
 from fleetgate.core.capacity.deployment_view import Corrections, DeploymentView, EndpointCapacity, current_profile
 from fleetgate.core.capacity.latency_model import NOMINAL_SPEED, LatencyPrediction
+from fleetgate.core.capacity.speed_learning import SpeedLearner, ThroughputEstimate
 from fleetgate.core.capacity.units import batch_within, limit_of, rate_at, step_s, units_of
 from fleetgate.core.model import Deployment, Profile, ProfileSource, Slo
 
@@ -35,8 +28,8 @@ GUESS = Profile(
 )
 AHEAD_SHARE_MAX = 0.1
 UNTOLD_SHARE_MAX = 0.1  # of the time between two looks
-LIMIT_LEAST_SHARE, LIMIT_MOST_SHARE = 0.3, 1.5  # of what the Profile says
-UNKNOWN_MOST = 4096  # requests at once in one engine of which nothing is known
+LIMIT_MIN_SHARE, LIMIT_MAX_SHARE = 0.3, 1.5  # of what the Profile says
+UNKNOWN_LIMIT_MAX = 4096  # requests at once in one engine of which nothing is known
 UNKNOWN_BATCH = 32.0  # at which unknown engines are compared until their limits are known
 
 
@@ -47,6 +40,7 @@ class Observation(NamedTuple):
     endpoints: tuple[EndpointCapacity, ...]
     external_in_flight: int = 0
     rtt_s: float = 0.0
+    paused: bool = False
 
 
 class DecodeProgress(NamedTuple):
@@ -111,7 +105,14 @@ class OnlineEstimate:
             speed = current_profile(self.profile, self.slo, lessons, sighting.rtt_s)
         places = limit or (0 if self.deployment.units > 0.0 else int(self.slots_guess * self.engines))
         return DeploymentView(
-            sighting.health, limit, sighting.external_in_flight, sighting.endpoints, self.units, speed, places
+            health=sighting.health,
+            limit=limit,
+            external_in_flight=sighting.external_in_flight,
+            endpoints=sighting.endpoints,
+            units=self.units,
+            current_profile=speed,
+            slots=places,
+            paused=sighting.paused,
         )
 
     def record_first_token(self, fit: LatencyPrediction, observed_s: float) -> None:
@@ -155,7 +156,7 @@ class OnlineEstimate:
         if deployment.concurrency_max:
             return LimitBounds(deployment.concurrency_max, 1, deployment.concurrency_max, written=True)
         if deployment.profile is None:
-            return LimitBounds(0, self.engines, UNKNOWN_MOST * self.engines)
+            return LimitBounds(0, self.engines, UNKNOWN_LIMIT_MAX * self.engines)
         start = limit_of(deployment.profile, tpot_s, self.engines)
-        most = max(LIMIT_MOST_SHARE * start, batch_within(deployment.profile, tpot_s) * self.engines)
-        return LimitBounds(start, max(self.engines, int(LIMIT_LEAST_SHARE * start)), int(most))
+        most = max(LIMIT_MAX_SHARE * start, batch_within(deployment.profile, tpot_s) * self.engines)
+        return LimitBounds(start, max(self.engines, int(LIMIT_MIN_SHARE * start)), int(most))

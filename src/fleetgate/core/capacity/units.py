@@ -11,7 +11,7 @@ REFERENCE_OUTPUT_TOKENS = 200
 KNEE_SHARE = 0.9  # of the concurrency at the knee: past it a few more requests cost everybody their SLO
 # An engine that misses the TPOT target all by itself is measured against this many of its own lonely steps instead:
 # nothing is refused for slowness alone, and it still has to be compared with others.
-LONELY_STEPS = 1.5
+IDLE_STEP_FACTOR = 1.5
 
 # An Endpoint back from ejection starts at a hundredth of its weight and has all of it after this long, so that a cold
 # cache does not meet a full load. FAULTS.md row 60
@@ -26,12 +26,12 @@ def step_s(profile: Profile, batch: float) -> float:
 
 def tpot_target_s(profile: Profile, tpot_s: float) -> float:
     """The TPOT a replica is held to: the promised one, or what it can do at all where that is slower."""
-    return max(tpot_s, LONELY_STEPS * step_s(profile, 1))
+    return max(tpot_s, IDLE_STEP_FACTOR * step_s(profile, 1))
 
 
 def batch_within(profile: Profile, tpot_s: float) -> float:
     """The largest batch whose steps keep the TPOT target and whose KV fits, at the reference shape; at least 1."""
-    batch = places_of(profile)
+    batch = sequences_max_of(profile)
     if profile.per_sequence_s > 0.0:
         batch = min(batch, (tpot_target_s(profile, tpot_s) - profile.base_s) / profile.per_sequence_s)
     return max(1.0, batch)
@@ -48,10 +48,10 @@ def units_of(profile: Profile, tpot_s: float) -> float:
     target_s = tpot_target_s(profile, tpot_s)
     prompt_s = REFERENCE_PROMPT_TOKENS / profile.prefill_tokens_per_s
     by_time = (1.0 - profile.base_s / target_s) / (prompt_s + REFERENCE_OUTPUT_TOKENS * profile.per_sequence_s)
-    return min(by_time, rate_at(profile, places_of(profile)))
+    return min(by_time, rate_at(profile, sequences_max_of(profile)))
 
 
-def places_of(profile: Profile) -> float:
+def sequences_max_of(profile: Profile) -> float:
     """Reference requests that a replica holds at once: places in the batch, or what fits into the KV cache."""
     if not profile.kv_tokens:
         return float(profile.batch_max)
@@ -109,7 +109,7 @@ def ttft_target_s(slo: Slo, prompt_tokens: float, fastest_idle_s: float = 0.0) -
 
     Units: `fastest_idle_s` is the time to first token of the fastest candidate when it has nothing else to do.
     """
-    return max(slo.ttft_s + prompt_tokens * slo.ttft_s_per_1k_tokens / 1000.0, LONELY_STEPS * fastest_idle_s)
+    return max(slo.ttft_s + prompt_tokens * slo.ttft_s_per_1k_tokens / 1000.0, IDLE_STEP_FACTOR * fastest_idle_s)
 
 
 def slow_start(since_recovery_s: float) -> float:

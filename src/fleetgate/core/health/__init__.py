@@ -1,1 +1,1 @@
-"""Circuit breaker, outlier detection and timeouts of Endpoints."""
+"""Health of Endpoints: circuit breaker, outlier detection, timeouts, hedging, requests that end engines."""

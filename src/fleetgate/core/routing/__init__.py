@@ -1,1 +1,1 @@
-"""Which Deployment takes a request: routes, strategies, affinity, the scheduler."""
+"""Routing of a request: routes, strategies, prefix affinity, the scheduler, recorded decisions."""

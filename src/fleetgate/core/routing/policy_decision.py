@@ -1,4 +1,4 @@
-"""What policies are told of a request and what they answer: values that the proxy, the simulator and rules share."""
+"""What policies read of a request and what they decide: values that the proxy, the simulator and policies share."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -6,15 +6,15 @@ import msgspec
 
 from fleetgate.core.model import Deployment, Key
 
-PathStep = str | int  # a field's name, or a place in a list
+PathStep = str | int  # a field's name, or an index into a list
 BodyPath = tuple[PathStep, ...]
 
 
 class RequestAttributes(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A request as policies see it.
 
-    Shape: `headers` has lower-case names and `body` paths into the JSON body, both only what some policy names
-    (`RuleSet.needs_headers`, `RuleSet.needs_body`); what is missing there reads as empty.
+    Shape: `headers` has lower-case names, `body` has paths into the JSON body. Both contain only what some policy names
+    (`CompiledPolicies.needs_headers`, `CompiledPolicies.needs_body`); what is missing reads as empty.
     """
 
     model: str
@@ -27,11 +27,11 @@ class RequestAttributes(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class PolicyDecision(msgspec.Struct, frozen=True, kw_only=True):
-    """What the policies of a Gateway say of one request.
+    """What the policies of a Gateway decide for one request.
 
-    Shape: `allowed` and `preferred` are Deployment slots, `allowed` None where every one may be used and empty where
-    `denied_by` names the policies that leave nobody; `preferred` comes in the order in which they should be tried;
-    `priority` None where no policy sets it; `notes` are sentences for the log, without anything the client sent.
+    Shape: `allowed` and `preferred` are Deployment slots. `allowed` is None if all may be used, and empty if the
+    policies that `denied_by` names leave none. `preferred` is in the order of preference. `priority` is None if no
+    policy sets it. `notes` are sentences for the log and contain nothing that the client sent.
     """
 
     allowed: frozenset[int] | None = None

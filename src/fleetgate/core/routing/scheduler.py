@@ -1,6 +1,6 @@
-"""One Lane in one proxy: find a request a place and reserve it, in one step.
+"""The scheduler of one model route in one proxy: it chooses a Deployment and reserves capacity there, in one step.
 
-The live proxy and the simulator both ask here, so what one shows the other does.
+The live proxy and the simulator run the same scheduler.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,20 +13,21 @@ from fleetgate.core.capacity.latency_model import LatencyPrediction, RequestShap
 from fleetgate.core.capacity.units import cost_units, ttft_target_s
 from fleetgate.core.model import Gateway, Slo
 from fleetgate.core.routing.load_view import CandidateLoads, idle_ttft_min_s
-from fleetgate.core.routing.route import Decision, ModelRoute, NoPlace, Rejection, late_sentence, route
+from fleetgate.core.routing.route import Decision, ModelRoute, Rejection, RejectionReason, late_reason, route
 from fleetgate.core.routing.strategies import NO_TURN, Candidate, Load, Turn
 
 DEFAULT_SLO = Slo()
-# Of its target that a forecast may use up: forecasts are off by a few hundredths, and one at the edge is late half the
-# time. Never less than an idle replica takes, because targets are at least 1.5 × that.
+# The share of the TTFT target that a prediction may use. Predictions are off by a few hundredths, so a request that is
+# predicted at the target itself is late half the time. An idle replica always fits: targets are 1.5 × its TTFT or more.
 TTFT_MARGIN = 0.9
 
 
 class ScheduleRequest(NamedTuple):
-    """A request as it asks for a place.
+    """A request that needs a Deployment.
 
-    Units: `waited_s` since it came.
-    Shape: `allowed` are the slots that policies leave, None for all; `preferred` those they want first, in order.
+    Units: `waited_s` since its arrival.
+    Shape: `allowed` are the Deployment slots that policies leave, None for all; `preferred` are the slots that policies
+    put first, in order.
     """
 
     shape: RequestShape
@@ -37,9 +38,9 @@ class ScheduleRequest(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """A place was found and reserved: at whom, what is held, and how the request should do there.
+    """The Deployment that a request goes to, its reservation there and its predicted latency.
 
-    Units: `target_s` is the TTFT it was promised.
+    Units: `target_s` is the TTFT target of the request.
     """
 
     candidate: Candidate
@@ -48,8 +49,8 @@ class Placement(NamedTuple):
     target_s: float
 
 
-class ConsideredCandidate(NamedTuple):
-    """Everything that a decision was taken from, and the decision. Units: `target_s` is the TTFT that was promised."""
+class ConsideredDecision(NamedTuple):
+    """A decision and all its inputs. Units: `target_s` is the TTFT target of the request."""
 
     candidates: Sequence[Candidate]
     load: Load
@@ -59,111 +60,111 @@ class ConsideredCandidate(NamedTuple):
 
 
 class Scheduler:
-    """What a Lane remembers from request to request: whose turn it is, and who waits.
+    """The state of a model route between requests: the strategy's memory and the queue.
 
-    Shape: `considered` is the last decision, kept only while `keeps_considered`, for whoever records it.
+    Shape: `last_decision` is the last decision, kept only while `records_decisions` is set.
     """
 
-    __slots__ = ("considered", "gateway", "has_slo", "loads", "queue", "record_considered", "route", "slo", "turn")
+    __slots__ = ("gateway", "has_slo", "last_decision", "loads", "queue", "records_decisions", "route", "slo", "turn")
 
-    def __init__(self, gateway: Gateway, lane: ModelRoute) -> None:
+    def __init__(self, gateway: Gateway, model_route: ModelRoute) -> None:
         self.gateway = gateway
-        self.route = lane
+        self.route = model_route
         self.slo = gateway.slo or DEFAULT_SLO
         self.has_slo = gateway.slo is not None
         self.turn: Turn = NO_TURN
         self.queue = RequestQueue()
-        self.loads = CandidateLoads(lane.candidates)
-        self.record_considered = False
-        self.considered: ConsideredCandidate | None = None
+        self.loads = CandidateLoads(model_route.candidates)
+        self.records_decisions = False
+        self.last_decision: ConsideredDecision | None = None
 
     def place(
         self,
-        wish: ScheduleRequest,
-        outlooks: Mapping[int, DeploymentView],
-        books: WorkLedger,
+        request: ScheduleRequest,
+        views: Mapping[int, DeploymentView],
+        work_ledger: WorkLedger,
         now_s: float,
         tried: Collection[int] = (),
     ) -> Placement | Rejection:
-        """Route the request and reserve its place, or say why there is none.
+        """Route the request and reserve its capacity, or say why no Deployment takes it.
 
         Cost: with Profiles 10 µs with one candidate, 22 µs with sixteen of which the first has room.
         """
-        lane, scene = self.route, self.loads
-        scene.refresh(outlooks, books, now_s)
-        if wish.allowed is None:
-            idle_s = scene.idle_ttft_min_s(wish.shape.prompt_tokens)
+        model_route, loads = self.route, self.loads
+        loads.refresh(views, work_ledger, now_s)
+        if request.allowed is None:
+            idle_s = loads.idle_ttft_min_s(request.shape.prompt_tokens)
         else:
-            lane = ModelRoute(tuple(c for c in lane.candidates if c.slot in wish.allowed), lane.strategy)
-            idle_s = idle_ttft_min_s(wish.shape, lane.candidates, outlooks)
-        # Without a written SLO nothing is refused by it: what a request has waited takes nothing from its target.
-        promised_s = ttft_target_s(self.slo, wish.shape.prompt_tokens, idle_s)
-        need = wish.shape._replace(ttft_left_s=TTFT_MARGIN * promised_s - (wish.waited_s if self.has_slo else 0.0))
-        load = scene.for_request(need)
-        if self.record_considered:
-            scene.predict_all()  # while nothing is reserved yet
-        decision = route(lane, load, self.turn, tried)
-        if self.record_considered:
-            self.considered = ConsideredCandidate(lane.candidates, load, self.turn, promised_s, decision)
+            allowed = tuple(c for c in model_route.candidates if c.slot in request.allowed)
+            model_route = ModelRoute(allowed, model_route.strategy)
+            idle_s = idle_ttft_min_s(request.shape, allowed, views)
+        # Without a written SLO no request is refused for latency, so the time it waited does not count either.
+        target_s = ttft_target_s(self.slo, request.shape.prompt_tokens, idle_s)
+        ttft_left_s = TTFT_MARGIN * target_s - (request.waited_s if self.has_slo else 0.0)
+        shape = request.shape._replace(ttft_left_s=ttft_left_s)
+        load = loads.for_request(shape)
+        if self.records_decisions:
+            loads.predict_all()  # before the reservation changes the load
+        decision = route(model_route, load, self.turn, tried)
+        if self.records_decisions:
+            self.last_decision = ConsideredDecision(model_route.candidates, load, self.turn, target_s, decision)
         if isinstance(decision, Rejection):
             return decision
-        left_out = decision.left_out
-        for candidate in preferred_first(decision.order, wish.preferred):
-            standing, outlook = load[candidate.slot], outlooks[candidate.slot]
-            fit = standing.fit
-            if fit is not None and fit.late:
-                left_out += ((candidate.name, late_sentence(fit)),)
+        excluded = decision.excluded
+        for candidate in preferred_first(decision.order, request.preferred):
+            state, view = load[candidate.slot], views[candidate.slot]
+            prediction = state.prediction
+            if prediction is not None and prediction.late:
+                excluded += ((candidate.name, late_reason(prediction)),)
                 continue
-            limit = limit_for(wish.priority, standing.limit)
-            hold = self._hold(need, candidate, fit, outlook, books)
-            if books.reserve(hold, limit and max(1, limit - outlook.external_in_flight), now_s):
+            limit = limit_for_priority(request.priority, state.limit)
+            reservation = self._reservation(shape, candidate, prediction, view, work_ledger)
+            if work_ledger.reserve(reservation, limit and max(1, limit - view.external_in_flight), now_s):
                 self.turn = decision.turn
-                return Placement(candidate, hold, fit, promised_s)
-        return Rejection(NoPlace.ALL_FULL, left_out)
+                return Placement(candidate, reservation, prediction, target_s)
+        return Rejection(RejectionReason.ALL_FULL, excluded)
 
-    def waits_until_s(
-        self, need: RequestShape, came_s: float, outlooks: Mapping[int, DeploymentView], timeout_s: float = 0.0
+    def queue_deadline_s(
+        self, shape: RequestShape, arrived_s: float, views: Mapping[int, DeploymentView], timeout_s: float = 0.0
     ) -> float:
-        """How long it may wait: the queue's limit, the client's own, and, with an SLO, while its TTFT can be kept."""
+        """Until when a request may wait: by the queue's limit, the client's timeout and, with an SLO, its TTFT."""
         limits_s = [self.gateway.admission.queue_timeout_s]
         if timeout_s:
             limits_s.append(timeout_s)
         if self.has_slo:
-            idle_s = idle_ttft_min_s(need, self.route.candidates, outlooks)
-            limits_s.append(TTFT_MARGIN * ttft_target_s(self.slo, need.prompt_tokens, idle_s) - idle_s)
-        return came_s + min(limits_s)
+            idle_s = idle_ttft_min_s(shape, self.route.candidates, views)
+            limits_s.append(TTFT_MARGIN * ttft_target_s(self.slo, shape.prompt_tokens, idle_s) - idle_s)
+        return arrived_s + min(limits_s)
 
-    def _hold(
+    def _reservation(
         self,
-        need: RequestShape,
+        shape: RequestShape,
         candidate: Candidate,
-        fit: LatencyPrediction | None,
-        outlook: DeploymentView,
-        books: WorkLedger,
+        prediction: LatencyPrediction | None,
+        view: DeploymentView,
+        work_ledger: WorkLedger,
     ) -> WorkReservation:
-        speed = outlook.current_profile
-        if fit is None or speed is None:
-            seats = outlook.endpoints
-            at = 0 if len(seats) <= 1 else min(range(len(seats)), key=lambda n: books.sequences(seats[n].endpoint_slot))
-            return WorkReservation(
-                candidate.slot, seats[at].endpoint_slot if seats else 0, int(need.prompt_tokens), 0, 1000
-            )
-        uncached = need.uncached_at(fit.endpoint_slot)
-        units = cost_units(speed.profile, self.slo.tpot_s, uncached, need.output_tokens)
-        kv_tokens = int(need.prompt_tokens + need.output_tokens)
+        profile = view.current_profile
+        if prediction is None or profile is None:
+            slots = [endpoint.endpoint_slot for endpoint in view.endpoints]
+            endpoint_slot = min(slots, key=work_ledger.sequences) if len(slots) > 1 else slots[0] if slots else 0
+            return WorkReservation(candidate.slot, endpoint_slot, int(shape.prompt_tokens), 0, 1000)
+        uncached = shape.uncached_at(prediction.endpoint_slot)
+        units = cost_units(profile.profile, self.slo.tpot_s, uncached, shape.output_tokens)
+        kv_tokens = int(shape.prompt_tokens + shape.output_tokens)
         return WorkReservation(
-            candidate.slot, fit.endpoint_slot, int(uncached), kv_tokens, int(units * 1000), speed.window_s
+            candidate.slot, prediction.endpoint_slot, int(uncached), kv_tokens, int(units * 1000), profile.window_s
         )
 
 
-def limit_for(priority: int, limit: int) -> int:
-    """How much of a limit requests of a priority may take; 0 stays no limit."""
+def limit_for_priority(priority: int, limit: int) -> int:
+    """The part of a limit that requests of a priority may use; 0 stays "no limit"."""
     return max(1, int(limit * SHEDDABLE_SHARE_MAX)) if limit and priority == Priority.SHEDDABLE else limit
 
 
 def preferred_first(order: Sequence[Candidate], preferred: Sequence[int]) -> Sequence[Candidate]:
-    """An order with those in front that policies want first. Shape: `preferred` are slots."""
+    """An order with the Deployments first that policies prefer. Shape: `preferred` are slots."""
     if not preferred:
         return order
-    turns = {slot: turn for turn, slot in enumerate(preferred)}
-    return sorted(order, key=lambda candidate: turns.get(candidate.slot, len(preferred)))
+    ranks = {slot: rank for rank, slot in enumerate(preferred)}
+    return sorted(order, key=lambda candidate: ranks.get(candidate.slot, len(preferred)))

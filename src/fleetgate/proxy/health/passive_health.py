@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING
 
 from fleetgate.core.exchange import RETRY_AFTER_MAX_S, Failure, State
 from fleetgate.core.health import outlier_detection as outliers
-from fleetgate.core.health.circuit_breaker import OUT, BreakerState, Signal, adopted, after, told_ms, until_ms
-from fleetgate.core.routing.load_view import COOLING
+from fleetgate.core.health.circuit_breaker import (
+    EJECTED_STATES,
+    BreakerState,
+    Signal,
+    ejection_end_ms,
+    encode_ejection,
+    health_from_ejection,
+    next_health,
+)
 from fleetgate.ipc.event_spool import EventRecord
 from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter
 from fleetgate.proxy.health import event_messages as sentences
@@ -74,10 +81,10 @@ class PassiveHealthChecker:
         """An Endpoint's breaker changed: write it where the other workers see it, and see to what follows."""
         hub, tables, health = self._hub, self._hub.tables, peer.health
         board = hub.board
-        told = told_ms(health)
+        told = encode_ejection(health)
         board.ejected_until_ms[peer.endpoint.slot * board.workers + hub.config.index] = told
         peer.adopted = max(peer.adopted, told)
-        if health.breaker in OUT:
+        if health.breaker in EJECTED_STATES:
             for place in tables.places_of.get(peer, ()):
                 place.carried = max(place.carried, board.in_flight_total(place.slot))
                 self.tell(place, str(health.breaker), sentences.out_sentence(peer.endpoint, health, sign, hub.clock()))
@@ -129,10 +136,9 @@ class PassiveHealthChecker:
 
     def cool(self, place: DeploymentState, now_s: float) -> None:
         """Nobody is sent there while it cools; afterwards it is as before."""
-        if now_s < place.cools_until_s:
-            place.foreign = COOLING
-        else:
-            place.cools_until_s, place.foreign = 0.0, 0
+        place.paused = now_s < place.cools_until_s
+        if not place.paused:
+            place.cools_until_s = 0.0
 
     # --- regions ---
 
@@ -149,7 +155,7 @@ class PassiveHealthChecker:
                 continue
             suspects = [peer for one in there for peer in one.peers if peer.health.breaker is BreakerState.CLOSED]
             for peer in suspects:
-                peer.health = after(peer.health, Signal.REGION_LOST, now_s)
+                peer.health = next_health(peer.health, Signal.REGION_LOST, now_s)
                 tables.renew_fit(peer, now_s)
             self.tell(place, "region_lost", sentences.region_sentence(region, moments_s, now_s))
 
@@ -213,9 +219,9 @@ class PassiveHealthChecker:
         board, now_ms = self._hub.board, now_s * 1000
         for peer in tables.peers.values():
             told = board.ejected_until(peer.endpoint.slot)
-            if told > peer.adopted and until_ms(told) > now_ms and peer.health.breaker is BreakerState.CLOSED:
+            if told > peer.adopted and ejection_end_ms(told) > now_ms and peer.health.breaker is BreakerState.CLOSED:
                 peer.adopted = told
-                peer.health = adopted(told)
+                peer.health = health_from_ejection(told)
                 tables.renew_fit(peer, now_s)
         for place in tables.places.values():
             told = board.retry_after_until(place.slot)

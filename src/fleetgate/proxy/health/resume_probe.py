@@ -73,7 +73,7 @@ class ResumeProbe:
 
     def _take_place(self, place: DeploymentState) -> bool:
         """Its requests count against the limit as a client's do; where there is no room they wait for quieter times."""
-        return not place.foreign and self._hub.ledger.reserve(place.slot, place.limit)
+        return not place.foreign and not place.paused and self._hub.ledger.reserve(place.slot, place.limit)
 
     async def _goes_on(self, place: DeploymentState, peer: EndpointState, said: str) -> bool:
         """Whether an answer and one that goes on from its middle are the same."""

@@ -8,9 +8,10 @@ import msgspec
 
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.exchange import (
+    CLIENT_GONE,
     FINISHED,
-    GONE,
     AttemptFailed,
+    CapacityFreed,
     ClientGone,
     Command,
     Commit,
@@ -21,10 +22,9 @@ from fleetgate.core.exchange import (
     Failure,
     Finish,
     Interrupt,
-    Overdue,
     Pick,
+    QueueTimeout,
     Refuse,
-    RoomFreed,
     Send,
     State,
     Wait,
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from fleetgate.proxy.downstream.request_authorizer import RequestContext
     from fleetgate.proxy.worker.services import Hub
 
-ROOM = RoomFreed()
+ROOM = CapacityFreed()
 CONTENT_OK = Content(200)
 
 ENDED, REFUSED = int(DeploymentCounter.ENDED), int(DeploymentCounter.REFUSED)
@@ -191,10 +191,10 @@ class RequestHandler(ResponseWriter):
             return
         if relay is self.relay and hedge.relay.connection is None:
             self._end_hedge()
-            self.exchange.not_sent()
+            self.exchange.record_unsent()
         elif relay is hedge.relay and self.relay.connection is None:
             self.adopt(hedge)
-            self.exchange.not_sent()
+            self.exchange.record_unsent()
 
     # --- what the relay reports ---
 
@@ -403,7 +403,7 @@ class RequestHandler(ResponseWriter):
 
     # --- what ends it from outside ---
 
-    def client_gone(self, event: ClientGone = GONE) -> None:
+    def client_gone(self, event: ClientGone = CLIENT_GONE) -> None:
         """The client left: cancel upstream, in whatever phase."""
         if self.exchange.state is State.ENDED:
             return
@@ -418,7 +418,7 @@ class RequestHandler(ResponseWriter):
         if self.exchange.state is State.WAITING:
             placing.stop_waiting(self)
             ahead = max(1, len(self.lane.room))
-            self.report(Overdue(self.lane.drain.retry_after_s(ahead)))
+            self.report(QueueTimeout(self.lane.drain.retry_after_s(ahead)))
         elif relay is not None and relay.paused:
             self.deadline_s = self.client.still_reads(now_s)  # the client stalls: nothing against the Endpoint
         elif relay is not None and not relay.finish() and not watching.has_more_time(self, now_s):

@@ -6,7 +6,7 @@ Where the first has no connection yet, whoever is connected first gets the reque
 from typing import TYPE_CHECKING
 
 from fleetgate.core.exchange import AttemptFailed
-from fleetgate.core.health.hedge_policy import has_room_to_spare, may_hedge
+from fleetgate.core.health.hedge_policy import has_spare_capacity, may_hedge
 from fleetgate.core.routing.scheduler import Placement
 from fleetgate.proxy.request import attempt as sending
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
@@ -91,7 +91,7 @@ def try_hedge(conversation: "RequestHandler", now_s: float) -> Hedge | None:
     if now_s - conversation.started_s < lane.first_tokens.threshold_s(wanting.need.prompt_tokens):
         return None
     lane.desk.loads.refresh(hub.learning.outlooks, hub.books, now_s)
-    if not has_room_to_spare(lane.desk.loads.load.values()) or not conversation.request.budget.take(now_s):
+    if not has_spare_capacity(lane.desk.loads.load.values()) or not conversation.request.budget.take(now_s):
         return None
     return _beside(conversation, wanting, now_s)
 
@@ -121,6 +121,6 @@ def _beside(conversation: "RequestHandler", wanting: PlacementRequest, now_s: fl
     if peer is None or conversation.ask.model not in place.upstream_names:
         hub.books.settle(placed.reservation)
         return None
-    conversation.exchange.hedged(placed.candidate)
+    conversation.exchange.record_hedge(placed.candidate)
     conversation.attempts += 1
     return Hedge(conversation, placed, place, peer)

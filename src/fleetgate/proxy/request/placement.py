@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from fleetgate.core.admission.request_queue import QueueEntry
-from fleetgate.core.exchange import NotPicked, Overdue, Pick, Picked, QueueFull, Wait
-from fleetgate.core.routing.route import NoPlace, Rejection
+from fleetgate.core.exchange import NotPicked, Pick, Picked, QueueFull, QueueTimeout, Wait
+from fleetgate.core.routing.route import Rejection, RejectionReason
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
 from fleetgate.proxy.routing.routing_table import ModelRouteState
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 COOLS_WAIT_MAX_S = 2.0  # FAULTS.md row 16: in place only for so long
 QUEUE_FULL = QueueFull()
-LOST = (NoPlace.NONE_UP, NoPlace.ALL_TRIED)  # unless somebody who is out proves better than thought
+LOST = (RejectionReason.NONE_UP, RejectionReason.ALL_TRIED)  # unless somebody who is out proves better than thought
 
 
 def pick(conversation: "RequestHandler", command: Pick) -> None:
@@ -24,7 +24,7 @@ def pick(conversation: "RequestHandler", command: Pick) -> None:
     lead = lane.lead
     if lead is not None and not command.tried and not lane.room:
         place = hub.tables.places[lead.slot]
-        if place.fit >= 1.0 and not place.foreign and hub.ledger.reserve(lead.slot, place.limit):
+        if place.fit >= 1.0 and not place.foreign and not place.paused and hub.ledger.reserve(lead.slot, place.limit):
             conversation.place = conversation.last_place = place
             conversation.report(Picked(lead))
             return
@@ -36,7 +36,7 @@ def _pick_by_route(conversation: "RequestHandler", command: Pick, lane: ModelRou
     wanting = conversation.wanting = conversation.wanting or PlacementRequest(conversation)
     first = lane.room.first() if conversation.ticket is None and not command.tried else None
     if first is not None and first.priority <= wanting.priority:
-        conversation.report(NotPicked(NoPlace.ALL_FULL))  # others wait already, and newcomers go behind them
+        conversation.report(NotPicked(RejectionReason.ALL_FULL))  # others wait already, and newcomers go behind them
         return
     tried = _exhausted(conversation, command.tried, now_s) if command.tried else ()
     if lane.missing:
@@ -46,7 +46,7 @@ def _pick_by_route(conversation: "RequestHandler", command: Pick, lane: ModelRou
     wish = wanting.wish(now_s - conversation.wants_since_s)
     placed = lane.desk.place(wish, hub.learning.outlooks, hub.books, now_s, tried)
     if hub.recorder is not None:
-        considered = conversation.lane.desk.considered
+        considered = conversation.lane.desk.last_decision
         if considered is not None:  # it is None for a Lane that a new Snapshot has just emptied
             gateway, key = conversation.lane.site.gateway.name, conversation.request.key.name
             identity = hub.recorder.identity(conversation.request_id, gateway, conversation.lane.model, key)
@@ -81,7 +81,7 @@ def wait(conversation: "RequestHandler", command: Wait) -> None:
     gateway, request = lane.site.gateway, conversation.request
     cools_s = lane.cools_s(hub.clock())
     if cools_s > COOLS_WAIT_MAX_S:  # nobody will take it before, so its client hears of it now
-        conversation.report(Overdue(cools_s))
+        conversation.report(QueueTimeout(cools_s))
         return
     if hub.board.waiting_total(gateway.slot) >= gateway.admission.queue_max:
         shed = lane.room.shed_candidate(wanting.priority, request.key.name)
@@ -90,11 +90,11 @@ def wait(conversation: "RequestHandler", command: Wait) -> None:
             return
         hub.waiters[shed].shed()
     need, outlooks = wanting.need, hub.learning.outlooks
-    conversation.deadline_s = lane.desk.waits_until_s(need, conversation.wants_since_s, outlooks, request.timeout_s)
+    conversation.deadline_s = lane.desk.queue_deadline_s(need, conversation.wants_since_s, outlooks, request.timeout_s)
     promised = gateway.slo is not None or request.timeout_s  # to the client, or by it to somebody
     expected_s = hub.clock() + lane.drain.wait_expected_s(len(lane.room) + 1) if promised else 0.0
     if expected_s > conversation.deadline_s:  # it would only wait in vain
-        conversation.report(Overdue(lane.drain.retry_after_s(len(lane.room) + 1)))
+        conversation.report(QueueTimeout(lane.drain.retry_after_s(len(lane.room) + 1)))
         return
     conversation.ticket = QueueEntry(conversation.deadline_s, request.key.name, need.units, wanting.priority)
     lane.room.join(conversation.ticket, ahead=conversation.exchange.moves > 0)

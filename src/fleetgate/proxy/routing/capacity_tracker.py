@@ -17,7 +17,6 @@ from fleetgate.core.capacity.deployment_view import DeploymentView, EndpointCapa
 from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.online_estimate import UNKNOWN_BATCH, DecodeProgress, Observation, OnlineEstimate
 from fleetgate.core.model import Deployment, Slo, Snapshot
-from fleetgate.core.routing.load_view import COOLING
 from fleetgate.ipc.shared_memory import LEARNED_CELLS, TALLY_CELLS, EndpointSignal, LearnedCell, SharedMemory
 
 if TYPE_CHECKING:
@@ -99,9 +98,7 @@ class CapacityTracker:
         if now_ms - seen_ms < FRESH_MS and mark == self._marks[deployment.name]:
             estimate.adaptive_limit.limit = float(limit)
             estimate.adaptive_limit.margin = margin_permille / 1000
-        outlook = estimate.view(Observation(place.fit, seats, place.foreign, rtt_s))
-        if place.foreign >= COOLING and not outlook.limit:
-            outlook = msgspec.structs.replace(outlook, limit=1)  # without a limit nothing is ever full
+        outlook = estimate.view(Observation(place.fit, seats, place.foreign, rtt_s, place.paused))
         share = place.share(now_ms / 1000)
         if share < 1.0:
             outlook = msgspec.structs.replace(outlook, limit=max(1, ceil(share * (outlook.limit or place.carried))))

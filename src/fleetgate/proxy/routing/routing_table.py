@@ -6,12 +6,12 @@ import msgspec
 
 from fleetgate.core.admission.request_queue import DrainRate
 from fleetgate.core.admission.retry_budget import KeyBudget, RetryBudget
-from fleetgate.core.health.circuit_breaker import BreakerState, current
+from fleetgate.core.health.circuit_breaker import BreakerState, current_state
 from fleetgate.core.health.hedge_policy import HedgeThreshold
 from fleetgate.core.health.timeouts import StreamTiming
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
 from fleetgate.core.routing.prefix_affinity import PrefixAffinity
-from fleetgate.core.routing.route import ModelRoute, NoPlace, model_routes
+from fleetgate.core.routing.route import ModelRoute, RejectionReason, model_routes
 from fleetgate.core.routing.scheduler import Scheduler
 from fleetgate.core.routing.strategies import Candidate
 from fleetgate.ipc.sealed_secret import unseal
@@ -46,6 +46,7 @@ class DeploymentState:
         self.foreign = 0  # requests at the engine that others sent; 0 where that is not known or not fresh
         self.heads = heads  # by Endpoint slot, then path: the request head up to what differs from request to request
         self.pulse = StreamTiming()
+        self.paused = False  # no request is sent to it before `cools_until_s`
         self.cools_until_s = 0.0  # until when its engine has asked to be left alone
         self.cools_told_ms = 0  # the last such moment that was heard of, here or from another worker
         self.carried = (
@@ -68,6 +69,7 @@ class DeploymentState:
     def remember(self, before: "DeploymentState") -> None:
         """The same Deployment in an older Snapshot: what is known of it."""
         self.pulse, self.prefills, self.token_mark = before.pulse, before.prefills, before.token_mark
+        self.paused = before.paused
         self.cools_until_s, self.cools_told_ms = before.cools_until_s, before.cools_told_ms
         self.carried, self.refusals = before.carried, before.refusals
         self.ended, self.proven_s = before.ended, before.proven_s
@@ -145,16 +147,16 @@ class ModelRouteState:
         slots = [slot for slot, lacked in self.missing if lacked == path]
         return slots if len(slots) < len(self.candidates) else []
 
-    def why(self, reason: NoPlace, tried: Collection[int], since_s: float, now_s: float) -> NoPlace:
+    def why(self, reason: RejectionReason, tried: Collection[int], since_s: float, now_s: float) -> RejectionReason:
         """Why nobody can take a request that came at `since_s`, told by somebody who knows of those who are out."""
-        if reason is NoPlace.ALL_FULL:
+        if reason is RejectionReason.ALL_FULL:
             return reason
         after_s = now_s - HOPE_S
         for place in self.places if since_s > after_s else ():
             if place.slot not in tried and any(peer.trials and peer.trial_s > after_s for peer in place.peers):
-                return NoPlace.ON_TRIAL
-        denied = reason is NoPlace.NONE_UP and all(place.is_denied for place in self.places)
-        return NoPlace.DENIED if denied and self.places else reason
+                return RejectionReason.ON_TRIAL
+        denied = reason is RejectionReason.NONE_UP and all(place.is_denied for place in self.places)
+        return RejectionReason.DENIED if denied and self.places else reason
 
     def cools_s(self, now_s: float) -> float:
         """For how long every Deployment that is up has asked to be left alone; 0 where one has not."""
@@ -250,11 +252,11 @@ class RoutingTable:
         for site in self.sites.values():
             for lane in site.lanes.values():
                 lane.lead = None
-                lane.desk.record_considered = True
+                lane.desk.records_decisions = True
 
     def try_out(self, peer: EndpointState, now_s: float) -> bool:
         """A real request goes to an Endpoint that was out; whether that one is half open, and this its trial."""
-        if current(peer.health, now_s) is not BreakerState.HALF_OPEN:
+        if current_state(peer.health, now_s) is not BreakerState.HALF_OPEN:
             return False
         peer.trials += 1
         peer.trial_s = now_s

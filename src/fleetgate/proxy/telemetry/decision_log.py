@@ -3,9 +3,9 @@
 import time
 from collections.abc import Collection
 
-from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity, line_of, record_of
+from fleetgate.core.routing.decision_record import RecordedEnd, RequestIdentity, encode_record, record_decision
 from fleetgate.core.routing.route import Rejection
-from fleetgate.core.routing.scheduler import ConsideredCandidate, Placement, ScheduleRequest
+from fleetgate.core.routing.scheduler import ConsideredDecision, Placement, ScheduleRequest
 from fleetgate.proxy.telemetry.line_log import LineLog
 
 
@@ -27,15 +27,15 @@ class DecisionLog:
     def decided(
         self,
         identity: RequestIdentity,
-        considered: ConsideredCandidate,
+        considered: ConsideredDecision,
         request: ScheduleRequest,
         tried: Collection[int],
         placed: Placement | Rejection,
     ) -> None:
         """Record a decision."""
         chosen = "" if isinstance(placed, Rejection) else placed.candidate.name
-        self.log.add(line_of(record_of(identity, considered, request, tried, chosen)))
+        self.log.add(encode_record(record_decision(identity, considered, request, tried, chosen)))
 
     def ended(self, end: RecordedEnd) -> None:
         """Record the end of a request."""
-        self.log.add(line_of(end))
+        self.log.add(encode_record(end))

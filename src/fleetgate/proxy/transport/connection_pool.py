@@ -7,7 +7,14 @@ from functools import partial
 from typing import Protocol
 
 from fleetgate.core.capacity.units import SLOW_START_MIN, slow_start
-from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState, EndpointHealth, Signal, after, current
+from fleetgate.core.health.circuit_breaker import (
+    HEALTHY,
+    BreakerState,
+    EndpointHealth,
+    Signal,
+    current_state,
+    next_health,
+)
 from fleetgate.core.health.outlier_detection import LatencyOutlier
 from fleetgate.core.model import Endpoint
 from fleetgate.protocols.http1 import ResponseMemo
@@ -137,7 +144,7 @@ class EndpointState:
         One at first; each that brings content makes room for one more, so that an Endpoint that is needed at once and
         does answer is not held to the pace of its first tokens.
         """
-        match current(self.health, now_s):
+        match current_state(self.health, now_s):
             case BreakerState.CLOSED:
                 return slow_start(now_s - self.health.recovered_at_s)
             case BreakerState.HALF_OPEN:
@@ -148,7 +155,7 @@ class EndpointState:
     def saw(self, sign: Signal, now_s: float, entropy: float) -> bool:
         """Feed the breaker; True when its state changed."""
         before = self.health
-        self.health = after(before, sign, now_s, entropy)
+        self.health = next_health(before, sign, now_s, entropy)
         if self.health.breaker is before.breaker:
             return False
         self.shown = 0

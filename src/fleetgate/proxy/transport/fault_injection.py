@@ -10,7 +10,14 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.core.fault_injection import Fault, FaultKind, InjectedFaults, decode_injected, in_force, is_affected
+from fleetgate.core.fault_injection import (
+    Fault,
+    FaultKind,
+    InjectedFaults,
+    active_faults,
+    decode_injected,
+    select_fault,
+)
 from fleetgate.protocols.http1 import HEAD_END, status_line
 from fleetgate.proxy.transport.connection_pool import EndpointState, FaultInjector, ResponseReader, UpstreamConnection
 
@@ -39,7 +46,7 @@ class FaultFile:
             self._injected = InjectedFaults(watched_s=0.0)
         except (OSError, msgspec.MsgspecError):
             self._injected = InjectedFaults(watched_s=0.0)
-        return in_force(self._injected, now_s) if self._injected.faults else ()
+        return active_faults(self._injected, now_s) if self._injected.faults else ()
 
 
 class ActiveFaults(FaultInjector):
@@ -55,7 +62,7 @@ class ActiveFaults(FaultInjector):
 
     def strikes(self) -> bool:
         """Whether the request that asks for a connection is struck; `connect` then is its blow."""
-        fault = is_affected(self.faults, self._random.random())
+        fault = select_fault(self.faults, self._random.random())
         if fault is not None:
             self._on_strike(fault)
             self._owed.append(fault)

@@ -10,7 +10,7 @@ from pathlib import Path
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.admission.work_ledger import WorkLedger
-from fleetgate.core.capacity.adaptive_limit import TokenEstimates
+from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.core.routing.decision_record import RecordedEnd
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
@@ -231,7 +231,7 @@ class Hub:
         """What requests read of Deployments: where health or load changed, and of all once a second."""
         board = self.board
         for place in self.tables.places.values():
-            before = place.fit, place.foreign
+            before = place.fit, place.foreign, place.paused
             if place.fit < 1.0:
                 place.renew_fit(now_ms / 1000)
             if len(place.peers) == 1:
@@ -246,7 +246,7 @@ class Hub:
                 )
                 marks = {board.signal(peer.endpoint.slot, EndpointSignal.TOKENS) for peer in place.peers}
                 place.token_mark = marks.pop() if len(marks) == 1 and not marks <= {0, 1} else 0
-            if whole or (place.fit, place.foreign) != before:
+            if whole or (place.fit, place.foreign, place.paused) != before:
                 self.learning.renew(place, now_ms)
 
     def resumed(self, conversation: RequestHandler) -> None:

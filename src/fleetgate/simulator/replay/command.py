@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fleetgate.core.model import Snapshot
-from fleetgate.core.routing.decision_record import Record, RecordedDecision, read_line
+from fleetgate.core.routing.decision_record import Record, RecordedDecision, decode_record
 from fleetgate.simulator.replay.compare import Comparison, RecordedRoutes, Reproduction, against_json
 from fleetgate.simulator.replay.counterfactual import Arrivals, CounterfactualPair, ModelledDeployment, simulate_pairs
 
@@ -128,7 +128,7 @@ class RecordReader:
                     progress(since_bytes)
                     since_bytes = 0
                 try:
-                    record = read_line(line)
+                    record = decode_record(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     self.broken += 1
                     if self.broken <= BROKEN_TOLD_MAX:

@@ -10,11 +10,11 @@ from fleetgate.core.model import Deployment, Slo, Snapshot
 from fleetgate.core.routing.decision_record import (
     RecordedCandidate,
     RecordedDecision,
-    choice_of,
-    decide_again,
-    missed,
-    same,
-    turn_of,
+    chosen_deployment,
+    is_same_decision,
+    missed_slo,
+    recorded_turn,
+    replay_decision,
 )
 from fleetgate.core.routing.route import Decision, ModelRoute, Rejection, model_routes
 
@@ -73,10 +73,10 @@ class Reproduction:
         self.decisions += 1
         region = record.region if self._region is None else self._region
         lane = self._lanes.find(record.gateway, record.model, region)
-        again = decide_again(record, lane) if lane is not None else None
-        if again is not None and same(record, again):
+        again = replay_decision(record, lane) if lane is not None else None
+        if again is not None and is_same_decision(record, again):
             self.reproduced += 1
-            self.outrun += choice_of(record, again) != record.chosen
+            self.outrun += chosen_deployment(record, again) != record.chosen
         elif len(self.differences) < DIFFERENCES_MAX:
             self.differences.append(
                 Difference(
@@ -101,7 +101,7 @@ def _because(record: RecordedDecision, lane: ModelRoute | None, again: Decision 
     if missing:
         return f"Gateway {record.gateway} does not list {', '.join(missing)} in this file"
     if isinstance(again, Rejection):
-        return "nobody has room: " + "; ".join(f"{name}: {why}" for name, why in again.left_out)
+        return "nobody has room: " + "; ".join(f"{name}: {why}" for name, why in again.excluded)
     if not record.order:
         return "nobody had room then; with what is recorded somebody has"
     order = [candidate.name for candidate in again.order]
@@ -125,7 +125,7 @@ class ReplayTally:
     def add(self, record: RecordedDecision, chosen: str, tpot_s: float) -> None:
         """One request's place."""
         self.requests[chosen or NOWHERE] += 1
-        late = missed(record, chosen, tpot_s)
+        late = missed_slo(record, chosen, tpot_s)
         if late is not None:
             self.predicted += 1
             self.missed += late
@@ -186,11 +186,11 @@ class Comparison:
         self, record: RecordedDecision, lane: ModelRoute, turns_of: tuple[str, int, str, str]
     ) -> tuple[str, bool]:
         """Whom the request would go to, and whether that is another than was chosen."""
-        again = decide_again(record, lane, self._turns.get(turns_of))
+        again = replay_decision(record, lane, self._turns.get(turns_of))
         # With the same order the same thing happens, also where another worker was quicker.
-        chosen = record.chosen if same(record, again) else choice_of(record, again)
+        chosen = record.chosen if is_same_decision(record, again) else chosen_deployment(record, again)
         if isinstance(again, Decision) and chosen:
-            self._turns[turns_of] = turn_of(lane.candidates, again.turn)
+            self._turns[turns_of] = recorded_turn(lane.candidates, again.turn)
         return chosen, chosen != record.chosen
 
     def _place(self, record: RecordedDecision, adjusted: RecordedDecision, chosen: str) -> None:

@@ -1,12 +1,12 @@
-"""Strategies: one file each. A file is found by its name and gives one function, `order`.
+"""Load balancing strategies, one file each, found by the name of the file.
 
-A file may also give `lead(candidates)`: who certainly comes first while it is healthy and below its spill limit,
-whatever the load of the others; None where load decides. It spares most requests the comparison.
+A file has one function, `order(candidates, load, turn) -> Ranking`: the candidates in the order in which they are
+tried. Every candidate it gets is up and has capacity; a candidate that it leaves out is not tried now. The SLO is
+checked afterwards: if the first choice would miss it, the strategy is called again with the candidates that would not.
+A strategy is pure: it returns what it must remember as `Ranking.turn` and gets that back as `turn`.
 
-`order(candidates, load, turn) -> Ranking`: the candidates in the order in which they should be tried. Every candidate
-given is up and has a free place; what a strategy leaves out is not tried now. Whether the SLO would be kept at the
-first is asked afterwards: if not, the strategy is asked once more for those where it would. A strategy is pure: what it
-must remember from one request to the next it returns as `Ranking.turn` and gets back as `turn`.
+A file may also have `lead(candidates)`: the candidate that is always first while it is healthy and below its spill
+limit, whatever the load of the others; None if the load decides. With a lead most requests need no call of `order`.
 """
 
 import importlib
@@ -26,9 +26,9 @@ NO_TURN: Turn = {}
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A Deployment as a strategy sees it, in one Gateway and for one model.
 
-    Units: `limit` in requests as written in the Snapshot (0 for none), `paid_per_token` 1 where supply
-    is not paid by the hour, `usd_per_unit` the price of a reference request, `seconds_per_usd` the Gateway's exchange
-    rate between waiting and money.
+    Units: `limit` in requests as written in the Snapshot, 0 for none; `paid_per_token` 1 if the price is per token, 0
+    if it is per hour; `usd_per_unit` the price of a reference request; `seconds_per_usd` the Gateway's exchange rate
+    between waiting time and money.
     """
 
     name: str
@@ -44,11 +44,12 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CandidateState(msgspec.Struct):
-    """How a candidate stands at the moment of the pick, for the request that is to be placed. To be read only.
+    """The state of a candidate at the decision, for the request to be placed. Strategies only read it.
 
-    Units: `health` 0 to 1, breaker times slow start; `limit` in requests, as it is now, 0 for none; `units` in CU;
-    `warm` the share of the prompt that was seen there before, 0 to 1; `usd` what the request costs there; `places`
-    what its load is weighed against where it has no limit, 0 for nothing.
+    Units: `in_flight` in requests; `health` 0 to 1, breaker times slow start; `limit` in requests, the current one, 0
+    for none; `units` in CU; `warm` the share of the prompt that was seen there before, 0 to 1; `usd` the price of the
+    request there; `places` the concurrency that the load is compared with if there is no limit, 0 for unknown.
+    Shape: `paused` is set while the engine asks for no requests; such a candidate is full whatever its limit.
     """
 
     in_flight: int
@@ -59,33 +60,39 @@ class CandidateState(msgspec.Struct):
     warm: float = 0.0
     usd: float = 0.0
     places: int = 0
+    paused: bool = False
 
     @property
-    def fit(self) -> LatencyPrediction | None:
-        """How the request would do there, None where no Profile tells.
+    def prediction(self) -> LatencyPrediction | None:
+        """The latency predicted for the request at this Deployment, None without a Profile.
 
-        Cost: predicted when it is first asked for, 2 µs; a strategy that can do without should.
+        Cost: 2 µs at the first read, when it is predicted; a strategy that needs no prediction should not read it.
         """
         return self.predicted
 
     @property
-    def late(self) -> bool:
-        """Whether the request would miss its SLO there."""
-        fit = self.fit
-        return fit is not None and fit.late != ""
+    def fit(self) -> LatencyPrediction | None:
+        """Old name of `prediction`, which installed strategy plug-ins still read."""
+        return self.prediction
 
     @property
-    def unwelcome(self) -> bool:
-        """Whether it would miss its SLO there, or make others miss theirs."""
-        fit = self.fit
-        return fit is not None and (fit.tight or fit.late != "")
+    def late(self) -> bool:
+        """Whether the request would miss its SLO there."""
+        prediction = self.prediction
+        return prediction is not None and prediction.late != ""
+
+    @property
+    def harms_slo(self) -> bool:
+        """Whether the request would miss its SLO there, or make other requests miss theirs."""
+        prediction = self.prediction
+        return prediction is not None and (prediction.delays_others or prediction.late != "")
 
 
 Load = Mapping[int, CandidateState]  # by Deployment slot
 
 
 class Ranking(NamedTuple):
-    """A strategy's answer: whom to try, in order, and what to remember for the next request."""
+    """A strategy's result: the candidates to try, in order, and its memory for the next request."""
 
     order: Sequence[Candidate]
     turn: Turn
@@ -96,7 +103,7 @@ Lead = Callable[[Sequence[Candidate]], Candidate | None]
 
 
 class Plugin(Protocol):
-    """What a strategy's file gives: `order`, and perhaps `lead`."""
+    """What a strategy's file has: `order`, and optionally `lead`."""
 
     order: Strategy
 
@@ -105,23 +112,23 @@ _registered: dict[str, Plugin] = {}
 
 
 def register(name: str, plugin: Plugin) -> None:
-    """Make a strategy from elsewhere known, as if its file were in the folder.
+    """Add a strategy from another package, as if its file were in the folder.
 
-    Raises: `ValueError` when it has no `order` or the name is taken.
+    Raises: `ValueError` if it has no `order` or the name is taken.
     """
     if not callable(getattr(plugin, "order", None)):
-        raise ValueError("it has no function `order(candidates, load, turn)`")
+        raise ValueError("the strategy has no function `order(candidates, load, turn)`; add one")
     if name in _in_folder():
         raise ValueError(f"strategy {name} is built in and cannot be replaced; choose another name")
     if _registered.setdefault(name, plugin) is not plugin:
         raise ValueError(f"another strategy is called {name}; rename one of them")
-    for remembered in (names, find, find_lead):
-        remembered.cache_clear()
+    for cached in (names, find, find_lead):
+        cached.cache_clear()
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Every strategy there is, by name, in alphabetical order."""
+    """The names of all strategies, sorted."""
     return tuple(sorted({*_in_folder(), *_registered}))
 
 
@@ -136,7 +143,7 @@ def _plugin(name: str) -> Plugin:
 
 @cache
 def find_lead(name: str) -> Lead:
-    """The `lead` of a strategy; one that never names anybody where it has none."""
+    """The `lead` of a strategy, or a function that always returns None if it has none."""
     lead: Lead = getattr(_plugin(name), "lead", _load_decides)
     return lead
 
@@ -147,9 +154,9 @@ def _load_decides(candidates: Sequence[Candidate]) -> Candidate | None:
 
 @cache
 def find(name: str) -> Strategy:
-    """The strategy of a name.
+    """The strategy of that name.
 
-    Raises: `KeyError` when there is none.
+    Raises: `KeyError` if there is none.
     """
     if name not in names():
         raise KeyError(f"no strategy {name!r}; there are: {', '.join(names())}")

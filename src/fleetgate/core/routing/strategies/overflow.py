@@ -1,4 +1,4 @@
-"""Overflow: the first rank that has room, in rank order; the next one only when it is full."""
+"""Overflow: fill the ranks in order, the next one only when those before it are full."""
 
 from collections.abc import Sequence
 from math import fsum
@@ -9,48 +9,48 @@ from fleetgate.core.routing.strategies import Candidate, Load, Ranking, Turn
 
 
 def lead(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The one of the first rank, where rank and distance alone tell; among equals their load decides."""
+    """The only candidate of the best rank, price form and distance; None if several share it, as their load decides."""
 
-    def place(candidate: Candidate) -> tuple[int, int, int]:
+    def preference(candidate: Candidate) -> tuple[int, int, int]:
         return (candidate.rank, candidate.paid_per_token, candidate.distance)
 
-    first = min(map(place, candidates), default=None)
-    leaders = [candidate for candidate in candidates if place(candidate) == first]
+    best = min(map(preference, candidates), default=None)
+    leaders = [candidate for candidate in candidates if preference(candidate) == best]
     return leaders[0] if len(leaders) == 1 else None
 
 
 def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
-    """Ranks in order, a rank past its spill limit after those below it; inside one the nearest, then the least loaded.
+    """Ranks in order, a candidate past its spill limit after those below it; within a rank nearest, then least loaded.
 
-    Supply paid by the hour goes before supply paid per token of the same rank, and the proxy's own region before
-    others; among those the one that has seen the prompt before, unless it is much busier than the rest. Names break
-    ties, so that the order in which Deployments are written changes nothing.
+    Within a rank, supply paid by the hour is before supply paid per token, and the proxy's own region before others.
+    Among the rest, a candidate that saw the prompt before is first unless it is much busier than its rank. Names break
+    ties, so the order in which Deployments are written changes nothing.
     """
 
-    places = []
+    ranked = []
     for candidate in candidates:
-        standing = load[candidate.slot]
-        limit = spill_limit(standing.limit, candidate.overflow_at)
-        places.append(
+        state = load[candidate.slot]
+        limit = spill_limit(state.limit, candidate.overflow_at)
+        ranked.append(
             (
-                limit > 0 and standing.in_flight >= limit,
+                limit > 0 and state.in_flight >= limit,
                 candidate.rank,
                 candidate.paid_per_token,
                 candidate.distance,
-                standing.warm < WARM_SHARE_MIN or not _may_be_preferred(candidate, candidates, load),
-                normalised_load(standing.units, standing.in_flight),
+                state.warm < WARM_SHARE_MIN or not _may_be_preferred(candidate, candidates, load),
+                normalised_load(state.units, state.in_flight),
                 candidate.name,
                 candidate,
             )
         )
-    places.sort()  # names differ, so that candidates are never compared
-    return Ranking([place[-1] for place in places], turn)
+    ranked.sort()  # names differ, so candidates are never compared
+    return Ranking([entry[-1] for entry in ranked], turn)
 
 
 def _may_be_preferred(candidate: Candidate, candidates: Sequence[Candidate], load: Load) -> bool:
-    """Whether it is not much busier than the rest of its rank."""
-    standings = [load[other.slot] for other in candidates if other.rank == candidate.rank]
-    shares = [normalised_load(standing.units, standing.in_flight) for standing in standings]
-    standing = load[candidate.slot]
-    own = normalised_load(standing.units, standing.in_flight)
+    """Whether its load is not much over the mean of its rank."""
+    states = [load[other.slot] for other in candidates if other.rank == candidate.rank]
+    shares = [normalised_load(state.units, state.in_flight) for state in states]
+    state = load[candidate.slot]
+    own = normalised_load(state.units, state.in_flight)
     return own <= WARM_LOAD_MAX * fsum(shares) / len(shares)
