@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.ipc.machine_status import OverloadBits
-from fleetgate.ipc.shared_memory import WorkerCell
+from fleetgate.ipc.shared_memory import OverloadBits, WorkerCell
 from fleetgate.proxy.overload.memory_pressure import MemoryPressure
 from tests.loopback.test_edge_keys import GOOD, KEYS, SCOPED, publish
 from tests.loopback.wall import Line, Seen

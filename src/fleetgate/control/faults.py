@@ -22,8 +22,8 @@ from fleetgate.core.fault_injection import (
 )
 from fleetgate.core.model import Gateway, Slo
 from fleetgate.ipc.exposition import HistogramSeries, MetricSeries, read_series
+from fleetgate.ipc.fault_file import FAULTS
 
-FILE = "faults.json"
 LOOK_EVERY_S = 1.0
 WINDOW_LOOKS = 10  # the SLO is judged over the last ten seconds of the fault
 _WELL, _LOST = ("ok",), ("failed", "interrupted", "refused")
@@ -42,7 +42,7 @@ class FaultService:
 
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._path: Path = control.data_dir.path / FILE
+        self._path: Path = control.data_dir.path / FAULTS
         self._faults: dict[str, Fault] = {fault.name: fault for fault in self._load()}
         self._seen: dict[str, deque[SloObservation]] = {}
         self._lock = threading.RLock()  # requests and the look once a second come from several threads

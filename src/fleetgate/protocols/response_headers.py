@@ -40,7 +40,9 @@ RESPONSE_HEADERS = (
     ResponseHeader("retry-after", "429, 503, and 409 of a request in progress", "seconds until a retry makes sense"),
     ResponseHeader("retry-after-ms", "with most `retry-after`", "the same in milliseconds; official SDKs prefer it"),
     ResponseHeader(
-        "x-should-retry", "errors after which the SDK should not decide alone", "`true` or `false`; official SDKs obey it"
+        "x-should-retry",
+        "some errors",
+        "`true` or `false`; official SDKs obey it",
     ),
     ResponseHeader("idempotent-replayed", "a kept answer of an `Idempotency-Key`", "`true`"),
     ResponseHeader("allow", "405, and answers to OPTIONS", "the methods of this path"),

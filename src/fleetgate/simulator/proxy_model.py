@@ -17,7 +17,7 @@ from fleetgate.core.model import Deployment, Slo
 from fleetgate.core.routing.prefix_affinity import BLOCK_TOKENS, PrefixAffinity
 from fleetgate.core.routing.route import Rejection, model_routes
 from fleetgate.core.routing.scheduler import Scheduler, ScheduleRequest
-from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter, SharedMemory
+from fleetgate.ipc.shared_memory import COUNTER_CELLS, DeploymentCounter, SharedMemory
 from fleetgate.simulator.fleet import MODEL, SimulatedFleet
 from fleetgate.simulator.world import Arrival, World
 
@@ -167,12 +167,12 @@ class ProxyModel:
                 self._leave(request, served=True)
 
     def _tally(self, slot: int, cell: DeploymentCounter) -> None:
-        self.board.deployment_counters[slot * TALLY_CELLS + cell] += 1
+        self.board.deployment_counters[slot * COUNTER_CELLS + cell] += 1
 
     def counts(self, slot: int) -> ViolationCounts:
         """What this proxy counted of a Deployment."""
-        at = slot * TALLY_CELLS
-        return ViolationCounts(*self.board.deployment_counters[at : at + TALLY_CELLS])
+        at = slot * COUNTER_CELLS
+        return ViolationCounts(*self.board.deployment_counters[at : at + COUNTER_CELLS])
 
     def renew(self, now_s: float) -> None:
         """What requests read until the next tick, from the lessons and the leases."""

@@ -13,16 +13,15 @@ from fleetgate.ipc.exposition import (
     Family,
     HistogramSeries,
     exposition_text,
-    parse_name,
     read_series,
     series_families,
+    series_name,
     wants_openmetrics,
 )
 from fleetgate.ipc.metrics_table import METRICS, Kind
-from fleetgate.proxy.telemetry.metrics import WorkerMetrics, series_name
+from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from tests.loopback.control_rig import board_of
 
-LABELS = st.dictionaries(st.from_regex(r"[a-z]{1,5}", fullmatch=True), st.text(max_size=8), max_size=3)
 ROUTE = {"gateway": "chat", "deployment": "a", "region": "eu"}
 TTFT = "fleetgate_ttft_seconds"
 
@@ -43,11 +42,6 @@ def quantile_of(buckets: dict[float, float], share: float) -> float:
             return lower + (bound - lower) * (wanted - below) / (total - below)
         below, lower = total, bound
     raise AssertionError("no bucket holds the quantile")
-
-
-@given(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), LABELS)
-def test_names_written_by_workers_are_read_back(metric: str, labels: dict[str, str]) -> None:
-    assert parse_name(series_name(metric, labels)) == (metric, tuple(labels.items()))
 
 
 @settings(deadline=None)

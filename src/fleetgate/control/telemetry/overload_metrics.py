@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from fleetgate.ipc.exposition import Family
-from fleetgate.ipc.machine_status import OverloadBits, running_workers
-from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
+from fleetgate.ipc.machine_status import running_workers
+from fleetgate.ipc.shared_memory import OverloadBits, SharedMemory, WorkerCell
 
 
 def shortage_metrics(shared_memory: SharedMemory) -> Family:

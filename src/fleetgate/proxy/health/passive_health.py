@@ -16,7 +16,7 @@ from fleetgate.core.health.circuit_breaker import (
     next_health,
 )
 from fleetgate.ipc.event_spool import EventRecord
-from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter
+from fleetgate.ipc.shared_memory import COUNTER_CELLS, DeploymentCounter
 from fleetgate.proxy.health import event_messages as sentences
 from fleetgate.proxy.routing.routing_table import DeploymentState, ModelRouteState, RoutingTable
 from fleetgate.proxy.transport.connection_pool import EndpointState
@@ -209,7 +209,7 @@ class PassiveHealthChecker:
     def _prove(self, place: DeploymentState, now_s: float) -> None:
         """An answer that ended well proves the credential."""
         board = self._hub.board
-        at = (place.slot * board.workers + self._hub.config.index) * TALLY_CELLS
+        at = (place.slot * board.workers + self._hub.config.index) * COUNTER_CELLS
         ended = board.deployment_counters[at + DeploymentCounter.ENDED]
         if ended != place.ended:
             place.ended, place.proven_s, place.refusals = ended, now_s, 0

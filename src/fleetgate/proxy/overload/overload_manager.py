@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetgate.ipc.event_spool import EventRecord
 from fleetgate.ipc.log import Level
-from fleetgate.ipc.machine_status import OverloadBits
-from fleetgate.ipc.shared_memory import WorkerCell
+from fleetgate.ipc.shared_memory import OverloadBits, WorkerCell
 from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.client_connection import ClientConnection

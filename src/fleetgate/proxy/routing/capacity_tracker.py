@@ -17,7 +17,7 @@ from fleetgate.core.capacity.deployment_view import DeploymentView, EndpointCapa
 from fleetgate.core.capacity.latency_model import LatencyPrediction
 from fleetgate.core.capacity.online_estimate import UNKNOWN_BATCH, DecodeProgress, Observation, OnlineEstimate
 from fleetgate.core.model import Deployment, Slo, Snapshot
-from fleetgate.ipc.shared_memory import LEARNED_CELLS, TALLY_CELLS, EndpointSignal, LearnedCell, SharedMemory
+from fleetgate.ipc.shared_memory import COUNTER_CELLS, LEARNED_CELLS, EndpointSignal, LearnedCell, SharedMemory
 
 if TYPE_CHECKING:
     from fleetgate.proxy.routing.routing_table import DeploymentState
@@ -137,9 +137,9 @@ class CapacityTracker:
                 yield name, change
 
     def _counts(self, slot: int) -> ViolationCounts:
-        at = slot * self._board.workers * TALLY_CELLS
-        cells = self._board.deployment_counters[at : at + self._board.workers * TALLY_CELLS]
-        return ViolationCounts(*(sum(cells[cell::TALLY_CELLS]) for cell in range(TALLY_CELLS)))
+        at = slot * self._board.workers * COUNTER_CELLS
+        cells = self._board.deployment_counters[at : at + self._board.workers * COUNTER_CELLS]
+        return ViolationCounts(*(sum(cells[cell::COUNTER_CELLS]) for cell in range(COUNTER_CELLS)))
 
     def _signals(self, deployment: Deployment, now_ms: int) -> EngineLoad:
         board = self._board

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleetgate.core.fault_injection import Fault
-from fleetgate.proxy.transport.fault_injection import ActiveFaults, FaultFile
+from fleetgate.ipc.fault_file import FaultFile
+from fleetgate.proxy.transport.fault_injection import ActiveFaults
 
 if TYPE_CHECKING:
     from fleetgate.proxy.routing.routing_table import RoutingTable

@@ -15,7 +15,7 @@ from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.core.routing.decision_record import RecordedEnd
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.log import Level, Log
-from fleetgate.ipc.shared_memory import TALLY_CELLS, EndpointSignal, SharedMemory, WorkerCell
+from fleetgate.ipc.shared_memory import COUNTER_CELLS, EndpointSignal, SharedMemory, WorkerCell
 from fleetgate.ipc.usage_journal import UsageJournal
 from fleetgate.proxy.downstream.authenticator import Authenticator
 from fleetgate.proxy.downstream.client_connection import ClientConnection
@@ -169,7 +169,7 @@ class Hub:
     def tally(self, slot: int, cell: int) -> None:
         """Count something of a Deployment for the correction of its limit."""
         board = self.board
-        board.deployment_counters[(slot * board.workers + self.config.index) * TALLY_CELLS + cell] += 1
+        board.deployment_counters[(slot * board.workers + self.config.index) * COUNTER_CELLS + cell] += 1
 
     def prompt_done(self) -> None:
         """An engine turned to its next prompt: somebody who waits may have room now."""

@@ -1,7 +1,6 @@
 """A worker: one event loop, one thread, the sockets it was given. Started by the supervisor, ended by SIGTERM."""
 
 import asyncio
-import fcntl
 import gc
 import mmap
 import os
@@ -16,6 +15,7 @@ import uvloop
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.model import DEPLOYMENTS_MAX, Snapshot
 from fleetgate.ipc.event_spool import EventRecord
+from fleetgate.ipc.file_locks import LockFile
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell, layout
 from fleetgate.policies import plugins
 from fleetgate.proxy.downstream.authenticator import Authenticator
@@ -42,29 +42,6 @@ SNAPSHOT_EVERY = 2  # sweeps: a change is in use within 100 ms
 TIDY_EVERY = 1200  # sweeps: once a minute
 PROBER_LOCK = DEPLOYMENTS_MAX  # the byte after the Deployments' own in the lock file
 EXIT_OTHER_LAYOUT = 3
-
-
-class LockFile:
-    """Locks that the kernel frees when their holder dies: a byte of a file for each Deployment, one for the prober."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-
-    def lock(self, slot: int) -> None:
-        """Wait for a Deployment's lock; it is never held for longer than a sum and a write."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, slot)
-
-    def unlock(self, slot: int) -> None:
-        """Give it back."""
-        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, slot)
-
-    def try_lock(self, slot: int) -> bool:
-        """Take a lock if nobody has it."""
-        try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
-        except OSError:
-            return False
-        return True
 
 
 class WorkerProcess:
