@@ -3,8 +3,8 @@
 import time
 from collections.abc import Iterator
 
-from fleetgate.control.api.live_state import endpoint_up
 from fleetgate.control.context import Control
+from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.telemetry.log import LOG
 from fleetgate.control.telemetry.overload_metrics import journal_metrics, shortage_metrics
 from fleetgate.core.admission.work_ledger import WorkCell
@@ -22,7 +22,7 @@ def exposition(control: Control, openmetrics: bool) -> str:
 
 def families(control: Control) -> Iterator[Family]:
     """Every metric."""
-    shared_memory, snapshot = control.board, control.publisher.current
+    shared_memory, snapshot = control.shared_memory, control.publisher.current
     if shared_memory is not None:
         totals = shared_memory.series_totals()
         if LOG.dropped:
