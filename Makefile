@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo check test explore chaos fuzz bench lock clean
+.PHONY: setup demo check test explore chaos fuzz bench docs-reference lock clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -50,6 +50,10 @@ fuzz: setup
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
+
+# The generated parts of docs/reference: metrics, errors, response headers, health states, the API's schema.
+docs-reference: setup
+	$(BIN)/python -m fleetgate.control.api.reference_pages docs/reference
 
 lock:
 	$(PYTHON) -m pip install --quiet uv

@@ -129,6 +129,6 @@ def test_the_command_reloads_workers_and_control_process(tmp_path: Path) -> None
         wait_for(lambda: not control & set(up.children("fleetgate.control.process")))
         wait_for(up.is_ready)
         wait_for(lambda: "upgrade is complete" in up.cli("get", "events").stdout)
-        assert "was started again" not in up.cli("get", "events").stdout
+        assert "was restarted" not in up.cli("get", "events").stdout
         load.stop()
         assert not load.bad, load.bad

@@ -12,7 +12,6 @@ import structlog
 
 from fleetgate.control.context import Control
 from fleetgate.control.data_dir import DataDirUnusable, unusable_sentence, write_whole
-from fleetgate.control.telemetry.series import HistogramSeries, MetricSeries, read_series
 from fleetgate.core.fault_injection import (
     Fault,
     InjectedFaults,
@@ -22,6 +21,7 @@ from fleetgate.core.fault_injection import (
     violates_slo_bound,
 )
 from fleetgate.core.model import Gateway, Slo
+from fleetgate.ipc.exposition import HistogramSeries, MetricSeries, read_series
 from fleetgate.ipc.fault_file import FAULTS
 
 POLL_EVERY_S = 1.0

@@ -17,14 +17,6 @@ WORKERS_MAX = 64
 COLUMNS_MAX = 2 * WORKERS_MAX  # during an upgrade, old workers keep their columns until their last response ends
 SERIES_MAX = 4096  # counters and histogram cells of one worker; further label sets are counted as `other`
 SERIES_NAMES_BYTES = 512 * 1024
-# Histogram buckets end at powers of two microseconds, because `int.bit_length` finds them in 0.1 µs: 0.5 ms to 268 s.
-BUCKET_FIRST_BIT = 9
-BUCKET_LAST_BIT = 28
-
-
-def bucket_bound(bit: int) -> str:
-    """Return the upper bound of a bucket as its label has it, in seconds."""
-    return "+Inf" if bit > BUCKET_LAST_BIT else f"{(1 << bit) / 1e6:.6g}"
 
 
 class WorkerCell(IntEnum):

@@ -4,19 +4,18 @@ It serves no request. The listening sockets and the shared memory belong to it, 
 dies, connections in the backlog are not reset.
 """
 
-import json
 import mmap
 import os
 import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fleetgate.ipc.log import Log
 from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
 from fleetgate.proxy.worker.config import RETIRE
 from fleetgate.supervisor.child_process import ChildProcess
@@ -31,6 +30,7 @@ POLL_S = 0.1
 # counted in polls, not in seconds, because the supervisor of a suspended machine does not poll either.
 HUNG_POLLS = 100
 KILL_AFTER_S = 5.0  # on top of the grace that a child was given
+PROCESS_LOG = Log()
 
 
 def create_shared_memory(workers: int) -> tuple[int, SharedMemory]:
@@ -219,6 +219,5 @@ def _kill(child: ChildProcess) -> None:
 
 
 def write_log(message: str) -> None:
-    """Write one line of the supervisor's own log, as JSON on standard error."""
-    sys.stderr.write(json.dumps({"event": "supervisor", "message": message}) + "\n")
-    sys.stderr.flush()
+    """Write one line of the supervisor's own log."""
+    PROCESS_LOG.info("supervisor", message)
