@@ -6,6 +6,9 @@
 --rounds 3              medians are over this many
 --head sdk|small        the 17 headers of the official SDK, or 6
 --write                 put the table into bench/RESULTS.md
+--against REV           compare this tree with a commit in interleaved pairs instead (only: request, event);
+                        exit code 1 unless the 95 % interval of the cost ratio lies under 1.05
+--pairs 20              so many pairs
 """
 
 import argparse
@@ -24,6 +27,7 @@ import trustme
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import against
 from bench.machine import cores_for, describe, pin
 from bench.measure import KINDS, QUICK, Scale, Target, Values, applies, requests_busy
 from bench.native import HERE, OUT, CannotBench, Mock, WrongAnswer, alone, build
@@ -61,12 +65,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="")
     parser.add_argument("--head", choices=HEADS, default="sdk")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--against", default="", metavar="REV")
+    parser.add_argument("--pairs", type=int, default=against.PAIRS)
     asked = parser.parse_args(argv)
     asked.rounds = asked.rounds or (1 if asked.quick else 3)
     known = [peer.name for peer in PEERS]
     asked.peers = asked.peers.split(",") if asked.peers else list(QUICK_PEERS if asked.quick else known)
-    asked.only = asked.only.split(",") if asked.only else [*KINDS, WORKERS]
-    for name, choices in (("peers", known), ("only", [*KINDS, WORKERS])):
+    kinds = list(against.AGAINST_KINDS) if asked.against else [*KINDS, WORKERS]
+    asked.only = asked.only.split(",") if asked.only else kinds
+    if asked.against and asked.pairs < 2:
+        parser.error("--pairs: an interval needs at least 2 pairs")
+    for name, choices in (("peers", known), ("only", kinds)):
         wrong = set(getattr(asked, name)) - set(choices)
         if wrong:
             parser.error(f"--{name}: {', '.join(sorted(wrong))} unknown; there are {', '.join(choices)}")
@@ -227,8 +236,10 @@ def main() -> int:
     if not console.is_terminal:
         console.width = WIDTH_MIN  # the table is wide, and a file has room
     try:
+        if asked.against:
+            return against.run(asked, console)
         results = run(asked, console)
-    except CannotBench as missing:
+    except (CannotBench, Absent) as missing:
         console.print(str(missing))
         return 1
     show(results, console)

@@ -28,13 +28,13 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a proxy is to run. Shape: `tls` is one PEM file with certificate and key."""
+    """Where a proxy is to run. Shape: `tls` is one PEM file with certificate and key, None for no TLS listener."""
 
     folder: Path
     mock_port: int
     cores: Cores
     workers: int
-    tls: Path
+    tls: Path | None
 
 
 @dataclass
