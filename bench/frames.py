@@ -165,7 +165,7 @@ def count(source: Path, folder: Path, mock: Mock) -> dict[str, Count]:
 
 
 def show(results: Mapping[str, Mapping[str, Count]], console: Console, calls: bool) -> None:
-    """Print a table, and each case's calls if asked."""
+    """Print a table, and each case's calls if `calls` is set."""
     table = Table("", *results, title="Python frames + builtin calls (the share that has exactly this count)")
     for case in (*CASES, EVENT):
         counts = [found[case] for found in results.values()]

@@ -32,7 +32,7 @@ WORKER = "fleetgate.proxy.worker"
 
 
 class Fleetgate:
-    """The workers are charged; supervisor and control process stand beside, on the other cores."""
+    """The workers are charged; supervisor and control process run beside them, on the other cores."""
 
     name = "fleetgate"
     slow = False
