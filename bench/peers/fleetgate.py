@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.machine import command_of, family, free_port, pin
 from bench.peers.base import Absent, Running, Site, launch, wait_until
+from bench.revision import SOURCE
 
 COMMAND = [sys.executable, "-m", "fleetgate.main"]
 CONFIG = """\
@@ -39,10 +40,10 @@ class Fleetgate:
     exact = True
     about = "keys, ledger, metrics, access log to a file; workers only"
 
-    def __init__(self, source: Path | None = None, config: str = CONFIG, env: dict[str, str] | None = None) -> None:
-        """Take the installed package, or the one under `source`; `env` is added to its environment."""
+    def __init__(self, source: Path = SOURCE, config: str = CONFIG, env: dict[str, str] | None = None) -> None:
+        """Run the package under `source`, by default this tree's; `env` is added to its environment."""
         self._config = config
-        self._env = ({} if source is None else {"PYTHONPATH": str(source)}) | (env or {})
+        self._env = {"PYTHONPATH": str(source), **(env or {})}
 
     def version(self) -> str:
         """Its version, from its own package."""
