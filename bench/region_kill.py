@@ -7,6 +7,7 @@ answer to a prompt, and a client that compares every answer with the expected on
 
 import argparse
 import asyncio
+import http.client
 import json
 import random
 import signal
@@ -33,6 +34,7 @@ ENGINE_SLOTS = 256
 BACK_AFTER_S = 2.0
 REQUEST_S_MAX = 60.0
 READY_S_MAX = 60.0
+PROBED_S = 3.0  # after this the first probes have ended, and the other worker has the Snapshot too
 
 
 class Region:
@@ -168,15 +170,29 @@ def gateway(regions: Sequence[Region], workers: int) -> Iterator[int]:
 
 
 def _port_of(process: subprocess.Popen[str], log: Path) -> int:
-    """Wait until it listens, and return its port."""
+    """Wait until it serves the Gateway, and return its port."""
     deadline_s = time.monotonic() + READY_S_MAX
     while time.monotonic() < deadline_s and process.poll() is None:
         for word in log.read_text().split():
             if word.startswith("http://127.0.0.1:") and word.rstrip("/,.").endswith("/v1"):
-                time.sleep(3.0)  # the first probes
-                return int(word.rstrip("/,.").removesuffix("/v1").rpartition(":")[2])
+                port = int(word.rstrip("/,.").removesuffix("/v1").rpartition(":")[2])
+                if _has_gateway(port):
+                    time.sleep(PROBED_S)
+                    return port
         time.sleep(0.1)
     raise SystemExit(f"fleetgate up did not start: {log.read_text()}")
+
+
+def _has_gateway(port: int) -> bool:
+    """Whether a worker has taken the Snapshot with the Gateway; before that it answers 404."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/v1/models", headers={"host": "chat.example.com"})
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 async def load(port: int, options: argparse.Namespace, regions: Sequence[Region]) -> list[Outcome]:
