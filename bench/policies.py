@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Policy, ...]] = {
     "a loop over 10 messages": (
         Policy(name="a", when='request.body.messages.exists(m, m.role == "system")', priority="critical"),
     ),
-    "the three of the documentation": (EU, LONG, BATCH),
+    "three policies together": (EU, LONG, BATCH),
 }
 
 
