@@ -5,7 +5,7 @@ after the other. The table has the smallest count that at least 2 % of them have
 request (timers, the start of a commit of the usage journal, at most one in 5 ms) is left out.
 
 --against REV   count that commit too; exit code 1 when this tree needs more of either
---calls         list the calls of each, by module and function
+--calls         list the calls by module and function; with --against only those that differ
 """
 
 import argparse
@@ -171,12 +171,15 @@ def show(results: Mapping[str, Mapping[str, Count]], console: Console, calls: bo
         counts = [found[case] for found in results.values()]
         table.add_row(case, *(f"{one.frames} + {one.builtins} ({one.share:.0%})" for one in counts))
     console.print(table)
-    if calls:
-        for side, found in results.items():
-            for case, one in found.items():
-                console.print(f"\n{side}, {case}:")
-                for name, times in sorted(one.calls.items(), key=lambda pair: (-pair[1], pair[0])):
-                    console.print(f"{times:5}  {name}", markup=False, highlight=False)
+    before, now = next(iter(results.values())), results["this tree"]
+    for case in (*CASES, EVENT) if calls else ():
+        console.print(f"\n{case}:")
+        for name in sorted({**before[case].calls, **now[case].calls}):
+            times, change = now[case].calls.get(name, 0), now[case].calls.get(name, 0) - before[case].calls.get(name, 0)
+            if before is now:
+                console.print(f"{times:5}  {name}", markup=False, highlight=False)
+            elif change:
+                console.print(f"{change:+5}  {name}", markup=False, highlight=False)
 
 
 def main() -> int:
