@@ -1,6 +1,6 @@
-"""What policies cost a request: microseconds by kind, and as a ratio to a pick among as many Deployments.
+"""The cost of policies per request: microseconds by kind, and the ratio to a pick among sixteen Deployments.
 
-Run: python -m bench.rules
+Run: python -m bench.policies
 """
 
 import timeit
@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[Policy, ...]] = {
 
 
 def gateway(policies: tuple[Policy, ...]) -> Gateway:
-    """A Gateway over all of them."""
+    """A Gateway over all Deployments."""
     return Gateway(
         slot=0,
         name="chat",
@@ -64,24 +64,26 @@ def gateway(policies: tuple[Policy, ...]) -> Gateway:
 
 
 def best_us(call: Callable[[], object]) -> float:
-    """The quickest of some repeats."""
+    """The fastest of several repeats."""
     return min(timeit.repeat(call, number=ROUNDS, repeat=REPEATS)) / ROUNDS * 1e6
 
 
 def main() -> None:
-    """Print a line for each kind of policy."""
-    lane = model_routes(gateway(()), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["llama"]
-    load = {candidate.slot: CandidateState(1, 1.0) for candidate in lane.candidates}
-    pick_us = best_us(lambda: route(lane, load, NO_TURN))
-    print(f"{'':28} {'judge µs':>9} {'body µs':>8} {'of a pick':>10}")
+    """Print one line per kind of policy."""
+    model_route = model_routes(gateway(()), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["llama"]
+    load = {candidate.slot: CandidateState(1, 1.0) for candidate in model_route.candidates}
+    pick_us = best_us(lambda: route(model_route, load, NO_TURN))
+    print(f"{'':28} {'policy µs':>9} {'body µs':>8} {'of a pick':>10}")
     print(f"{'pick among 16, no policies':28} {pick_us:9.2f}")
     for kind, policies in KINDS.items():
-        rules = CompiledPolicies.compile(gateway(policies), DEPLOYMENTS)
-        reader = BodyReader(rules.needs_body)
-        facts = RequestAttributes(model="llama", prompt_tokens=9000, headers={"x-team": "a"}, body=reader.read(BODY))
-        judge_us = best_us(lambda rules=rules, facts=facts: rules.evaluate(facts, KEY))
-        body_us = best_us(lambda reader=reader: reader.read(BODY)) if rules.needs_body else 0.0
-        print(f"{kind:28} {judge_us:9.2f} {body_us:8.2f} {(judge_us + body_us) / pick_us:10.2f}")
+        compiled = CompiledPolicies.compile(gateway(policies), DEPLOYMENTS)
+        reader = BodyReader(compiled.needs_body)
+        attributes = RequestAttributes(
+            model="llama", prompt_tokens=9000, headers={"x-team": "a"}, body=reader.read(BODY)
+        )
+        policy_us = best_us(lambda compiled=compiled, attributes=attributes: compiled.evaluate(attributes, KEY))
+        body_us = best_us(lambda reader=reader: reader.read(BODY)) if compiled.needs_body else 0.0
+        print(f"{kind:28} {policy_us:9.2f} {body_us:8.2f} {(policy_us + body_us) / pick_us:10.2f}")
 
 
 if __name__ == "__main__":
