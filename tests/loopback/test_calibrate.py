@@ -110,7 +110,7 @@ def test_an_engine_that_refuses_or_queues_in_silence_saturates(
     assert job["profile"]["batch_max"] == 4
     assert job["profile"]["decode_step"]["base_s"] == pytest.approx(0.006, rel=0.15)
     assert job["profile"]["sku"] == "unknown"
-    assert ("refused" if kind == "vllm" else "wait") in job["sentence"]
+    assert ("refused" if kind == "vllm" else "queued") in job["sentence"]
     assert (job["requests"] <= job["requests_max"], job["share"]) == (True, 1.0)
 
 
