@@ -240,8 +240,8 @@ def test_row_76_a_worker_that_is_just_starting_is_not_taken_for_dead(
 
 def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never more than so much at once, with restarts in between, of a living worker and of dead ones."""
-    monkeypatch.setattr(usage, "PIECE_BYTES", 10_000)
-    monkeypatch.setattr(usage, "PIECE_BYTES_MIN", 1000)
+    monkeypatch.setattr(usage, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(usage, "CHUNK_BYTES_MIN", 1000)
     monkeypatch.setattr(journals, "SEGMENT_BYTES", 50_000)
     monkeypatch.setattr(journals, "PREPARE_AT", 25_000)
     sizes: list[int] = []

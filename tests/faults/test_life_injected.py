@@ -139,7 +139,7 @@ def test_faults_begin_and_end_while_they_are_watched(tmp_path: Path) -> None:
     """The look once a second runs in a thread of its own, and writes the same file."""
     control = SimpleNamespace(
         data_dir=SimpleNamespace(path=tmp_path),
-        board=None,
+        shared_memory=None,
         publisher=SimpleNamespace(current=None),
         record=lambda kind, name, sentence: None,
     )
