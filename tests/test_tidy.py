@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "fleetgate"
 FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 60
 PARAMETERS_MAX = 6
-ONE_FILE_EACH = ("core/routing/strategies", "protocols/engines", "providers")
+ONE_FILE_EACH = ("core/routing/strategies", "protocols/clients", "protocols/engines", "providers")
 
 
 def python_files() -> list[Path]:

@@ -22,7 +22,7 @@ def check_shape(engine: ModuleType) -> None:
 
 
 def check_reading(engine: ModuleType, metrics: bytes) -> None:
-    """Signals or nothing: numbers that fit the board's cells."""
+    """Signals or nothing: numbers that fit the cells of shared memory."""
     signals = engine.read(metrics)
     assert isinstance(signals, EngineSignals)
     for count in (signals.running, signals.waiting):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fleetgate.core.exchange import AttemptFailed, Failure
 from fleetgate.core.model import Endpoint
+from fleetgate.protocols import clients
 from fleetgate.protocols.clients.openai import OPERATIONS
 from fleetgate.protocols.http1 import ChunkedBody
 from fleetgate.proxy.transport.connection_pool import ConnectionPool
@@ -16,14 +17,15 @@ from fleetgate.proxy.transport.interface import ExpectedResponse, ModelNames, Tr
 from fleetgate.proxy.transport.memory_network import MemoryNetwork, SimulatedLoop
 from fleetgate.proxy.transport.network import Network, SocketNetwork
 
+OPENAI = clients.find("openai")
 HOST = "127.0.0.1"
 MEMORY_PORT = 80
 TURNS_MAX = 200
 WAIT_S = 5.0
 REQUEST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: engine\r\ncontent-length: 0\r\n\r\n"
 NAMES = ModelNames(b'"m"', b'"m"')
-STREAM = ExpectedResponse(OPERATIONS[b"/v1/chat/completions"], False, NAMES)
-WHOLE = ExpectedResponse(OPERATIONS[b"/v1/chat/completions"], False, NAMES, wants_whole=True)
+STREAM = ExpectedResponse(OPENAI, OPERATIONS[b"/v1/chat/completions"], False, NAMES)
+WHOLE = ExpectedResponse(OPENAI, OPERATIONS[b"/v1/chat/completions"], False, NAMES, wants_whole=True)
 
 
 def content(word: str) -> bytes:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -27,16 +28,35 @@ def breaks(name: str, when: str, how: str = "1 // 0") -> dict[str, float]:
 HANDLER = "fleetgate.proxy.request.handler"
 # Where it breaks, and whether something of the answer is out by then.
 PLACES = {
-    "reading the body": (breaks("fleetgate.protocols.clients.openai.read_request", "b'boom' in self"), False),
-    "picking": (breaks("fleetgate.proxy.request.placement.pick", "b'boom' in self.body"), False),
-    "sending": (breaks("fleetgate.proxy.request.attempt.request_bytes", "b'boom' in self.body"), False),
-    "the first content": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.Commit]", "b'boom' in self.body"), False),
+    "reading the body": (breaks("fleetgate.protocols.clients.openai.parse_request", "b'boom' in self"), False),
+    "picking": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.moves.Pick]", "b'boom' in self.received.body"), False),
+    "sending": (breaks("fleetgate.proxy.request.attempt.request_bytes", "b'boom' in a[0].body"), False),
+    "the first content": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.moves.Commit]", "b'boom' in self.received.body"), False),
     "an event": (
-        breaks(f"{HANDLER}.RequestHandler.write", "b'boom' in self.body and b'tok' in a[0] and self.written"), True,
+        breaks(
+            "fleetgate.proxy.request.response_writer.ResponseWriter.write",
+            "b'tok' in a[0] and self.written and b'boom' in self.client.request.received.body",
+        ),
+        True,
     ),
-    "the end": (breaks(f"{HANDLER}.RequestHandler.on_ended", "b'boom' in self.body and self.ask.stream"), True),
-    "the watch": (breaks("fleetgate.proxy.request.deadlines.watch", "b'boom' in self.body"), False),
+    "the end": (
+        breaks(f"{HANDLER}.RequestHandler.on_answered", "b'boom' in self.received.body and self.received.info.stream"),
+        True,
+    ),
+    "the tick": (breaks(f"{HANDLER}.RequestHandler._check_progress", "b'boom' in self.received.body"), False),
 }  # fmt: skip
+
+
+def logged(capfd: pytest.CaptureFixture[str], event: str) -> list[dict[str, Any]]:
+    """The lines of the log up to one of this event; a thread writes them."""
+    lines: list[dict[str, Any]] = []
+
+    def has_come() -> bool:
+        lines.extend(json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{"))
+        return any(line["event"] == event for line in lines)
+
+    wait_for(has_come)
+    return lines
 
 
 @contextmanager
@@ -61,7 +81,7 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
             neighbour.send(request("held", stream=True))
             neighbour.read_until(b"tok")
             for _ in range(3):
-                model = "silent" if name == "the watch" else "ok"
+                model = "silent" if name == "the tick" else "ok"
                 answer = made.ask(request(model, stream, note=f"boom {SECRET}", wall={"pace_s": 0.02}))
                 if begun:
                     assert answer.status == 200 and not answer.whole
@@ -70,7 +90,7 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
                     assert (answer.status, answer.code) == (500, "internal_error")
                     assert answer.headers["connection"] == "close"
                 assert b"Traceback" not in answer.body and b"ZeroDivision" not in answer.body
-                lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+                lines = logged(capfd, "internal_error")
                 told = [line for line in lines if line["event"] == "internal_error"]
                 assert told and "ZeroDivisionError" in told[0]["message"] and SECRET not in str(lines)
                 assert told[0]["id"] == answer.headers["x-request-id"]
@@ -86,7 +106,7 @@ def test_row_75_a_mistake_is_a_500_for_that_request_alone(
 def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pytest.CaptureFixture[str]) -> None:
     """Nobody knows there whose request it is, but its connection ends, and that is a lost attempt like any other."""
     name = "fleetgate.proxy.transport.response_relay.ResponseRelay._read_head"
-    with plane(patience=breaks(name, "b'boom' in self.listener.body")) as made:
+    with plane(patience=breaks(name, "b'boom' in self.listener._received.body")) as made:
         made.use({})
         for stream in (True, False):
             answer = made.ask(request("ok", stream, note="boom"))
@@ -96,9 +116,11 @@ def test_row_75_a_mistake_while_an_answer_is_read_costs_that_attempt(capfd: pyte
     assert "relay.py" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["worker.Hub._learn_from_the_last_second", "worker.WorkerProcess._look_for_snapshot"])
+@pytest.mark.parametrize("name", ["ticker.Ticker._learn", "snapshots.WorkerSnapshots.tick"])
 def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with plane(patience=breaks(name, "__import__('pathlib').Path(self.config.data_dir, 'boom').exists()")) as made:
+    data_dir = "__import__('json').loads(__import__('os').environ['FLEETGATE_WORKER'])['data_dir']"
+    when = f"__import__('pathlib').Path({data_dir}, 'boom').exists()"
+    with plane(patience=breaks(f"fleetgate.proxy.worker.{name}", when)) as made:
         (made.rig.data_dir / "boom").touch()
         wait_for(lambda: bool(made.rig.board.series_totals().get("fleetgate_internal_errors_total")))
         before = made.rig.board.get(0, WorkerCell.HEARTBEAT_MS)
@@ -110,7 +132,7 @@ def test_row_75_a_sweep_that_breaks_keeps_sweeping(name: str, capfd: pytest.Capt
 def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.CaptureFixture[str]) -> None:
     """One second of sleep in a request: a metric, the board for readiness, an Event, a line that names the place."""
     sleeps = breaks(
-        "fleetgate.protocols.clients.openai.read_request", "b'boom' in self and __import__('time').sleep(1.0)", "0"
+        "fleetgate.protocols.clients.openai.parse_request", "b'boom' in self and __import__('time').sleep(1.0)", "0"
     )
     with plane(patience=sleeps) as made:
         made.use({})
@@ -131,7 +153,7 @@ def test_row_74_a_loop_that_stands_still_is_told_with_its_place(capfd: pytest.Ca
         assert totals["fleetgate_loop_lags_total"] >= 1
         assert totals["fleetgate_loop_lag_milliseconds_total"] >= 700
         happened = [each for each in EventSpool(made.rig.data_dir).take() if each.kind == "Proxy"]
-        assert happened and "stood still" in happened[-1].message
+        assert happened and "the event loop was blocked" in happened[-1].message
         assert made.ask(request("ok")).status == 200
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     told = [line for line in lines if line["event"] == "lag"]

@@ -270,7 +270,7 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
         living = await write(2000, False)
         book, database = book_in(tmp_path)
         for _ in range(5):
-            book._take_piece()
+            book._take_chunk()
             book = UsageIngest(tmp_path, database)  # it is killed after each of these
         book.take()
         assert count(database) == 1500 and max(sizes) <= 10_000 and len(sizes) > 20

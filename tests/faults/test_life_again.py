@@ -111,5 +111,5 @@ def test_a_file_that_is_being_edited_costs_nobody_the_api(tmp_path: Path) -> Non
         (control,) = up.children(CONTROL)
         up.process.send_signal(signal.SIGHUP)  # nobody asks here whether the file is good
         wait_for(lambda: control not in up.children(CONTROL) and up.is_ready())
-        assert "is not applied, and what the store has stays" in up.cli("get", "events").stdout
+        assert "was not applied and the stored resources stay in use" in up.cli("get", "events").stdout
         assert up.ask().status_code == 200

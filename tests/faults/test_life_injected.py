@@ -113,7 +113,7 @@ def test_a_fault_that_costs_too_much_of_the_slo_stops_by_itself(tmp_path: Path) 
             )
         begun_s = time.monotonic()
         wait_for(lambda: not in_force(up), 20)
-        assert "under its bound of 90%" in sentences(up)
+        assert "below its limit of 90%" in sentences(up)
         assert time.monotonic() - begun_s < 15
         wait_for(lambda: up.ask().status_code == 200)
         load.stop()
@@ -148,7 +148,7 @@ def test_faults_begin_and_end_while_they_are_watched(tmp_path: Path) -> None:
     def watch() -> None:
         while not stop.is_set():
             try:
-                faults._look()
+                faults._poll()
             except Exception as error:
                 trouble.append(error)
 

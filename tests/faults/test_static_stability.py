@@ -233,7 +233,7 @@ def test_row_52_what_takes_much_away_is_asked_about(tmp_path: Path, quick: str) 
         up.write(documents)
         asked = up.cli("apply", "-f", str(up.config))
         assert asked.returncode == 1
-        assert "takes 12 of 16 Endpoints (75 %) out of use" in asked.stderr and "--yes" in asked.stderr
+        assert "removes 12 of 16 Endpoints (75 %)" in asked.stderr and "--yes" in asked.stderr
         refused = up.cli("delete", "gateway", "chat")
         assert refused.returncode == 1 and "16 of 16" in refused.stderr
         token = (up.data_dir / "owner-token").read_text().strip()

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz [TARGET ...] [--inputs N] [--seed S] [--first N]`: parsers under fire, as long as you like."""
+"""`python -m tests.fuzz [TARGET ...] [--inputs N] [--seed S] [--first N]`: fuzzing, as long as you like."""
 
 import argparse
 import sys

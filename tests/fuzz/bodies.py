@@ -1,10 +1,11 @@
-"""The JSON gate under fire: `read_ask` and `rewrite` against another decoder."""
+"""Request bodies under fuzzing: `parse_request` and `rewrite` against another decoder."""
 
 import random
 from typing import Any
 
-from fleetgate.protocols.clients.openai import InvalidBody, output_tokens_max, read_request, rewrite
+from fleetgate.protocols.clients.openai import output_tokens_max, parse_request, rewrite
 from fleetgate.protocols.json_checks import DEPTH_MAX
+from fleetgate.protocols.json_members import InvalidBody
 from tests.fuzz.mutation import Mutator
 from tests.fuzz.strict_json import Members, Number, Reading, Refuse, decode
 
@@ -55,35 +56,37 @@ class Bodies:
         except Refuse:
             wanted = None
         try:
-            ask = read_request(data)
+            info = parse_request(data)
         except InvalidBody as error:
             assert error.message and error.code in ("invalid_json", "invalid_request"), error
-            assert wanted is None, f"refused what is good: {error.message}"
+            assert wanted is None, f"a valid body is refused: {error.message}"
             return
-        assert wanted is not None, "taken, though another decoder refuses it"
-        read = (ask.model, ask.stream, ask.wants_usage, ask.has_stream_options)
+        assert wanted is not None, "a body is accepted that another decoder refuses"
+        read = (info.model, info.stream, info.wants_usage, info.has_stream_options)
         assert read == (wanted.model, wanted.stream, wanted.wants_usage, wanted.has_options), f"read as {read}"
         output_tokens_max(data)
-        name, add_usage = rng.choice(NAMES), rng.random() < 0.5 and not ask.wants_usage
-        written = decode(rewrite(data, ask, name, add_usage))
-        assert _without_order(written) == _wish(wanted.members, name, add_usage), "more was rewritten than wished"
+        name, add_usage = rng.choice(NAMES), rng.random() < 0.5 and not info.wants_usage
+        written = decode(rewrite(data, info, name, add_usage))
+        assert _without_order(written) == _expected(wanted.members, name, add_usage), (
+            "rewrote more than model and usage"
+        )
 
 
-def _wish(members: Members, name: str, add_usage: bool) -> Any:
-    wished = [(key, name if key == "model" else _with_usage(key, value, add_usage)) for key, value in members]
+def _expected(members: Members, name: str, add_usage: bool) -> Any:
+    expected = [(key, name if key == "model" else _with_usage(key, value, add_usage)) for key, value in members]
     if add_usage and not members.all_of("stream_options"):
-        wished.append(("stream_options", {"include_usage": True}))
-    return sorted(((key, _plain(value)) for key, value in wished), key=repr)
+        expected.append(("stream_options", {"include_usage": True}))
+    return sorted(((key, _plain(value)) for key, value in expected), key=repr)
 
 
 def _with_usage(key: str, value: Any, add_usage: bool) -> Any:
     if key != "stream_options" or not add_usage:
         return value
-    return {**dict(value or []), "include_usage": True}  # the options themselves are written anew: twice becomes once
+    return {**dict(value or []), "include_usage": True}  # options are encoded again, so a repeated key remains once
 
 
 def _without_order(value: Any) -> Any:
-    """Members sorted, the top level's stay a list, since a key may be there twice."""
+    """Members, sorted. Those of the top level stay a list, because a key may be repeated."""
     if isinstance(value, Members):
         return sorted(((key, _plain(inner)) for key, inner in value), key=repr)
     return _plain(value)
@@ -103,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 
 def bombs() -> dict[str, tuple[bytes, bool]]:
-    """Bodies made to cost time, and whether they are good."""
+    """Bodies that are expensive to check, and whether they are valid."""
     mib = 1024 * 1024
 
     def filled(piece: bytes, last: bytes = b"0", size: int = 20 * mib - 60) -> bytes:
@@ -134,8 +137,8 @@ def bombs() -> dict[str, tuple[bytes, bool]]:
         "50,000 keys": (b'{"model":"m",' + keys[: keys.index(b',"50000"')] + b"}", True),
         "50,000 keys below": (b'{"model":"m","x":{' + keys[: keys.index(b',"49990"')] + b"}}", True),
         "300,000 objects": (filled(b"{},", b"{}", size=900_000), False),
-        "one number of 20 MiB": (filled(b"1", b""), True),  # of so large a body too
-        "many exponents": (filled(b"1e999,", size=5 * mib), True),  # of so many values none is looked at
+        "one number of 20 MiB": (filled(b"1", b""), True),  # numbers of such large bodies are not checked
+        "many exponents": (filled(b"1e999,", size=5 * mib), True),  # nor are so many values
         "some exponents": (filled(b"0,", b"1e999", size=99_000), False),
         "a large number in a large body": (filled(b"0,", b"1e999", size=990_000), True),
         "long numbers": (filled(b"1" * 4299 + b",", b"0", size=990_000), True),

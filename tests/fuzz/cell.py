@@ -14,7 +14,6 @@ from fleetgate.core.model import Deployment, Gateway, Snapshot
 from fleetgate.ipc.signed_file import public_key
 from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.routing.endpoint_state import EndpointState
-from fleetgate.proxy.routing.routing_table import RoutingTable
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.worker import WorkerProcess
 from fleetgate.supervisor.supervisor import shared_memory
@@ -26,8 +25,13 @@ class Loop(asyncio.SelectorEventLoop):
     """A real loop that dials in memory: every connection is made at once, and `heard` gets what is sent on it."""
 
     def __init__(self, heard: Callable[["Wire", int], None]) -> None:
+        self.now_s = 0.0  # before the loop itself asks
         super().__init__()
         self._heard = heard
+
+    def time(self) -> float:
+        """A clock that a test sets."""
+        return self.now_s
 
     async def getaddrinfo(self, host: Any, port: Any, **options: Any) -> list[Any]:
         """The name is the address."""
@@ -129,23 +133,21 @@ class Cell:
             index=0, workers=1, data_dir=str(data_dir), board_fd=board_fd, listen_fd=-1, auth="none", access_log="off"
         )
         self.loop = Loop(answer)
-        self.hub = WorkerProcess(config).hub
-        self.hub.begin(self.loop)
-        self.hub.journal.begin(self.loop)
-        self.now_s = 1000.0
-        self.hub.clock = lambda: self.now_s
+        self.now_s = self.loop.now_s = 1000.0
+        worker = WorkerProcess(config)
+        self.plane = worker.start_plane(self.loop)
         self._version = 0
 
     def use(self, deployments: tuple[Deployment, ...], site: Gateway) -> None:
         """Take a new Snapshot, later than the last one by as long as any breaker stays open."""
         self._version += 1
-        self.now_s += 1000.0
+        self.now_s = self.loop.now_s = self.now_s + 1000.0
         snapshot = Snapshot(version=self._version, made_at_s=0.0, gateways=(site,), deployments=deployments)
-        self.hub.use(RoutingTable(snapshot, self.hub.maker, self.hub.tables, self.now_s))
+        self.plane.snapshots.take(snapshot)
 
     def peers(self) -> list[EndpointState]:
         """The Endpoints in use."""
-        return list(self.hub.tables.peers.values())
+        return list(self.plane.active.current.endpoints.values())
 
     def kept(self) -> list[asyncio.BaseTransport]:
         """The wires of connections that wait for another request."""
@@ -153,11 +155,11 @@ class Cell:
 
     def connect(self) -> Wire:
         """A client's connection."""
-        return Wire(self.loop, ClientConnection(self.hub))
+        return Wire(self.loop, ClientConnection(self.plane.connection_services, self.loop))
 
     def in_flight(self) -> int:
         """What the ledger holds."""
-        return sum(self.board.in_flight_total(place.slot) for place in self.hub.tables.places.values())
+        return sum(self.board.in_flight_total(slot) for slot in self.plane.active.current.deployments)
 
 
 def with_slot(deployment: Deployment, slot: int) -> Deployment:

@@ -146,7 +146,7 @@ class Edge:
         assert over == (reading.end != "open" or stopped), "the connection should have ended, or not"
         client.end()
         cell.loop.run()
-        assert not cell.in_flight() and not cell.hub.conversations, "something was left behind"
+        assert not cell.in_flight() and not cell.plane.registry.in_flight, "something was left behind"
 
 
 def _until_closed(items: list[Item], answers: list[Response]) -> tuple[list[Item], bool]:

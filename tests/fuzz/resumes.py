@@ -1,19 +1,17 @@
-"""Going on elsewhere under fire: a transcript of one damaged stream, and another that is joined to it."""
+"""Resuming under fuzzing: a transcript of one damaged stream, and another stream that is joined to it."""
 
 import random
 
-from fleetgate.protocols.clients.openai import OPERATIONS, EventMeaning, InvalidBody, classify_event, read_request
+from fleetgate.protocols.clients.openai import OPERATIONS, classify_event, parse_request
+from fleetgate.protocols.clients.openai_resume import resume_methods
 from fleetgate.protocols.http1 import Malformed
+from fleetgate.protocols.json_members import InvalidBody
+from fleetgate.protocols.messages import EventMeaning, ResumeMethod
+from fleetgate.protocols.resume.prefill import prefill_body
 from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
 from fleetgate.protocols.resume.token_ids import TokenSplicer, tokens_body
-from fleetgate.protocols.resume.transcript import (
-    Mismatch,
-    ResumeMethod,
-    StreamSplicer,
-    Transcript,
-    prefill_body,
-    resume_methods,
-)
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong, data_of
 from tests.fuzz import strict_json
 from tests.fuzz.mutation import Mutator
@@ -32,7 +30,7 @@ IDS = (
     b'data: {"id":"w","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null,"token_ids":[1]}]}\n\n'
     b'data: {"id":"w","choices":[{"index":0,"delta":{"content":""},"finish_reason":null,"token_ids":[2]}]}\n\n'
 )
-ON = (
+CONTINUED = (
     b'data: {"id":"v","choices":[{"index":0,"text":"","token_ids":[2],"prompt_token_ids":[7,8,1]}]}\n\n'
     b'data: {"id":"v","choices":[{"index":0,"text":"b","token_ids":[3],"finish_reason":"stop"}]}\n\n'
 )
@@ -53,19 +51,19 @@ EXAMPLES = [
     PIECES[0] + CALL + MORE + PIECES[-3],
     TEXT * 3 + PIECES[-3],
     IDS,
-    ON,
+    CONTINUED,
     RESPONSE,
     RESPONSE[: RESPONSE.find(b"event: x", len(RESPONSE) // 2)],
     RESPONSE[: RESPONSE.rfind(b"event: x")],
 ]
-ASKS = [
+REQUESTS = [
     b'{"model":"m","messages":[{"role":"user","content":"hi"}],"temperature":0,"max_tokens":50,"stream":true}',
     b'{"model":"m","prompt":"hi","temperature":0.0,"max_completion_tokens":9,"n":1,"stream":true}',
     b'{"model":"m","messages":[],"tools":[],"response_format":null,"top_k":1,"modalities":["text"]}',
     b'{"model":"m","messages":[],"temperature":0.7,"max_tokens":50,"return_token_ids":true,"stream":true}',
     b'{"model":"m","input":"hi","temperature":0,"tools":[{"type":"function"}],"stream":true}',
 ]
-ASK_TOKENS = [
+REQUEST_TOKENS = [
     b'"messages":{},', b'"messages":null,', b'"prompt":[1],', b'"prompt":null,', b'"n":2,', b'"n":1.0,', b'"n":"1",',
     b'"max_tokens":"5",', b'"max_tokens":1e3,', b'"max_tokens":null,', b'"max_tokens":[],', b'"temperature":"0",',
     b'"temperature":1e400,', b'"tools":[{}],', b'"echo":true,', b'"modalities":"text",', b'"logprobs":true,',
@@ -74,78 +72,78 @@ ASK_TOKENS = [
 
 
 class Resumes:
-    """A request, what its client has read, and another answer to it; each damaged."""
+    """A request, what its client has received, and another response to it; each damaged."""
 
     name = "resumes"
 
     def make(self, rng: random.Random) -> bytes:
-        """An input: the request's JSON and two streams, one behind the other with a NUL between."""
-        ask = Mutator(rng, ASK_TOKENS).damage(rng.choice(ASKS))
+        """An input: the request's JSON and two streams, separated by NUL."""
+        request = Mutator(rng, REQUEST_TOKENS).damage(rng.choice(REQUESTS))
         mutator = Mutator(rng, TOKENS)
-        return b"\x00".join([ask, mutator.damage(rng.choice(EXAMPLES)), mutator.damage(rng.choice(EXAMPLES))])
+        return b"\x00".join([request, mutator.damage(rng.choice(EXAMPLES)), mutator.damage(rng.choice(EXAMPLES))])
 
     def check(self, data: bytes, rng: random.Random) -> None:
-        """Nothing but the announced refusals, and what is passed on is JSON that goes on from what was said."""
-        ask, said, more = [*data.split(b"\x00", 2), b"", b""][:3]
+        """Only the documented errors are raised, and what is passed on is JSON that continues the first response."""
+        request, first, second = [*data.split(b"\x00", 2), b"", b""][:3]
         try:
-            read_request(ask)
+            parse_request(request)
         except InvalidBody:
-            ask = rng.choice(ASKS)
-        if b'"input"' in ask:
-            self._check_response(ask, said, more)
+            request = rng.choice(REQUESTS)
+        if b'"input"' in request:
+            self._check_response(request, first, second)
             return
-        path = b"/v1/completions" if b'"prompt"' in ask else b"/v1/chat/completions"
-        ways = resume_methods(ask, OPERATIONS[path])
-        script = Transcript(7)
-        for event in well_formed(said):
-            script.keep(event)
-        if not script.runs or not script.whole:
+        path = b"/v1/completions" if b'"prompt"' in request else b"/v1/chat/completions"
+        methods = resume_methods(request, OPERATIONS[path])
+        transcript = Transcript(7)
+        for event in well_formed(first):
+            transcript.keep(event)
+        if not transcript.runs or not transcript.whole:
             return
-        for way in ways:
-            if way is ResumeMethod.PREFILL:
-                body = prefill_body(ask, script, rng.choice(("vllm", "llamacpp")))
+        for method in methods:
+            if method is ResumeMethod.PREFILL:
+                body = prefill_body(request, transcript, rng.choice(("vllm", "llamacpp")))
                 assert body is None or isinstance(strict_json.decode(body), strict_json.Members)
-            seam = StreamSplicer(script, way, "m")
-            if way is ResumeMethod.TOKENS:
-                body = tokens_body(ask, script)
+            splicer = StreamSplicer(transcript, method, "m")
+            if method is ResumeMethod.TOKENS:
+                body = tokens_body(request, transcript)
                 if body is None:
                     continue
                 assert isinstance(strict_json.decode(body), strict_json.Members)
-                seam = TokenSplicer(script, "m", OPERATIONS[path])
-            self._join(script, way, seam, more)
+                splicer = TokenSplicer(transcript, "m", OPERATIONS[path])
+            self._join(transcript, method, splicer, second)
 
-    def _check_response(self, ask: bytes, said: bytes, more: bytes) -> None:
-        script = ResponseTranscript()
-        for event in well_formed(said):
-            script.keep(event)
-        if script.runs and script.whole and response_resume_methods(ask):
-            self._join(script, ResumeMethod.REPLAY, ResponseSplicer(script, "m"), more)
+    def _check_response(self, request: bytes, first: bytes, second: bytes) -> None:
+        transcript = ResponseTranscript()
+        for event in well_formed(first):
+            transcript.keep(event)
+        if transcript.runs and transcript.whole and response_resume_methods(request):
+            self._join(transcript, ResumeMethod.REPLAY, ResponseSplicer(transcript, "m"), second)
 
-    def _join(self, script: Transcript, way: ResumeMethod, seam: StreamSplicer, more: bytes) -> None:
-        before = script.runs
-        joined = type(script)()
+    def _join(self, transcript: Transcript, method: ResumeMethod, splicer: StreamSplicer, second: bytes) -> None:
+        before = transcript.runs
+        joined = type(transcript)()
         try:
-            for event in well_formed(more):
+            for event in well_formed(second):
                 data = data_of(event)
                 if (
                     classify_event(event)[0] in (EventMeaning.COMMENT, EventMeaning.DONE, EventMeaning.ERROR)
                     or data is None
                 ):
                     continue
-                left = seam.take(data)
+                left = splicer.take(data)
                 if left is not None:
                     assert strict_json.decode(data_of(left) or b"") is not None
                     joined.keep(left)
         except (Mismatch, Malformed):
             return
         joined.digest()
-        if way is ResumeMethod.REPLAY and seam.caught_up and joined.whole:
-            replayed = type(script)()
-            for event in well_formed(more):
+        if method is ResumeMethod.REPLAY and splicer.caught_up and joined.whole:
+            replayed = type(transcript)()
+            for event in well_formed(second):
                 replayed.keep(event)
             replayed.digest()
             if replayed.whole:
-                assert _flat(before + joined.runs) == _flat(replayed.runs), "the seam does not fit"
+                assert _flat(before + joined.runs) == _flat(replayed.runs), "the splicer does not fit"
 
 
 def well_formed(stream: bytes) -> list[bytes]:
@@ -162,6 +160,6 @@ def _flat(runs: list[tuple[str, str]]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for channel, text in runs:
         if channel.endswith(".name"):
-            continue  # some engines say it with every piece, and once is enough
+            continue  # some engines repeat it in every piece; once is enough
         flat[channel] = flat.get(channel, "") + text
     return flat

@@ -21,6 +21,7 @@ from fleetgate.ipc.sealed_secret import UnsealFailed, seal
 from fleetgate.ipc.shared_memory import SharedMemory
 from fleetgate.proxy.routing.routing_table import RoutingTable, RoutingTableBuilder
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
+from fleetgate.proxy.telemetry.request_metrics import RequestMetricsCache
 from tests.fuzz.mutation import Mutator
 from tests.loopback.rig import deployment, gateway
 
@@ -84,7 +85,9 @@ class Snapshots:
         assert all(0 <= slot < end for slot, end in places), "a slot outside of the shared memory"
         if self._uses % 1000 == 0:  # metric cells are for names, and damage makes new names
             board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(1))), 1)
-            self._maker = RoutingTableBuilder(WorkerMetrics(board, 0), "here", lambda: SEAL_KEY)
+            self._maker = RoutingTableBuilder(
+                RequestMetricsCache(WorkerMetrics(board, 0)), "here", lambda: SEAL_KEY, lambda deployment: None
+            )
         self._uses += 1
         try:
             RoutingTable(snapshot, self._maker, None, 1.0)

@@ -132,7 +132,7 @@ def split_events(payload: bytes) -> tuple[list[tuple[bytes, bytes | None]], byte
     return events, payload[begin:]
 
 
-class Wish(msgspec.Struct):
+class ClientOptions(msgspec.Struct):
     """What a client asks for."""
 
     stream: bool
@@ -162,7 +162,7 @@ class Streams:
         self._uses = 0
         self._first: Wire | None = None
         self._later = 0
-        self._wish = Wish(True, False, False, "openai")
+        self._options = ClientOptions(True, False, False, "openai")
         self.ends: dict[str, int] = {}
 
     def make(self, rng: random.Random) -> bytes:
@@ -171,12 +171,12 @@ class Streams:
 
     def check(self, data: bytes, rng: random.Random) -> None:
         """Feed an answer and judge what the client reads."""
-        self._wish = wish = Wish(
+        self._options = options = ClientOptions(
             rng.random() < 0.8, rng.random() < 0.3, rng.random() < 0.1, rng.choice(("openai", "vllm"))
         )
-        self._prepare(wish)
+        self._prepare(options)
         client = self._cell.connect()
-        client.feed(wish.request)
+        client.feed(options.request)
         self._cell.loop.run()
         first = self._first
         assert first is not None
@@ -186,16 +186,16 @@ class Streams:
         reused = first in self._cell.kept()
         first.end(rng.choice((None, None, ConnectionResetError())))
         self._cell.loop.run()
-        self._judge(data, client, wish, reused)
+        self._judge(data, client, options, reused)
         client.end()
         self._cell.loop.run()
-        assert not self._cell.in_flight() and not self._cell.hub.conversations, "something was left behind"
+        assert not self._cell.in_flight() and not self._cell.plane.registry.in_flight, "something was left behind"
 
-    def _prepare(self, wish: Wish) -> None:
+    def _prepare(self, options: ClientOptions) -> None:
         """Deployments of which nothing is known."""
         self._uses = self._uses % 500 + 1
-        one = deployment("one", 1, 2 * self._uses, engine=wish.engine)
-        two = deployment("two", 2, 2 * self._uses + 1, engine=wish.engine)
+        one = deployment("one", 1, 2 * self._uses, engine=options.engine)
+        two = deployment("two", 2, 2 * self._uses + 1, engine=options.engine)
         site: Gateway = gateway("one", "two", default=True)
         self._cell.use((with_slot(one, one.slot), with_slot(two, two.slot)), site)
         self._first, self._later = None, 0
@@ -207,12 +207,12 @@ class Streams:
             self._first = wire
             return
         self._later += 1
-        good = STREAMS[0] if self._wish.stream else BODIES[0]
+        good = STREAMS[0] if self._options.stream else BODIES[0]
         self._cell.loop.call_soon(wire.feed, good)
 
     # --- what the client reads ---
 
-    def _judge(self, data: bytes, client: Wire, wish: Wish, reused: bool) -> None:
+    def _judge(self, data: bytes, client: Wire, options: ClientOptions, reused: bool) -> None:
         written = bytes(client.written)
         response = strict_http.read_response(written, 0, client.closing)
         assert response is not None, "no answer"
@@ -225,7 +225,7 @@ class Streams:
             assert sent.after == len(_final(data)), "kept a connection with bytes behind the answer"
         is_stream = response.head.joined(b"content-type").startswith(b"text/event-stream")
         if is_stream and response.status == 200:
-            end = self._judge_stream(data, response, client, wish)
+            end = self._judge_stream(data, response, client, options)
         else:
             end = self._judge_whole(response, client)
         self.ends[end] = self.ends.get(end, 0) + 1
@@ -239,7 +239,7 @@ class Streams:
             assert isinstance(strict_json.decode(response.body), strict_json.Members), response.body
         return f"{response.status}"
 
-    def _judge_stream(self, data: bytes, response: Response, client: Wire, wish: Wish) -> str:
+    def _judge_stream(self, data: bytes, response: Response, client: Wire, options: ClientOptions) -> str:
         response.body.decode()  # valid UTF-8, however it ends
         events, rest = split_events(response.body)
         assert not rest, f"an event without end: {rest[-200:]!r}"
@@ -247,14 +247,14 @@ class Streams:
         for raw, part in events:
             if part is not None and part.rstrip(b" \t") != b"[DONE]":
                 self._judge_event(raw, part)
-        if response.whole and (not wish.http10 or told[-1] == b"[DONE]"):
+        if response.whole and (not options.http10 or told[-1] == b"[DONE]"):
             assert told and told[-1] == b"[DONE]", "a clean end without [DONE]"
             assert told.count(b"[DONE]") == 1 and any(map(_finishes, told)), "a clean end of an unfinished answer"
             end = "whole stream"
         else:
             assert client.closing, "neither an end nor a broken connection"
             assert b"[DONE]" not in told, told[-2:]
-            if wish.stream:  # who asked for no stream reads a broken body
+            if options.stream:  # without a stream the body itself is broken
                 assert b"upstream_interrupted" in told[-1], told[-2:]
                 assert strict_json.decode(told.pop())
             end = "interrupted"

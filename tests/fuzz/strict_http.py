@@ -1,4 +1,4 @@
-"""HTTP/1.1 read a second time, by the letter of RFC 9112 and DESIGN.md, without a line of the product.
+"""HTTP/1.1 read a second time, by the letter of RFC 9112, without code of the product.
 
 It says what a connection's bytes are, whole: which requests, how long each body is, where trust ends.
 """

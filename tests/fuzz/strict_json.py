@@ -1,4 +1,4 @@
-"""What a chat request's body must be, read by the standard library: the second opinion on the gate that uses another.
+"""What a chat request's body must be, read by the standard library, to compare `parse_request` with another decoder.
 
 Members of objects stay lists of pairs, so that a key given twice is seen, and numbers stay text.
 """
@@ -80,7 +80,7 @@ def _measure(value: Any) -> None:
 
 
 class Reading:
-    """What the gate must read of a body."""
+    """What `parse_request` must read of a body."""
 
     def __init__(self, data: bytes) -> None:
         value = decode(data)

@@ -12,7 +12,7 @@ TRIES = 5  # of a slow input: a busy machine can make one look slow, not five
 
 
 class Target(Protocol):
-    """One parser under fire."""
+    """One parser under fuzzing."""
 
     name: str
 
@@ -27,7 +27,7 @@ class Target(Protocol):
 
 
 class Found(msgspec.Struct):
-    """An input that must not do what it does."""
+    """An input with a wrong outcome."""
 
     target: str
     seed: int

@@ -1,4 +1,4 @@
-"""What fuzzing found, each with the input that found it, made small."""
+"""Faults that fuzzing found, each with its input, reduced."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,13 @@ import msgspec
 import pytest
 
 from fleetgate.core.model import Snapshot, decode_snapshot, encode_snapshot
-from fleetgate.protocols import json_checks as bounds
-from fleetgate.protocols.clients.openai import EventMeaning, InvalidBody, classify_event, read_request, top_level
-from fleetgate.protocols.resume.transcript import Mismatch, ResumeMethod, StreamSplicer, Transcript, prefill_body
+from fleetgate.protocols import json_checks
+from fleetgate.protocols.clients.openai import classify_event, parse_request
+from fleetgate.protocols.json_members import InvalidBody, locate_members
+from fleetgate.protocols.messages import EventMeaning, ResumeMethod
+from fleetgate.protocols.resume.prefill import prefill_body
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
+from fleetgate.protocols.resume.transcript import Transcript
 from tests.loopback.rig import deployment, gateway
 from tests.loopback.wall_rig import Plane, plane
 
@@ -27,7 +31,7 @@ def test_answers_without_a_body_have_none_when_the_connection_ends_too(
         client.send(first + b" HTTP/1.1\r\nHost: chat.test\r\nTransfer-Encoding: chunked\r\n\r\n")
         head = client.read_until(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 " + status) and b"connection: close" in head
-        assert client.closed(), "and nothing behind the head"
+        assert client.closed(), "and nothing follows the head"
 
 
 SNAPSHOT = encode_snapshot(
@@ -51,14 +55,14 @@ def test_a_damaged_snapshot_is_refused_by_the_announced_errors(old: bytes, new: 
 
 
 def nested(levels: int) -> bytes:
-    """A body of so many levels."""
+    """A body with this depth."""
     return b'{"model":"m","x":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
 
 
 def test_bodies_nest_64_deep_and_no_deeper() -> None:
-    assert read_request(nested(bounds.DEPTH_MAX)).model == "m"
+    assert parse_request(nested(json_checks.DEPTH_MAX)).model == "m"
     with pytest.raises(InvalidBody, match="64 levels"):
-        read_request(nested(bounds.DEPTH_MAX + 1))
+        parse_request(nested(json_checks.DEPTH_MAX + 1))
 
 
 @pytest.mark.parametrize(
@@ -67,14 +71,14 @@ def test_bodies_nest_64_deep_and_no_deeper() -> None:
 def test_brackets_inside_of_strings_are_no_depth(text: bytes) -> None:
     inner = b"[" * 62 + text + b"]" * 62
     flat = b",".join([b'[{"a":' + text.partition(b",")[0] + b"}]"] * 40)
-    assert read_request(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
+    assert parse_request(b'{"model":"m","x":' + inner + b',"y":[' + flat + b"]}").model == "m"
     with pytest.raises(InvalidBody):
-        read_request(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
+        parse_request(b'{"model":"m","x":[[' + inner + b']],"y":[' + flat + b"]}")
 
 
 def test_a_key_given_twice_keeps_its_places() -> None:
     body = b'{ "a" : [1,{}] , "a":2,"\\u0061" :"x" }'
-    assert [(name, body[start:end]) for name, start, end in top_level(body)] == [
+    assert [(name, body[start:end]) for name, start, end in locate_members(body)] == [
         ("a", b"[1,{}]"), ("a", b"2"), ("a", b'"x"'),
     ]  # fmt: skip
 
@@ -90,36 +94,36 @@ def test_a_key_given_twice_keeps_its_places() -> None:
         (b"data:[DONE]\r\n\r\n", EventMeaning.DONE),
     ],
 )
-def test_what_clients_would_not_take_for_the_end_is_none(event: bytes, meaning: EventMeaning) -> None:
+def test_only_what_clients_read_as_the_end_is_done(event: bytes, meaning: EventMeaning) -> None:
     assert classify_event(event)[0] is meaning
 
 
 def event(text: str, index: int = 0, end: bytes = b"\n\n") -> bytes:
-    """A piece of a completion."""
+    """One event of a completion."""
     choice = {"index": index, "text": text, "finish_reason": None}
     return b"data: " + msgspec.json.encode({"id": "w", "choices": [choice]}) + end
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n\r\n", b"\r\r"])
 def test_a_transcript_reads_events_with_any_line_ends(end: bytes) -> None:
-    script = Transcript()
-    script.keep(event("abc", end=end))
+    transcript = Transcript()
+    transcript.keep(event("abc", end=end))
     one = event("def")
-    script.keep(b"%x\r\n%b\r\n" % (len(one), one))
-    assert script.runs == [("text", "abcdef")]
+    transcript.keep(b"%x\r\n%b\r\n" % (len(one), one))
+    assert transcript.runs == [("text", "abcdef")]
 
 
 def test_another_choice_is_no_continuation() -> None:
-    script = Transcript()
-    script.keep(event("abc"))
+    transcript = Transcript()
+    transcript.keep(event("abc"))
     with pytest.raises(Mismatch):
-        StreamSplicer(script, ResumeMethod.REPLAY, "m").take(event("abc", index=1)[6:-2])
+        StreamSplicer(transcript, ResumeMethod.REPLAY, "m").take(event("abc", index=1)[6:-2])
 
 
 @pytest.mark.parametrize(
     "body", [b"{}", b'{"prompt":5}', b'{"prompt":"x","max_tokens":"9"}', b'{"prompt":"x","seed":1e999}']
 )
-def test_a_request_that_cannot_be_gone_on_with_is_left_alone(body: bytes) -> None:
-    script = Transcript()
-    script.keep(event("abc"))
-    assert prefill_body(body, script, "vllm") is None
+def test_a_request_that_cannot_be_continued_has_no_prefill_body(body: bytes) -> None:
+    transcript = Transcript()
+    transcript.keep(event("abc"))
+    assert prefill_body(body, transcript, "vllm") is None

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fleetgate.protocols.clients.openai import InvalidBody, read_request
+from fleetgate.protocols.clients.openai import parse_request
+from fleetgate.protocols.json_members import InvalidBody
 from tests.fuzz.__main__ import TARGETS
 from tests.fuzz.bodies import bombs
 from tests.fuzz.target import attack
@@ -37,7 +38,7 @@ def test_row_37_bombs_are_judged_at_once(name: str) -> None:
     for _ in range(TRIES):
         began_s = time.thread_time()
         try:
-            read_request(body)
+            parse_request(body)
             taken = True
         except InvalidBody as error:
             taken = False

@@ -48,7 +48,7 @@ def test_row_44_redirects_are_never_followed(one: Plane, status: bytes, stream: 
         assert (answer.status, answer.code) == (502, "upstream_error")
         assert "location" not in answer.headers
         elsewhere.setblocking(False)
-        with pytest.raises(BlockingIOError):  # nobody dialled what the redirect named
+        with pytest.raises(BlockingIOError):  # the target of the redirect was not dialled
             elsewhere.accept()
 
 

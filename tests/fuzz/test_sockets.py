@@ -1,4 +1,4 @@
-"""Damaged requests over real sockets: the wall's count of requests is the oracle. FAULTS.md row 30.
+"""Damaged requests over real sockets: the wall's count of requests is the oracle. faults.md row 30.
 
 What must reach it, a second reader says; what reaches it beside that was smuggled.
 """

@@ -19,9 +19,9 @@ import yaml
 from fleetgate.control.calibration.client import (
     CalibrationClient,
     CalibrationTarget,
-    MeasuredAnswer,
+    MeasuredResponse,
     RequestFailed,
-    reach,
+    dialable_address,
 )
 from fleetgate.core.model import Endpoint
 from tests.loopback.control_rig import DEPLOYMENT, ControlRig
@@ -92,7 +92,7 @@ def test_known_speeds_come_back_and_the_profile_is_put_to_use(rig: ControlRig, c
     assert published.profile is not None
     assert published.profile.prefill_tokens_per_s == profile["prefill_tokens_per_s"]
     events = client.get("/api/v1/events", params={"kind": "Deployment", "name": "fast"}).json()["items"]
-    assert any("until the engine let some of 16 requests wait" in event["sentence"] for event in events)
+    assert any("until the engine queued some of 16 requests" in event["sentence"] for event in events)
     refused = client.delete("/api/v1/profiles/fast-llama")
     assert refused.status_code == 409
     assert "Deployment/fast" in refused.text
@@ -170,7 +170,7 @@ def test_a_deployment_in_use_is_left_alone_unless_told(
         wait_for(lambda: client.get(path).json()["state"] == "failed")
     finally:
         rig.board.in_flight[cell] = 0
-    assert "1 request of clients came meanwhile; wait until it is idle" in client.get(path).json()["sentence"]
+    assert "1 client request arrived during the sweep; wait until it is idle" in client.get(path).json()["sentence"]
     assert has_no_profile(client, "slow-llama")
 
 
@@ -268,17 +268,17 @@ END = (
 )
 
 
-def asked(port: int) -> tuple[MeasuredAnswer, int]:
+def asked(port: int) -> tuple[MeasuredResponse, int]:
     """One answer, and the KV cache's tokens."""
 
-    async def both() -> tuple[MeasuredAnswer, int]:
+    async def both() -> tuple[MeasuredResponse, int]:
         endpoint = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=port, base_path="/v1")
         target = CalibrationTarget(endpoint=endpoint, engine="vllm", upstream_model="m", ranges=None)
-        asker = CalibrationClient(target, await reach(target))
+        client = CalibrationClient(target, await dialable_address(target))
         try:
-            return await asker.ask(500, 7), await asker.kv_tokens()
+            return await client.send(500, 7), await client.kv_tokens()
         finally:
-            await asker.close()
+            await client.close()
 
     return asyncio.run(both())
 
@@ -287,8 +287,8 @@ def test_an_answer_is_read_with_its_cached_tokens_taken_off() -> None:
     with fixed("text/event-stream", DELTAS + END) as port:
         answer, kv_tokens = asked(port)
     assert (answer.uncached_tokens, answer.output_tokens, answer.counted) == (20, 7, True)
-    assert len(answer.moments) == 2, "a role and a finish are no tokens"
-    assert answer.sent_s < answer.moments[0] <= answer.moments[1] <= answer.ended_s
+    assert len(answer.events_s) == 2, "a role and a finish are no tokens"
+    assert answer.sent_s < answer.events_s[0] <= answer.events_s[1] <= answer.ended_s
     assert kv_tokens == 16_000
 
 

@@ -75,7 +75,7 @@ def test_from_a_file_to_a_key_and_back(rig: ControlRig, tmp_path: Path) -> None:
     assert parse_key(plain.encode()) is not None
     twice = run("keys", "create", "plain", *here)
     assert twice.returncode == 1
-    assert "exists already" in twice.stderr
+    assert "already exists" in twice.stderr
 
     used = run("delete", "deployment", "llama-us", *here)
     assert used.returncode == 1

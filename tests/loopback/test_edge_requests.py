@@ -403,8 +403,8 @@ def test_odd_bodies_pass_byte_for_byte(edge: Plane) -> None:
     ("body", "said"),
     [
         (b'{"model":"ok","temperature":1e400}', "`temperature` holds a number that is too large"),
-        (b'{"model":"ok","temperature":NaN}', "NaN and Infinity are no JSON"),
-        (b'{"model":"ok","temperature":-Infinity}', "NaN and Infinity are no JSON"),
+        (b'{"model":"ok","temperature":NaN}', "NaN and Infinity are not JSON"),
+        (b'{"model":"ok","temperature":-Infinity}', "NaN and Infinity are not JSON"),
     ],
 )
 def test_row_37_numbers_that_are_none_are_named(edge: Plane, body: bytes, said: str) -> None:

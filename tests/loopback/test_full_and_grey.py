@@ -66,10 +66,10 @@ def test_deployments_that_fall_together_take_their_region_with_them(three: Plane
     def is_told() -> bool:
         assert three.ask(request("m")).status == 200
         told.extend(happened.message for happened in spool.take())
-        return any("region r is taken for lost" in sentence for sentence in told)
+        return any("region r is treated as lost" in sentence for sentence in told)
 
     wait_for(is_told)
-    lost = next(sentence for sentence in told if "region r is taken for lost" in sentence)
+    lost = next(sentence for sentence in told if "region r is treated as lost" in sentence)
     assert "one at http" in lost and "two at http" in lost and "three" not in lost
     third.replies["third"] = REPLIES["held"]
     third.hold()
@@ -98,7 +98,7 @@ def test_deployments_that_fall_together_do_not_take_the_only_region_with_them(th
     def are_out() -> bool:
         assert three.ask(request("m")).status == 200
         told.extend(happened.message for happened in spool.take())
-        return sum("is out for" in sentence for sentence in told) == 2
+        return sum(" ejected for " in sentence for sentence in told) == 2
 
     wait_for(are_out)
     assert not any("taken for lost" in sentence for sentence in told)

@@ -251,10 +251,10 @@ def test_the_reconciler_starts_what_crashed_again(provider: LocalProvider, tmp_p
         after = await ready(2)
         assert len(set(after)) == 2
         desired.clear()
-        reconciler.poke()
+        reconciler.wake()
         await ready(0)
         await come(lambda: not list((tmp_path / "engines").glob("*.json")))
         job.cancel()
 
     asyncio.run(run())
-    assert any("was ended by SIGKILL" in sentence and "started again in 0.5 s" in sentence for sentence in told)
+    assert any("was ended by SIGKILL" in sentence and "the next start is in 0.5 s" in sentence for sentence in told)

@@ -6,14 +6,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.protocols.clients.openai import (
-    InvalidBody,
-    classify_event,
-    read_request,
-    rename_model,
-    rewrite,
-    top_level,
-)
+from fleetgate.protocols.clients.openai import classify_event, parse_request, rename_model, rewrite
+from fleetgate.protocols.json_members import InvalidBody, locate_members
 
 NAMES = st.sampled_from(["m", "meta/llama-3", 'quo"te', "back\\slash", "ünï😀", "model", "a b"])
 TEXTS = st.text(max_size=12) | st.sampled_from(['"model":"x"', "\\", "\u2028", '{"model"', "model"])
@@ -51,34 +45,34 @@ def bodies(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
 @given(bodies())
 def test_what_is_read_is_what_was_written(made: tuple[dict[str, Any], bytes]) -> None:
     body, data = made
-    ask = read_request(data)
-    assert ask.model == body["model"] and ask.stream == bool(body.get("stream"))
+    info = parse_request(data)
+    assert info.model == body["model"] and info.stream == bool(body.get("stream"))
     options = body.get("stream_options")
-    assert ask.wants_usage == bool(options and options.get("include_usage"))
+    assert info.wants_usage == bool(options and options.get("include_usage"))
 
 
 @given(bodies(), NAMES, st.booleans())
-def test_what_is_rewritten_differs_in_the_wish_alone(
+def test_what_is_rewritten_differs_in_model_and_usage_alone(
     made: tuple[dict[str, Any], bytes], name: str, add_usage: bool
 ) -> None:
     body, data = made
-    ask = read_request(data)
-    add_usage = add_usage and not ask.wants_usage
-    written = json.loads(rewrite(data, ask, name, add_usage))
+    info = parse_request(data)
+    add_usage = add_usage and not info.wants_usage
+    written = json.loads(rewrite(data, info, name, add_usage))
     wanted: dict[str, Any] = {**body, "model": name}
     if add_usage:
         wanted["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     assert written == wanted
-    if name == ask.model and not add_usage:
-        assert rewrite(data, ask, name, add_usage) is data
-    keys = [key for key, _, _ in top_level(rewrite(data, ask, name, add_usage))]
+    if name == info.model and not add_usage:
+        assert rewrite(data, info, name, add_usage) is data
+    keys = [key for key, _, _ in locate_members(rewrite(data, info, name, add_usage))]
     assert len(keys) == len(set(keys))
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_request_or_a_clear_refusal(data: bytes) -> None:
     try:
-        read_request(data)
+        parse_request(data)
     except InvalidBody as error:
         assert error.code in ("invalid_json", "invalid_request") and error.message
 
@@ -91,11 +85,11 @@ def test_damaged_bodies_are_read_as_another_parser_reads_them_or_refused(
 ) -> None:
     data = made[1][:at] + damage + made[1][at + 1 :]
     try:
-        ask = read_request(data)
+        info = parse_request(data)
     except InvalidBody:
         return
     members = json.loads(data, object_pairs_hook=list)
-    assert [value for key, value in members if key == "model"] == [ask.model], "one model, and the same one"
+    assert [value for key, value in members if key == "model"] == [info.model], "one model, and the same one"
 
 
 @given(NAMES, NAMES, TEXTS, st.booleans(), st.booleans())

@@ -149,7 +149,7 @@ def broken_fleets(draw: st.DrawFn) -> list[Any]:
 
 def everything(database: Database) -> object:
     with database.read() as connection:
-        return rows.load_world(connection), rows.load_keys(connection), rows.load_events(connection, 0, 1000)
+        return rows.load_resources(connection), rows.load_keys(connection), rows.load_events(connection, 0, 1000)
 
 
 @given(st.lists(JSON, max_size=4))
@@ -165,7 +165,7 @@ def test_no_value_upsets_the_parser(values: list[Any]) -> None:
 @pytest.mark.parametrize("stored", [False, True])
 def test_any_value_in_any_place_is_refused_or_accepted_but_never_a_crash(stored: bool) -> None:
     """Every place of the good fleet, each with a value of every kind."""
-    world: rows.World = {}
+    world: rows.StoredResources = {}
     if stored:
         for good in GOOD:
             document = {field: value for field, value in good.items() if field != "value"}

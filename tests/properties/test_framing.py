@@ -1,4 +1,4 @@
-"""Framing: however bytes are cut, the same comes out; what is remembered never differs from what is parsed."""
+"""Framing: the outcome does not depend on how bytes are cut, and a kept head never differs from a parsed one."""
 
 import re
 
@@ -28,7 +28,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def unchunk(parts: list[bytes]) -> tuple[bytes, bool, bytes] | None:
-    """Payload, whether it ended, and what was behind it; None for bad framing."""
+    """Payload, whether it ended, and the bytes after it; None for bad framing."""
     body, payload, rest = ChunkedBody(), b"", b""
     try:
         for part in parts:
@@ -97,7 +97,7 @@ BODIES = st.sampled_from([b"", b"5", b"{}", b"\r\n", b"\r\n\r\n"])
 
 @st.composite
 def twins(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """A head and one that is much like it: another length, or some bytes changed, cut out or put in."""
+    """A head and a similar one: another length, or some bytes changed, removed or added."""
     head = draw(request_heads())
     at, size = draw(st.integers(0, len(head))), draw(st.integers(0, 3))
     new = draw(
@@ -136,7 +136,7 @@ DATES = st.sampled_from([b"Mon, 01 Jan 2024 00:00:00 GMT", b"Tue, 02 Jan 2024 00
 
 @st.composite
 def response_twins(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """An answer's head and one that is much like it."""
+    """A response head and a similar one."""
     rows = [b"Date: " + draw(DATES), draw(LENGTHS)]
     rows += draw(st.lists(st.builds(lambda n, v: n + b": " + v, NAMES, VALUES), max_size=2))
     rows = draw(st.permutations(rows))

@@ -1,4 +1,4 @@
-"""Joining two answers: whatever was cut where, the client reads one answer, or nothing beyond what can be proved."""
+"""Joining two responses: wherever the first was cut, the client reads one response, or nothing that may be wrong."""
 
 import json
 from typing import Any
@@ -8,17 +8,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
-from fleetgate.protocols.clients.openai import OPERATIONS, Usage
+from fleetgate.protocols.clients.openai import OPERATIONS
+from fleetgate.protocols.clients.openai_resume import resume_methods
 from fleetgate.protocols.http1 import chunk
-from fleetgate.protocols.resume.transcript import (
-    KEPT_CHARS_MAX,
-    Mismatch,
-    ResumeMethod,
-    StreamSplicer,
-    Transcript,
-    prefill_body,
-    resume_methods,
-)
+from fleetgate.protocols.messages import ResumeMethod, Usage
+from fleetgate.protocols.resume.prefill import prefill_body
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
+from fleetgate.protocols.resume.transcript import KEPT_CHARS_MAX, Transcript
 
 CHAT, COMPLETIONS = OPERATIONS[b"/v1/chat/completions"], OPERATIONS[b"/v1/completions"]
 Run = tuple[str, str]
@@ -27,8 +23,8 @@ channels = st.sampled_from(["content", "reasoning_content", "refusal", "0.argume
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> list[Run]:
-    """What an answer says: runs of text, tool calls beginning with their name."""
+def responses(draw: st.DrawFn) -> list[Run]:
+    """The content of a response: runs of text, tool calls beginning with their name."""
     runs: list[Run] = []
     named: set[str] = set()
     for channel in draw(st.lists(channels, min_size=1, max_size=6)):
@@ -60,7 +56,7 @@ def event_of(delta: dict[str, Any], answer_id: str, finish: str | None = None) -
 
 @st.composite
 def streams(draw: st.DrawFn, runs: list[Run], answer_id: str) -> list[bytes]:
-    """An answer as one engine cuts it, up to its end."""
+    """A response as one engine splits it, up to its end."""
     events = [event_of({"role": "assistant", "content": ""}, answer_id)]
     for channel, text in runs:
         if channel.endswith(".name"):
@@ -73,7 +69,7 @@ def streams(draw: st.DrawFn, runs: list[Run], answer_id: str) -> list[bytes]:
     return [*events, event_of({}, answer_id, "stop")]
 
 
-def said(events: list[bytes]) -> list[Run]:
+def runs_of(events: list[bytes]) -> list[Run]:
     """What a client reads in events, adjacent pieces joined."""
     runs: list[Run] = []
     for event in events:
@@ -92,30 +88,30 @@ def said(events: list[bytes]) -> list[Run]:
     return runs
 
 
-def written_down(events: list[bytes]) -> Transcript:
-    """What a relay keeps of events: some pass as they came, in one chunk each."""
+def transcript_of(events: list[bytes]) -> Transcript:
+    """The transcript of events, some of them in one chunk each."""
     transcript = Transcript()
     for number, event in enumerate(events):
         transcript.keep(chunk(event) if number % 2 else event)
     return transcript
 
 
-def joined(seam: StreamSplicer, events: list[bytes]) -> list[bytes]:
-    """What the client gets of a new answer."""
-    left = [seam.take(sse.data_of(event) or b"") for event in events]
+def joined(splicer: StreamSplicer, events: list[bytes]) -> list[bytes]:
+    """The events of a new response that the client gets."""
+    left = [splicer.take(sse.data_of(event) or b"") for event in events]
     return [event for event in left if event is not None]
 
 
-@given(st.data(), answers())
+@given(st.data(), responses())
 def test_the_client_reads_one_answer_wherever_it_was_cut(data: st.DataObject, runs: list[Run]) -> None:
     first, second = data.draw(streams(runs, "first")), data.draw(streams(runs, "second"))
     cut = data.draw(st.integers(2, len(first) - 1))
     before = first[:cut]
-    transcript = written_down(before)
-    assert transcript.runs == said(before) and transcript.whole
-    seam = StreamSplicer(transcript, ResumeMethod.REPLAY, "asked")
-    after = joined(seam, second)
-    assert said(before + after) == said(first)
+    transcript = transcript_of(before)
+    assert transcript.runs == runs_of(before) and transcript.whole
+    splicer = StreamSplicer(transcript, ResumeMethod.REPLAY, "asked")
+    after = joined(splicer, second)
+    assert runs_of(before + after) == runs_of(first)
     assert json.loads(after[-1][6:])["choices"][0]["finish_reason"] == "stop"
     for event in map(json.loads, (one[6:] for one in after)):
         assert (event["id"], event["created"], event["model"]) == ("first", 5, "asked")
@@ -129,32 +125,32 @@ def calls_of(event: bytes) -> list[dict[str, Any]]:
     return calls
 
 
-@given(st.data(), answers(), answers())
+@given(st.data(), responses(), responses())
 def test_nothing_of_another_answer_is_passed_on(data: st.DataObject, runs: list[Run], others: list[Run]) -> None:
     first, second = data.draw(streams(runs, "first")), data.draw(streams(others, "second"))
     before = first[: data.draw(st.integers(2, len(first) - 1))]
-    read, other = said(before), said(second)
+    read, other = runs_of(before), runs_of(second)
     *same, (channel, text) = read
     assume(other[: len(same)] != same or len(other) <= len(same) or other[len(same)][0] != channel)
     assume(not (len(other) > len(same) and other[: len(same)] == same and other[len(same)][1].startswith(text)))
-    seam, passed = StreamSplicer(written_down(before), ResumeMethod.REPLAY, "asked"), []
+    splicer, passed = StreamSplicer(transcript_of(before), ResumeMethod.REPLAY, "asked"), []
     with pytest.raises(Mismatch):
         for event in second:
-            passed.append(seam.take(sse.data_of(event) or b""))
+            passed.append(splicer.take(sse.data_of(event) or b""))
     assert not any(passed)
 
 
-@given(st.data(), answers())
+@given(st.data(), responses())
 def test_a_second_break_is_joined_as_the_first(data: st.DataObject, runs: list[Run]) -> None:
     first, second, third = (data.draw(streams(runs, name)) for name in ("first", "second", "third"))
     client = first[: data.draw(st.integers(2, len(first) - 1))]
-    transcript = written_down(client)
-    seam = StreamSplicer(transcript, ResumeMethod.REPLAY, "asked")
-    for event in joined(seam, second[: data.draw(st.integers(0, len(second) - 1))]):
+    transcript = transcript_of(client)
+    splicer = StreamSplicer(transcript, ResumeMethod.REPLAY, "asked")
+    for event in joined(splicer, second[: data.draw(st.integers(0, len(second) - 1))]):
         transcript.keep(event)
         client.append(event)
     client += joined(StreamSplicer(transcript, ResumeMethod.REPLAY, "asked"), third)
-    assert said(client) == said(first)
+    assert runs_of(client) == runs_of(first)
     assert json.loads(client[-1][6:])["choices"][0]["finish_reason"] == "stop"
 
 
@@ -171,12 +167,12 @@ def test_what_cannot_be_compared_is_not_resumed() -> None:
 
 
 def _whole(events: list[bytes]) -> bool:
-    transcript = written_down(events)
+    transcript = transcript_of(events)
     return bool(transcript.runs) and transcript.whole
 
 
 @pytest.mark.parametrize(
-    ("wish", "ways"),
+    ("fields", "methods"),
     [
         ({"temperature": 0}, {ResumeMethod.REPLAY, ResumeMethod.PREFILL}),
         ({"temperature": 0.0, "tools": [{}]}, {ResumeMethod.REPLAY}),
@@ -189,13 +185,16 @@ def _whole(events: list[bytes]) -> bool:
         ({"temperature": 0, "logprobs": True}, set()),
         ({"temperature": 0, "modalities": ["text", "audio"]}, set()),
         ({"temperature": "hot"}, set()),
-        ({"temperature": 0.7, "return_token_ids": True}, {ResumeMethod.TOKENS}),  # text cut anew would have other ids
+        (
+            {"temperature": 0.7, "return_token_ids": True},
+            {ResumeMethod.TOKENS},
+        ),  # new ids might differ
     ],
 )
-def test_what_a_request_allows(wish: dict[str, Any], ways: set[ResumeMethod]) -> None:
-    body = json.dumps({"model": "m", "messages": [], "stream": True, **wish}).encode()
-    assert resume_methods(body, CHAT) == ways
-    assert resume_methods(body, OPERATIONS[b"/v1/responses"]) == frozenset()
+def test_what_a_request_allows(fields: dict[str, Any], methods: set[ResumeMethod]) -> None:
+    body = json.dumps({"model": "m", "messages": [], "stream": True, **fields}).encode()
+    assert resume_methods(body, CHAT) == methods
+    assert resume_methods(body, OPERATIONS[b"/v1/embeddings"]) == frozenset()
 
 
 def test_a_completion_goes_on_from_a_prompt_that_is_text() -> None:
@@ -206,14 +205,14 @@ def test_a_completion_goes_on_from_a_prompt_that_is_text() -> None:
 
 @given(st.lists(texts, min_size=1, max_size=8), st.integers(1, 20), st.sampled_from((None, [], "stop", ["stop"])))
 def test_an_engine_that_goes_on_is_asked_for_the_rest(parts: list[str], more: int, stop: Any) -> None:
-    """It says again what no prefix ends with: white space, which templates strip, and half words ahead of a stop."""
-    transcript, text = written_down([event_of({"content": part}, "first") for part in parts]), "".join(parts)
+    """It repeats what no prefix ends with: white space, which templates strip, and half words before a stop."""
+    transcript, text = transcript_of([event_of({"content": part}, "first") for part in parts]), "".join(parts)
     question = {"role": "user", "content": "q"}
     asked: dict[str, Any] = {"model": "m", "messages": [question], "max_tokens": len(parts) + more, "stop": stop}
     body = prefill_body(json.dumps(asked).encode(), transcript, "vllm")
     head = text[: max(text.rfind(" "), text.rfind("\n"), 0)].rstrip() if stop else text.rstrip()
     if not head:
-        assert body is None, "nothing to go on from"
+        assert body is None, "no text to continue"
         return
     assert body is not None
     again, sent = text[len(head) :], json.loads(body)
@@ -226,21 +225,21 @@ def test_an_engine_that_goes_on_is_asked_for_the_rest(parts: list[str], more: in
     )
     if tokens:
         assert prefill_body(json.dumps({**asked, "max_tokens": tokens}).encode(), transcript, "vllm") is None
-    seam = StreamSplicer(transcript, ResumeMethod.PREFILL, "asked")
+    splicer = StreamSplicer(transcript, ResumeMethod.PREFILL, "asked")
     rest = [event_of({"role": "assistant", "content": ""}, "b"), *(event_of({"content": c}, "b") for c in again + "x")]
-    assert said(joined(seam, rest)) == [("content", "x")]
+    assert runs_of(joined(splicer, rest)) == [("content", "x")]
     if again:
         with pytest.raises(Mismatch):
             joined(StreamSplicer(transcript, ResumeMethod.PREFILL, "asked"), [event_of({"content": "?" + again}, "b")])
-    usage = seam.counted(Usage(prompt_tokens=9 + tokens, completion_tokens=3))
+    usage = splicer.counted(Usage(prompt_tokens=9 + tokens, completion_tokens=3))
     assert (usage.prompt_tokens, usage.completion_tokens) == (9, 3 + tokens)
 
 
 def test_tokens_without_text_of_their_own_are_counted_with_the_character_they_begin() -> None:
-    """vLLM sends an event for each token, and the text of a character with its last."""
+    """vLLM sends an event for each token, and the text of a character with the last of its tokens."""
     role, quiet = {"role": "assistant", "content": ""}, {"content": ""}
     deltas = [role, quiet, quiet, {"content": "🌟"}, {"content": "!"}, quiet]
-    transcript = written_down([event_of(delta, "first") for delta in deltas])
+    transcript = transcript_of([event_of(delta, "first") for delta in deltas])
     asked: dict[str, Any] = {"messages": [], "max_tokens": 10}
     assert json.loads(prefill_body(json.dumps(asked).encode(), transcript, "vllm") or b"")["max_tokens"] == 6
     usage = StreamSplicer(transcript, ResumeMethod.PREFILL, "asked").counted(
@@ -250,7 +249,7 @@ def test_tokens_without_text_of_their_own_are_counted_with_the_character_they_be
 
 
 def test_usage_that_comes_with_every_event_does_not_run_backwards() -> None:
-    """vLLM's `continuous_usage_stats`: what is left out because it was read takes its usage along."""
+    """vLLM's `continuous_usage_stats`: an event that the client has already is dropped with its usage."""
 
     def made(name: str) -> list[bytes]:
         deltas = [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}, {"content": "c"}]
@@ -261,5 +260,5 @@ def test_usage_that_comes_with_every_event_does_not_run_backwards() -> None:
         ]
 
     first, second = made("first"), made("second")
-    left = joined(StreamSplicer(written_down(first[:3]), ResumeMethod.REPLAY, "m"), second)
+    left = joined(StreamSplicer(transcript_of(first[:3]), ResumeMethod.REPLAY, "m"), second)
     assert [json.loads(event[6:])["usage"]["completion_tokens"] for event in [*first[:3], *left]] == [0, 1, 2, 3]

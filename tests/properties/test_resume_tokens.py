@@ -1,4 +1,4 @@
-"""Joining answers by token ids: wherever one was cut, once or twice, text and ids are those of the uncut one."""
+"""Joining responses by token ids: cut once or twice, text and ids are those of the uncut response."""
 
 import json
 from types import SimpleNamespace
@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.protocols import sse
-from fleetgate.protocols.clients.openai import OPERATIONS, Operation
+from fleetgate.protocols.clients.openai import OPERATIONS
+from fleetgate.protocols.clients.openai_resume import resume_methods
+from fleetgate.protocols.messages import Operation, ResumeMethod
 from fleetgate.protocols.resume.token_ids import TokenSplicer, mark_of, tokens_body
-from fleetgate.protocols.resume.transcript import ResumeMethod, Transcript, resume_methods
+from fleetgate.protocols.resume.transcript import Transcript
 from tests.loopback.token_engine import TokenEngine
 from tests.loopback.wall_replies import DONE
 
@@ -34,12 +36,12 @@ def told(events: list[bytes]) -> tuple[str, list[int], list[str]]:
 
 
 def gone_on(body: bytes, transcript: Transcript, operation: Operation) -> list[bytes] | None:
-    """What another engine adds; None where that cannot be asked for."""
+    """What another engine adds; None if it cannot be asked to continue."""
     further = tokens_body(body, transcript)
     if further is None:
         return None
-    seam = TokenSplicer(transcript, "asked", operation)
-    taken = [seam.take(sse.data_of(event) or b"") for event in events_of(TokenEngine("other"), further)]
+    splicer = TokenSplicer(transcript, "asked", operation)
+    taken = [splicer.take(sse.data_of(event) or b"") for event in events_of(TokenEngine("other"), further)]
     return [event for event in taken if event is not None]
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from fleetgate.control.resources.egress import check_addresses, literal_refusal, parse_ranges, refusal
+from fleetgate.control.resources.egress import check_addresses, check_literal, check_url, parse_ranges
 
 ALLOWED = parse_ranges(["127.0.0.0/8", "10.0.0.0/8", "::1/128"])
 
@@ -30,16 +30,16 @@ ALLOWED = parse_ranges(["127.0.0.0/8", "10.0.0.0/8", "::1/128"])
     ],
 )
 def test_metadata_and_link_local_addresses_are_refused_for_everybody(url: str) -> None:
-    assert literal_refusal(url) is not None
-    assert asyncio.run(refusal(url, parse_ranges(["0.0.0.0/0", "::/0"]))) is not None
+    assert check_literal(url) is not None
+    assert asyncio.run(check_url(url, parse_ranges(["0.0.0.0/0", "::/0"]))) is not None
 
 
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:1/v1", "http://0x7f.1/v1", "http://2130706433/v1", "http://[::1]/v1"]
 )
 def test_every_spelling_of_an_allowed_address_is_allowed(url: str) -> None:
-    assert literal_refusal(url) is None
-    assert asyncio.run(refusal(url, ALLOWED)) is None
+    assert check_literal(url) is None
+    assert asyncio.run(check_url(url, ALLOWED)) is None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_every_spelling_of_an_allowed_address_is_allowed(url: str) -> None:
     ["http://192.168.1.1/v1", "http://0xc0a80101/v1", "http://[::ffff:192.168.1.1]/v1", "http://[2002:c0a8:101::]/v1"],
 )
 def test_every_spelling_of_another_address_is_refused(url: str) -> None:
-    assert asyncio.run(refusal(url, ALLOWED)) is not None
+    assert asyncio.run(check_url(url, ALLOWED)) is not None
 
 
 def test_a_refusal_names_address_range_and_flag() -> None:
@@ -59,13 +59,13 @@ def test_a_refusal_names_address_range_and_flag() -> None:
 
 
 def test_a_name_that_does_not_resolve_is_refused() -> None:
-    denied = asyncio.run(refusal("http://no-such-host.invalid/v1", ALLOWED))
+    denied = asyncio.run(check_url("http://no-such-host.invalid/v1", ALLOWED))
     assert denied is not None
     assert "no-such-host.invalid" in denied.message
 
 
 def test_no_range_allows_nothing() -> None:
-    assert asyncio.run(refusal("http://127.0.0.1/v1", ())) is not None
+    assert asyncio.run(check_url("http://127.0.0.1/v1", ())) is not None
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1/33", "local", "300.0.0.0/8"])

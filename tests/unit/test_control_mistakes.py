@@ -114,7 +114,7 @@ def test_the_fleet_itself_has_none() -> None:
             DEPLOYMENT,
             {"profile": "p1", "accelerator": {"sku": "H100"}, "engine": "sglang"},
             "Deployment/llama: profile:",
-            "engine 'vllm', and the Deployment's is 'sglang'",
+            "engine 'vllm', but the Deployment has 'sglang'",
         ),
         (
             DEPLOYMENT,
@@ -144,7 +144,7 @@ def test_the_fleet_itself_has_none() -> None:
         (MANAGED, {"workload": {"image": "x", "command": ["a"]}}, "Deployment/own: workload.image:", "no images"),
         (MANAGED, {"workload": {}}, "Deployment/own: workload.command: is missing", "give the command"),
         (MANAGED, {"workload": {"command": "serve"}}, "Deployment/own: workload.command:", "a list"),
-        (MANAGED, {"cluster": ..., "region": "r"}, "Deployment/own: cluster: is missing", "name one"),
+        (MANAGED, {"cluster": ..., "region": "r"}, "Deployment/own: cluster: is missing", "name the Cluster"),
         (CLUSTER, {"provider": "skypilot"}, "Deployment/own: workload:", "provider local"),
         (CLUSTER, {"provider": "aws"}, "Cluster/home: provider:", "kubernetes"),
         (KEY, {"gateways": ["chats"]}, "Key/app: gateways[0]:", "did you mean `chat`?"),
@@ -154,7 +154,7 @@ def test_the_fleet_itself_has_none() -> None:
         (KEY, {"name": "x" * 64}, "Key/xxx", "63"),
         (KEY, {"kind": "Keys"}, "Keys/app: kind:", "did you mean `Key`?"),
         (KEY, {"kind": "Policy"}, "Policy/app: kind:", "part of a Gateway"),
-        (KEY, {"kind": "Event"}, "Event/app: kind:", "by Fleetgate"),
+        (KEY, {"kind": "Event"}, "Event/app: kind:", "only Fleetgate writes Events"),
         (KEY, {"kind": ...}, "document 5: kind: is missing", "Gateway"),
         (KEY, {"name": ...}, "document 5 (Key): name: is missing", "`name:`"),
     ],
@@ -184,7 +184,10 @@ def test_a_config_file_has_its_own_mistakes() -> None:
     assert [sentence.split(": ")[:2] for sentence in found] == [
         ["Cluster/home", "generation"],
         ["Deployment/llama", "url"],
-        ["Key/k", "a --config file cannot hand out a new key; run `fleetgate keys create k`"],
+        [
+            "Key/k",
+            "a --config file cannot create a Key, because nothing receives its token; run `fleetgate keys create k`",
+        ],
     ]
 
 

@@ -171,7 +171,7 @@ def test_capacity_is_told_with_its_source() -> None:
     told = profiles.profile_description(measured, 0.05)
     assert told["limit"] == capacity.limit_of(measured.profile or pytest.fail(), 0.05, 2)
     assert told["tokens_per_unit"] == pytest.approx(1000 + 200 * told["output_token_weight"])
-    for part in ("Profile llama-h100x8 of a peer", "2 engines", f"{measured.units:.3g} CU"):
+    for part in ("Profile llama-h100x8 (measured on the same model", "2 engines", f"{measured.units:.3g} CU"):
         assert part in told["sentence"]
     assert profiles.profile_description(measured, 0.05, learned_limit=7)["limit"] == 7
     assert (

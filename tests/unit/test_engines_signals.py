@@ -1,4 +1,4 @@
-"""What engines say of their load, read from texts as their servers write them."""
+"""The load that engines report, read from texts as their servers write them."""
 
 import pytest
 

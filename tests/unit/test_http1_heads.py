@@ -1,4 +1,4 @@
-"""Heads as values: what the shell reads from them."""
+"""Heads, by example."""
 
 import pytest
 

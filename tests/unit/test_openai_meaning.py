@@ -1,4 +1,4 @@
-"""What bodies ask and what events mean."""
+"""OpenAI requests, events and errors, by example."""
 
 import json
 
@@ -6,15 +6,15 @@ import pytest
 
 from fleetgate.protocols.clients.openai import (
     OPERATIONS,
-    EventMeaning,
-    InvalidBody,
     classify_event,
     error_body,
     error_event,
+    parse_request,
     read_answer,
-    read_request,
     rewrite,
 )
+from fleetgate.protocols.json_members import InvalidBody
+from fleetgate.protocols.messages import EventMeaning
 
 
 def event(**fields: object) -> bytes:
@@ -93,11 +93,11 @@ def test_errors_are_shaped_as_the_sdk_reads_them() -> None:
 
 def test_stream_options_keep_what_else_they_say() -> None:
     body = b'{"stream_options":{"a":1e99,"include_usage":false},"model":"m","stream":true}'
-    ask = read_request(body)
+    info = parse_request(body)
     wanted = b'{"stream_options":{"a":1e99,"include_usage":true},"model":"m","stream":true}'
-    assert rewrite(body, ask, "m", True) == wanted
+    assert rewrite(body, info, "m", True) == wanted
 
 
 def test_a_model_given_twice_is_found_beside_stream_options() -> None:
     with pytest.raises(InvalidBody):
-        read_request(b'{"model":"a","stream_options":{},"model":"a"}')
+        parse_request(b'{"model":"a","stream_options":{},"model":"a"}')

@@ -17,7 +17,7 @@ from fleetgate.control.reconciler.reconciler import (
     Reconciler,
     StartReplica,
     StopReplica,
-    after_failure,
+    next_back_off,
     plan,
 )
 from fleetgate.providers.base import (
@@ -70,7 +70,7 @@ LIVE = (ReplicaState.STARTING, ReplicaState.READY)
 
 def apply(replicas: Sequence[ObservedReplica], actions: Sequence[StartReplica | StopReplica]) -> list[ObservedReplica]:
     """What runs once the actions are done and what was started is ready."""
-    stopped = {action.seen.replica.id for action in actions if isinstance(action, StopReplica)}
+    stopped = {action.observed.replica.id for action in actions if isinstance(action, StopReplica)}
     left = [one for one in replicas if one.replica.id not in stopped and one.replica.state in LIVE]
     kept = [
         ObservedReplica(one.provider, msgspec.structs.replace(one.replica, state=ReplicaState.READY)) for one in left
@@ -102,7 +102,7 @@ def test_no_plan_runs_too_many_or_stops_what_is_desired(
     desired: list[ManagedDeployment], replicas: list[ObservedReplica]
 ) -> None:
     decided = plan(desired, ObservedState(tuple(replicas)), 0.0)
-    stops = [action.seen.replica for action in decided.actions if isinstance(action, StopReplica)]
+    stops = [action.observed.replica for action in decided.actions if isinstance(action, StopReplica)]
     starts = [action for action in decided.actions if isinstance(action, StartReplica)]
     assert len({replica.id for replica in stops}) == len(stops)
     busy = {one.replica.id for one in replicas if one.replica.state is not ReplicaState.FAILED}
@@ -135,7 +135,7 @@ def test_back_off_grows_to_its_limit_and_belongs_to_one_workload(failures: int, 
     hold: BackOff | None = None
     waits = []
     for _ in range(failures):
-        hold = after_failure(hold, "f", now_s)
+        hold = next_back_off(hold, "f", now_s)
         waits.append(hold.until_s - now_s)
     assert waits == sorted(waits)
     assert max(waits) <= RETRY_MAX_S + 1e-6
@@ -156,7 +156,7 @@ def test_an_outdated_replica_stays_while_the_new_workload_fails() -> None:
     old = (seen("a-0", "a"), seen("a-1", "a"))
     first = plan([changed], ObservedState(old), 0.0)
     assert [type(action) for action in first.actions] == [StopReplica, StartReplica]
-    hold = after_failure(None, WORKLOADS[1].fingerprint, 1.0)
+    hold = next_back_off(None, WORKLOADS[1].fingerprint, 1.0)
     assert plan([changed], ObservedState(old[1:], {"a": hold}), 1.1).actions == ()
     again = plan([changed], ObservedState(old[1:], {"a": hold}), 10.0)
     assert [type(action) for action in again.actions] == [StartReplica]
@@ -247,8 +247,8 @@ def test_the_loop_publishes_what_is_ready_once_and_tells_why() -> None:
     assert asyncio.run(run()).told == [
         "start a-0: 0 of 1 replicas run",
         "replica a-0 is ready at http://a-0/v1",
-        "provider p cannot be asked: no answer",
-        "stop a-0: no Deployment wants it there",
+        "provider p cannot list its replicas: no answer; its replicas stay as they are",
+        "stop a-0: no Deployment with provider p has it",
     ]
 
 
@@ -325,7 +325,9 @@ def test_a_mistake_is_tried_once_and_a_shortage_again_and_again() -> None:
 
     starts, world = asyncio.run(run(BadSpec("give workload.command")))
     assert starts == 1
-    assert world.told == ["a-0 cannot be started: give workload.command"]
+    assert world.told == [
+        "replica a-0 cannot be started: give workload.command; the next try is when its workload changes"
+    ]
     starts, world = asyncio.run(run(NotNow("no room")))
     assert 3 <= starts <= 8
     assert NEVER_S > RETRY_MAX_S
@@ -338,4 +340,6 @@ def test_an_unknown_provider_is_told_once() -> None:
         await world.cycle(1.0)
         return world.told
 
-    assert asyncio.run(run()) == ["this Fleetgate has no provider moon; nothing is started there"]
+    assert asyncio.run(run()) == [
+        "provider moon is not installed, so no replica starts there; install the package that provides it"
+    ]

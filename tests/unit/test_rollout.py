@@ -40,7 +40,7 @@ class Hand:
     def keep(self, data: bytes, version: int) -> None:
         self.file.keep(data, version)
 
-    def tell(self, version: int, sentence: str) -> None:
+    def emit_event(self, version: int, sentence: str) -> None:
         self.events.append(sentence)
 
     def start(self) -> None:
@@ -98,7 +98,7 @@ class Group:
             self.now_s += 0.05
             for hand in self.hands:
                 self.board.set(hand.index, WorkerCell.HEARTBEAT_MS, int(self.now_s * 1000))
-                hand.rollout.look(self.now_s)
+                hand.rollout.tick(self.now_s)
 
     @property
     def versions(self) -> list[int]:

@@ -10,7 +10,7 @@ from fleetgate.core.model import Deployment, Key, Policy
 from fleetgate.core.routing.policy_decision import ALLOWED, PolicyDecision, PythonPolicy, RequestAttributes
 from fleetgate.policies import plugins
 from fleetgate.policies.body_fields import BodyReader
-from fleetgate.protocols.clients.openai import InvalidBody
+from fleetgate.protocols.json_members import InvalidBody
 from fleetgate.proxy.downstream.policy_notices import PolicyNotices
 from tests.unit.rules_rig import BARE, RICH, compiled, key, policy, rules
 

@@ -1,4 +1,4 @@
-"""Cutting streams into events."""
+"""Splitting streams into events."""
 
 import pytest
 

@@ -7,8 +7,8 @@ from fleetgate.core.admission.work_ledger import WorkLedger
 from fleetgate.core.model import Deployment, Endpoint, Snapshot
 from fleetgate.ipc.shared_memory import SharedMemory
 from fleetgate.proxy.routing.capacity_tracker import CapacityTracker
+from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
-from fleetgate.proxy.routing.routing_table import DeploymentState
 from fleetgate.proxy.transport.connection_pool import ConnectionPool
 
 ENDPOINT = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=1, base_path="/v1")
@@ -28,8 +28,8 @@ def limit_after(learning: CapacityTracker, deployment: Deployment, now_ms: int) 
     """What requests read once this Deployment is in the Snapshot."""
     learning.use(Snapshot(version=1, made_at_s=0.0, deployments=(deployment,)))
     place = DeploymentState(deployment, [EndpointState(ENDPOINT, ConnectionPool(ENDPOINT, None, None))], {})
-    learning.renew(place, now_ms)
-    assert place.limit == learning.outlooks[0].limit
+    learning.update_view(place, now_ms)
+    assert place.limit == learning.views[0].limit
     return place.limit
 
 

@@ -1,1 +1,1 @@
-"""The control plane: API, store, Snapshot publisher, reconciler. It never carries traffic."""
+"""The control plane: API, store, Snapshot publisher, reconciler. It carries no traffic."""

@@ -1,4 +1,4 @@
-"""What the control process is told when it is started."""
+"""The configuration of the control process."""
 
 import msgspec
 
@@ -8,10 +8,10 @@ ENV = "FLEETGATE_CONTROL"
 class ControlConfig(msgspec.Struct, frozen=True, kw_only=True):
     """JSON in the environment variable `FLEETGATE_CONTROL`.
 
-    Shape: `workers` counts the board's columns and `serving` the workers that should accept (0: all of them); `*_fd`
-    are inherited descriptors, -1 where there is none; `listen`, `tls_listen` and `api_listen` are HOST:PORT;
-    `egress_allow` are CIDRs; `api_hosts` are further names under which the API may be asked for; `supervised` says that
-    the parent process replaces workers at SIGHUP.
+    Shape: `workers` is the number of columns in shared memory and `serving` the number of workers that should accept
+    (0: all of them); `*_fd` are inherited descriptors, -1 if absent, and `board_fd` is that of the shared memory;
+    `listen`, `tls_listen` and `api_listen` are HOST:PORT; `egress_allow` are CIDRs; `api_hosts` are further Host names
+    of the API; `supervised` means that the parent process replaces workers at SIGHUP.
     """
 
     data_dir: str

@@ -1,4 +1,4 @@
-"""What every part of the control process works with."""
+"""The services that the parts of the control process share."""
 
 import asyncio
 import time
@@ -14,61 +14,64 @@ from fleetgate.control.store import repository as rows
 from fleetgate.control.store.database import Database
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 
-KEYS_S_MAX = 0.5  # DESIGN.md section 3: a change of keys returns when this machine's workers have it, or after this
-CHANGE_S_MAX = 2.0  # other changes go to one worker first; on a busy machine that takes longer
-_LOOK_EVERY_S = 0.01
+KEY_CHANGE_S_MAX = 0.5  # a change of keys returns when the workers of this machine use it, or after this time
+CHANGE_S_MAX = 2.0  # other changes go to one worker first, which takes longer on a busy machine
+_POLL_EVERY_S = 0.01
 
 log = structlog.get_logger()
 
 
 class StartedProcess(msgspec.Struct):
-    """The version that carried what was given at start, and when it was published (monotonic seconds)."""
+    """The version that contains the configuration given at start, and the time of its publication.
+
+    Units: `at_s` in seconds of the monotonic clock.
+    """
 
     version: int = 0
     at_s: float = 0.0
 
 
 class Control:
-    """The control process's parts, put together once."""
+    """The services of the control process."""
 
     def __init__(
         self,
         config: ControlConfig,
         data_dir: DataDir,
         database: Database,
-        changes: ResourceWriter,
+        writer: ResourceWriter,
         publisher: Publisher,
     ) -> None:
         self.config = config
         self.data_dir = data_dir
         self.database = database
-        self.changes = changes
+        self.writer = writer
         self.publisher = publisher
-        self.board: SharedMemory | None = None
+        self.shared_memory: SharedMemory | None = None
         self.started = StartedProcess()
 
-    async def adopted(self, keys_only: bool = False) -> None:
-        """Return once every live worker has what is stored now or one has given it up, or after a while."""
+    async def wait_adopted(self, keys_only: bool = False) -> None:
+        """Wait until every live worker uses the stored state, or one has rejected it, or the time limit is over."""
         try:
-            async with asyncio.timeout(KEYS_S_MAX if keys_only else CHANGE_S_MAX):
-                version = await self.publisher.settle()
-                while not self.has_everywhere(version):  # noqa: ASYNC110 - nothing rings when shared memory changes
-                    await asyncio.sleep(_LOOK_EVERY_S)
+            async with asyncio.timeout(KEY_CHANGE_S_MAX if keys_only else CHANGE_S_MAX):
+                version = await self.publisher.wait_published()
+                while not self.is_adopted(version):  # noqa: ASYNC110 - shared memory sends no notification
+                    await asyncio.sleep(_POLL_EVERY_S)
         except TimeoutError:
             log.warning("slow_adoption", version=self.publisher.version)
 
-    def has_everywhere(self, version: int) -> bool:
-        """Whether every live worker uses this version or a later one, or it was given up."""
-        board = self.board
-        if board is None:
+    def is_adopted(self, version: int) -> bool:
+        """Whether every live worker uses this version or a later one, or a worker has rejected it."""
+        shared_memory = self.shared_memory
+        if shared_memory is None:
             return True
-        live = [worker for worker in range(board.workers) if board.get(worker, WorkerCell.PID)]
-        if any(board.get(worker, WorkerCell.SNAPSHOT_RETURNED) == version for worker in live):
+        live = [worker for worker in range(shared_memory.workers) if shared_memory.get(worker, WorkerCell.PID)]
+        if any(shared_memory.get(worker, WorkerCell.SNAPSHOT_RETURNED) == version for worker in live):
             return True
-        return all(board.get(worker, WorkerCell.SNAPSHOT_VERSION) >= version for worker in live)
+        return all(shared_memory.get(worker, WorkerCell.SNAPSHOT_VERSION) >= version for worker in live)
 
     def record(self, kind: str, name: str, sentence: str) -> None:
-        """Write an Event. One that the disk refuses is logged and left out: it must not stop what it tells of."""
+        """Write an Event. If the store cannot be written the Event is only logged, and the caller goes on."""
         try:
             with self.database.write() as connection:
                 rows.add_event(connection, time.time(), kind, name, sentence)
@@ -76,14 +79,16 @@ class Control:
             log.error("event_not_kept", sentence=sentence, reason=str(error))
 
 
-def newest_in_use(board: SharedMemory | None) -> int:
-    """The newest version that a worker uses or has given up."""
+def newest_version_in_use(shared_memory: SharedMemory | None) -> int:
+    """The newest version that a worker uses or has rejected."""
     cells = (WorkerCell.SNAPSHOT_VERSION, WorkerCell.SNAPSHOT_RETURNED)
     return (
-        max((board.get(worker, cell) for worker in range(board.workers) for cell in cells), default=0) if board else 0
+        max((shared_memory.get(worker, cell) for worker in range(shared_memory.workers) for cell in cells), default=0)
+        if shared_memory
+        else 0
     )
 
 
-def changed_anything(results: list[ApplyResult]) -> bool:
-    """Whether there is something for the workers to take up."""
+def has_changes(results: list[ApplyResult]) -> bool:
+    """Whether a result changes anything for the workers."""
     return any(result.outcome != "unchanged" for result in results)

@@ -1,4 +1,4 @@
-"""The data directory: its secrets, made once, and every refusal as one sentence that names the path and the fix."""
+"""The data directory and its secrets, which are created once. Each error names the path and the fix."""
 
 import os
 import secrets
@@ -17,11 +17,11 @@ _FILE_MODE = 0o600
 
 
 class DataDirUnusable(Exception):
-    """The data directory, or something in it, cannot be used; the text names the path and the fix."""
+    """The data directory or a file in it cannot be used; the text names the path and the fix."""
 
 
 class DataDir(msgspec.Struct, frozen=True):
-    """What a control process keeps on disk."""
+    """The paths and secrets of a data directory."""
 
     path: Path
     owner_token: str
@@ -36,28 +36,28 @@ class DataDir(msgspec.Struct, frozen=True):
 
     @property
     def snapshot(self) -> Path:
-        """The Snapshot that workers read."""
+        """The Snapshot file, which workers read."""
         return self.path / SNAPSHOT
 
     @property
     def revoked(self) -> Path:
-        """The list of keys that were revoked on this machine without the control plane."""
+        """The list of keys that were revoked on this machine while the control plane was not reachable."""
         return self.path / REVOKED
 
     @property
     def last_good_snapshot(self) -> Path:
-        """The copy that workers keep of the last one that served well."""
+        """The workers' copy of the last Snapshot that served without failures."""
         return self.path / LAST_GOOD
 
 
 def open_data_dir(path: Path) -> DataDir:
-    """Make or open a data directory with its secrets.
+    """Create or open a data directory with its secrets.
 
     Raises: `DataDirUnusable`.
     """
     try:
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
-        # An operator's own directory may be open to others; the secrets' own modes hold in any case.
+        # A directory of another owner keeps its mode; the modes of the secret files protect them.
         if path.stat().st_uid == os.getuid():
             path.chmod(_DIRECTORY_MODE)
         return DataDir(
@@ -72,13 +72,13 @@ def open_data_dir(path: Path) -> DataDir:
 
 
 def unusable_sentence(path: Path, error: OSError) -> str:
-    """Why the data directory cannot be used, in one sentence."""
+    """The sentence that says why the data directory cannot be used."""
     reason = error.strerror or str(error)
-    return f"the data directory {path} cannot be used ({reason}); give a writable one with --data-dir"
+    return f"the data directory {path} cannot be used ({reason}); give a writable directory with --data-dir"
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, and a crash at any moment, sees the old or the new one whole.
+    """Write a file atomically: a reader, also after a crash, sees the old or the new content completely.
 
     Raises: `OSError`.
     """
@@ -106,13 +106,13 @@ def _secret(path: Path) -> bytes:
     data = path.read_bytes()
     if len(data) != SECRET_BYTES:
         raise DataDirUnusable(
-            f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; put it back from a backup"
+            f"{path} is damaged: it has {len(data)} bytes, not {SECRET_BYTES}; restore it from a backup"
         )
     return data
 
 
 def _signing_key(path: Path) -> bytes:
-    """The key that signs Snapshots; its public half lies beside it, which is all that proxies read."""
+    """The key that signs Snapshots. The public key is stored beside it; proxies read only the public key."""
     key = _secret(path / "signing.key")
     public = path / PUBLIC_KEY
     if not public.exists() or public.read_bytes() != public_key(key):
@@ -125,5 +125,5 @@ def _token(path: Path) -> str:
         write_whole(path, f"fgo_{secrets.token_urlsafe(SECRET_BYTES)}\n".encode())
     token = path.read_text("ascii", errors="replace").strip()
     if len(token) < SECRET_BYTES or not token.isascii():
-        raise DataDirUnusable(f"{path} is damaged; remove it and a new owner token is written at the next start")
+        raise DataDirUnusable(f"{path} is damaged; remove it, and the next start writes a new owner token")
     return token

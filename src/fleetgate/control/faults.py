@@ -1,4 +1,4 @@
-"""Injected faults: begun and ended here, put in force by the workers, who read file and clock themselves."""
+"""Injected faults: this service starts and ends them in a file; the workers read the file and apply them."""
 
 import asyncio
 import secrets
@@ -24,39 +24,39 @@ from fleetgate.core.fault_injection import (
 from fleetgate.core.model import Gateway, Slo
 
 FILE = "faults.json"
-LOOK_EVERY_S = 1.0
-WINDOW_LOOKS = 10  # the SLO is judged over the last ten seconds of the fault
+POLL_EVERY_S = 1.0
+WINDOW_POLLS = 10  # the SLO is measured over the last ten seconds of the fault
 _WELL, _LOST = ("ok",), ("failed", "interrupted", "refused")
-REQUESTS, STRIKES = "fleetgate_requests_total", "fleetgate_injected_faults_total"
+REQUESTS, INJECTED = "fleetgate_requests_total", "fleetgate_injected_faults_total"
 TARGETS = (("fleetgate_ttft_seconds", "ttft_s"), ("fleetgate_tpot_seconds", "tpot_s"))
 
 log = structlog.get_logger()
 
 
 class FaultExists(Exception):
-    """A fault of this name is in force."""
+    """A fault of this name is active."""
 
 
 class FaultService:
-    """The faults in force. The file is their only store, so that what is listed is what workers do."""
+    """The active faults. The file is their only store, so the list always agrees with what workers apply."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
         self._path: Path = control.data_dir.path / FILE
         self._faults: dict[str, Fault] = {fault.name: fault for fault in self._load()}
-        self._seen: dict[str, deque[SloObservation]] = {}
-        self._lock = threading.RLock()  # requests and the look once a second come from several threads
+        self._observations: dict[str, deque[SloObservation]] = {}
+        self._lock = threading.RLock()  # API requests and the poll run in different threads
 
     def all(self) -> list[Fault]:
-        """Those in force, in the order in which they began."""
+        """The active faults, oldest first."""
         now_s = time.time()
         with self._lock:
             return [fault for fault in self._faults.values() if now_s < fault.ends_s]
 
     def begin(self, fault: Fault) -> None:
-        """Put one in force.
+        """Start a fault.
 
-        Raises: `FaultExists`; `DataDirUnusable` when the disk does not take it.
+        Raises: `FaultExists`; `DataDirUnusable` if the file cannot be written.
         """
         with self._lock:
             if fault.name in self._faults:
@@ -67,73 +67,73 @@ class FaultService:
             except DataDirUnusable:
                 del self._faults[fault.name]
                 raise
-        bound = f", or until under {fault.stop_below_slo:.0%} of requests are inside the SLO"
-        self._tell(
+        limit = f", or until fewer than {fault.stop_below_slo:.0%} of requests are inside the SLO"
+        self._record(
             fault,
             f"Fault {fault.name} began: {fault.kind} for {fault.share:.0%} of the requests to Deployment "
-            f"{fault.deployment}, for {fault.ends_s - fault.begins_s:.0f} s{bound if fault.stop_below_slo else ''}.",
+            f"{fault.deployment}, for {fault.ends_s - fault.begins_s:.0f} s{limit if fault.stop_below_slo else ''}.",
         )
 
     def end(self, name: str, because: str) -> Fault | None:
-        """Take one out of force, and say why; None where there is none. Raises: `DataDirUnusable`."""
+        """End a fault and record the reason. The result is None if it is not active. Raises: `DataDirUnusable`."""
         with self._lock:
             fault = self._faults.pop(name, None)
             if fault is None:
                 return None
-            self._seen.pop(name, None)
+            self._observations.pop(name, None)
             self._write()
-        self._tell(fault, f"Fault {name} ended: {because}. It struck {self.strikes(name)} requests.")
+        self._record(fault, f"Fault {name} ended: {because}. It affected {self.struck_requests(name)} requests.")
         return fault
 
-    def strikes(self, name: str) -> int:
-        """How many requests it has struck, in all workers."""
-        return sum(self._series().counts_by(STRIKES, "fault", fault=name).values())
+    def struck_requests(self, name: str) -> int:
+        """The number of requests that a fault has affected in all workers."""
+        return sum(self._series().counts_by(INJECTED, "fault", fault=name).values())
 
     async def run(self) -> None:
-        """Look once a second whether one is over or does too much harm, and let workers know that somebody looks."""
+        """Once a second, end faults that are over or harm too much, and refresh the file for the workers."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_EVERY_S)
             if self._faults:
                 try:
-                    await asyncio.to_thread(self._look)
-                except DataDirUnusable as error:  # unwatched faults end by themselves
+                    await asyncio.to_thread(self._poll)
+                except DataDirUnusable as error:  # workers end faults with an SLO limit if the file gets stale
                     log.error("faults_not_watched", reason=str(error))
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         now_s, series = time.time(), self._series()
         for fault in list(self._faults.values()):
             if now_s >= fault.ends_s:
                 self.end(fault.name, f"its {fault.ends_s - fault.begins_s:.0f} s are over")
                 continue
-            seen = self._since_then(fault, series)
-            if violates_slo_bound(fault, seen):
-                share = f"{seen.share_inside:.1%} of {seen.succeeded + seen.failed} requests were inside the SLO"
-                self.end(fault.name, f"{share}, under its bound of {fault.stop_below_slo:.0%}")
+            observed = self._observe(fault, series)
+            if violates_slo_bound(fault, observed):
+                share = f"{observed.share_inside:.1%} of {observed.succeeded + observed.failed} requests were inside the SLO"
+                self.end(fault.name, f"{share}, below its limit of {fault.stop_below_slo:.0%}")
         with self._lock:
             if any(fault.stop_below_slo for fault in self._faults.values()):
                 self._write()
 
-    def _since_then(self, fault: Fault, series: MetricSeries) -> SloObservation:
-        """What the Gateways that use its Deployment gave their clients in the last seconds."""
+    def _observe(self, fault: Fault, series: MetricSeries) -> SloObservation:
+        """The requests of the Gateways that use the fault's Deployment, in the last `WINDOW_POLLS` seconds."""
         snapshot = self._control.publisher.current
         gateways = [
             gateway
             for gateway in (snapshot.gateways if snapshot else ())
             if any(upstream.deployment == fault.deployment for upstream in gateway.upstreams)
         ]
-        now = _sum([_seen(gateway, series) for gateway in gateways])
-        looks = self._seen.setdefault(fault.name, deque(maxlen=WINDOW_LOOKS + 1))
-        looks.append(now)
-        then = looks[0]
+        now = _sum([_totals(gateway, series) for gateway in gateways])
+        window = self._observations.setdefault(fault.name, deque(maxlen=WINDOW_POLLS + 1))
+        window.append(now)
+        first = window[0]
         return SloObservation(
-            max(0, now.succeeded - then.succeeded), max(0, now.late - then.late), max(0, now.failed - then.failed)
+            max(0, now.succeeded - first.succeeded), max(0, now.late - first.late), max(0, now.failed - first.failed)
         )
 
     def _series(self) -> MetricSeries:
-        board = self._control.board
-        return read_series(board.series_totals() if board is not None else {})
+        shared_memory = self._control.shared_memory
+        return read_series(shared_memory.series_totals() if shared_memory is not None else {})
 
-    def _tell(self, fault: Fault, sentence: str) -> None:
+    def _record(self, fault: Fault, sentence: str) -> None:
         self._control.record("Deployment", fault.deployment, sentence)
 
     def _load(self) -> tuple[Fault, ...]:
@@ -155,11 +155,11 @@ class FaultService:
 
 
 def new_name(fault_kind: str) -> str:
-    """A name for a fault that nobody named."""
+    """A name for a fault that was started without one."""
     return f"{fault_kind}-{secrets.token_hex(3)}"
 
 
-def _seen(gateway: Gateway, series: MetricSeries) -> SloObservation:
+def _totals(gateway: Gateway, series: MetricSeries) -> SloObservation:
     outcomes = series.counts_by(REQUESTS, "outcome", gateway=gateway.name)
     slo = gateway.slo or Slo()
     late = max(
@@ -173,7 +173,7 @@ def _seen(gateway: Gateway, series: MetricSeries) -> SloObservation:
 
 
 def _over(histogram: HistogramSeries, target_s: float) -> int:
-    """Observations over a target, which counts as the next bound of a bucket: up to twice itself."""
+    """The number of observations over a target. The target is rounded up to the next bucket bound, at most doubled."""
     within = next((total for bound, total in histogram.cumulated() if bound >= target_s), 0)
     return histogram.count - within
 

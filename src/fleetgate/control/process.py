@@ -21,7 +21,7 @@ import uvloop
 
 from fleetgate.control.api.app import create_app
 from fleetgate.control.config import ENV, ControlConfig
-from fleetgate.control.context import Control, StartedProcess, newest_in_use
+from fleetgate.control.context import Control, StartedProcess, newest_version_in_use
 from fleetgate.control.data_dir import (
     API_ADDRESS,
     DataDir,
@@ -39,7 +39,7 @@ from fleetgate.control.revocation_sync import merge_revoked
 from fleetgate.control.snapshot.publisher import Publisher
 from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
 from fleetgate.control.store.database import Database
-from fleetgate.control.store.repository import load_world
+from fleetgate.control.store.repository import load_resources
 from fleetgate.control.telemetry.event_recorder import EventRecorder, beat, watch
 from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.ipc.event_spool import EventSpool
@@ -48,28 +48,28 @@ from fleetgate.manifests import Unreadable
 from fleetgate.policies import plugins
 from fleetgate.providers.base import Settings, discover
 
-PREDECESSOR_S_MAX = 5.0  # one whose supervisor was killed puts its things away first
-STOP_S_MAX = 2  # an answer that takes longer belongs to a client that hangs
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - told apart here, not bound
+PREDECESSOR_S_MAX = 5.0  # a predecessor whose supervisor was killed needs time to stop
+STOP_S_MAX = 2  # a response that takes longer belongs to a client that hangs
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared here, not bound
 
 log = structlog.get_logger()
 
 
 def main() -> int:
-    """Run until SIGTERM or the supervisor's end, and give the exit code: 1 for what cannot work."""
+    """Run until SIGTERM or the end of the supervisor and return the exit code, 1 for an unusable configuration."""
     _log_as_json()
-    os.umask(0o077)  # whatever is made in the data directory, the database too, is its owner's alone
+    os.umask(0o077)  # only the owner may read files of the data directory, the database included
     text = os.environ.get(ENV)
     if text is None:
-        return _fail([f"{ENV} is not set; the control process is started by `fleetgate up`"])
+        return _fail([f"{ENV} is not set; start the control process with `fleetgate up`"])
     try:
         config = msgspec.json.decode(text, type=ControlConfig)
         parse_ranges(config.egress_allow)
     except (msgspec.MsgspecError, ValueError) as error:
-        return _fail([f"{ENV} is not usable ({error}); the control process is started by `fleetgate up`"])
+        return _fail([f"{ENV} is not valid ({error}); start the control process with `fleetgate up`"])
     try:
         data_dir = open_data_dir(Path(config.data_dir))
-        with _only_one(data_dir):
+        with _exclusive(data_dir):
             database = Database(data_dir.database)
             database.migrate()
             try:
@@ -85,31 +85,31 @@ def main() -> int:
 
 
 async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> None:
-    changes = ResourceWriter(database, data_dir, parse_ranges(config.egress_allow))
+    writer = ResourceWriter(database, data_dir, parse_ranges(config.egress_allow))
     publisher = Publisher(database, data_dir, config.egress_allow, lambda: replicas.ready())
-    control = Control(config, data_dir, database, changes, publisher)
-    control.board = _board(config)
-    publisher.in_use = lambda: newest_in_use(control.board)
+    control = Control(config, data_dir, database, writer, publisher)
+    control.shared_memory = _map_shared_memory(config)
+    publisher.newest_version_in_use = lambda: newest_version_in_use(control.shared_memory)
     for problem in plugins.load():
         log.warning("plugin_unusable", reason=problem)
         control.record("Plugin", problem.split()[1], problem)
     settings = Settings(data_dir=data_dir.path, life_fd=config.life_fd)
     providers = {name: make(settings) for name, make in discover().items()}
-    reconciler = Reconciler(lambda: publisher.managed, providers, publisher.poke, control.record)
+    reconciler = Reconciler(lambda: publisher.managed, providers, publisher.wake, control.record)
     replicas = ReplicaEndpoints(reconciler.endpoints)
     if config.config_file and not (
-        control.board is not None and control.board.control_plane[ControlPlaneCell.CONFIGURED]
+        control.shared_memory is not None and control.shared_memory.control_plane[ControlPlaneCell.CONFIGURED]
     ):
         await _apply_config(control, config.config_file)
-    replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.board)
+    replicas.carry(publisher.current, await asyncio.to_thread(publisher.load_managed), control.shared_memory)
     await asyncio.to_thread(publisher.publish)
     control.started = StartedProcess(publisher.version, time.monotonic())
     listener = socket.socket(fileno=config.api_fd)
     _write_address(data_dir, listener)
-    injected = FaultService(control)
+    fault_service = FaultService(control)
     server = _Server(
         uvicorn.Config(
-            create_app(control, [_host_of(config.api_listen), *config.api_hosts], injected),
+            create_app(control, [_host_of(config.api_listen), *config.api_hosts], fault_service),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -120,49 +120,49 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
             timeout_graceful_shutdown=STOP_S_MAX,
         )
     )
-    _stop_when_asked(server, config.life_fd)
+    _stop_at_signals(server, config.life_fd)
     jobs: list[Coroutine[Any, Any, None]] = [
         server.serve(sockets=[listener]),
-        publisher.run(reconciler.poke),
+        publisher.run(reconciler.wake),
         reconciler.run(),
-        replicas.drop_carried(publisher.poke),
-        injected.run(),
+        replicas.drop_carried(publisher.wake),
+        fault_service.run(),
     ]
-    book = UsageIngest(data_dir.path, database)
-    if control.board is not None:
-        jobs.append(book.run())
+    usage_ingest = UsageIngest(data_dir.path, database)
+    if control.shared_memory is not None:
+        jobs.append(usage_ingest.run())
         spool = EventSpool(data_dir.path)
-        jobs.append(beat(control.board))
+        jobs.append(beat(control.shared_memory))
         jobs.append(merge_revoked(control))
-        jobs.append(watch(EventRecorder(control.board), spool, lambda: publisher.current, control.record))
+        jobs.append(watch(EventRecorder(control.shared_memory), spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
-    with suppress(OSError, DataDirUnusable):  # what the workers wrote last; else it is taken at the next start
-        await asyncio.to_thread(book.take)
+    with suppress(OSError, DataDirUnusable):  # the last rows of the workers; if this fails the next start takes them
+        await asyncio.to_thread(usage_ingest.take)
     log.info("control_stopped")
 
 
 async def _apply_config(control: Control, path: str) -> None:
-    """Apply the file that `up` was given, at its start and after a reload: what was changed since stays else.
+    """Apply the --config file at the start of `up` and after a reload. Other restarts keep later changes of the API.
 
-    Raises: `Unreadable` where it is bad and the store has nothing either.
+    Raises: `Unreadable` if the file has mistakes and the store is empty.
     """
     try:
-        await apply_file(path, control.changes)
-        if control.board is not None:
-            control.board.control_plane[ControlPlaneCell.CONFIGURED] = 1
+        await apply_file(path, control.writer)
+        if control.shared_memory is not None:
+            control.shared_memory.control_plane[ControlPlaneCell.CONFIGURED] = 1
     except Unreadable as error:
-        # Whoever edits the file must not lose the API because the workers are replaced just then.
+        # A file that is being edited must not stop the API when the control process restarts at that moment.
         with control.database.read() as connection:
-            if not load_world(connection):
+            if not load_resources(connection):
                 raise
-        sentence = f"{path} is not applied, and what the store has stays: {'; '.join(error.messages)}"
+        sentence = f"{path} was not applied and the stored resources stay in use: {'; '.join(error.messages)}"
         log.error("config_not_applied", reason=sentence)
         control.record("Config", Path(path).name, f"{sentence}.")
 
 
 async def _first_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run jobs together until one ends. A job that fails ends all, and the supervisor starts afresh."""
+    """Run jobs until one ends, then cancel the others. After a failure the supervisor starts the process again."""
     tasks = [asyncio.create_task(job) for job in jobs]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
@@ -173,15 +173,15 @@ async def _first_of(jobs: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn without its own signal handling, which would end the process before it has put things away."""
+    """Uvicorn without its own signal handling, which would end the process before its cleanup."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
+        """Install no signal handler."""
         yield
 
 
-def _stop_when_asked(server: uvicorn.Server, life_fd: int) -> None:
+def _stop_at_signals(server: uvicorn.Server, life_fd: int) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -193,13 +193,13 @@ def _stop_when_asked(server: uvicorn.Server, life_fd: int) -> None:
             stop()
 
     loop.add_signal_handler(signal.SIGTERM, stop)
-    # Ctrl-C reaches the whole group of processes; the supervisor decides who ends when.
+    # Ctrl-C reaches every process of the group; the supervisor decides in which order they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if life_fd >= 0:
         loop.add_reader(life_fd, supervisor_gone)
 
 
-def _board(config: ControlConfig) -> SharedMemory | None:
+def _map_shared_memory(config: ControlConfig) -> SharedMemory | None:
     if config.board_fd < 0:
         return None
     memory = mmap.mmap(config.board_fd, SharedMemory.bytes_needed(config.workers))
@@ -207,8 +207,8 @@ def _board(config: ControlConfig) -> SharedMemory | None:
 
 
 @contextmanager
-def _only_one(data_dir: DataDir) -> Iterator[None]:
-    """Hold the data directory. The kernel lets go of the lock when its holder dies in any way."""
+def _exclusive(data_dir: DataDir) -> Iterator[None]:
+    """Lock the data directory. The kernel releases the lock when the process ends in any way."""
     path = data_dir.path / "control.lock"
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -216,10 +216,10 @@ def _only_one(data_dir: DataDir) -> Iterator[None]:
         raise DataDirUnusable(unusable_sentence(data_dir.path, error)) from error
     try:
         deadline_s = time.monotonic() + PREDECESSOR_S_MAX
-        while not _locked(descriptor):
+        while not _try_lock(descriptor):
             if time.monotonic() > deadline_s:
                 raise DataDirUnusable(
-                    f"the data directory {data_dir.path} is in use by another Fleetgate; stop that one or give another "
+                    f"the data directory {data_dir.path} is in use by another Fleetgate; stop it or give another "
                     f"directory with --data-dir"
                 )
             time.sleep(0.05)
@@ -228,7 +228,7 @@ def _only_one(data_dir: DataDir) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,12 +237,12 @@ def _locked(descriptor: int) -> bool:
 
 
 def _write_address(data_dir: DataDir, listener: socket.socket) -> None:
-    """Where the API listens, for a CLI that is only given --data-dir."""
+    """Write the address of the API for a CLI that knows only --data-dir."""
     host, port = listener.getsockname()[:2]
     host = _WILDCARDS.get(host, host)
-    shown = f"[{host}]" if ":" in host else host
+    host = f"[{host}]" if ":" in host else host
     try:
-        write_whole(data_dir.path / API_ADDRESS, f"http://{shown}:{port}\n".encode())
+        write_whole(data_dir.path / API_ADDRESS, f"http://{host}:{port}\n".encode())
     except OSError as error:
         raise DataDirUnusable(unusable_sentence(data_dir.path, error)) from error
 

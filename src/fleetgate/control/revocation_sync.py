@@ -1,4 +1,4 @@
-"""Keys that were revoked on this machine while the control plane was away: into the store, then off the list."""
+"""Merge keys that were revoked on this machine without the control plane: delete them, then clear the list."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -12,26 +12,22 @@ from fleetgate.control.store import repository as rows
 from fleetgate.ipc.revocation_list import Revocation, read_revoked, remove_revocation
 from fleetgate.ipc.signed_file import SignatureInvalid, public_key
 
-LOOK_EVERY_S = 1.0
+POLL_EVERY_S = 1.0
 log = structlog.get_logger()
 
 
 async def merge_revoked(control: Control) -> None:
-    """Look once a second, for as long as the process lives."""
-    trouble = ""
+    """Merge the list once a second until cancelled."""
+    last_error = ""
     while True:
         try:
             await _merge(control)
-            trouble = ""
-        except (
-            SignatureInvalid,
-            OSError,
-            DataDirUnusable,
-        ) as error:  # what is listed stays listed, and workers go by it
-            if str(error) != trouble:
-                trouble = str(error)
-                log.error("revoked_not_merged", path=str(control.data_dir.revoked), reason=trouble)
-        await asyncio.sleep(LOOK_EVERY_S)
+            last_error = ""
+        except (SignatureInvalid, OSError, DataDirUnusable) as error:  # the list stays, and workers apply it
+            if str(error) != last_error:
+                last_error = str(error)
+                log.error("revoked_not_merged", path=str(control.data_dir.revoked), reason=last_error)
+        await asyncio.sleep(POLL_EVERY_S)
 
 
 async def _merge(control: Control) -> None:
@@ -40,9 +36,9 @@ async def _merge(control: Control) -> None:
     if not listed:
         return
     await asyncio.to_thread(_delete, control, listed)
-    version = await control.publisher.settle()
-    # Only what every worker has left behind may go off the list, or the key would be good again for a moment.
-    if control.has_everywhere(version):
+    version = await control.publisher.wait_published()
+    # Remove a key from the list only when every worker uses a Snapshot without it; earlier it would be valid again.
+    if control.is_adopted(version):
         ids = {revocation.id for revocation in listed}
         await asyncio.to_thread(remove_revocation, data_dir.revoked, data_dir.signing_key, ids)
 
@@ -54,5 +50,5 @@ def _delete(control: Control, listed: tuple[Revocation, ...]) -> None:
         name = names.get(revocation.id)
         if name is not None:
             at = datetime.fromtimestamp(revocation.at_s, UTC).isoformat(timespec="seconds")
-            said = f"because it was revoked on the machine by {revocation.by} at {at}"
-            control.changes.delete("Key", name, confirmed=True, origin=ChangeOrigin(said))
+            reason = f"because it was revoked on the machine by {revocation.by} at {at}"
+            control.writer.delete("Key", name, confirmed=True, origin=ChangeOrigin(reason))

@@ -1,4 +1,4 @@
-"""Old name of `fleetgate.control.process`, which a running supervisor of an earlier version still starts."""
+"""Old name of `fleetgate.control.process`. A running supervisor of an earlier version still starts it."""
 
 import sys
 

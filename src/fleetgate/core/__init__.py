@@ -1,1 +1,1 @@
-"""The pure core: values in, values out; no clock, dice, log or I/O. DESIGN: the core decides, the shells act."""
+"""The pure core: values in, values out; no clock, randomness, log or I/O. The core decides, its callers act."""

@@ -1,7 +1,7 @@
-"""Is a new Snapshot to blame? One worker takes it first, and what fails before and after decides.
+"""Canary analysis of a new Snapshot: one worker uses it first, and the failures before and after decide.
 
-Only failures that nobody can have wanted count (our 5xx and streams that broke): a model or key that a change takes
-away answers 404 or 401 by design.
+Only failures that no change intends count (our 5xx and interrupted streams): a model or key that a change removes is
+answered with 404 or 401 by design.
 """
 
 from enum import StrEnum
@@ -9,46 +9,46 @@ from typing import NamedTuple
 
 import msgspec
 
-CANARY_S = 0.2  # the others wait for so long; DESIGN.md gives a change half a second until every worker has it
-PROBATION_S = 5.0  # connects and first tokens that fail late still count; then the Snapshot is the last good one
-RETURNED_S = 2.0  # after going back: as bad as before means that the Snapshot was not to blame
-RETRY_FIRST_S = 30.0  # a coincidence must not keep a good change out for ever
+CANARY_S = 0.2  # the other workers wait for so long; a change must reach every worker within half a second
+PROBATION_S = 5.0  # late connect and first-token failures count too; then the Snapshot is the last good one
+RETURNED_S = 2.0  # after a rollback: if as much fails as before it, the Snapshot was not the cause
+RETRY_FIRST_S = 30.0  # so that a coincidence does not keep a good change out forever
 RETRY_MAX_S = 600.0
-BASELINE_MIN = 20  # results that went well before; without them there is nothing to go back to
+BASELINE_MIN = 20  # successful requests before the change; without them a rollback gains nothing
 FAILED_MIN = 10
 RISE = 0.2
 FACTOR = 2.0
 
 
 class AttemptCounts(NamedTuple):
-    """Requests that ended, and how many of them failed through nobody's wish."""
+    """Requests that ended, and how many of them failed."""
 
     ended: int = 0
     failed: int = 0
 
     @property
     def share(self) -> float:
-        """The failed share, 0 where nothing ended."""
+        """The failed share, 0 if none ended."""
         return self.failed / self.ended if self.ended else 0.0
 
     def minus(self, earlier: "AttemptCounts") -> "AttemptCounts":
-        """What came after an earlier count."""
+        """The counts since an earlier one."""
         return AttemptCounts(self.ended - earlier.ended, self.failed - earlier.failed)
 
     def plus(self, other: "AttemptCounts") -> "AttemptCounts":
-        """Both together."""
+        """The sum of both."""
         return AttemptCounts(self.ended + other.ended, self.failed + other.failed)
 
 
 class CanaryStage(StrEnum):
-    """Where a new Snapshot is on its way to being the last good one."""
+    """The stage of a new Snapshot on its way to be the last good one."""
 
-    LOOK = "look"  # in the canary alone
-    PROBATION = "probation"  # in every worker
+    LOOK = "look"  # used by the canary worker only
+    PROBATION = "probation"  # used by every worker
     GOOD = "good"
-    RETURNED = "returned"  # the last good one is in use again; did that help?
-    WAITING = "waiting"  # it did, and the new one is tried again later
-    CLEARED = "cleared"  # it did not: the new one is taken again, and not judged any more
+    RETURNED = "returned"  # rolled back to the last good one; the result is being measured
+    WAITING = "waiting"  # the rollback helped; the new Snapshot is tried again later
+    CLEARED = "cleared"  # the rollback did not help: the new Snapshot is used again, without analysis
 
 
 TRANSITIONS = {
@@ -62,11 +62,11 @@ TRANSITIONS = {
 
 
 class CanaryTrial(msgspec.Struct, frozen=True):
-    """One Snapshot on trial.
+    """One Snapshot under analysis.
 
-    Shape: `before` is what ended in this worker shortly before, `before_all` in all workers; `own` and `others` are the
-    counts, of this worker and of all others, when the stage began (for a look and its probation: when the look began);
-    `bad` is what ended under the new one when it was given up.
+    Shape: `before` are the requests that ended in this worker shortly before the change, `before_all` in all workers;
+    `own` and `others` are the counters of this worker and of all others when the stage began (in probation: when the
+    look began); `bad` are the requests that ended under the new Snapshot until its rollback.
     """
 
     stage: CanaryStage
@@ -80,27 +80,27 @@ class CanaryTrial(msgspec.Struct, frozen=True):
 
 
 def is_worse(since: AttemptCounts, before: AttemptCounts, others: AttemptCounts) -> bool:
-    """Whether so much more fails than before, and than elsewhere, that the change is to blame."""
+    """Whether so much more fails than before the change and than in other workers that the change is the cause."""
     if before.ended - before.failed < BASELINE_MIN or since.failed < FAILED_MIN:
         return False
     return since.share > RISE + FACTOR * max(before.share, others.share)
 
 
 def retry_after_s(returns: int) -> float:
-    """How long a Snapshot that was returned from waits for its next trial."""
+    """How long a Snapshot waits for its next trial after so many rollbacks."""
     return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (returns - 1))
 
 
 def next_stage(trial: CanaryTrial, own: AttemptCounts, others: AttemptCounts, now_s: float) -> CanaryTrial:
-    """The trial after a look at the counts; the same one while nothing is decided."""
+    """The trial after new counts; the same object while nothing is decided."""
     since, elsewhere, age_s = own.minus(trial.own), others.minus(trial.others), now_s - trial.since_s
     everywhere = since.plus(elsewhere)
     match trial.stage:
         case CanaryStage.LOOK if is_worse(since, trial.before, elsewhere):
-            return _given_up(trial, own, others, now_s, since)
+            return _rolled_back(trial, own, others, now_s, since)
         case CanaryStage.PROBATION if is_worse(everywhere, trial.before_all, AttemptCounts()):
-            # All have it, so there is nobody left to compare with.
-            return _given_up(trial, own, others, now_s, everywhere)
+            # Every worker uses it, so there is no other worker to compare with.
+            return _rolled_back(trial, own, others, now_s, everywhere)
         case CanaryStage.LOOK if age_s >= CANARY_S:
             return msgspec.structs.replace(trial, stage=CanaryStage.PROBATION)
         case CanaryStage.PROBATION if age_s >= PROBATION_S:
@@ -115,7 +115,7 @@ def next_stage(trial: CanaryTrial, own: AttemptCounts, others: AttemptCounts, no
             return trial
 
 
-def _given_up(
+def _rolled_back(
     trial: CanaryTrial, own: AttemptCounts, others: AttemptCounts, now_s: float, bad: AttemptCounts
 ) -> CanaryTrial:
     returns = trial.returns + 1

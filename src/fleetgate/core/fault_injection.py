@@ -1,31 +1,31 @@
-"""Faults that an operator injects on purpose: which requests they strike, and when they end."""
+"""Faults that an operator injects on purpose: which requests they affect, and when they end."""
 
 from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
 
-DURATION_S_MAX = 3_600.0  # who wants more asks again: a forgotten fault must end while somebody remembers it
-WATCH_TIMEOUT_S = 5.0  # a fault with an SLO to watch ends when nobody has watched for so long
+DURATION_S_MAX = 3_600.0  # a forgotten fault ends by itself; a longer one is injected again
+WATCH_TIMEOUT_S = 5.0  # a fault with an SLO bound ends if the SLO was not checked for so long
 REQUESTS_MIN = 20  # fewer say nothing about a share
 
 
 class FaultKind(StrEnum):
-    """What happens to a request that is struck, at its Deployment's door."""
+    """What happens to an affected request, as if its Deployment did it."""
 
-    DELAY = "delay"  # it is sent so much later
+    DELAY = "delay"  # it is sent later
     ERROR = "error"  # it is answered with an error status instead
-    CUT = "cut"  # its answer is reset in the middle
-    STALL = "stall"  # its answer stops coming in the middle, and the connection stays
+    CUT = "cut"  # its response is reset in the middle
+    STALL = "stall"  # its response stops in the middle, and the connection stays open
     REFUSE = "refuse"  # its connection is refused
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """One injected fault.
 
-    Units: `share` of a Deployment's requests, 0 to 1; `begins_s` and `ends_s` seconds since the epoch; `delay_s` for
-    `delay`; `status` for `error`; `stop_below_slo` the share of requests inside the SLO under which it ends, 0 for
-    none.
+    Units: `share` of a Deployment's requests, 0 to 1; `begins_s` and `ends_s` seconds since the epoch;
+    `stop_below_slo` is the share of requests within the SLO below which it ends, 0 for no bound.
+    Shape: `delay_s` is used by `delay`, `status` by `error`.
     """
 
     name: str
@@ -40,7 +40,10 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InjectedFaults(msgspec.Struct, frozen=True, kw_only=True):
-    """All faults of a machine, as their file has them. `watched_s` is when their SLO was last looked at."""
+    """All faults of a machine, as in their file.
+
+    Units: `watched_s` is when their SLO was last checked, seconds since the epoch.
+    """
 
     watched_s: float
     faults: tuple[Fault, ...] = ()
@@ -51,20 +54,20 @@ _decode = msgspec.json.Decoder(InjectedFaults).decode
 
 
 def encode_injected(injected: InjectedFaults) -> bytes:
-    """The bytes of the file."""
+    """The bytes of the fault file."""
     return _encode(injected)
 
 
 def decode_injected(data: bytes) -> InjectedFaults:
-    """Read the file.
+    """Read the fault file.
 
-    Raises: `msgspec.ValidationError` or `msgspec.DecodeError`.
+    Raises: `msgspec.ValidationError` or `msgspec.DecodeError` if the bytes are not one.
     """
     return _decode(data)
 
 
 def active_faults(injected: InjectedFaults, now_s: float) -> tuple[Fault, ...]:
-    """The faults that strike now, whatever has become of whoever asked for them."""
+    """The faults that are active now, even if the process that injected them is gone."""
     return tuple(
         fault
         for fault in injected.faults
@@ -74,17 +77,17 @@ def active_faults(injected: InjectedFaults, now_s: float) -> tuple[Fault, ...]:
 
 
 def select_fault(faults: Iterable[Fault], entropy: float) -> Fault | None:
-    """Which fault strikes a request, if any; shares of several add up. Units: `entropy` 0 to 1."""
-    below = 0.0
+    """The fault that affects a request, if any; the shares of several faults add up. Units: `entropy` 0 to 1."""
+    share = 0.0
     for fault in faults:
-        below += fault.share
-        if entropy < below:
+        share += fault.share
+        if entropy < share:
             return fault
     return None
 
 
 class SloObservation(msgspec.Struct, frozen=True):
-    """How requests went since some moment. `late` ended well but missed a target; `lost` did not end well."""
+    """How requests ended since a moment. Shape: `late` are those of `succeeded` that missed a target."""
 
     succeeded: int
     late: int
@@ -92,13 +95,13 @@ class SloObservation(msgspec.Struct, frozen=True):
 
     @property
     def share_inside(self) -> float:
-        """The share inside the SLO, 1 while nothing ended."""
+        """The share of requests within the SLO, 1 if none ended."""
         total = self.succeeded + self.failed
         return (self.succeeded - self.late) / total if total else 1.0
 
 
-def violates_slo_bound(fault: Fault, seen: SloObservation) -> bool:
-    """Whether the fault has done more harm than its bound allows."""
-    if not fault.stop_below_slo or seen.succeeded + seen.failed < REQUESTS_MIN:
+def violates_slo_bound(fault: Fault, observed: SloObservation) -> bool:
+    """Whether fewer requests are within the SLO than the fault's bound allows."""
+    if not fault.stop_below_slo or observed.succeeded + observed.failed < REQUESTS_MIN:
         return False
-    return seen.share_inside < fault.stop_below_slo
+    return observed.share_inside < fault.stop_below_slo

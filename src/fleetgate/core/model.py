@@ -5,11 +5,11 @@ from typing import Annotated
 
 import msgspec
 
-# Cells in shared memory are addressed by slot; a slot is given once by the publisher and outlives renames of its row.
+# Cells in shared memory are addressed by slot. The publisher assigns a slot once, and it survives a rename.
 DEPLOYMENTS_MAX = 1024
 ENDPOINTS_MAX = 4096
 GATEWAYS_MAX = 256
-# A full house (4,096 Endpoints, 100,000 keys) is about 30 MB; what is larger is damage, or would hold a worker up.
+# All slots in use (4,096 Endpoints) with 100,000 keys take about 30 MB; a larger file is damaged.
 SNAPSHOT_BYTES_MAX = 64 * 1024 * 1024
 DeploymentSlot = Annotated[int, msgspec.Meta(ge=0, lt=DEPLOYMENTS_MAX)]
 EndpointSlot = Annotated[int, msgspec.Meta(ge=0, lt=ENDPOINTS_MAX)]
@@ -25,9 +25,9 @@ class Tier(StrEnum):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """An address that a ready replica (or an external Deployment) answers at.
+    """An address at which a ready replica (or an external Deployment) answers.
 
-    `base_path` is the path part of the URL an SDK would be given, without a trailing slash: `/v1`.
+    Shape: `base_path` is the path part of the URL that an SDK gets, without a trailing slash: `/v1`.
     """
 
     slot: EndpointSlot
@@ -35,7 +35,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     base_path: str
-    engines: int = 1  # how many engines stand behind this one address
+    engines: int = 1  # engines behind this address
 
     @property
     def origin(self) -> str:
@@ -45,18 +45,18 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProfileSource(StrEnum):
-    """Where a Profile comes from, from the surest to the least sure."""
+    """Where a Profile comes from, from most to least reliable."""
 
-    WRITTEN = "written"  # the Deployment names it: calibrated, or typed in by the operator
+    WRITTEN = "written"  # the Deployment names it: calibrated, or written by the operator
     PEER = "peer"  # measured on another Deployment with the same model, SKU and engine
-    GUESS = "guess"  # nothing is known but the engine's kind; streams will tell
+    GUESS = "guess"  # only the kind of engine is known; learned from its streams
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """What one replica takes: the measured capacity of a model on a SKU with one engine configuration.
+    """The measured capacity of one replica: a model on a SKU with one engine configuration.
 
     Units: one decode step takes `base_s + per_sequence_s × batch`; `concurrency` in requests at the goodput knee and
-    `units` in CU, both per replica and 0 where they are to be derived; `kv_tokens` 0 where unknown.
+    `units` in CU, both per replica and 0 if they are to be derived; `kv_tokens` 0 if unknown.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):
-    """What a Deployment costs: by the hour for all of it, or by the million tokens; None where nobody said."""
+    """The price of a Deployment: per hour for all of it, or per million tokens; None if not written."""
 
     usd_per_hour: float | None = None
     usd_per_mtok_input: float | None = None
@@ -79,12 +79,12 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
-    """A model server to route to: models served, engine, place, Endpoints and capacity.
+    """A model server to route to: models served, engine, location, Endpoints and capacity.
 
-    Units: `concurrency_max` in requests for the whole Deployment, 0 without a limit; `units` in CU, 0 where they are
-    to be learned.
-    Shape: `models` maps the name clients ask for to the name the engine knows; `concurrency_written` says that an
-    operator typed the limit, which then nothing but a refusal may lower.
+    Units: `concurrency_max` in requests for the whole Deployment, 0 without a limit; `units` in CU, 0 if they are to be
+    learned.
+    Shape: `models` maps the name that clients use to the name that the engine knows; `concurrency_written` says that an
+    operator wrote the limit: then only refusals by the engine lower it.
     """
 
     slot: DeploymentSlot
@@ -93,20 +93,20 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     models: dict[str, str]
     endpoints: tuple[Endpoint, ...]
-    cluster: str = ""  # empty where it stands on none
+    cluster: str = ""  # empty if it runs on none
     labels: dict[str, str] = {}
     tier: Tier = Tier.COMMITTED
-    paid_per_token: bool = False  # its price is per token, not per hour
+    paid_per_token: bool = False  # the price is per token, not per hour
     price: Price = Price()
-    sku: str = ""  # of the accelerators, for reports and peers
-    accelerators: int = 0  # of one replica; 0 where unknown
+    sku: str = ""  # of the accelerators, for reports and for Profiles shared by Deployments
+    accelerators: int = 0  # of one replica; 0 if unknown
     profile: Profile | None = None
     concurrency_max: int = 0
     concurrency_written: bool = False
     units: float = 1.0
-    credential: str = ""  # sealed for this Deployment's name; sent to the origins of `endpoints` only
-    health_path: str = ""  # where readiness is asked, empty for the engine's own
-    egress_checked: bool = True  # False only for what the machine's operator wrote in a --config file
+    credential: str = ""  # sealed for this Deployment's name; sent only to the origins of `endpoints`
+    health_path: str = ""  # path of the readiness probe, empty for the engine's own
+    egress_checked: bool = True  # False only for a Deployment from a --config file of the machine's operator
 
 
 class Upstream(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,14 +117,14 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
-    """How many requests may wait for room, and for how long."""
+    """How many requests may wait for capacity, and for how long."""
 
     queue_max: int = 128
     queue_timeout_s: float = 30.0
 
 
 class Resilience(msgspec.Struct, frozen=True, kw_only=True):
-    """How hard a request is tried before the client sees an error."""
+    """Attempts, retries and timeouts before the client gets an error."""
 
     attempts_max: int = 3
     retry_budget: float = 0.1
@@ -134,7 +134,7 @@ class Resilience(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator promised: time to first token by prompt size, and time per output token."""
+    """Latency targets: time to first token by prompt size, and time per output token."""
 
     ttft_s: float = 2.0
     ttft_s_per_1k_tokens: float = 0.35
@@ -142,10 +142,10 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """A user-defined rule on requests: when it holds, what is required, preferred and set.
+    """A user-defined rule on requests: its condition, and what it requires, prefers and sets.
 
-    Shape: `when` and `require` are CEL, empty where not written; `prefer` names Deployments; `priority` is critical,
-    standard, sheddable or empty; `python` names a policy that a plug-in brings.
+    Shape: `when` and `require` are CEL, empty if not written; `prefer` names Deployments; `priority` is critical,
+    standard, sheddable or empty; `python` names a policy of a plug-in.
     """
 
     name: str
@@ -157,7 +157,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gateway(msgspec.Struct, frozen=True, kw_only=True):
-    """The user's object: what is reached at `<name>.<domain>` and how its requests are spread."""
+    """The user's object: reached at `<name>.<domain>`, it routes requests to its upstreams by a strategy."""
 
     slot: GatewaySlot
     name: str
@@ -167,9 +167,9 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
     upstreams: tuple[Upstream, ...]
     default: bool = False
     overflow_at: float = 1.0
-    locality: str = "prefer"  # "ignore" turns the preference for the proxy's own region off
-    tiers: str = "prefer"  # "ignore" treats supply paid by the hour and per token alike
-    seconds_per_usd: float = 0.0  # what `least_cost` lets a dollar weigh; 0: the price only breaks ties
+    locality: str = "prefer"  # "ignore": no preference for the proxy's own region
+    tiers: str = "prefer"  # "ignore": no preference for supply paid by the hour over supply paid per token
+    seconds_per_usd: float = 0.0  # the weight of a dollar in `least_cost`; with 0 the price only breaks ties
     admission: Admission = Admission()
     resilience: Resilience = Resilience()
     slo: Slo | None = None
@@ -177,16 +177,17 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def host(self) -> str:
-        """The Host that chooses this Gateway, in lower case."""
+        """The Host header that selects this Gateway, in lower case."""
         return f"{self.name}.{self.domain}".lower()
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """A client API key as a proxy knows it: the secret only as an HMAC.
+    """A client API key as a proxy knows it: with an HMAC in place of the secret.
 
-    Shape: `id` is the look-up part of the key; `secret_hmac` is hex; empty `gateways` or `models` mean every one.
-    `kill_streams` says that its running requests end with it. Units: `expires_s` seconds since the epoch, 0 for never;
-    `require_fresh_s` for how long it is good without a sign of the control plane, 0 for as long as any.
+    Units: `expires_s` seconds since the epoch, 0 for never; `require_fresh_s` is how long it is valid without contact
+    to the control plane, 0 for no bound of its own.
+    Shape: `id` is the look-up part of the key; `secret_hmac` is hex; empty `gateways` or `models` allow all.
+    `kill_streams` says that a revocation ends its running requests.
     """
 
     id: str
@@ -201,9 +202,9 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a proxy needs to serve, at one version; a later version is always a whole new Snapshot.
+    """Everything a proxy needs to serve, at one version; a later version is always a complete new Snapshot.
 
-    Shape: `emptied` says that there is no Gateway because nobody wants one; without it an empty Snapshot is a fault.
+    Shape: `emptied` says that all Gateways were deleted on purpose; an empty Snapshot without it is a fault.
     """
 
     version: int
@@ -220,7 +221,7 @@ _decode = msgspec.json.Decoder(Snapshot).decode
 
 
 def same_routing(one: Snapshot, other: Snapshot) -> bool:
-    """Whether two Snapshots differ in nothing but keys, version and time."""
+    """Whether two Snapshots differ only in keys, version and time."""
     return msgspec.structs.replace(one, version=other.version, made_at_s=other.made_at_s, keys=other.keys) == other
 
 
@@ -232,11 +233,11 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
 def decode_snapshot(data: bytes) -> Snapshot:
     """Read a Snapshot file.
 
-    Raises: `msgspec.ValidationError` or `msgspec.DecodeError` when the bytes are not a whole Snapshot.
+    Raises: `msgspec.ValidationError` or `msgspec.DecodeError` if the bytes are not a complete Snapshot.
     """
     try:
         return _decode(data)
     except UnicodeDecodeError as error:
-        raise msgspec.DecodeError(f"a text in it is not UTF-8: {error}") from None
+        raise msgspec.DecodeError(f"the Snapshot has a text that is not UTF-8: {error}") from None
     except RecursionError:
-        raise msgspec.DecodeError("it nests too deep") from None
+        raise msgspec.DecodeError("the Snapshot is nested too deeply") from None

@@ -1,4 +1,4 @@
-"""Old place of `fleetgate.core.routing.policy_decision`, which installed policy plug-ins still import."""
+"""Old module name of `fleetgate.core.routing.policy_decision`, which installed policy plug-ins still import."""
 
 from fleetgate.core.routing.policy_decision import ALLOWED
 from fleetgate.core.routing.policy_decision import PolicyDecision as Judgement

@@ -1,4 +1,4 @@
-"""Old place of `fleetgate.core.routing.strategies`, which installed strategy plug-ins still import."""
+"""Old module name of `fleetgate.core.routing.strategies`, which installed strategy plug-ins still import."""
 
 from fleetgate.core.routing.strategies import Candidate, Load, Ranking, Turn
 

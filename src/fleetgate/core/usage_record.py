@@ -1,7 +1,8 @@
-"""Accounts: what each attempt cost and what its client is billed, from a journal that crashes may end anywhere.
+"""Usage: what each attempt cost and what its client is billed, from a journal that a crash may end anywhere.
 
-A worker writes an intent before it sends an attempt and a settlement when the attempt is over. Folding a journal gives
-one row for each attempt, whatever happened in between: FAULTS.md section 6, "Accounting model".
+A worker writes an intent before it sends an attempt, and a settlement when the attempt is over. The replay of a journal
+gives one row for each attempt, whatever happened in between: an attempt without a settlement is charged by its last
+progress.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-JOURNAL = "journal"  # the directory inside of the data directory, for those who write it and who read it
+JOURNAL = "journal"  # the directory inside the data directory
 INTERRUPTED = "interrupted"  # the worker died before it could settle
 
 
@@ -29,7 +30,7 @@ class UsageIntent(msgspec.Struct, frozen=True, tag_field="t", tag="i"):
 
 
 class UsageProgress(msgspec.Struct, frozen=True, tag_field="t", tag="p"):
-    """How far a stream is, about once a second: all that is known of it should its worker die."""
+    """The progress of a stream, written about once a second: what is known of it if its worker dies."""
 
     id: str
     prompt_tokens: int
@@ -39,8 +40,8 @@ class UsageProgress(msgspec.Struct, frozen=True, tag_field="t", tag="p"):
 class UsageSettlement(msgspec.Struct, frozen=True, tag_field="t", tag="s"):
     """An attempt is over.
 
-    Shape: `exact` says that the engine told the tokens, 0 that they are estimated. The tokens are what the engine
-    worked; the billed ones are what the client is charged, which of all attempts of a request only the last one has.
+    Shape: `exact` is 1 for token counts from the engine, 0 for estimates. `prompt_tokens` and `output_tokens` are the
+    engine's work; the billed ones are charged to the client, and only the last attempt of a request has them.
     """
 
     id: str
@@ -59,7 +60,7 @@ _decode = msgspec.json.Decoder(Entry).decode
 
 
 class UsageRow(NamedTuple):
-    """One attempt in the usage book."""
+    """One attempt in the usage table."""
 
     attempt_id: str
     began_ms: int
@@ -79,17 +80,17 @@ class UsageRow(NamedTuple):
 
 
 class OpenAttempt(NamedTuple):
-    """An attempt that is not settled yet, with what was last heard of it."""
+    """An attempt without a settlement, with its last progress."""
 
     intent: UsageIntent
     progress: UsageProgress | None = None
 
 
 def read_entries(data: bytes, is_over: bool) -> tuple[list[Entry], int, int]:
-    """What a piece of a journal says: entries, how many bytes of it are read for good, how many lines are damaged.
+    """Read a piece of a journal: its entries, the bytes that need not be read again, and the damaged lines.
 
-    Shape: a journal ends in zeros up to its file's size. Its writer may be in the middle of a line, unless it
-    `is_over`: then zeros may also stand where a crash of the machine lost a page, and what follows them counts.
+    Shape: a journal is filled with zeros up to its file's size. While it is written, the last line may be incomplete.
+    If it `is_over`, zeros can also be pages that a crash of the machine lost, and the lines after them count.
     Cost: 1 µs an entry.
     """
     if is_over:
@@ -111,13 +112,13 @@ def read_entries(data: bytes, is_over: bool) -> tuple[list[Entry], int, int]:
 
 
 class JournalReplay:
-    """One worker's journal, entry by entry. Shape: `open` are the attempts that are not settled, by id."""
+    """The replay of one worker's journal. Shape: `open_attempts` are the attempts without a settlement, by id."""
 
-    def __init__(self, known: Iterable[OpenAttempt] = ()) -> None:
-        self.open_attempts: dict[str, OpenAttempt] = {one.intent.id: one for one in known}
+    def __init__(self, open_attempts: Iterable[OpenAttempt] = ()) -> None:
+        self.open_attempts: dict[str, OpenAttempt] = {attempt.intent.id: attempt for attempt in open_attempts}
 
     def apply(self, entries: Iterable[Entry]) -> Iterator[UsageRow]:
-        """The rows of what was settled. A settlement without an intent, or a second one, makes none."""
+        """The rows of settled attempts. A settlement without an intent, or a second one, gives no row."""
         for entry in entries:
             match entry:
                 case UsageIntent():
@@ -132,7 +133,7 @@ class JournalReplay:
                         yield _row(known.intent, entry)
 
     def abandon(self, now_ms: int) -> Iterator[UsageRow]:
-        """The worker is dead: what it left open is charged as far as it is known to have come."""
+        """The rows of open attempts after the worker died: charged by their last progress."""
         for intent, progress in self.open_attempts.values():
             prompt, output = (progress.prompt_tokens, progress.output_tokens) if progress is not None else (0, 0)
             yield _row(

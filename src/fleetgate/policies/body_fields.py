@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from fleetgate.core.routing.policy_decision import BodyPath
-from fleetgate.protocols.clients.openai import InvalidBody
+from fleetgate.protocols.json_members import InvalidBody
 
 
 class BodyReader:

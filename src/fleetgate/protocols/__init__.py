@@ -1,1 +1,1 @@
-"""Bytes to events and back, without I/O: one file per client protocol, one per engine's load signals in `engines`."""
+"""Bytes to events and back, without I/O. `clients/` has one file a client protocol, `engines/` one file an engine."""

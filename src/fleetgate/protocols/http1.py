@@ -1,7 +1,7 @@
 """HTTP/1.1 without I/O: strict heads, exact body framing, heads built from templates.
 
-A head must pass two readers: a grammar of our own that allows nothing a smuggler could use, and llhttp. What goes on
-is always written anew; no byte of framing is passed through.
+A head must pass two parsers: a strict grammar that allows nothing request smuggling could use, and llhttp. Heads and
+framing are always written anew; no byte of framing is passed through.
 """
 
 import re
@@ -10,12 +10,12 @@ from http import HTTPStatus
 import httptools
 import msgspec
 
-HEAD_BYTES_MAX = 32 * 1024  # FAULTS.md row 29
+HEAD_BYTES_MAX = 32 * 1024  # faults.md row 29
 HEADERS_MAX = 64
-BODY_BYTES_MAX = 20 * 1024 * 1024  # FAULTS.md row 28
+BODY_BYTES_MAX = 20 * 1024 * 1024  # faults.md row 28
 CHUNK_LINE_BYTES_MAX = 256
 TRAILER_BYTES_MAX = 8 * 1024
-CHUNK_EXCESS_BYTES_MAX = 16 * 1024  # framing beyond the payload it carries; one-byte chunks cost a second a megabyte
+CHUNK_EXCESS_BYTES_MAX = 16 * 1024  # framing beyond the payload; parsing one-byte chunks takes a second a megabyte
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _FIELDS = rb"((?:" + _TOKEN + rb":[\t \x21-\x7e\x80-\xff]*\r\n)*)\r\n"
@@ -33,7 +33,7 @@ HEAD_END = b"\r\n\r\n"
 
 
 class Malformed(Exception):
-    """The peer's bytes are not what HTTP/1.1 allows; `status` is the answer, after which the connection is closed."""
+    """Received bytes break HTTP/1.1 or the protocol above it; after a response of `status` the connection closes."""
 
     def __init__(self, status: int, message: str, code: str = "invalid_request") -> None:
         super().__init__(message)
@@ -43,10 +43,10 @@ class Malformed(Exception):
 
 
 class RequestHead(msgspec.Struct, frozen=True):
-    """A request's head, read and checked.
+    """A request's head, parsed and checked.
 
-    Shape: `headers` has lower-case names; of repeated ones the values are joined with `, `. `content_length` is -1
-    when there is no such header.
+    Shape: `headers` has lower-case names; the values of a repeated one are joined with `, `. `content_length` is -1
+    without such a header.
     """
 
     method: bytes
@@ -62,7 +62,7 @@ class RequestHead(msgspec.Struct, frozen=True):
 
 
 class ResponseHead(msgspec.Struct, frozen=True):
-    """A response's head; `content_length` is -1 when there is no such header."""
+    """A response's head, parsed and checked. Shape: `content_length` is -1 without such a header."""
 
     status: int
     headers: dict[bytes, bytes]
@@ -73,7 +73,7 @@ class ResponseHead(msgspec.Struct, frozen=True):
 
 
 class _Fields:
-    """Collects what llhttp reads."""
+    """Collects the header fields that llhttp finds."""
 
     __slots__ = ("items",)
 
@@ -85,10 +85,10 @@ class _Fields:
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    """Read a whole head, the blank line included.
+    """Parse a whole head, the blank line included.
 
     Raises: `Malformed` with 400, 417, 431 or 505.
-    Cost: 5 µs for six headers; a connection's next head is usually the same bytes, see `HeadMemo`.
+    Cost: 5 µs for six headers; `HeadMemo` spares it if a connection's next head is the same.
     """
     match = _REQUEST.fullmatch(head)
     if match is None:
@@ -98,7 +98,7 @@ def parse_request_head(head: bytes) -> RequestHead:
     try:
         parser.feed_data(head)
     except httptools.HttpParserUpgrade:
-        pass  # Upgrade is never granted; the request goes on as plain HTTP/1.1.
+        pass  # an Upgrade is never granted; the request is served as plain HTTP/1.1
     except httptools.HttpParserError as error:
         raise Malformed(400, f"malformed request head: {error}") from None
     method, target, minor = match[1], match[2], match[3]
@@ -127,9 +127,9 @@ def parse_request_head(head: bytes) -> RequestHead:
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
-    """Read a whole response head, the blank line included.
+    """Parse a whole response head, the blank line included.
 
-    Raises: `Malformed`; the status in it has no meaning here.
+    Raises: `Malformed`; its status has no meaning here.
     Cost: 3 µs for five headers.
     """
     match = _RESPONSE.fullmatch(head)
@@ -139,14 +139,14 @@ def parse_response_head(head: bytes) -> ResponseHead:
     try:
         httptools.HttpResponseParser(fields).feed_data(head)
     except httptools.HttpParserUpgrade:
-        raise Malformed(502, "the upstream switched protocols unasked") from None
+        raise Malformed(502, "the upstream switched protocols without a request for it") from None
     except httptools.HttpParserError as error:
         raise Malformed(502, f"the upstream's response head is malformed: {error}") from None
     headers = _as_dict(fields.items)
     length, chunked = _framing(fields.items, match[1])
     connection = headers.get(b"connection", b"").lower()
     status = int(match[2])
-    if status in (204, 304):  # without a body, whatever it says: a client would take one for the next answer
+    if status in (204, 304):  # no body, even if the head announces one: a client would take it for the next response
         length, chunked = 0, False
     return ResponseHead(
         status=status,
@@ -160,7 +160,7 @@ def parse_response_head(head: bytes) -> ResponseHead:
 
 def _as_dict(items: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     if len(items) > HEADERS_MAX:
-        raise Malformed(431, f"more than {HEADERS_MAX} header fields")
+        raise Malformed(431, f"more than {HEADERS_MAX} header fields; send fewer")
     headers = dict(items)
     if len(headers) != len(items):
         headers = {}
@@ -181,16 +181,16 @@ def _host_of(items: list[tuple[bytes, bytes]], minor: bytes) -> bytes:
 
 
 def _framing(items: list[tuple[bytes, bytes]], minor: bytes) -> tuple[int, bool]:
-    """The body's length and whether it is chunked, where exactly one of the two may say so. FAULTS.md row 30."""
+    """The body's length, and whether it is chunked. Only one of the two may be given. Source: faults.md row 30."""
     lengths = [value for name, value in items if name == b"content-length"]
     codings = [value for name, value in items if name == b"transfer-encoding"]
     if codings:
         if lengths:
-            raise Malformed(400, "Content-Length and Transfer-Encoding together")
+            raise Malformed(400, "Content-Length and Transfer-Encoding are both given; send one of them")
         if len(codings) > 1 or codings[0].lower() != b"chunked":
             raise Malformed(400, "the only Transfer-Encoding supported is chunked")
         if minor == b"0":
-            raise Malformed(400, "Transfer-Encoding in HTTP/1.0")
+            raise Malformed(400, "HTTP/1.0 has no Transfer-Encoding; send Content-Length")
         return -1, True
     if not lengths:
         return -1, False
@@ -200,10 +200,10 @@ def _framing(items: list[tuple[bytes, bytes]], minor: bytes) -> tuple[int, bool]
 
 
 def _explain(head: bytes) -> Malformed:
-    """Why the grammar refused a head, as well as it can be said."""
+    """The most likely reason why the grammar refused a head."""
     line = head.split(b"\n", 1)[0]
     if re.search(rb" HTTP/[02-9]\.?[0-9]?\r?$", line):
-        return Malformed(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        return Malformed(505, "only HTTP/1.0 and HTTP/1.1 are supported")
     if b"\n" in head.replace(b"\r\n", b"") or b"\r" in head.replace(b"\r\n", b""):
         return Malformed(400, "malformed request head: a line must end in CR LF")
     if re.search(rb"\r\n[ \t]", head):
@@ -212,10 +212,11 @@ def _explain(head: bytes) -> Malformed:
 
 
 class HeadMemo:
-    """A connection's last head, known again when it differs in nothing but the digits of Content-Length.
+    """A connection's last head; the next one is not parsed if only the digits of its Content-Length differ.
 
-    SDK clients send the same head every time. Cost: 0.3 µs instead of 5 to 9.
-    Source: HOTPATH.md rule 5.
+    SDK clients send the same head every time.
+
+    Cost: 0.3 µs instead of 5 to 9.
     """
 
     __slots__ = ("_prefix", "_suffix")
@@ -225,7 +226,7 @@ class HeadMemo:
         self._suffix = b""
 
     def keep(self, head: bytes) -> bool:
-        """Remember a head that was parsed with success; False when it has no plain Content-Length."""
+        """Keep a head that was parsed with success; False if it has no plain Content-Length."""
         match = _LENGTH.search(head)
         if match is None:
             self._prefix = b""
@@ -234,7 +235,7 @@ class HeadMemo:
         return True
 
     def recall(self, data: bytes) -> tuple[int, int]:
-        """Where in `data` the remembered head ends, and this one's Content-Length; an end of 0 if it is another."""
+        """Where the kept head ends in `data`, and the Content-Length there; an end of 0 if the head is another."""
         prefix, suffix = self._prefix, self._suffix
         if not prefix or not data.startswith(prefix):
             return 0, 0
@@ -247,7 +248,7 @@ class HeadMemo:
 
 
 def without_empty_lines(data: bytes) -> bytes:
-    """What follows the empty lines that some clients put behind a body. Cost: linear, 0.1 µs where there are none."""
+    """The data without the empty lines that some clients send after a body. Cost: linear, 0.1 µs without such lines."""
     if not data.startswith(b"\r\n"):
         return data
     pairs = (len(data) - len(data.lstrip(b"\r\n"))) // 2
@@ -255,21 +256,23 @@ def without_empty_lines(data: bytes) -> bytes:
 
 
 class ResponseMemo:
-    """An Endpoint's last response head, known again when only its Date and the digits of Content-Length differ.
+    """An Endpoint's last response head; the next one is not parsed if only Date and the digits of its length differ.
 
+    Shape: `passed` are the header lines for the client, `passed_by` the protocol that chose them; the caller sets both.
     Cost: 0.4 µs instead of 4, once a second 0.6.
     """
 
-    __slots__ = ("_after_date", "_after_length", "_before", "_begin", "_head", "passed")
+    __slots__ = ("_after_date", "_after_length", "_before", "_begin", "_head", "passed", "passed_by")
 
     def __init__(self) -> None:
         self._head: ResponseHead | None = None
         self._before = self._after_date = self._after_length = b""
-        self._begin = b""  # up to the digits, with the last Date seen: it is the same for a second
-        self.passed = b""  # for the owner: what it made of the head
+        self._begin = b""  # up to the digits of the length, with the last Date: that stays the same for a second
+        self.passed = b""
+        self.passed_by: object = None
 
     def keep(self, head_bytes: bytes, head: ResponseHead) -> None:
-        """Remember a head that was parsed with success, if it has a Date before its Content-Length or no length."""
+        """Keep a head that was parsed with success, if a Date comes before its Content-Length, or it is chunked."""
         self._head = None
         date, length = _DATE.search(head_bytes), _LENGTH_ANY_CASE.search(head_bytes)
         if (
@@ -285,7 +288,7 @@ class ResponseMemo:
         self._begin = head_bytes[: length.start(1) if length else len(head_bytes)]
 
     def recall(self, data: bytes) -> tuple[ResponseHead, int, int] | None:
-        """The remembered head, its end in `data` and this one's Content-Length (-1 for none), if all else is equal."""
+        """The kept head, its end in `data` and the Content-Length there (-1 for none); None if the head is another."""
         known = self._head
         if known is None or not (data.startswith(self._begin) or self._has_new_date(data)):
             return None
@@ -299,7 +302,7 @@ class ResponseMemo:
         return known, stop + len(after), int(digits)
 
     def _has_new_date(self, data: bytes) -> bool:
-        """Whether a head begins as the remembered one but for its Date, which is then remembered too."""
+        """Whether a head begins like the kept one except for its Date; if so, keep that Date."""
         before, middle = self._before, self._after_date
         date_end = len(before) + _DATE_BYTES
         date = data[len(before) : date_end]
@@ -310,11 +313,11 @@ class ResponseMemo:
 
 
 class ChunkedBody:
-    """Takes chunked framing off, strictly.
+    """Removes chunked framing, strictly.
 
-    Shape: `feed` returns the payload in `data`; when `done`, `rest` holds what came after the body. `at_boundary` says
-    whether the next byte begins a chunk's size line.
-    Raises: `Malformed` when the framing is not exact.
+    Shape: when `done`, `rest` holds the bytes after the body. `at_boundary` tells that the next byte begins a chunk's
+    size line.
+    Raises: `Malformed` if the framing is not exact.
     """
 
     __slots__ = ("_buffer", "_excess_bytes", "_left", "_state", "_trailer_bytes", "at_boundary", "done", "rest")
@@ -330,7 +333,7 @@ class ChunkedBody:
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Payload bytes of what came; may be empty."""
+        """The payload in `data`; may be empty."""
         buffer = self._buffer + data if self._buffer else data
         at, parts = 0, []
         while not self.done:
@@ -345,10 +348,10 @@ class ChunkedBody:
             elif self._state == 2:
                 if len(buffer) - at < 2:
                     if buffer[at:] not in (b"", b"\r"):
-                        raise Malformed(400, "malformed chunk: no CR LF after its data")
+                        raise Malformed(400, "malformed chunk: CR LF is missing after the data")
                     break
                 if buffer[at : at + 2] != b"\r\n":
-                    raise Malformed(400, "malformed chunk: no CR LF after its data")
+                    raise Malformed(400, "malformed chunk: CR LF is missing after the data")
                 at += 2
                 self._state = 0
             else:
@@ -365,14 +368,14 @@ class ChunkedBody:
 
     def _check_line_length(self, length: int) -> None:
         if length > (TRAILER_BYTES_MAX if self._state == 3 else CHUNK_LINE_BYTES_MAX):
-            raise Malformed(400, "malformed chunk: its size line or trailer is too long")
+            raise Malformed(400, "malformed chunk: the size line or a trailer is too long")
 
     def _line(self, line: bytes) -> None:
         self._check_line_length(len(line))
-        if self._state == 3:  # trailers are read to their end and dropped
+        if self._state == 3:  # trailers are parsed to their end and dropped
             self._trailer_bytes += len(line) + 2
             if self._trailer_bytes > TRAILER_BYTES_MAX:
-                raise Malformed(431, "trailers too large")
+                raise Malformed(431, f"the trailers are larger than {TRAILER_BYTES_MAX} bytes")
             if line and not re.fullmatch(_TOKEN + rb":[\t \x21-\x7e\x80-\xff]*", line):
                 raise Malformed(400, "malformed trailer")
             self.done = not line
@@ -383,12 +386,12 @@ class ChunkedBody:
         self._left = int(match[1], 16)
         self._excess_bytes = max(0, self._excess_bytes + len(line) + 4 - self._left)
         if self._excess_bytes > CHUNK_EXCESS_BYTES_MAX:
-            raise Malformed(400, "malformed chunks: far more framing than payload")
+            raise Malformed(400, "malformed chunks: far more framing than payload; send larger chunks")
         self._state = 1 if self._left else 3
 
 
 def chunk(payload: bytes) -> bytes:
-    """One chunk."""
+    """The payload as one chunk."""
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
@@ -396,7 +399,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def status_line(status: int) -> bytes:
-    """`HTTP/1.1 404 Not Found` with its line end."""
+    """The status line, for example `HTTP/1.1 404 Not Found`, with its line end."""
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:

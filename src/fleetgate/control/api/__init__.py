@@ -1,1 +1,1 @@
-"""The REST API, one module per resource."""
+"""The REST API; each resource has a module."""

@@ -1,4 +1,4 @@
-"""The operations side put together: API, console, health and metrics behind one guard."""
+"""The application of the operations port: API, console, health and metrics behind one middleware."""
 
 from typing import Any
 
@@ -11,13 +11,11 @@ from fleetgate.control.api import (
     calibrations,
     errors,
     faults,
+    live_state,
     ops,
     reload,
     resources,
     usage,
-)
-from fleetgate.control.api import (
-    live_state as state,
 )
 from fleetgate.control.api.auth_middleware import AuthMiddleware
 from fleetgate.control.calibration.jobs import Calibrations
@@ -30,21 +28,21 @@ _SCHEMAS = "#/components/schemas/{model}"
 
 
 class ApplyRequest(BaseModel):
-    """Documents of any kind, applied together or not at all."""
+    """Documents of any kind, applied as a whole or not at all."""
 
     documents: list[dict[str, Any]]
     dry_run: bool = False
-    confirmed: bool = False  # do it although it takes many Endpoints away
+    confirmed: bool = False  # apply even if it removes many Endpoints
 
 
-def create_app(control: Control, hosts: list[str], injected: FaultService | None = None) -> FastAPI:
-    """The ASGI application; `hosts` are the names it answers to beside localhost and IP addresses."""
+def create_app(control: Control, hosts: list[str], fault_service: FaultService | None = None) -> FastAPI:
+    """The ASGI application. Shape: `hosts` are the allowed Host names beside localhost and IP addresses."""
     app = FastAPI(
         title="Fleetgate",
         version="1",
         description="One stable endpoint in front of inference Deployments in any region.",
         openapi_url=OPENAPI_PATH,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other sites
         redoc_url=None,
         separate_input_output_schemas=False,
     )
@@ -54,22 +52,22 @@ def create_app(control: Control, hosts: list[str], injected: FaultService | None
     app.include_router(calibrations.routes(Calibrations(control)))
     app.include_router(apply.routes(control))
     app.include_router(reload.routes(control))
-    app.include_router(faults.routes(control, injected or FaultService(control)))
+    app.include_router(faults.routes(control, fault_service or FaultService(control)))
     app.include_router(usage.routes(control))
-    app.include_router(state.routes(control))
+    app.include_router(live_state.routes(control))
     app.include_router(ops.routes(control))
     app.add_middleware(AuthMiddleware, owner_token=control.data_dir.owner_token, hosts=hosts)
-    _describe_documents(app)
+    _add_document_schemas(app)
     return app
 
 
-def _describe_documents(app: FastAPI) -> None:
-    """Add the documents' schemas, which the routes check themselves so as to list every mistake at once."""
-    plain = app.openapi
+def _add_document_schemas(app: FastAPI) -> None:
+    """Add the schemas of documents. The routes validate documents themselves, to report every mistake at once."""
+    base_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            described = plain()
+            described = base_openapi()
             models: list[type[BaseModel]] = [*KINDS.values(), ApplyRequest, errors.ErrorAnswer]
             _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_SCHEMAS)
             components = described.setdefault("components", {})

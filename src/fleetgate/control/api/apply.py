@@ -1,15 +1,15 @@
-"""Whole sets of documents, all or nothing; and what happened, in sentences."""
+"""Sets of documents, applied as a whole or not at all; and the Events."""
 
 import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from fleetgate.control.api import views as shown
+from fleetgate.control.api import views
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.request_bodies import read_json
-from fleetgate.control.api.resources import ERRORS, outcome
-from fleetgate.control.context import Control, changed_anything
+from fleetgate.control.api.resources import ERRORS, result_fields
+from fleetgate.control.context import Control, has_changes
 from fleetgate.control.resources.apply import API
 from fleetgate.control.store import repository as rows
 
@@ -28,14 +28,14 @@ def routes(control: Control) -> APIRouter:
 
     @router.post("/apply", operation_id="apply", summary="Apply documents, all or none", openapi_extra=body)
     async def apply(request: Request) -> dict[str, Any]:
-        documents, dry_run, confirmed = _taken_apart(await read_json(request))
-        checked = await control.changes.check(documents, API)
-        results = await asyncio.to_thread(control.changes.apply, checked, API, dry_run, confirmed)
-        if changed_anything(results) and not dry_run:
-            await control.adopted(all(result.kind == "Key" for result in results))
-        return {"dry_run": dry_run, "results": [outcome(result) for result in results]}
+        documents, dry_run, confirmed = _parse_body(await read_json(request))
+        checked = await control.writer.check(documents, API)
+        results = await asyncio.to_thread(control.writer.apply, checked, API, dry_run, confirmed)
+        if has_changes(results) and not dry_run:
+            await control.wait_adopted(all(result.kind == "Key" for result in results))
+        return {"dry_run": dry_run, "results": [result_fields(result) for result in results]}
 
-    @router.get("/events", operation_id="list_events", summary="What happened, oldest first")
+    @router.get("/events", operation_id="list_events", summary="Events, oldest first")
     def events(
         limit: Annotated[int, Query(ge=1, le=EVENTS_MAX)] = 100,
         after: Annotated[int, Query(ge=0, le=2**53)] = 0,
@@ -45,12 +45,12 @@ def routes(control: Control) -> APIRouter:
         of = (kind, name) if kind and name else None
         with control.database.read() as connection:
             found = rows.load_events(connection, after, limit, of)
-        return {"items": [shown.event(kept) for kept in found]}
+        return {"items": [views.event_view(event) for event in found]}
 
     return router
 
 
-def _taken_apart(value: Any) -> tuple[list[Any], bool, bool]:
+def _parse_body(value: Any) -> tuple[list[Any], bool, bool]:
     match value:
         case {"documents": list() as documents, **rest}:
             dry_run, confirmed = _flag(rest, "dry_run"), _flag(rest, "confirmed")
@@ -67,4 +67,4 @@ def _flag(fields: dict[Any, Any], name: str) -> bool:
         case bool() as flag:
             return flag
         case _:
-            raise ApiError(422, f"{name} is not true or false; correct it or leave it out")
+            raise ApiError(422, f"{name} is not true or false; correct it or omit it")

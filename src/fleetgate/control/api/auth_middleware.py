@@ -1,4 +1,4 @@
-"""What every request to the operations side passes first: a known Host, the owner's token, and safe headers back."""
+"""The middleware of the operations port: it checks Host and owner token and adds security headers to responses."""
 
 import hmac
 import ipaddress
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fleetgate.control.api.errors import answer
+from fleetgate.control.api.errors import error_response
 
 _OPEN_PATHS = frozenset({"/api/v1/openapi.json"})
 _SAFE_HEADERS = {
@@ -22,7 +22,7 @@ _SAFE_HEADERS = {
 
 
 class AuthMiddleware:
-    """ASGI middleware. Shape: `hosts` are the names, beside localhost and IP addresses, that may be asked for."""
+    """ASGI middleware. Shape: `hosts` are the allowed Host names beside localhost and IP addresses."""
 
     def __init__(self, app: ASGIApp, owner_token: str, hosts: Iterable[str]) -> None:
         self._app = app
@@ -30,7 +30,7 @@ class AuthMiddleware:
         self._hosts = {"localhost", *(host.lower().rstrip(".") for host in hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on with the safe headers added to the answer."""
+        """Refuse a request or pass it on, and add the security headers to the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -46,19 +46,20 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         path: str = scope["path"]
         if not self.knows_host(headers.getlist("host")):
-            # A page elsewhere whose name was pointed at this address (DNS rebinding) names its own host.
-            refused = answer(
-                421, "this Host is not known here; use localhost, the IP address or a name of --api-listen"
+            # A page of another site whose name now resolves to this address (DNS rebinding) sends that name as Host.
+            refused = error_response(
+                421,
+                "the Host header names no host of this API; use localhost, the IP address or a name of --api-listen",
             )
             await refused(scope, receive, send_safe)
         elif path.startswith("/api/") and path not in _OPEN_PATHS and not self._is_owner(headers):
-            text = "the owner's token is missing or wrong; send `Authorization: Bearer` with DATA_DIR/owner-token"
-            await answer(401, text)(scope, receive, send_safe)
+            text = "the owner token is missing or wrong; send `Authorization: Bearer` with DATA_DIR/owner-token"
+            await error_response(401, text)(scope, receive, send_safe)
         else:
             await self._app(scope, receive, send_safe)
 
     def knows_host(self, given: list[str]) -> bool:
-        """Whether the one Host header names this listener."""
+        """Whether there is one Host header and it names this listener."""
         if len(given) != 1:
             return False
         host = given[0].strip().lower()

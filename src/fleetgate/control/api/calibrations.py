@@ -1,4 +1,4 @@
-"""Calibrations of a Deployment over REST: begin or try one, look at it, cancel it."""
+"""Calibrations of a Deployment over REST: plan, start, read and cancel."""
 
 from typing import Annotated, Any
 
@@ -18,9 +18,9 @@ Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
 class CalibrationRequest(Part):
-    """What is to be measured.
+    """A calibration to start.
 
-    Units: `requests_max` and `tokens_max` bound what is sent; `tpot_s` and `ttft_s` are what answers are held to.
+    Units: `requests_max` and `tokens_max` limit what is sent; `tpot_s` and `ttft_s` are the targets of the responses.
     """
 
     model: Annotated[str, Field(max_length=256)] = ""
@@ -35,7 +35,7 @@ class CalibrationRequest(Part):
 
 
 class RoundShown(Part):
-    """Requests that start together."""
+    """A round of requests that start together."""
 
     measures: str
     at_once: int
@@ -44,7 +44,7 @@ class RoundShown(Part):
 
 
 class PlanShown(Part):
-    """What would be sent at most. Units: `expected_s` is a guess at how long it takes."""
+    """The most that a calibration would send. Units: `expected_s` is an estimate of its duration."""
 
     deployment: str
     model: str
@@ -58,7 +58,7 @@ class PlanShown(Part):
 
 
 class CalibrationShown(Part):
-    """A calibration. Shape: `state` is running, done, failed or cancelled; `profile` what was written in the end."""
+    """A calibration. Shape: `state` is running, done, failed or cancelled; `profile` is the written Profile, if any."""
 
     id: str
     deployment: str
@@ -86,56 +86,56 @@ def routes(calibrations: Calibrations) -> APIRouter:
     @router.post(
         "",
         operation_id="calibrate_deployment",
-        summary="Measure what a replica takes and write a Profile; `dry_run` only says what would be sent",
+        summary="Measure the capacity of a replica and write a Profile; `dry_run` only returns the plan",
         response_model=PlanShown,
         responses={202: {"model": CalibrationShown}},
     )
-    async def create(name: str, asked: CalibrationRequest) -> JSONResponse:
+    async def create(name: str, body: CalibrationRequest) -> JSONResponse:
         order = CalibrationOrder(
-            model=asked.model,
-            profile=asked.profile or "",
-            budget=SweepBudget(asked.requests_max, asked.tokens_max),
-            tpot_s=asked.tpot_s,
-            ttft_s=asked.ttft_s,
-            force=asked.force,
-            use=asked.use,
+            model=body.model,
+            profile=body.profile or "",
+            budget=SweepBudget(body.requests_max, body.tokens_max),
+            tpot_s=body.tpot_s,
+            ttft_s=body.ttft_s,
+            force=body.force,
+            use=body.use,
         )
         plan = await calibrations.plan(name, order)
         if plan is None:
-            raise _absent(name)
-        if asked.dry_run:
-            return JSONResponse(_plan(plan).model_dump())
-        return JSONResponse(_shown(await calibrations.start(plan, order)).model_dump(), 202)
+            raise _not_found(name)
+        if body.dry_run:
+            return JSONResponse(_plan_view(plan).model_dump())
+        return JSONResponse(_job_view(await calibrations.start(plan, order)).model_dump(), 202)
 
-    @router.get("", operation_id="list_calibrations", summary="Calibrations since the control process began")
+    @router.get("", operation_id="list_calibrations", summary="Calibrations since the start of the control process")
     def list_all(name: str) -> CalibrationList:
-        return CalibrationList(items=[_shown(job) for job in calibrations.of(name)])
+        return CalibrationList(items=[_job_view(job) for job in calibrations.of(name)])
 
-    @router.get("/{id}", operation_id="get_calibration", summary="One calibration: how far it is, or how it ended")
+    @router.get("/{id}", operation_id="get_calibration", summary="One calibration: its progress or its result")
     def get(name: str, id: str) -> CalibrationShown:
-        return _shown(_found(calibrations, name, id))
+        return _job_view(_find_job(calibrations, name, id))
 
-    @router.delete("/{id}", operation_id="cancel_calibration", summary="Cancel; what has ended stays as it is")
+    @router.delete("/{id}", operation_id="cancel_calibration", summary="Cancel a calibration that has not ended")
     async def cancel(name: str, id: str) -> CalibrationShown:
-        job = _found(calibrations, name, id)
+        job = _find_job(calibrations, name, id)
         await calibrations.cancel(job)
-        return _shown(job)
+        return _job_view(job)
 
     return router
 
 
-def _found(calibrations: Calibrations, name: str, job_id: str) -> CalibrationJob:
+def _find_job(calibrations: Calibrations, name: str, job_id: str) -> CalibrationJob:
     job = calibrations.get(name, job_id)
     if job is None:
         raise ApiError(
             404,
-            f"Deployment {name[:63]!r} has no calibration {job_id[:32]!r}; a control process that is started again "
-            "forgets them, and what had not ended wrote nothing",
+            f"Deployment {name[:63]!r} has no calibration {job_id[:32]!r}; start a new one: a restart of the control "
+            "process ends all calibrations, and an unfinished one writes nothing",
         )
     return job
 
 
-def _plan(plan: CalibrationPlan) -> PlanShown:
+def _plan_view(plan: CalibrationPlan) -> PlanShown:
     return PlanShown(
         deployment=plan.deployment.name,
         model=plan.model,
@@ -157,7 +157,7 @@ def _plan(plan: CalibrationPlan) -> PlanShown:
     )
 
 
-def _shown(job: CalibrationJob) -> CalibrationShown:
+def _job_view(job: CalibrationJob) -> CalibrationShown:
     return CalibrationShown(
         id=job.id,
         deployment=job.plan.deployment.name,
@@ -173,5 +173,5 @@ def _shown(job: CalibrationJob) -> CalibrationShown:
     )
 
 
-def _absent(name: str) -> ApiError:
+def _not_found(name: str) -> ApiError:
     return ApiError(404, f"there is no Deployment {name[:63]!r}; list them with GET /api/v1/deployments")

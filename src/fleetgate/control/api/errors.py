@@ -1,4 +1,4 @@
-"""Answers to what went wrong: always JSON of one shape, never a trace."""
+"""Error responses: always JSON of one shape, never a traceback."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 
 class ErrorItem(BaseModel):
-    """One mistake: where, what, and how to mend it. `document` counts from 0."""
+    """One mistake: its path, its message and its fix. Shape: `document` is its index in the given list."""
 
     path: str
     message: str
@@ -28,9 +28,10 @@ class ErrorItem(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong; `generation` is the stored one where another was given.
+    """An error.
 
-    With `needs_confirmation` nothing is wrong, but much is taken away: the same again with `confirmed` does it.
+    Shape: `generation` is the stored one if another was given. `needs_confirmation` means that the change is valid but
+    removes many Endpoints; the same request with `confirmed` applies it.
     """
 
     message: str
@@ -40,7 +41,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Every answer with a status of 400 or above."""
+    """The body of every response with a status of 400 or above."""
 
     error: ErrorBody
 
@@ -53,8 +54,10 @@ class ApiError(Exception):
         self.status = status
 
 
-def answer(status: int, message: str, problems: Iterable[Problem] = (), generation: int | None = None) -> JSONResponse:
-    """An error answer."""
+def error_response(
+    status: int, message: str, problems: Iterable[Problem] = (), generation: int | None = None
+) -> JSONResponse:
+    """An error response."""
     body: dict[str, Any] = {
         "message": message,
         "errors": [{"path": p.path, "message": p.message, "fix": p.fix, "document": p.document} for p in problems],
@@ -66,19 +69,19 @@ def answer(status: int, message: str, problems: Iterable[Problem] = (), generati
 
 
 def install(app: FastAPI) -> None:
-    """Give each named failure its answer."""
+    """Register the error response of each exception."""
 
     @app.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> JSONResponse:
-        return answer(error.status, str(error))
+        return error_response(error.status, str(error))
 
     @app.exception_handler(ResourceRefused)
     async def _refused(_: Request, error: ResourceRefused) -> JSONResponse:
-        return answer(409 if error.conflict else 422, error.message, error.problems)
+        return error_response(409 if error.conflict else 422, error.message, error.problems)
 
     @app.exception_handler(GenerationConflict)
     async def _stale(_: Request, error: GenerationConflict) -> JSONResponse:
-        return answer(409, str(error), generation=error.current)
+        return error_response(409, str(error), generation=error.current)
 
     @app.exception_handler(ConfirmationRequired)
     async def _unconfirmed(_: Request, error: ConfirmationRequired) -> JSONResponse:
@@ -88,13 +91,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(DataDirUnusable)
     async def _unusable(_: Request, error: DataDirUnusable) -> JSONResponse:
         log.error("store_unusable", reason=str(error))
-        return answer(503, f"nothing was changed: {error}")
+        return error_response(503, f"nothing was changed: {error}")
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        answered = answer(error.status_code, str(error.detail))
-        answered.headers.update(error.headers or {})
-        return answered
+        response = error_response(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -102,9 +105,9 @@ def install(app: FastAPI) -> None:
             Problem(path_of(item["loc"]), str(item["msg"]).lower(), "correct it, see /api/v1/openapi.json")
             for item in error.errors()
         ]
-        return answer(422, "the request has mistakes", problems)
+        return error_response(422, "the request has mistakes", problems)
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> JSONResponse:
         log.error("request_failed", exc_info=error)
-        return answer(500, "this is a fault in Fleetgate; the log of the control process has more")
+        return error_response(500, "internal error; search the log of the control process for `request_failed`")

@@ -15,16 +15,16 @@ from fleetgate.control.store.database import Database
 
 
 def description() -> str:
-    """The document's text, the same for the same code."""
+    """The text of the document; the same code gives the same text."""
     with tempfile.TemporaryDirectory() as folder:
         data_dir = open_data_dir(Path(folder))
         database = Database(data_dir.database)
         publisher = Publisher(database, data_dir, (), dict)
         config = ControlConfig(data_dir=folder, api_fd=-1, board_fd=-1, workers=1)
         control = Control(config, data_dir, database, ResourceWriter(database, data_dir), publisher)
-        described = create_app(control, []).openapi()
+        document = create_app(control, []).openapi()
         database.close()
-    return json.dumps(described, indent=2, sort_keys=True) + "\n"
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":

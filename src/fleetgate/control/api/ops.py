@@ -29,7 +29,7 @@ def routes(control: Control) -> APIRouter:
 
     @router.api_route("/readyz", methods=["GET", "HEAD"])
     async def readyz() -> JSONResponse:
-        board, publisher, now_s = control.board, control.publisher, time.monotonic()
+        board, publisher, now_s = control.shared_memory, control.publisher, time.monotonic()
         serving = control.config.serving or control.config.workers
         reasons = reasons_against(board, serving, publisher.current, control.started, now_s)
         return JSONResponse(

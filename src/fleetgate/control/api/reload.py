@@ -1,4 +1,4 @@
-"""A rolling upgrade over REST: the processes of this machine are replaced by ones with the code on disk."""
+"""A rolling upgrade over REST: processes with the code on disk replace the processes of this machine."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from fleetgate.ipc.shared_memory import WorkerCell
 
 
 class ReloadBegun(Part):
-    """What is being replaced. Shape: the process ids of the workers that accepted when it began."""
+    """A rolling upgrade. Shape: `replaced_pids` are the process ids of the workers that accepted when it began."""
 
     replaced_pids: list[int]
 
@@ -27,20 +27,21 @@ def routes(control: Control) -> APIRouter:
         "/reload",
         operation_id="reload",
         status_code=202,
-        summary="Replace all workers, then the control process, by ones with the code on disk; nothing is cut",
+        summary="Replace all workers, then the control process, by processes with the code on disk; no request is lost",
     )
     def reload() -> ReloadBegun:
-        board = control.board
-        if board is None or not control.config.supervised:
-            raise ApiError(409, "this control process has no supervisor; it was not started by `fleetgate up`")
+        shared_memory = control.shared_memory
+        if shared_memory is None or not control.config.supervised:
+            raise ApiError(409, "this control process has no supervisor; start Fleetgate with `fleetgate up`")
         if control.config.config_file:
             mistakes = check_file(control.config.config_file, control.data_dir.path)
-            if mistakes:  # the new control process would read it, and go on without
+            if mistakes:  # the new control process would read the file and continue without it
                 raise ApiError(422, "\n".join(["nothing was replaced, because the file has mistakes:", *mistakes]))
-        accepting = [worker for worker in board.present() if board.get(worker, WorkerCell.ACCEPTING)]
+        accepting = [worker for worker in shared_memory.present() if shared_memory.get(worker, WorkerCell.ACCEPTING)]
         if not accepting:
-            raise ApiError(409, "no worker serves: this machine is starting or stopping; try again when /readyz is 200")
+            text = "no worker accepts requests: this machine starts or stops; try again when /readyz returns 200"
+            raise ApiError(409, text)
         os.kill(os.getppid(), signal.SIGHUP)
-        return ReloadBegun(replaced_pids=[board.get(worker, WorkerCell.PID) for worker in accepting])
+        return ReloadBegun(replaced_pids=[shared_memory.get(worker, WorkerCell.PID) for worker in accepting])
 
     return router

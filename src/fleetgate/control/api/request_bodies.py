@@ -1,4 +1,4 @@
-"""Request bodies: read whole, within bounds, as strict JSON."""
+"""Request bodies: read completely, up to a limit, and decoded as strict JSON."""
 
 from typing import Any
 
@@ -7,20 +7,22 @@ from fastapi import Request
 
 from fleetgate.control.api.errors import ApiError
 
-BODY_BYTES_MAX = 16 * 1024 * 1024  # the CLI's own bound for a file
+BODY_BYTES_MAX = 16 * 1024 * 1024  # the CLI's own limit for a file
 _decoder = msgspec.json.Decoder()
 
 
 async def read_json(request: Request) -> Any:
-    """The body's value. Raises: `ApiError` 413 or 400.
+    """The body's value.
 
-    The content type is not asked: the token, not the type, keeps other sites out, and `curl -d` names a wrong one.
+    The content type is ignored: the token keeps requests of other sites out, and `curl -d` sends a wrong type.
+
+    Raises: `ApiError` 413 or 400.
     """
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > BODY_BYTES_MAX:
-            raise ApiError(413, f"the body is over {BODY_BYTES_MAX} bytes; split it")
+            raise ApiError(413, f"the body is larger than {BODY_BYTES_MAX} bytes; split it")
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
@@ -29,7 +31,7 @@ async def read_json(request: Request) -> Any:
 
 
 async def read_document(request: Request, kind: str, name: str | None) -> dict[str, Any]:
-    """A resource document whose kind, and name where the path has one, may be left out.
+    """A resource document. Its kind, and its name if the path has one, may be omitted.
 
     Raises: `ApiError`.
     """
@@ -40,16 +42,16 @@ async def read_document(request: Request, kind: str, name: str | None) -> dict[s
         case _:
             raise ApiError(422, f"the body is not a mapping; send a {kind} document")
     if document.get("kind", kind) != kind:
-        raise ApiError(422, f"the body is of another kind than the path; send kind {kind} or leave `kind` out")
+        raise ApiError(422, f"`kind` of the body does not match the path; send kind {kind} or omit `kind`")
     if name is not None and document.get("name", name) != name:
-        raise ApiError(422, f"the body has another name than the path; send name {name!r} or leave `name` out")
+        raise ApiError(422, f"`name` of the body does not match the path; send name {name!r} or omit `name`")
     if name is not None:
         document["name"] = name
     return {"kind": kind, **document}
 
 
 def if_match(request: Request) -> int | None:
-    """The generation in If-Match, None without one. Raises: `ApiError` 400."""
+    """The generation in If-Match, or None without it. Raises: `ApiError` 400."""
     text = request.headers.get("if-match", "*").strip().removeprefix("W/").strip('"')
     if text == "*":
         return None

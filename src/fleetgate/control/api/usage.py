@@ -1,4 +1,4 @@
-"""What was used, over REST: sums by key, Gateway, model, Deployment and hour, and the attempts of one request."""
+"""Usage over REST: sums by key, Gateway, model, Deployment and hour, and the attempts of one request."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -8,20 +8,21 @@ from pydantic import Field
 
 from fleetgate.control.api.errors import ApiError
 from fleetgate.control.api.resources import ERRORS
-from fleetgate.control.api.views import moment
+from fleetgate.control.api.views import rfc3339
 from fleetgate.control.context import Control
 from fleetgate.control.resources.schema import Part
 from fleetgate.control.store import usage
 
-By = Literal["hour", "key", "gateway", "model", "deployment"]
-DEFAULT_BY: list[By] = ["key", "gateway", "model", "deployment"]
+GroupBy = Literal["hour", "key", "gateway", "model", "deployment"]
+DEFAULT_BY: list[GroupBy] = ["key", "gateway", "model", "deployment"]
 
 
 class UsageSum(Part):
-    """A sum. Shape: what was not grouped by is absent.
+    """A sum of usage.
 
-    Units: the billed tokens are what clients are charged, the others what engines worked; `estimated` of the attempts
-    ended before their engine told its tokens.
+    Units: clients are charged for the billed tokens, engines processed the others; `estimated` counts the attempts that
+    ended before their engine reported token counts.
+    Shape: a field that is not grouped by is absent.
     """
 
     hour: str | None = None
@@ -38,13 +39,13 @@ class UsageSum(Part):
 
 
 class UsageList(Part):
-    """Sums, in the order of what they are grouped by."""
+    """Sums in the order of their groups."""
 
     items: list[UsageSum]
 
 
 class Attempt(Part):
-    """One attempt of a request. Shape: `exact` says that the engine told the tokens."""
+    """One attempt of a request. Shape: `exact` is true if the engine reported the token counts."""
 
     attempt_id: str
     began_at: str
@@ -64,18 +65,20 @@ class Attempt(Part):
 
 
 class RequestUsage(Part):
-    """What one request used."""
+    """The usage of one request."""
 
     name: str
     attempts: list[Attempt]
 
 
-class Asked(Part):
-    """Which sums."""
+class UsageQuery(Part):
+    """The groups and the filter of the sums."""
 
-    by: list[By] = Field(DEFAULT_BY, description="What to sum by; repeatable. Without it by all but the hour.")
-    since: str = Field("", description="From the hour of this time on, like 2030-01-31T12:00:00Z.")
-    until: str = Field("", description="Up to the hour of this time.")
+    by: list[GroupBy] = Field(
+        DEFAULT_BY, description="A field to group by; repeatable. The default is every field but the hour."
+    )
+    since: str = Field("", description="Include hours from the hour of this time, like 2030-01-31T12:00:00Z.")
+    until: str = Field("", description="Include hours that begin before this time.")
     key: str = ""
     gateway: str = ""
     model: str = ""
@@ -86,17 +89,17 @@ def routes(control: Control) -> APIRouter:
     """`/api/v1/usage`."""
     router = APIRouter(prefix="/api/v1/usage", tags=["usage"], responses=ERRORS)
 
-    @router.get("", operation_id="sum_usage", summary="Sums of what was used")
-    def sums(asked: Annotated[Asked, Query()]) -> UsageList:
-        given = {name: getattr(asked, name) for name in usage.NAMES}
+    @router.get("", operation_id="sum_usage", summary="Sums of usage")
+    def sums(query: Annotated[UsageQuery, Query()]) -> UsageList:
+        given = {name: getattr(query, name) for name in usage.NAMES}
         where = {name: value for name, value in given.items() if value}
-        groups = list(dict.fromkeys(asked.by))
-        since_ms, until_ms = _ms(asked.since, "since"), _ms(asked.until, "until")
+        groups = list(dict.fromkeys(query.by))
+        since_ms, until_ms = _ms(query.since, "since"), _ms(query.until, "until")
         with control.database.read() as connection:
             found = usage.load_sums(connection, groups, where, since_ms, until_ms)
         for one in found:
             if "hour" in one:
-                one["hour"] = moment(one["hour"] * usage.HOUR_MS / 1000)
+                one["hour"] = rfc3339(one["hour"] * usage.HOUR_MS / 1000)
         return UsageList(items=[UsageSum(**one) for one in found])
 
     @router.get("/{request_id}", operation_id="get_usage", summary="The attempts of one request")
@@ -106,7 +109,7 @@ def routes(control: Control) -> APIRouter:
         if not found:
             raise ApiError(
                 404,
-                f"no attempt of a request {request_id[:63]!r} is known; attempts are here a second after they end, "
+                f"there is no attempt of a request {request_id[:63]!r}; attempts appear a second after they end, "
                 f"and the last {usage.ROWS_KEPT:,} are kept",
             )
         return RequestUsage(name=request_id, attempts=[_attempt(row) for row in found])
@@ -115,7 +118,7 @@ def routes(control: Control) -> APIRouter:
 
 
 def _attempt(row: dict[str, object]) -> Attempt:
-    times = {f"{name}_at": moment(float(str(row.pop(f"{name}_ms"))) / 1000) for name in ("began", "ended")}
+    times = {f"{name}_at": rfc3339(float(str(row.pop(f"{name}_ms"))) / 1000) for name in ("began", "ended")}
     row.pop("id")
     return Attempt(**times, **row)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Resources as the API answers them."""
+"""Resources and Events as the API returns them."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,38 +9,38 @@ from fleetgate.control.resources.schema import Key
 from fleetgate.control.store.repository import Event, StoredKey, StoredResource
 
 
-def document(stored: StoredResource, key: StoredKey | None = None) -> dict[str, Any]:
-    """A resource with its defaults filled in, its generation and its dates; never a secret."""
+def resource_view(stored: StoredResource, key: StoredKey | None = None) -> dict[str, Any]:
+    """A resource with its defaults, its generation and its dates, without secrets."""
     resource = parse_stored(stored)
     fields = full_document(resource)
     fields.pop("value", None)
-    shown = {"kind": fields.pop("kind"), "name": fields.pop("name"), **fields}
+    view = {"kind": fields.pop("kind"), "name": fields.pop("name"), **fields}
     match resource:
         case Key(expires=expires):
-            ends_s = expires_at_s(expires, stored.created_s)
-            if ends_s:
-                shown["expires_at"] = moment(ends_s)
+            expires_s = expires_at_s(expires, stored.created_s)
+            if expires_s:
+                view["expires_at"] = rfc3339(expires_s)
             if key is not None:
-                shown["id"] = key.id
+                view["id"] = key.id
     return {
-        **shown,
+        **view,
         "generation": stored.generation,
-        "created_at": moment(stored.created_s),
-        "updated_at": moment(stored.updated_s),
+        "created_at": rfc3339(stored.created_s),
+        "updated_at": rfc3339(stored.updated_s),
     }
 
 
-def event(kept: Event) -> dict[str, Any]:
+def event_view(event: Event) -> dict[str, Any]:
     """An Event."""
     return {
         "kind": "Event",
-        "id": kept.id,
-        "at": moment(kept.at_s),
-        "object": {"kind": kept.kind, "name": kept.name},
-        "sentence": kept.sentence,
+        "id": event.id,
+        "at": rfc3339(event.at_s),
+        "object": {"kind": event.kind, "name": event.name},
+        "sentence": event.sentence,
     }
 
 
-def moment(at_s: float) -> str:
-    """RFC 3339 in UTC."""
+def rfc3339(at_s: float) -> str:
+    """A time as RFC 3339 text in UTC."""
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

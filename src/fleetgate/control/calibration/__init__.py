@@ -1,1 +1,1 @@
-"""`fleetgate calibrate`: a load sweep against a live Deployment that measures its Profile."""
+"""`fleetgate calibrate` measures the Profile of a live Deployment with a load sweep."""

@@ -1,4 +1,4 @@
-"""`fleetgate calibrate`: sweeps as jobs of the control process, each ending in a Profile or in nothing."""
+"""Calibration jobs of the control process. A job writes its Profile at the end, or nothing."""
 
 import asyncio
 import re
@@ -8,16 +8,16 @@ from typing import Any
 import msgspec
 import structlog
 
-from fleetgate.control.api.live_state import endpoint_up
-from fleetgate.control.calibration.client import CalibrationClient, CalibrationTarget, RequestFailed, reach
-from fleetgate.control.calibration.load_sweep import LoadSweep, SweepFindings, SweepProgress, TrafficWatch
+from fleetgate.control.calibration.client import CalibrationClient, CalibrationTarget, RequestFailed, dialable_address
+from fleetgate.control.calibration.load_sweep import LoadSweep, SweepFindings, SweepProgress, TrafficDetected
 from fleetgate.control.context import Control
 from fleetgate.control.data_dir import DataDirUnusable
 from fleetgate.control.resources import schema as resources
 from fleetgate.control.resources.apply import ChangeOrigin, GenerationConflict, parse_stored
 from fleetgate.control.resources.egress import parse_ranges
-from fleetgate.control.resources.problems import ResourceRefused, one_of
+from fleetgate.control.resources.problems import ResourceRefused, suggest
 from fleetgate.control.snapshot import profiles
+from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.store import repository as rows
 from fleetgate.core import model
 from fleetgate.core.capacity import calibration
@@ -34,7 +34,7 @@ log = structlog.get_logger()
 
 
 class CalibrationOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be calibrated, and how. Shape: empty or None where the default is meant."""
+    """The options of a calibration. Shape: empty or None means the default."""
 
     model: str = ""
     profile: str = ""
@@ -46,7 +46,7 @@ class CalibrationOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CalibrationPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a calibration would send, and what it would write."""
+    """The requests that a calibration sends and the documents that it changes."""
 
     deployment: model.Deployment
     model: str
@@ -60,22 +60,22 @@ class CalibrationPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def requests_max(self) -> int:
-        """The most requests it sends."""
+        """The maximum number of requests."""
         return sum(one.concurrency for one in self.rounds)
 
     @property
     def tokens_max(self) -> int:
-        """The most tokens it sends and asks for."""
+        """The maximum number of prompt and output tokens."""
         return sum(one.tokens for one in self.rounds)
 
     @property
     def expected_s(self) -> float:
-        """About how long it takes."""
+        """An estimate of the duration."""
         return calibration.expected_s(self.rounds, self.deployment.profile or GUESS, self.engines)
 
 
 class CalibrationJob(msgspec.Struct, kw_only=True):
-    """One calibration. Shape: `state` is running, done, failed or cancelled; `sentence` says how it ended."""
+    """One calibration. Shape: `state` is running, done, failed or cancelled; `sentence` describes the end."""
 
     id: str
     plan: CalibrationPlan
@@ -89,7 +89,7 @@ class CalibrationJob(msgspec.Struct, kw_only=True):
 
 
 class Calibrations:
-    """The jobs of this process; those that ended are kept for a while, and all are forgotten with it."""
+    """The jobs of this process. The last `JOBS_KEPT` are kept in memory and are lost when the process ends."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
@@ -100,25 +100,25 @@ class Calibrations:
         return [job for job in self._jobs.values() if job.plan.deployment.name == deployment]
 
     def get(self, deployment: str, job_id: str) -> CalibrationJob | None:
-        """One job."""
+        """One job, or None if it does not exist."""
         job = self._jobs.get(job_id)
         return job if job is not None and job.plan.deployment.name == deployment else None
 
     async def plan(self, deployment: str, order: CalibrationOrder) -> CalibrationPlan | None:
-        """What would be sent; None for an unknown Deployment.
+        """Plan a calibration. The result is None for an unknown Deployment.
 
         Raises: `ResourceRefused`.
         """
         snapshot = self._control.publisher.current
         found = next((one for one in snapshot.deployments if one.name == deployment), None) if snapshot else None
         with self._control.database.read() as connection:
-            stored = rows.load_one(connection, "Deployment", deployment)
+            stored = rows.load_resource(connection, "Deployment", deployment)
         if snapshot is None or found is None or stored is None:
             return None
-        asked = order.model or next(iter(found.models))
-        if asked not in found.models:
+        model_name = order.model or next(iter(found.models))
+        if model_name not in found.models:
             raise ResourceRefused(
-                f"Deployment {deployment} does not serve {asked[:80]!r}; {one_of(asked, found.models)}"
+                f"Deployment {deployment} does not serve {model_name[:80]!r}; {suggest(model_name, found.models)}"
             )
         engines = found.endpoints[0].engines if found.endpoints else 1
         try:
@@ -127,8 +127,8 @@ class Calibrations:
             raise ResourceRefused(f"{error}; raise --max-requests and --max-tokens") from error
         plan = CalibrationPlan(
             deployment=found,
-            model=asked,
-            profile=order.profile or profile_name(deployment, asked),
+            model=model_name,
+            profile=order.profile or profile_name(deployment, model_name),
             accelerator=_accelerator(stored),
             generation=stored.generation,
             document=stored.document,
@@ -136,45 +136,45 @@ class Calibrations:
             targets=_targets(snapshot, deployment, order),
             rounds=rounds,
         )
-        # With any figures, so that a Profile that could not be written in the end is refused before anything is sent.
+        # Check the documents with arbitrary figures first, so that an invalid Profile is refused before the sweep.
         trial = calibration.MeasuredProfile(prefill_tokens_per_s=1.0, base_s=1.0, per_sequence_s=1.0)
-        await self._control.changes.check(_documents(plan, order, trial, 0), ORIGIN)
+        await self._control.writer.check(_documents(plan, order, trial, 0), ORIGIN)
         return plan
 
     async def start(self, plan: CalibrationPlan, order: CalibrationOrder) -> CalibrationJob:
-        """Begin a job.
+        """Start a job.
 
-        Raises: `ResourceRefused`, also while the Deployment serves traffic or is being calibrated.
+        Raises: `ResourceRefused`, also while the Deployment serves traffic or another calibration of it runs.
         """
         name = plan.deployment.name
         if any(job.state == "running" for job in self.of(name)):
             raise ResourceRefused(
-                f"Deployment {name} is being calibrated already; wait for it or cancel it", conflict=True
+                f"a calibration of Deployment {name} is already running; wait for it or cancel it", conflict=True
             )
         job = CalibrationJob(id=secrets.token_hex(6), plan=plan, order=order)
-        self._jobs[job.id] = job  # before the first await, so that no second one begins meanwhile
+        self._jobs[job.id] = job  # before the first await, so that no second job starts meanwhile
         try:
-            asker = await self._asker(plan, order)
+            client = await self._open_client(plan, order)
         except BaseException:
             del self._jobs[job.id]
             raise
-        job.task = asyncio.create_task(self._run(job, asker))
+        job.task = asyncio.create_task(self._run(job, client))
         while len(self._jobs) > JOBS_KEPT and (old := next(iter(self._jobs.values()))).state != "running":
             del self._jobs[old.id]
         return job
 
     async def cancel(self, job: CalibrationJob) -> None:
-        """End a job and return when it has ended; one that is just being written is let through."""
+        """Cancel a job and wait for its end. A job that already saves its Profile is not cancelled."""
         if job.task is None:
             return
         if not job.saving:
             job.task.cancel()
         await asyncio.gather(job.task, return_exceptions=True)
 
-    async def _asker(self, plan: CalibrationPlan, order: CalibrationOrder) -> CalibrationClient:
-        """A client of the Deployment's Endpoint, if it is there and idle. Raises: `ResourceRefused`."""
-        name, board = plan.deployment.name, self._control.board
-        endpoint = next((one for one in plan.deployment.endpoints if endpoint_up(board, one.slot)), None)
+    async def _open_client(self, plan: CalibrationPlan, order: CalibrationOrder) -> CalibrationClient:
+        """A client of the first Endpoint that is up. Raises: `ResourceRefused` if none is up or it serves traffic."""
+        name, shared_memory = plan.deployment.name, self._control.shared_memory
+        endpoint = next((one for one in plan.deployment.endpoints if endpoint_up(shared_memory, one.slot)), None)
         if endpoint is None:
             raise ResourceRefused(
                 f"Deployment {name} has no ready Endpoint; see `fleetgate describe deployment {name}`", conflict=True
@@ -190,20 +190,20 @@ class Calibrations:
             ranges=parse_ranges(self._control.config.egress_allow) if plan.deployment.egress_checked else None,
         )
         try:
-            asker = CalibrationClient(target, await reach(target))
+            client = CalibrationClient(target, await dialable_address(target))
         except RequestFailed as error:
             raise ResourceRefused(f"Deployment {name} cannot be calibrated: {error}", conflict=True) from error
-        load = await asker.load()
-        at_work = (load.running or 0) + (load.waiting or 0) if load is not None else 0
-        if at_work and not order.force:
-            await asker.close()
-            raise _busy(name, f"its engine has {at_work} requests")
-        return asker
+        load = await client.load()
+        engine_requests = (load.running or 0) + (load.waiting or 0) if load is not None else 0
+        if engine_requests and not order.force:
+            await client.close()
+            raise _busy(name, f"its engine has {engine_requests} requests")
+        return client
 
-    async def _run(self, job: CalibrationJob, asker: CalibrationClient) -> None:
+    async def _run(self, job: CalibrationJob, client: CalibrationClient) -> None:
         plan, name = job.plan, job.plan.deployment.name
         traffic = None if job.order.force else lambda: self._in_flight(plan)
-        sweep = LoadSweep(asker, plan.engines, plan.targets, job.order.budget, traffic)
+        sweep = LoadSweep(client, plan.engines, plan.targets, job.order.budget, traffic)
         job.progress = sweep.progress
         try:
             findings = await sweep.run(plan.rounds)
@@ -214,39 +214,43 @@ class Calibrations:
             raise
         except (
             RequestFailed,
-            TrafficWatch,
+            TrafficDetected,
             MeasurementFailed,
             ResourceRefused,
             GenerationConflict,
             DataDirUnusable,
         ) as error:
-            hint = "; wait until it is idle or give --force" if type(error) is TrafficWatch else ""
-            text = f"The calibration of Deployment {name} was stopped: {_reason(error)}{hint}. Nothing was written."
+            fix = "; wait until it is idle or use --force" if type(error) is TrafficDetected else ""
+            text = f"The calibration of Deployment {name} stopped: {_reason(error)}{fix}. Nothing was written."
             self._end(job, "failed", text)
         except BaseException:
-            self._end(job, "failed", f"The calibration of Deployment {name} met a fault in Fleetgate; see the log.")
+            text = f"The calibration of Deployment {name} stopped: internal error; search the log for "
+            self._end(job, "failed", f"{text}`calibration_failed`. Nothing was written.")
             log.exception("calibration_failed", deployment=name)
             raise
         finally:
-            await asker.close()
+            await client.close()
 
     async def _save(self, job: CalibrationJob, findings: SweepFindings) -> None:
-        """Write the Profile, and with `use` the Deployment that names it, in one step. Raises: as `Changes` does."""
+        """Write the Profile, and with `use` the Deployment that names it, in one transaction.
+
+        Raises: as `ResourceWriter` does.
+        """
         documents = _documents(job.plan, job.order, findings.measured, findings.kv_tokens)
-        changes = self._control.changes
-        checked = await changes.check(documents, ORIGIN)
-        await asyncio.to_thread(changes.apply, checked, ORIGIN)
-        await self._control.adopted()
+        writer = self._control.writer
+        checked = await writer.check(documents, ORIGIN)
+        await asyncio.to_thread(writer.apply, checked, ORIGIN)
+        await self._control.wait_adopted()
         job.profile = documents[0]
-        self._end(job, "done", _told(job, findings))
+        self._end(job, "done", _summary(job, findings))
 
     def _end(self, job: CalibrationJob, state: str, sentence: str) -> None:
         job.state, job.sentence = state, sentence
         self._control.record("Deployment", job.plan.deployment.name, sentence)
 
     def _in_flight(self, plan: CalibrationPlan) -> int:
-        board = self._control.board
-        return board.in_flight_total(plan.deployment.slot) if board is not None else 0
+        shared_memory = self._control.shared_memory
+        return shared_memory.in_flight_total(plan.deployment.slot) if shared_memory is not None else 0
 
     def _credential(self, deployment: model.Deployment) -> str:
         if not deployment.credential:
@@ -257,9 +261,9 @@ class Calibrations:
             raise ResourceRefused(f"{error}; apply the Secret again", conflict=True) from error
 
 
-def profile_name(deployment: str, asked_model: str) -> str:
-    """The name a Profile gets where none is given."""
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{deployment}-{asked_model}".lower())
+def profile_name(deployment: str, model_name: str) -> str:
+    """The default name of a Profile."""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{deployment}-{model_name}".lower())
     return slug[:NAME_CHARS_MAX].strip("-")
 
 
@@ -274,7 +278,7 @@ def _targets(snapshot: model.Snapshot, deployment: str, order: CalibrationOrder)
 
 
 def _accelerator(stored: rows.StoredResource) -> resources.Accelerator:
-    """What one replica runs on; of an unknown SKU the Profile can be named, but is no peer of anybody."""
+    """The accelerator of one replica. A Profile of an unknown SKU can be named but fits no other Deployment."""
     match parse_stored(stored):
         case resources.Deployment(accelerator=resources.Accelerator() as accelerator):
             return accelerator
@@ -285,7 +289,7 @@ def _accelerator(stored: rows.StoredResource) -> resources.Accelerator:
 def _documents(
     plan: CalibrationPlan, order: CalibrationOrder, measured: calibration.MeasuredProfile, kv_tokens: int
 ) -> list[dict[str, Any]]:
-    """The Profile, and with `use` the Deployment as it was when the job began, now naming it."""
+    """The Profile, and with `use` the Deployment as it was at the start of the job, which now names the Profile."""
     profile: dict[str, Any] = {
         "kind": "Profile",
         "name": plan.profile,
@@ -311,17 +315,18 @@ def _documents(
     return [profile, {**plan.document, "profile": plan.profile, "generation": plan.generation}]
 
 
-def _told(job: CalibrationJob, findings: SweepFindings) -> str:
-    """The end as a sentence."""
+def _summary(job: CalibrationJob, findings: SweepFindings) -> str:
+    """The result as a sentence."""
     plan, found, progress = job.plan, findings.measured, job.progress
     replicas = " of one replica" if plan.engines > 1 else ""
     knee = (
         f"the knee is at {found.concurrency} requests at once and {found.units:.3g} CU"
         if found.concurrency
-        else "the knee was not reached, so that concurrency and units are derived from the speeds"
+        else "the knee was not reached, so concurrency and units are derived from the speeds"
     )
-    estimated = "; the engine tells no token counts, so that they are estimates" if findings.estimated else ""
-    unknown = "; add `accelerator:` to the Deployment so that peers can use it" * (plan.accelerator.sku == UNKNOWN_SKU)
+    estimated = "; the engine reports no token counts, so they are estimates" if findings.estimated else ""
+    hint = "; add `accelerator:` to the Deployment so that others can use the Profile"
+    unknown = hint if plan.accelerator.sku == UNKNOWN_SKU else ""
     return (
         f"The calibration of Deployment {plan.deployment.name} wrote Profile {plan.profile}{replicas}: prefill "
         f"{found.prefill_tokens_per_s:,.0f} tokens/s, a decode step {found.base_s * 1e3:.3g} ms + "
@@ -339,10 +344,10 @@ def _reason(error: Exception) -> str:
 
 
 def _rounded(value: float) -> float:
-    """Four digits: no measurement of this kind has more."""
+    """Round to four digits, since no such measurement is more precise."""
     return float(f"{value:.4g}")
 
 
 def _busy(name: str, what: str) -> ResourceRefused:
-    text = f"Deployment {name} serves traffic ({what}), which would spoil the figures; wait or give --force"
+    text = f"Deployment {name} serves traffic ({what}), which would distort the figures; wait or use --force"
     return ResourceRefused(text, conflict=True)

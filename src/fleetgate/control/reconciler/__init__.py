@@ -1,1 +1,1 @@
-"""Starts and stops the replicas of managed Deployments."""
+"""The reconciler starts and stops the replicas of managed Deployments."""

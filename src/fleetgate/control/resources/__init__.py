@@ -1,1 +1,1 @@
-"""Resources as users write them: fields, validation, references, apply."""
+"""The resources: their fields, their validation, the references between them, and changes to them."""

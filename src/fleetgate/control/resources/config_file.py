@@ -1,4 +1,7 @@
-"""A `--config` file: read, checked and applied. What is removed from the file stays; `fleetgate delete` removes it."""
+"""A `--config` file: read, check and apply it.
+
+A resource that is removed from the file stays in the store; `fleetgate delete` removes it.
+"""
 
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from fleetgate.manifests import Unreadable, read_file, resolve_value
 def load_documents(path: str) -> list[object]:
     """The documents of a file, with `value_from` resolved.
 
-    Raises: `Unreadable` with every sentence.
+    Raises: `Unreadable` with a sentence for each mistake.
     """
     documents: list[object] = []
     messages: list[str] = []
@@ -31,45 +34,45 @@ def load_documents(path: str) -> list[object]:
 
 
 def check_file(path: str, data_dir: str | Path) -> list[str]:
-    """Every mistake of a file as a sentence, seen together with what the data directory has; empty when it is good."""
+    """A sentence for each mistake of a file, checked together with the resources in the data directory."""
     try:
         documents = load_documents(path)
-        world = _world(Path(data_dir) / "fleetgate.db")
+        resources = _stored_resources(Path(data_dir) / "fleetgate.db")
     except Unreadable as error:
         return error.messages
     except DataDirUnusable as error:
-        # Workers that have something to serve from do not wait for the store: FAULTS.md row 48.
+        # Workers that have a last good Snapshot serve from it without the store. Source: faults.md row 48.
         return [] if (Path(data_dir) / LAST_GOOD).exists() else [str(error)]
-    return [problem.sentence(path) for problem in find_problems(documents, world, CONFIG)[1]]
+    return [problem.sentence(path) for problem in find_problems(documents, resources, CONFIG)[1]]
 
 
-async def apply_file(path: str, changes: ResourceWriter) -> list[ApplyResult]:
-    """Apply a file, all or nothing.
+async def apply_file(path: str, writer: ResourceWriter) -> list[ApplyResult]:
+    """Apply a file as a whole or not at all.
 
-    Raises: `Unreadable` with every sentence.
+    Raises: `Unreadable` with a sentence for each mistake.
     """
     documents = load_documents(path)
     try:
-        return changes.apply(await changes.check(documents, CONFIG), CONFIG)
+        return writer.apply(await writer.check(documents, CONFIG), CONFIG)
     except ResourceRefused as error:
         sentences = [problem.sentence(path) for problem in error.problems]
         raise Unreadable(sentences or [f"{path}: {error.message}"]) from error
 
 
-def _world(database_file: Path) -> rows.World:
+def _stored_resources(database_file: Path) -> rows.StoredResources:
     if not database_file.exists():
         return {}
     database = Database(database_file)
     try:
         database.migrate()
         with database.read() as connection:
-            return rows.load_world(connection)
+            return rows.load_resources(connection)
     finally:
         database.close()
 
 
 def _without_source(value: object) -> object:
-    """A Secret whose source was bad, with a stand-in for its value, so that its other mistakes are still found."""
+    """A Secret with a placeholder instead of its unreadable source, so that its other mistakes are still found."""
     match value:
         case {"value_from": _, **rest}:
             return {**rest, "value": "-"}

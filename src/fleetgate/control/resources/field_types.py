@@ -1,4 +1,4 @@
-"""The forms that single fields may have, each refused with a sentence and a fix."""
+"""The types of single fields. Each refuses a wrong value with a sentence and a fix."""
 
 import re
 from datetime import UTC, datetime
@@ -27,13 +27,13 @@ SECRET_CHARS_MAX = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def refuse(message: str, fix: str) -> NoReturn:
-    """Refuse a field. Raises: `PydanticCustomError` always."""
+def refuse_field(message: str, fix: str) -> NoReturn:
+    """Refuse the value of a field. Raises: `PydanticCustomError` always."""
     raise PydanticCustomError("fleetgate", "{message}; {fix}", {"message": message, "fix": fix})
 
 
 class Url(msgspec.Struct, frozen=True):
-    """A base URL taken apart. Shape: `path` has no trailing slash, `host` is lower case and without brackets."""
+    """A parsed base URL. Shape: `path` has no trailing slash, `host` is lower case and without brackets."""
 
     scheme: str
     host: str
@@ -47,9 +47,9 @@ class Url(msgspec.Struct, frozen=True):
 
 def _name(value: str) -> str:
     if not _LABEL.fullmatch(value):
-        refuse(
+        refuse_field(
             f"{value[:80]!r} is not a name",
-            "use 1 to 63 of a-z, 0-9 and -, beginning and ending with a letter or digit",
+            "use 1 to 63 of a-z, 0-9 and -, with a letter or digit at both ends",
         )
     return value
 
@@ -57,35 +57,39 @@ def _name(value: str) -> str:
 def _domain(value: str) -> str:
     lowered = value.lower()
     if len(lowered) > HOST_CHARS_MAX or not all(_LABEL.fullmatch(part) for part in lowered.split(".")):
-        refuse(f"{value[:80]!r} is not a domain", "write it like example.com, without scheme, port or trailing dot")
+        refuse_field(
+            f"{value[:80]!r} is not a domain", "write it like example.com, without scheme, port or trailing dot"
+        )
     return lowered
 
 
 def _region(value: str) -> str:
     if not _REGION.fullmatch(value):
-        refuse(f"{value[:80]!r} is not a region", "use letters, digits, -, _ and ., like us-east")
+        refuse_field(f"{value[:80]!r} is not a region", "use letters, digits, -, _ and ., like us-east")
     return value
 
 
 def _model(value: str) -> str:
     if not value or len(value) > MODEL_CHARS_MAX or _CONTROL_CHARS.search(value):
-        refuse("is not a model name", f"use 1 to {MODEL_CHARS_MAX} characters without line ends, like llama-3.3-70b")
+        refuse_field(
+            "is not a model name", f"use 1 to {MODEL_CHARS_MAX} characters without line ends, like llama-3.3-70b"
+        )
     return value
 
 
 def _labels(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not _LABEL_NAME.fullmatch(name):
-            refuse(f"{name[:80]!r} is not a label name", "use letters, digits, -, _, . and /")
+            refuse_field(f"{name[:80]!r} is not a label name", "use letters, digits, -, _, . and /")
         if len(text) > LABEL_CHARS_MAX or _CONTROL_CHARS.search(text):
-            refuse(f"the label {name} is too long or has line ends", f"use at most {LABEL_CHARS_MAX} characters")
+            refuse_field(f"the label {name} is too long or has line ends", f"use at most {LABEL_CHARS_MAX} characters")
     return value
 
 
 def _env(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not _ENV_NAME.fullmatch(name) or "\x00" in text:
-            refuse(
+            refuse_field(
                 f"{name[:80]!r} is not an environment variable", "use letters, digits and _, and no NUL in the value"
             )
     return value
@@ -93,38 +97,40 @@ def _env(value: dict[str, str]) -> dict[str, str]:
 
 def _command(value: list[str]) -> list[str]:
     if any("\x00" in part for part in value):
-        refuse("has a NUL character", "remove it")
+        refuse_field("has a NUL character", "remove it")
     return value
 
 
 def _path(value: str) -> str:
     if not value.startswith("/") or not _URL_PATH.fullmatch(value):
-        refuse(f"{value[:80]!r} is not a path", "begin it with /, like /health, without ? and #")
+        refuse_field(f"{value[:80]!r} is not a path", "begin it with /, like /health, without ? and #")
     return value
 
 
 def parse_url(value: str) -> Url:
-    """Take a base URL apart. Raises: `PydanticCustomError` with a sentence and a fix."""
+    """Parse a base URL. Raises: `PydanticCustomError` with a sentence and a fix."""
     if _CONTROL_CHARS.search(value) or " " in value or not value.isascii():
-        refuse("has characters that a URL cannot have", "write it like https://HOST:PORT/v1")
+        refuse_field("has characters that a URL cannot have", "write it like https://HOST:PORT/v1")
     try:
         parts = urlsplit(value)
         port = parts.port
     except ValueError:
-        return refuse("has a bad port or bracket", "write it like https://HOST:8443/v1, with a port from 1 to 65535")
+        return refuse_field(
+            "has a bad port or bracket", "write it like https://HOST:8443/v1, with a port from 1 to 65535"
+        )
     if parts.scheme not in DEFAULT_PORTS:
-        refuse(f"has the scheme {parts.scheme[:20]!r}", "begin it with https:// or http://")
+        refuse_field(f"has the scheme {parts.scheme[:20]!r}", "begin it with https:// or http://")
     if "@" in parts.netloc:
-        refuse("has a user or password in it", "remove it and name a Secret in `credential`")
+        refuse_field("has a user or password in it", "remove it and name a Secret in `credential`")
     if "?" in value or "#" in value:
-        refuse("has a query or fragment", "remove everything from ? or # on")
+        refuse_field("has a query or fragment", "remove everything from ? or # on")
     host = parts.hostname or ""
     if not _URL_HOST.fullmatch(host) or len(host) > HOST_CHARS_MAX:
-        refuse("has no usable host", "write it like https://HOST:PORT/v1")
+        refuse_field("has no usable host", "write it like https://HOST:PORT/v1")
     if port == 0:
-        refuse("has port 0", "use a port from 1 to 65535")
+        refuse_field("has port 0", "use a port from 1 to 65535")
     if not _URL_PATH.fullmatch(parts.path) or {".", ".."} & set(parts.path.split("/")):
-        refuse("has a path that cannot be used", "write it like https://HOST:PORT/v1")
+        refuse_field("has a path that cannot be used", "write it like https://HOST:PORT/v1")
     return Url(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme], parts.path.rstrip("/"))
 
 
@@ -134,7 +140,7 @@ def _url(value: str) -> str:
 
 
 def expires_at_s(value: str, created_s: float) -> float:
-    """When a Key ends, from `30d` after its creation or an RFC 3339 time.
+    """The time at which a Key expires, given as `30d` after its creation or as an RFC 3339 time.
 
     Units: seconds since the epoch; 0 for never.
     """
@@ -151,33 +157,35 @@ def _expires(value: str) -> str:
     try:
         expires_at_s(value, 0.0)
     except (ValueError, OverflowError):
-        refuse(f"{value[:80]!r} is not a time", "write 30d, 12h or a time like 2030-01-31T12:00:00Z")
+        refuse_field(f"{value[:80]!r} is not a time", "write 30d, 12h or a time like 2030-01-31T12:00:00Z")
     return value
 
 
 def _strategy(value: str) -> str:
     known = strategies.names()
     if value not in known:
-        refuse(f"there is no strategy {value[:80]!r}", f"use one of: {', '.join(known)}")
+        refuse_field(f"there is no strategy {value[:80]!r}", f"use one of: {', '.join(known)}")
     return value
 
 
 def _protocol(value: str) -> str:
     if value in ("anthropic", "http"):
-        refuse(f"protocol {value} comes in a later release", "use openai today")
+        refuse_field(f"protocol {value} comes in a later release", "use openai")
     if value != "openai":
-        refuse(f"there is no protocol {value[:80]!r}", "use openai")
+        refuse_field(f"there is no protocol {value[:80]!r}", "use openai")
     return value
 
 
-def off_word(value: object) -> object:
-    """`off` again: YAML 1.1 reads a bare `off` as false."""
+def restore_off(value: object) -> object:
+    """Restore `off`, which YAML 1.1 reads as false."""
     return "off" if value is False else value
 
 
 def _secret(value: str) -> str:
     if not value or len(value) > SECRET_CHARS_MAX or _CONTROL_CHARS.search(value) or not value.isascii():
-        refuse("the value cannot be sent in a header", "use visible ASCII characters on one line, without a line end")
+        refuse_field(
+            "the value cannot be sent in a header", "use visible ASCII characters on one line, without a line end"
+        )
     return value
 
 

@@ -1,4 +1,4 @@
-"""Documents into resources: every mistake of every document at once, each with its place and a fix."""
+"""Parse documents into resources and report every mistake of every document, each with its path and a fix."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast, get_args
@@ -7,11 +7,11 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fleetgate.control.resources.problems import Problem, nearest, one_of, path_of, plain
+from fleetgate.control.resources.problems import Problem, nearest, path_of, printable, suggest
 from fleetgate.control.resources.schema import KINDS, LATER_FIELDS, LATER_KINDS, READ_ONLY, Resource
 
 DOCUMENTS_MAX = 10_000
-_SHOWN_CHARS_MAX = 60
+_EXCERPT_CHARS_MAX = 60
 _TYPES = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -33,7 +33,7 @@ _BOUNDS = {
 
 
 class ParsedDocument(msgspec.Struct, frozen=True):
-    """One document. Shape: `resource` is None where it has mistakes; `raw` is what was written."""
+    """One document. Shape: `raw` is the document as written; `resource` is None if it has mistakes."""
 
     index: int
     label: str
@@ -48,24 +48,24 @@ class ParsedDocument(msgspec.Struct, frozen=True):
 
 
 def parse_documents(values: Sequence[object]) -> tuple[list[ParsedDocument], list[Problem]]:
-    """Read documents one by one; a broken one hides no mistake of another."""
-    drafts: list[ParsedDocument] = []
+    """Parse documents one by one, so that a mistake in one hides none in another."""
+    parsed_documents: list[ParsedDocument] = []
     problems: list[Problem] = []
     if len(values) > DOCUMENTS_MAX:
-        return [], [Problem("", f"there are {len(values)} documents", f"apply at most {DOCUMENTS_MAX} at once")]
+        return [], [Problem("", f"there are {len(values)} documents", f"apply at most {DOCUMENTS_MAX} at a time")]
     seen: set[tuple[str, str]] = set()
     for index, value in enumerate(values):
-        draft, found = _parse(index, value)
+        parsed, found = _parse(index, value)
         problems.extend(found)
-        if draft is None:
+        if parsed is None:
             continue
-        identity = (draft.kind, draft.name)
+        identity = (parsed.kind, parsed.name)
         if identity in seen:
-            problems.append(draft.problem("name", "is used twice for this kind", "rename or remove one of the two"))
-        elif draft.name:
+            problems.append(parsed.problem("name", "is used twice for this kind", "rename or remove one of the two"))
+        elif parsed.name:
             seen.add(identity)
-        drafts.append(draft)
-    return drafts, problems
+        parsed_documents.append(parsed)
+    return parsed_documents, problems
 
 
 def _parse(index: int, value: object) -> tuple[ParsedDocument | None, list[Problem]]:
@@ -79,40 +79,40 @@ def _parse(index: int, value: object) -> tuple[ParsedDocument | None, list[Probl
             return None, [Problem(numbered, "is not a mapping", "begin it with `kind:` and `name:`", index)]
     name = rest.get("name")
     name = name if type(name) is str else ""
-    shown = plain(kind[:_SHOWN_CHARS_MAX])
-    label = f"{shown}/{plain(name[:_SHOWN_CHARS_MAX])}" if name else f"{numbered} ({shown})"
+    printed_kind = printable(kind[:_EXCERPT_CHARS_MAX])
+    label = f"{printed_kind}/{printable(name[:_EXCERPT_CHARS_MAX])}" if name else f"{numbered} ({printed_kind})"
     if kind not in KINDS:
         return None, [Problem(f"{label}: kind", *_unknown_kind(kind), index)]
     try:
         resource = KINDS[kind].model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True, include_input=kind != "Secret")
-        draft = ParsedDocument(index, label, kind, name, raw, None)
-        return draft, list(_problems(draft, found))
+        parsed = ParsedDocument(index, label, kind, name, raw, None)
+        return parsed, list(_problems(parsed, found))
     return ParsedDocument(index, label, kind, name, raw, resource), []
 
 
 def _unknown_kind(kind: str) -> tuple[str, str]:
     if kind in LATER_KINDS:
-        return LATER_KINDS[kind], "remove this document today"
+        return LATER_KINDS[kind], "remove this document"
     if kind == "Event":
-        return "Events are written by Fleetgate alone", "remove this document"
-    return f"there is no kind {_shown(kind)}", one_of(kind, KINDS)
+        return "only Fleetgate writes Events", "remove this document"
+    return f"there is no kind {_excerpt(kind)}", suggest(kind, KINDS)
 
 
-def _problems(draft: ParsedDocument, errors: Iterable[ErrorDetails]) -> Iterable[Problem]:
+def _problems(parsed: ParsedDocument, errors: Iterable[ErrorDetails]) -> Iterable[Problem]:
     errors = list(errors)
     misspelt = {
-        (*error["loc"][:-1], nearest(str(error["loc"][-1]), _field_names(draft.kind, error["loc"][:-1])))
+        (*error["loc"][:-1], nearest(str(error["loc"][-1]), _field_names(parsed.kind, error["loc"][:-1])))
         for error in errors
         if error["type"] == "extra_forbidden"
     }
     for error in errors:
         location = tuple(part for part in error["loc"] if part != "[key]")
         if error["type"] == "missing" and location in misspelt:
-            continue  # one mistake, one message: the misspelt field is named already
-        message, fix = _explain(draft.kind, error)
-        yield draft.problem(path_of(location), message, fix)
+            continue  # the misspelt field is reported already
+        message, fix = _explain(parsed.kind, error)
+        yield parsed.problem(path_of(location), message, fix)
 
 
 def _explain(kind: str, error: ErrorDetails) -> tuple[str, str]:
@@ -127,20 +127,22 @@ def _explain(kind: str, error: ErrorDetails) -> tuple[str, str]:
             return _unknown_field(kind, error["loc"])
         case "literal_error":
             words = [word.strip("'") for word in str(context["expected"]).replace(" or ", ", ").split(", ")]
-            return f"is {_shown(error.get('input'))}", one_of(str(error.get("input")), words)
+            return f"is {_excerpt(error.get('input'))}", suggest(str(error.get("input")), words)
         case "too_short" | "string_too_short":
-            return "is empty", "give at least one" if error["type"] == "too_short" else "write something or remove it"
+            return "is empty", "give at least one" if error["type"] == "too_short" else "give a value or remove it"
         case "string_too_long":
             return "is too long", f"use at most {context['max_length']} characters"
         case wrong if wrong in _TYPES:
-            shown = (
-                f" is {_shown(error['input'])}, not {_TYPES[wrong]}" if "input" in error else f" is not {_TYPES[wrong]}"
+            message = (
+                f" is {_excerpt(error['input'])}, not {_TYPES[wrong]}"
+                if "input" in error
+                else f" is not {_TYPES[wrong]}"
             )
             quotes = " (put it in quotes)" if wrong == "string_type" else ""
-            return shown.strip(), f"write {_TYPES[wrong]}{quotes}"
+            return message.strip(), f"write {_TYPES[wrong]}{quotes}"
         case bound if bound in _BOUNDS:
             words_, key = _BOUNDS[bound]
-            return f"is {_shown(error.get('input'))}", f"use a value of {words_} {context[key]}"
+            return f"is {_excerpt(error.get('input'))}", f"use a value of {words_} {context[key]}"
         case _:
             return error["msg"].lower(), "correct it"
 
@@ -148,10 +150,10 @@ def _explain(kind: str, error: ErrorDetails) -> tuple[str, str]:
 def _unknown_field(kind: str, location: tuple[int | str, ...]) -> tuple[str, str]:
     field = str(location[-1])
     if len(location) == 1 and (kind, field) in LATER_FIELDS:
-        return LATER_FIELDS[(kind, field)], "remove this field today"
+        return LATER_FIELDS[(kind, field)], "remove this field"
     if (kind, field) == ("Secret", "value_from"):
         return "only the CLI and --config read value_from", "send `value:` here"
-    return "is not a known field", one_of(field, _field_names(kind, location[:-1]))
+    return "is not a known field", suggest(field, _field_names(kind, location[:-1]))
 
 
 def _field_names(kind: str, location: tuple[int | str, ...]) -> list[str]:
@@ -164,12 +166,12 @@ def _field_names(kind: str, location: tuple[int | str, ...]) -> list[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The Part inside `list[Part]`, `Part | None` or `Part`."""
+    """The Part of `list[Part]`, `Part | None` or `Part`."""
     if type(annotation) is type(BaseModel):
         return annotation
     return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
 
 
-def _shown(value: object) -> str:
+def _excerpt(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS_MAX else f"{text[:_SHOWN_CHARS_MAX]}…"
+    return text if len(text) <= _EXCERPT_CHARS_MAX else f"{text[:_EXCERPT_CHARS_MAX]}…"

@@ -1,15 +1,15 @@
-"""What is wrong with what somebody wrote: a place, a sentence and a way to mend it."""
+"""The mistakes of a document: a path, a message and a fix."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 import msgspec
 
-_NEAR_ENOUGH = 0.6  # finds `strateggy` and `conncurrency`, leaves `colour` alone
+_SIMILARITY_MIN = 0.6  # matches `strateggy` and `conncurrency`, but not `colour`
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """One mistake. Shape: `path` is `Kind/name: field[0].field`; `document` its place in the list given, from 0."""
+    """One mistake. Shape: `path` is `Kind/name: field[0].field`; `document` is its index in the given list."""
 
     path: str
     message: str
@@ -17,12 +17,12 @@ class Problem(msgspec.Struct, frozen=True):
     document: int = 0
 
     def sentence(self, source: str = "") -> str:
-        """One line for a person: `fleet.yaml: Deployment/a: url: is not a URL; write http://HOST:PORT/v1`."""
+        """One line of text: `fleet.yaml: Deployment/a: url: is not a URL; write http://HOST:PORT/v1`."""
         return ": ".join(part for part in (source, self.path, f"{self.message}; {self.fix}") if part)
 
 
 class ResourceRefused(Exception):
-    """Something was refused as a whole, with every reason; `conflict` when the state, not the text, forbids it."""
+    """A change is refused as a whole. Shape: `conflict` is true if the current state forbids it, not its text."""
 
     def __init__(self, message: str, problems: Iterable[Problem] = (), conflict: bool = False) -> None:
         super().__init__(message)
@@ -32,22 +32,22 @@ class ResourceRefused(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that was probably meant, or an empty string."""
+    """The most similar known word, or an empty string if none is similar enough."""
     by_lower = {one.lower(): one for one in known}
-    return next((by_lower[match] for match in get_close_matches(word.lower(), by_lower, 1, _NEAR_ENOUGH)), "")
+    return next((by_lower[match] for match in get_close_matches(word.lower(), by_lower, 1, _SIMILARITY_MIN)), "")
 
 
-def one_of(word: str, known: Iterable[str]) -> str:
-    """The fix for a word that is not known: the nearest one, else all of them."""
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The fix for an unknown word: the most similar known word, or all known words if none is similar."""
     known = list(known)
-    meant = nearest(word, known)
-    if meant:
-        return f"did you mean `{meant}`?"
+    similar = nearest(word, known)
+    if similar:
+        return f"did you mean `{similar}`?"
     return f"use one of: {', '.join(known)}" if known else "there are none yet"
 
 
-def plain(text: str) -> str:
-    """Text that can go to any terminal or page: what cannot be printed is written as an escape."""
+def printable(text: str) -> str:
+    """Text that is safe for any terminal or page: characters that cannot be printed are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -59,5 +59,5 @@ def path_of(location: Iterable[str | int]) -> str:
             case int():
                 text += f"[{part}]"
             case _:
-                text += f".{plain(part)}" if text else plain(part)
+                text += f".{printable(part)}" if text else printable(part)
     return text

@@ -1,43 +1,45 @@
-"""What a change takes away: so much at once may be a mistake, and is asked about first. FAULTS.md row 52."""
+"""A change that removes many Endpoints at once may be a mistake and needs a confirmation. Source: faults.md row 52."""
 
 from collections.abc import Mapping
 from typing import Any
 
-ENDPOINTS_ASKED = 10
-SHARE_ASKED = 0.3
-CONFIRM = "send it again with `confirmed: true` (the CLI's --yes) if it is meant"
-World = Mapping[tuple[str, str], Mapping[str, Any]]  # by kind and name: the document as written
+CONFIRM_ENDPOINTS_MIN = 10
+CONFIRM_SHARE_MIN = 0.3
+CONFIRM_FIX = "send it again with `confirmed: true` (the CLI's --yes) if it is intended"
+Documents = Mapping[tuple[str, str], Mapping[str, Any]]  # the documents as written, by kind and name
 
 
 class ConfirmationRequired(Exception):
-    """A change that somebody has to confirm; the text says what it takes away."""
+    """A change needs a confirmation; the text says what it removes."""
 
 
-def endpoints_by_gateway(world: World) -> dict[str, set[str]]:
-    """The Endpoints that each Gateway can send to: the URLs written, or the replicas that are always kept running."""
+def endpoints_by_gateway(documents: Documents) -> dict[str, set[str]]:
+    """The Endpoints of each Gateway: the written URLs, or the committed replicas."""
     found: dict[str, set[str]] = {}
-    for (kind, name), document in world.items():
+    for (kind, name), document in documents.items():
         if kind == "Gateway":
             upstreams = [upstream["deployment"] for upstream in document["upstreams"]]
-            found[name] = {one for each in upstreams for one in _endpoints(each, world.get(("Deployment", each), {}))}
+            found[name] = {
+                one for each in upstreams for one in _endpoints(each, documents.get(("Deployment", each), {}))
+            }
     return found
 
 
-def loss(before: World, after: World) -> str:
-    """The sentence that asks, empty where there is nothing to ask.
+def removal_warning(before: Documents, after: Documents) -> str:
+    """What a change removes, as a sentence. Empty if it needs no confirmation.
 
-    A Gateway that is deleted by its name takes its own last Endpoint along; that is what was said.
+    Deleting a Gateway by its name removes its last Endpoint too and needs no confirmation.
     """
     had, has = endpoints_by_gateway(before), endpoints_by_gateway(after)
-    bare = sorted(name for name, endpoints in has.items() if not endpoints and had.get(name))
-    if bare:
-        return f"this leaves Gateway {', '.join(bare)} without an Endpoint; {CONFIRM}"
+    empty = sorted(name for name, endpoints in has.items() if not endpoints and had.get(name))
+    if empty:
+        return f"this leaves Gateway {', '.join(empty)} without an Endpoint; {CONFIRM_FIX}"
     all_before = set[str]().union(*had.values())
     gone = all_before - set[str]().union(*has.values())
-    if len(gone) < ENDPOINTS_ASKED or len(gone) <= SHARE_ASKED * len(all_before):
+    if len(gone) < CONFIRM_ENDPOINTS_MIN or len(gone) <= CONFIRM_SHARE_MIN * len(all_before):
         return ""
     share = round(100 * len(gone) / len(all_before))
-    return f"this takes {len(gone)} of {len(all_before)} Endpoints ({share} %) out of use; {CONFIRM}"
+    return f"this removes {len(gone)} of {len(all_before)} Endpoints ({share} %); {CONFIRM_FIX}"
 
 
 def _endpoints(name: str, deployment: Mapping[str, Any]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The resources as their owner writes them: kinds, fields, defaults. DESIGN.md section 3."""
+"""The resources as operators write them: kinds, fields and defaults."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -15,13 +15,13 @@ TierName = Literal["committed", "elastic", "spot"]
 ProviderName = Literal["kubernetes", "ssh", "skypilot", "local", "external"]
 EngineName = Literal["vllm", "sglang", "llamacpp", "tgi", "tensorrt-llm", "openai"]
 Share = Literal["prefer", "ignore"]
-# No engine is outside these; they keep every figure that is derived from a Profile finite and above zero.
+# No engine lies outside these bounds. They keep every figure that is derived from a Profile finite and above zero.
 PREFILL_TOKENS_PER_S_MIN, PREFILL_TOKENS_PER_S_MAX = 0.01, 1e9
 STEP_S_MAX = 60.0
 
 
 class Part(BaseModel):
-    """A piece of a document: no unknown fields, and no text where a number belongs."""
+    """A part of a document. Unknown fields are refused, and no value is converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -30,10 +30,10 @@ READ_ONLY = frozenset({"created_at", "updated_at", "id", "expires_at", "status"}
 
 
 class Resource(Part):
-    """What every document has.
+    """The fields of every document.
 
-    Shape: `generation`, where given, must be the stored one, 0 for "does not exist yet": compare and swap. The fields
-    in `READ_ONLY` are answered by the API and left aside when they are sent back.
+    Shape: a given `generation` must equal the stored one (compare and swap), 0 for a resource that does not exist. The
+    API returns the fields in `READ_ONLY` and ignores them in a request.
     """
 
     name: Name
@@ -62,14 +62,14 @@ class Cluster(Resource):
 
 
 class Model(Part):
-    """A model served: the name that clients ask for, and the engine's own where it differs."""
+    """A served model: the name that clients request, and the engine's own name if it differs."""
 
     name: ModelName
     upstream_name: ModelName | None = None
 
 
 class Workload(Part):
-    """What a managed Deployment's replicas run. `{port}` in command, args and env is the replica's port."""
+    """The program that a managed Deployment's replicas run. `{port}` in command, args and env is the replica's port."""
 
     image: str | None = None
     command: fields.Command = []
@@ -80,20 +80,20 @@ class Workload(Part):
 
 
 class CredentialRef(Part):
-    """The Secret that is sent to a Deployment's own origins."""
+    """The Secret that is sent to the Deployment's own origins."""
 
     secret: Name
 
 
 class Accelerator(Part):
-    """What one replica runs on."""
+    """The accelerators of one replica."""
 
     sku: Annotated[str, Field(min_length=1, max_length=64)]
     count: Count = 1
 
 
 class Replicas(Part):
-    """How many replicas of each tier."""
+    """The number of replicas of each tier."""
 
     committed: Count = 1
     elastic_max: Count = 0
@@ -101,14 +101,14 @@ class Replicas(Part):
 
 
 class Capacity(Part):
-    """What the whole Deployment takes. Units: requests at once; CU."""
+    """The capacity of the whole Deployment. Units: `concurrency` in simultaneous requests, `units` in CU."""
 
     concurrency: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     units: PositiveAmount | None = None
 
 
 class DecodeStep(Part):
-    """How long one decode step takes: `base_s + per_sequence_s × batch`."""
+    """The duration of one decode step: `base_s + per_sequence_s × batch`."""
 
     base_s: Annotated[float, Field(gt=0, le=STEP_S_MAX)]
     per_sequence_s: Annotated[float, Field(ge=0, le=STEP_S_MAX)]
@@ -117,8 +117,8 @@ class DecodeStep(Part):
 class Profile(Resource):
     """The measured capacity of one replica of a model on a SKU with one engine configuration.
 
-    Units: `concurrency` in requests and `units` in CU at the goodput knee, both derived from the speeds where absent;
-    `kv_tokens` 0 where unknown.
+    Units: `concurrency` in requests and `units` in CU at the goodput knee, both derived from the speeds if absent;
+    `kv_tokens` is 0 if unknown.
     """
 
     kind: Literal["Profile"] = "Profile"
@@ -135,7 +135,7 @@ class Profile(Resource):
 
 
 class Price(Part):
-    """What an external Deployment costs: by the hour or by the token, not both."""
+    """The price of an external Deployment: by the hour or by the token, not both."""
 
     usd_per_hour: Amount | None = None
     usd_per_mtok_input: Amount | None = None
@@ -171,12 +171,12 @@ class Deployment(Resource):
     status: dict[str, Any] | None = None
 
     def base_urls(self) -> tuple[str, ...]:
-        """The external Endpoints' base URLs as written; none for a managed Deployment."""
+        """The base URLs of the external Endpoints as written; none for a managed Deployment."""
         return tuple(self.urls or ([self.url] if self.url else []))
 
     @property
     def engines(self) -> int:
-        """How many engines it has when all is well: those behind `url`, one for each of `urls`, or the replicas."""
+        """The number of engines when all run: those behind `url`, one for each of `urls`, or the replicas."""
         return len(self.urls) if self.urls else max(1, self.replicas.committed)
 
 
@@ -188,7 +188,7 @@ class Upstream(Part):
 
 
 class Slo(Part):
-    """What the operator promises."""
+    """The latency targets of a Gateway."""
 
     ttft_s: PositiveAmount = 2.0
     ttft_s_per_1k_tokens: Amount = 0.35
@@ -196,30 +196,30 @@ class Slo(Part):
 
 
 class Admission(Part):
-    """How many requests may wait, and how long."""
+    """The number of requests that may wait, and for how long."""
 
     queue_max: Count = 128
     queue_timeout_s: Amount = 30.0
 
 
 class Resilience(Part):
-    """How hard a request is tried."""
+    """How a Gateway handles failures: attempts, retries, timeouts, resume and hedging."""
 
     attempts_max: Annotated[int, Field(ge=1, le=100)] = 3
     retry_budget: Annotated[float, Field(ge=0, le=1)] = 0.1
     connect_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
-    resume: Annotated[Literal["auto", "off"], BeforeValidator(fields.off_word)] = "auto"
-    hedge: Annotated[Literal["off", "critical", "all"], BeforeValidator(fields.off_word)] = "off"
+    resume: Annotated[Literal["auto", "off"], BeforeValidator(fields.restore_off)] = "auto"
+    hedge: Annotated[Literal["off", "critical", "all"], BeforeValidator(fields.restore_off)] = "off"
 
 
 class PolicySet(Part):
-    """What a policy sets on a request."""
+    """The values that a policy sets on a request."""
 
     priority: Literal["critical", "standard", "sheddable"]
 
 
 class Policy(Part):
-    """A rule on requests: when it holds, what is required, preferred and set. Expressions are CEL."""
+    """A rule on requests: its condition and what it requires, prefers and sets. Expressions are CEL."""
 
     name: Name
     require: Condition | None = None
@@ -230,8 +230,8 @@ class Policy(Part):
 
     @field_validator("when")
     @classmethod
-    def _when_of_the_request(cls, when: str | None, info: ValidationInfo) -> str | None:
-        """Only a `require` is asked about each Deployment; what else follows is for the request as a whole."""
+    def _check_when(cls, when: str | None, info: ValidationInfo) -> str | None:
+        """Only `require` is evaluated for each Deployment. The other effects hold for the request as a whole."""
         if (
             when is not None
             and info.context != STORED
@@ -241,14 +241,14 @@ class Policy(Part):
         return when
 
     @model_validator(mode="after")
-    def _does_something(self) -> Self:
+    def _check_effect(self) -> Self:
         if self.require is None and self.prefer is None and self.set is None and self.python is None:
-            fields.refuse(f"policy {self.name} does nothing", "add `require:`, `prefer:`, `set:` or `python:`")
+            fields.refuse_field(f"policy {self.name} does nothing", "add `require:`, `prefer:`, `set:` or `python:`")
         return self
 
 
 class Gateway(Resource):
-    """What is reached at `<name>.<domain>`, and how its requests are spread."""
+    """The address `<name>.<domain>` and how its requests are distributed over Deployments."""
 
     kind: Literal["Gateway"] = "Gateway"
     domain: fields.Domain
@@ -267,7 +267,7 @@ class Gateway(Resource):
 
     @model_validator(mode="after")
     def _fill_ranks(self) -> Self:
-        """A rank that is not written is the position."""
+        """The default of a rank is the upstream's position."""
         for position, upstream in enumerate(self.upstreams, start=1):
             if upstream.rank is None:
                 upstream.rank = position
@@ -275,7 +275,7 @@ class Gateway(Resource):
 
 
 class Key(Resource):
-    """A client API key: what it may use, and until when. Its secret is shown once, when it is created."""
+    """A client API key: what it may use and when it expires. Its token is returned once, when it is created."""
 
     kind: Literal["Key"] = "Key"
     gateways: list[Name] = []
@@ -289,7 +289,7 @@ class Key(Resource):
 
 
 class Secret(Resource):
-    """A value that Fleetgate sends on and never shows again."""
+    """A value that Fleetgate sends to Deployments and never returns."""
 
     kind: Literal["Secret"] = "Secret"
     value: Annotated[fields.SecretText, Field(json_schema_extra={"writeOnly": True})]
@@ -305,7 +305,7 @@ KINDS: dict[str, type[Resource]] = {
 }
 PLURALS = {f"{kind.lower()}s": kind for kind in KINDS}
 
-# What DESIGN.md names and a later release brings: refused by name, so that nobody believes that it works.
+# Fields of a later release. They are refused by name, so that a document cannot rely on them.
 LATER_FIELDS = {
     ("Key", "rpm"): "request rate limits come in a later release",
     ("Key", "tpm"): "token rate limits come in a later release",

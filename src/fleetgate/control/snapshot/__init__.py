@@ -1,1 +1,1 @@
-"""From stored resources to the signed Snapshot that workers use."""
+"""Build the signed Snapshot from the stored resources."""

@@ -1,4 +1,4 @@
-"""From what is stored to what proxies read: one Snapshot, built whole."""
+"""Build a Snapshot for the proxies from the stored resources."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,16 +8,16 @@ from fleetgate.control.resources import schema as resources
 from fleetgate.control.resources.apply import parse_stored
 from fleetgate.control.resources.field_types import expires_at_s, parse_url
 from fleetgate.control.snapshot import profiles
-from fleetgate.control.store.repository import StoredKey, StoredResource, World
+from fleetgate.control.store.repository import StoredKey, StoredResource, StoredResources
 from fleetgate.core import model
-from fleetgate.core.capacity import units as capacity
+from fleetgate.core.capacity.units import units_of
 from fleetgate.providers.base import ManagedDeployment, ReplicaWorkload
 
 Slots = Mapping[str, int]
 
 
 class SnapshotParts(msgspec.Struct, frozen=True):
-    """The resources of the store by kind, as values."""
+    """The stored resources by kind, as values."""
 
     clusters: dict[str, resources.Cluster]
     deployments: dict[str, tuple[StoredResource, resources.Deployment]]
@@ -26,10 +26,10 @@ class SnapshotParts(msgspec.Struct, frozen=True):
     keys: dict[str, tuple[StoredResource, resources.Key]]
 
 
-def snapshot_parts(world: World) -> SnapshotParts:
-    """Take the store's resources apart by kind."""
+def snapshot_parts(stored_resources: StoredResources) -> SnapshotParts:
+    """Group the stored resources by kind."""
     parts = SnapshotParts({}, {}, {}, {}, {})
-    for stored in world.values():
+    for stored in stored_resources.values():
         match parse_stored(stored):
             case resources.Cluster() as cluster:
                 parts.clusters[stored.name] = cluster
@@ -45,7 +45,7 @@ def snapshot_parts(world: World) -> SnapshotParts:
 
 
 def base_urls(parts: SnapshotParts, ready: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Where each Deployment answers: what was written, or the ready replicas of a managed one; normal and unique."""
+    """The base URLs of each Deployment, normalized and unique: as written, or of the ready replicas if managed."""
     found = {}
     for name, (_, deployment) in parts.deployments.items():
         urls = ready.get(name, ()) if deployment.workload is not None else deployment.base_urls()
@@ -54,7 +54,7 @@ def base_urls(parts: SnapshotParts, ready: Mapping[str, tuple[str, ...]]) -> dic
 
 
 def endpoint_owner(deployment: str, url: str) -> str:
-    """The name under which an Endpoint holds its slot."""
+    """The name that owns the slot of an Endpoint."""
     return f"{deployment} {url}"
 
 
@@ -66,11 +66,10 @@ def endpoint(url: str, slot: int, engines: int = 1) -> model.Endpoint:
     )
 
 
-class PlacedDeployment(msgspec.Struct, frozen=True):
-    """What a Deployment has beside its document.
+class DeploymentEndpoints(msgspec.Struct, frozen=True):
+    """What the Snapshot adds to the document of a Deployment: slot, Endpoints, sealed credential, TPOT target.
 
-    Units: `tpot_s` is the strictest TPOT target it is held to.
-    Shape: `credential` is sealed; `endpoints` have their slots.
+    Units: `tpot_s` is its strictest TPOT target.
     """
 
     slot: int
@@ -79,22 +78,22 @@ class PlacedDeployment(msgspec.Struct, frozen=True):
     tpot_s: float
 
 
-def deployment_of(parts: SnapshotParts, name: str, placed: PlacedDeployment) -> model.Deployment:
-    """A Deployment of the Snapshot, with region and labels of its Cluster where it has none of its own."""
+def deployment_of(parts: SnapshotParts, name: str, assigned: DeploymentEndpoints) -> model.Deployment:
+    """A Deployment of the Snapshot. It inherits region and labels from its Cluster."""
     stored, written = parts.deployments[name]
     cluster = parts.clusters.get(written.cluster or "")
     labels = {**(cluster.labels if cluster else {}), **(written.labels or {})}
     managed = written.workload is not None
     named = parts.profiles.get(written.profile or "")
     price = profiles.price_of(written, cluster)
-    takes = _capacity(written, placed, profiles.chosen(written, parts.profiles))
+    capacity = _capacity_of(written, assigned, profiles.choose_profile(written, parts.profiles))
     return model.Deployment(
-        slot=placed.slot,
+        slot=assigned.slot,
         name=name,
         region=written.region or (cluster.region if cluster else ""),
         engine=written.engine,
         models={served.name: served.upstream_name or served.name for served in written.models},
-        endpoints=placed.endpoints,
+        endpoints=assigned.endpoints,
         cluster=written.cluster or "",
         labels=labels,
         tier=model.Tier(written.tier),
@@ -102,43 +101,45 @@ def deployment_of(parts: SnapshotParts, name: str, placed: PlacedDeployment) -> 
         price=price,
         sku=written.accelerator.sku if written.accelerator else named.sku if named else "",
         accelerators=profiles.accelerators_of(written, named),
-        profile=takes.profile,
-        concurrency_max=takes.concurrency_max,
-        concurrency_written=takes.concurrency_max > 0,
-        units=takes.units,
-        credential=placed.credential,
+        profile=capacity.profile,
+        concurrency_max=capacity.concurrency_max,
+        concurrency_written=capacity.concurrency_max > 0,
+        units=capacity.units,
+        credential=assigned.credential,
         health_path=_health_path(written),
-        # A managed replica answers where our own provider put it; nobody typed that address.
+        # The provider chooses the address of a managed replica, so it needs no check.
         egress_checked=not (stored.trusted or managed),
     )
 
 
 class _Capacity(msgspec.Struct, frozen=True):
-    """What a Deployment takes with the replicas it has."""
+    """The capacity of a Deployment with its current replicas."""
 
     profile: model.Profile | None
     concurrency_max: int
     units: float
 
 
-def _capacity(written: resources.Deployment, placed: PlacedDeployment, profile: model.Profile | None) -> _Capacity:
-    """What was typed is for all replicas and scales with those that are ready; a Profile is for each one.
+def _capacity_of(
+    written: resources.Deployment, assigned: DeploymentEndpoints, profile: model.Profile | None
+) -> _Capacity:
+    """A written capacity holds for all replicas and scales with the ready ones; a Profile holds for each replica.
 
-    Without either, units are 0: the proxies learn them.
+    Without either, units are 0 and the proxies learn them.
     """
-    ready = sum(one.engines for one in placed.endpoints)
+    ready = sum(one.engines for one in assigned.endpoints)
     share = min(1.0, ready / max(1, written.replicas.committed)) if written.workload is not None else 1.0
     concurrency = written.capacity.concurrency or 0
     if profile is not None and written.capacity.units is None:
-        units = capacity.units_of(profile, placed.tpot_s) * max(1, ready)
+        units = units_of(profile, assigned.tpot_s) * max(1, ready)
     else:
         units = written.capacity.units or float(concurrency)
-        units = units * share or units  # without a ready replica nothing is sent there, and 0 would say "unknown"
+        units = units * share or units  # 0 would mean "unknown"; without a ready replica nothing is sent there
     return _Capacity(profile, max(1, int(concurrency * share)) if concurrency else 0, units)
 
 
 def managed_of(parts: SnapshotParts) -> tuple[ManagedDeployment, ...]:
-    """The Deployments whose replicas we keep running."""
+    """The Deployments whose replicas the reconciler keeps running."""
     return tuple(
         ManagedDeployment(
             name=name,
@@ -162,7 +163,7 @@ def managed_of(parts: SnapshotParts) -> tuple[ManagedDeployment, ...]:
 
 
 def _health_path(written: resources.Deployment) -> str:
-    """Where readiness is asked, empty for the engine's own place."""
+    """The path of the readiness probe, empty for the engine's default."""
     if written.health is not None:
         return written.health.path
     return written.workload.health if written.workload is not None else ""
@@ -216,13 +217,13 @@ def _policy(written: resources.Policy) -> model.Policy:
     )
 
 
-def keys_of(parts: SnapshotParts, kept: Mapping[str, StoredKey]) -> tuple[model.Key, ...]:
-    """The keys of the Snapshot; ended ones stay in it, because the proxy tells the two refusals apart."""
+def keys_of(parts: SnapshotParts, stored_keys: Mapping[str, StoredKey]) -> tuple[model.Key, ...]:
+    """The keys of the Snapshot. Expired keys stay in it, because the proxy reports an expired key as such."""
     return tuple(
         model.Key(
-            id=kept[name].id,
+            id=stored_keys[name].id,
             name=name,
-            secret_hmac=kept[name].secret_hmac,
+            secret_hmac=stored_keys[name].secret_hmac,
             gateways=tuple(key.gateways),
             models=tuple(key.models),
             labels=key.labels,
@@ -231,12 +232,12 @@ def keys_of(parts: SnapshotParts, kept: Mapping[str, StoredKey]) -> tuple[model.
             require_fresh_s=key.require_fresh_s,
         )
         for name, (stored, key) in parts.keys.items()
-        if name in kept
+        if name in stored_keys
     )
 
 
 def same_but_for_version(new: model.Snapshot, old: model.Snapshot) -> bool:
-    """Whether two Snapshots say the same."""
+    """Whether two Snapshots are equal except for version and time."""
     return msgspec.structs.replace(new, version=old.version, made_at_s=old.made_at_s) == old
 
 
@@ -247,7 +248,7 @@ Assign = Callable[[str, Sequence[str]], Slots]  # space and owners -> slots
 def build(
     parts: SnapshotParts, ready: Mapping[str, tuple[str, ...]], assign: Assign, credential: Credential
 ) -> model.Snapshot:
-    """Everything but keys, ranges, version and time."""
+    """A Snapshot without keys, egress ranges, version and time, which the publisher adds."""
     urls = base_urls(parts, ready)
     deployment_slots = assign("deployment", list(parts.deployments))
     endpoint_slots = assign("endpoint", [endpoint_owner(name, url) for name in urls for url in urls[name]])
@@ -257,13 +258,13 @@ def build(
     for name, (_, written) in parts.deployments.items():
         owners = {url: endpoint_slots.get(endpoint_owner(name, url)) for url in urls[name]}
         engines = written.engines if written.url is not None else 1
-        placed = PlacedDeployment(
+        assigned = DeploymentEndpoints(
             slot=deployment_slots[name],
             endpoints=tuple(endpoint(url, slot, engines) for url, slot in owners.items() if slot is not None),
             credential=credential(name, written.credential.secret) if written.credential else "",
             tpot_s=profiles.strictest_tpot_s(gateways, name),
         )
-        deployments.append(deployment_of(parts, name, placed))
+        deployments.append(deployment_of(parts, name, assigned))
     return model.Snapshot(
         version=0,
         made_at_s=0.0,

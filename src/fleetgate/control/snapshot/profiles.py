@@ -1,4 +1,4 @@
-"""Which Profile a Deployment has, what it costs, and what it takes, told in a sentence."""
+"""The Profile, the price and the capacity of a Deployment, and a sentence that explains the capacity."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,10 +23,10 @@ def profile_of(written: resources.Profile, source: model.ProfileSource) -> model
     )
 
 
-def chosen(deployment: resources.Deployment, stored: Mapping[str, resources.Profile]) -> model.Profile | None:
-    """The Profile that a Deployment names, else a peer's: measured on the same model, SKU, count and engine.
+def choose_profile(deployment: resources.Deployment, stored: Mapping[str, resources.Profile]) -> model.Profile | None:
+    """The Profile that a Deployment names, otherwise one measured on the same model, SKU, count and engine.
 
-    Of several peers it is the one of the model listed first, then the first by name.
+    Of several such Profiles it is the one of the model listed first, then the first by name.
     """
     if deployment.profile is not None:
         named = stored.get(deployment.profile)
@@ -34,28 +34,29 @@ def chosen(deployment: resources.Deployment, stored: Mapping[str, resources.Prof
     accelerator = deployment.accelerator
     if accelerator is None:
         return None
-    place = {name: at for at, served in enumerate(deployment.models) for name in (served.upstream_name, served.name)}
-    peers = [
+    rank = {name: at for at, served in enumerate(deployment.models) for name in (served.upstream_name, served.name)}
+    matching = [
         profile
         for profile in stored.values()
-        if profile.model in place
+        if profile.model in rank
         and (profile.sku, profile.engine) == (accelerator.sku, deployment.engine)
         and profile.accelerators_per_replica == accelerator.count
     ]
-    if not peers:
+    if not matching:
         return None
-    return profile_of(min(peers, key=lambda peer: (place[peer.model], peer.name)), model.ProfileSource.PEER)
+    best = min(matching, key=lambda profile: (rank[profile.model], profile.name))
+    return profile_of(best, model.ProfileSource.PEER)
 
 
 def accelerators_of(deployment: resources.Deployment, named: resources.Profile | None) -> int:
-    """The accelerators of one replica, 0 where nobody said."""
+    """The number of accelerators of one replica, 0 if it is unknown."""
     if deployment.accelerator is not None:
         return deployment.accelerator.count
     return named.accelerators_per_replica if named is not None else 0
 
 
 def price_of(deployment: resources.Deployment, cluster: resources.Cluster | None) -> model.Price:
-    """What a Deployment costs: as written, else what its Cluster asks an hour for all its accelerators."""
+    """The price of a Deployment: as written, otherwise its Cluster's price per hour for all its accelerators."""
     written, accelerator = deployment.price, deployment.accelerator
     if written is not None:
         return model.Price(
@@ -79,19 +80,19 @@ def price_of(deployment: resources.Deployment, cluster: resources.Cluster | None
 
 
 def strictest_tpot_s(gateways: Iterable[model.Gateway], deployment: str) -> float:
-    """The TPOT target that a Deployment is held to: the strictest of the Gateways that list it, else the default."""
-    promised = [
+    """The TPOT target of a Deployment: the strictest of the Gateways that list it, otherwise the default."""
+    targets_s = [
         gateway.slo.tpot_s
         for gateway in gateways
         if gateway.slo is not None and any(upstream.deployment == deployment for upstream in gateway.upstreams)
     ]
-    return min(promised, default=model.Slo().tpot_s)
+    return min(targets_s, default=model.Slo().tpot_s)
 
 
 def profile_description(deployment: model.Deployment, tpot_s: float, learned_limit: int = 0) -> dict[str, Any]:
-    """What a Deployment takes, for people: CU, the token form, the limit, and where the figures come from.
+    """The capacity of a Deployment for display: CU, the token form, the limit and the source of the figures.
 
-    Units: `learned_limit` is what the proxies hold it to now, 0 where they have not said.
+    Units: `learned_limit` is the limit in requests that the proxies apply now, 0 if they have not reported one.
     """
     profile, engines = deployment.profile, max(1, sum(one.engines for one in deployment.endpoints))
     limit = learned_limit or deployment.concurrency_max
@@ -120,27 +121,27 @@ def profile_description(deployment: model.Deployment, tpot_s: float, learned_lim
 def _measured(deployment: model.Deployment, profile: model.Profile, tpot_s: float, limit: int) -> str:
     engines = max(1, sum(one.engines for one in deployment.endpoints))
     units = capacity.units_of(profile, tpot_s) * engines
-    whence = {
+    source = {
         model.ProfileSource.WRITTEN: f"Profile {profile.name}",
-        model.ProfileSource.PEER: f"Profile {profile.name} of a peer with the same model, SKU and engine",
-        model.ProfileSource.GUESS: "a guess that its streams correct",
+        model.ProfileSource.PEER: f"Profile {profile.name} (measured on the same model, SKU and engine)",
+        model.ProfileSource.GUESS: "an estimate that its streams correct",
     }[profile.source]
-    behind = f" times {engines} engines" if engines > 1 else ""
-    typed = f", where `capacity` says {deployment.units:.3g}" if abs(units - deployment.units) > 1e-6 * units else ""
-    limited = "as written" if deployment.concurrency_written else "0.9 of the knee, corrected by what its answers show"
+    times = f" times {engines} engines" if engines > 1 else ""
+    written = f" (`capacity` says {deployment.units:.3g})" if abs(units - deployment.units) > 1e-6 * units else ""
+    limited = "as written" if deployment.concurrency_written else "0.9 of the knee, corrected by its responses"
     return (
-        f"{units:.3g} CU by {whence}{behind} at a TPOT of {tpot_s:g} s{typed}; a request counts its uncached prompt "
-        f"tokens once and its output tokens {capacity.output_weight(profile, tpot_s):.1f} times; "
-        f"at most {limit} at once, {limited}."
+        f"{units:.3g} CU from {source}{times}, at a TPOT of {tpot_s:g} s{written}; a request counts its uncached "
+        f"prompt tokens once and its output tokens {capacity.output_weight(profile, tpot_s):.1f} times; "
+        f"at most {limit} requests at once, {limited}."
     )
 
 
 def _unmeasured(deployment: model.Deployment, limit: int) -> str:
     hint = f"`fleetgate calibrate {deployment.name}` measures it"
     if deployment.units:
-        at_once = f" and at most {limit} at once" if limit else ""
+        at_once = f" and at most {limit} requests at once" if limit else ""
         return f"{deployment.units:.3g} CU{at_once}, as written in `capacity`; it has no Profile: {hint}."
-    return f"Nothing is known of it yet: the proxies learn from its answers and refusals; {hint}."
+    return f"The capacity is not known yet: the proxies learn it from responses and refusals; {hint}."
 
 
 def _float(value: float | None) -> float | None:

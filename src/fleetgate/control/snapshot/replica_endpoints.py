@@ -1,4 +1,4 @@
-"""Where managed Deployments answer: what the reconciler sees, and until it has looked, what was true before."""
+"""The Endpoints of managed Deployments: those that the reconciler observes, and before that those of the last run."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -7,25 +7,27 @@ from fleetgate.core.model import Snapshot
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.providers.base import ManagedDeployment
 
-CARRY_S = 5.0  # replicas that outlived a restart of this process are found again well within it
+CARRY_S = 5.0  # the reconciler finds replicas that survived a restart of this process well within this time
 
 
 class ReplicaEndpoints:
     """Base URLs of ready replicas by Deployment.
 
-    A control process that is started again while the workers serve must not take the replicas away that go on
-    running, only because it has not looked yet.
+    A control process that restarts while the workers serve must not remove replicas only because its reconciler has
+    not observed them yet.
     """
 
-    def __init__(self, seen: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
-        self._seen = seen
+    def __init__(self, observed: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
+        self._observed = observed
         self._carried: Mapping[str, tuple[str, ...]] = {}
 
-    def carry(self, last: Snapshot | None, managed: tuple[ManagedDeployment, ...], board: SharedMemory | None) -> None:
-        """Take over what the last Snapshot had, if workers are serving from it."""
-        if last is None or board is None:
+    def carry(
+        self, last: Snapshot | None, managed: tuple[ManagedDeployment, ...], shared_memory: SharedMemory | None
+    ) -> None:
+        """Keep the replicas of the last Snapshot if workers serve from it."""
+        if last is None or shared_memory is None:
             return
-        if any(board.get(worker, WorkerCell.ACCEPTING) for worker in range(board.workers)):
+        if any(shared_memory.get(worker, WorkerCell.ACCEPTING) for worker in range(shared_memory.workers)):
             names = {deployment.name for deployment in managed}
             self._carried = {
                 deployment.name: tuple(f"{one.origin}{one.base_path}" for one in deployment.endpoints)
@@ -34,11 +36,11 @@ class ReplicaEndpoints:
             }
 
     def ready(self) -> Mapping[str, tuple[str, ...]]:
-        """What to publish now."""
-        return {**self._carried, **{name: urls for name, urls in self._seen().items() if urls}}
+        """The base URLs to publish."""
+        return {**self._carried, **{name: urls for name, urls in self._observed().items() if urls}}
 
     async def drop_carried(self, on_change: Callable[[], None]) -> None:
-        """Forget, after a while, what was carried over; then only what is seen counts."""
+        """Drop the replicas of the last run after `CARRY_S`; from then on only observed replicas are published."""
         await asyncio.sleep(CARRY_S)
         self._carried = {}
         on_change()

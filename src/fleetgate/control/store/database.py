@@ -1,4 +1,4 @@
-"""The database: opened, migrated, and handed out one transaction at a time."""
+"""The database: open it, migrate it and run transactions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from fleetgate.control.data_dir import DataDirUnusable
 
-BUSY_TIMEOUT_MS = 5_000  # longer than any of our own transactions; a stuck backup tool should not fail a write at once
+BUSY_TIMEOUT_MS = 5_000  # longer than any own transaction, so that a slow backup tool does not fail a write at once
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Database:
-    """A SQLite file in WAL mode. Transactions are short; nothing waits for a network inside one."""
+    """A SQLite file in WAL mode. Transactions are short and never wait for a network."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._engine = _engine(path)
 
     def migrate(self) -> None:
-        """Bring the tables up to date. Raises: `DataDirUnusable`."""
+        """Run the pending migrations. Raises: `DataDirUnusable`."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         try:
@@ -34,19 +34,20 @@ class Database:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except CommandError as error:
-            raise DataDirUnusable(f"{self.path} was made by a newer Fleetgate ({error}); start that one") from error
+            text = f"{self.path} was written by a newer Fleetgate ({error}); start that version"
+            raise DataDirUnusable(text) from error
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A consistent view. Raises: `DataDirUnusable` when the file cannot be read."""
+        """A transaction that sees one consistent state. Raises: `DataDirUnusable` if the file cannot be read."""
         with self._begin(self._engine) as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that holds the only write lock from its first step, so that what it read stays true.
+        """A transaction that holds the write lock from its start, so that no other process changes what it has read.
 
-        Raises: `DataDirUnusable` when the file cannot be written.
+        Raises: `DataDirUnusable` if the file cannot be written.
         """
         with self._begin(self._engine.execution_options(immediate=True)) as connection:
             yield connection
@@ -62,11 +63,11 @@ class Database:
                 yield connection
         except DatabaseError as error:
             if type(error) not in (DatabaseError, OperationalError):
-                raise  # a broken constraint is a bug of ours, not of the disk
+                raise  # a violated constraint is a bug and not an error of the disk
             reason = str(error.orig)
             raise DataDirUnusable(
-                f"the store {self.path} cannot be used ({reason}); check the disk and its permissions, put the file "
-                f"back from a backup, or give another directory with --data-dir"
+                f"the store {self.path} cannot be used ({reason}); check the disk and its permissions, restore the "
+                f"file from a backup, or give another directory with --data-dir"
             ) from error
 
 
@@ -76,19 +77,19 @@ def _engine(path: Path) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _entry: ConnectionPoolEntry) -> None:
-        connection.isolation_level = None  # we say BEGIN ourselves; the driver would commit before DDL
+        connection.isolation_level = None  # BEGIN is sent below; the driver would commit before DDL
         cursor = connection.cursor()
         for pragma in (
             f"busy_timeout = {BUSY_TIMEOUT_MS}",
             "journal_mode = WAL",
-            "synchronous = FULL",  # a key that was printed must exist after a power cut
+            "synchronous = FULL",  # a key that was returned must exist after a power failure
             "foreign_keys = ON",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
     @event.listens_for(engine, "begin")
-    def _begun(connection: Connection) -> None:
+    def _begin_transaction(connection: Connection) -> None:
         immediate = connection.get_execution_options().get("immediate", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 

@@ -1,4 +1,4 @@
-"""What is kept, as values: resources, keys, sealed secrets, Events and numbers, each read and written in one place."""
+"""Queries for resources, keys, sealed secrets, Events and numbers, with values in and values out."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ _PRUNE_EVERY = 256
 
 
 class StoredResource(msgspec.Struct, frozen=True):
-    """A resource as it is kept. Shape: `document` is what was written, with kind and name, without a Secret's value."""
+    """A stored resource. Shape: `document` is as written, with kind and name, without the value of a Secret."""
 
     kind: str
     name: str
@@ -26,7 +26,7 @@ class StoredResource(msgspec.Struct, frozen=True):
 
 
 class StoredKey(msgspec.Struct, frozen=True):
-    """What is kept of a client key's secret."""
+    """The stored part of a Key's token: its id and the HMAC of its secret."""
 
     name: str
     id: str
@@ -34,7 +34,7 @@ class StoredKey(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """What happened, in a sentence."""
+    """A stored Event."""
 
     id: int
     at_s: float
@@ -43,23 +43,23 @@ class Event(msgspec.Struct, frozen=True):
     sentence: str
 
 
-World = dict[tuple[str, str], StoredResource]
+StoredResources = dict[tuple[str, str], StoredResource]
 
 
-def load_world(connection: Connection) -> World:
-    """Every resource by kind and name."""
+def load_resources(connection: Connection) -> StoredResources:
+    """All resources by kind and name."""
     rows = connection.execute(select(resources).order_by(resources.c.kind, resources.c.name))
     return {(row.kind, row.name): _stored(row) for row in rows}
 
 
-def load_one(connection: Connection, kind: str, name: str) -> StoredResource | None:
-    """One resource."""
+def load_resource(connection: Connection, kind: str, name: str) -> StoredResource | None:
+    """One resource, or None if it does not exist."""
     query = select(resources).where(resources.c.kind == kind, resources.c.name == name)
     row = connection.execute(query).first()
     return _stored(row) if row is not None else None
 
 
-def save(connection: Connection, stored: StoredResource) -> None:
+def save_resource(connection: Connection, stored: StoredResource) -> None:
     """Write a resource, new or changed."""
     spec = {field: value for field, value in stored.document.items() if field not in ("kind", "name")}
     values = {
@@ -73,8 +73,8 @@ def save(connection: Connection, stored: StoredResource) -> None:
     connection.execute(statement.on_conflict_do_update(index_elements=["kind", "name"], set_=values))
 
 
-def remove(connection: Connection, kind: str, name: str) -> None:
-    """Delete a resource with all that belongs to it."""
+def remove_resource(connection: Connection, kind: str, name: str) -> None:
+    """Delete a resource and its key or sealed secret."""
     connection.execute(delete(resources).where(resources.c.kind == kind, resources.c.name == name))
     if kind == "Key":
         connection.execute(delete(keys).where(keys.c.name == name))
@@ -83,29 +83,29 @@ def remove(connection: Connection, kind: str, name: str) -> None:
 
 
 def save_key(connection: Connection, key: StoredKey) -> None:
-    """Keep what is kept of a new key."""
+    """Write the stored part of a new key."""
     connection.execute(keys.insert().values(name=key.name, id=key.id, secret_hmac=key.secret_hmac))
 
 
 def load_keys(connection: Connection) -> dict[str, StoredKey]:
-    """What is kept of every key, by name."""
+    """The stored part of all keys, by name."""
     rows = connection.execute(select(keys))
     return {row.name: StoredKey(row.name, row.id, row.secret_hmac) for row in rows}
 
 
 def save_secret(connection: Connection, name: str, sealed: str) -> None:
-    """Keep a sealed secret, new or changed."""
+    """Write a sealed secret, new or changed."""
     statement = insert(secrets).values(name=name, sealed=sealed)
     connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"sealed": sealed}))
 
 
 def load_secrets(connection: Connection) -> dict[str, str]:
-    """Every sealed secret by name."""
+    """All sealed secrets by name."""
     return {row.name: row.sealed for row in connection.execute(select(secrets))}
 
 
 def add_event(connection: Connection, at_s: float, kind: str, name: str, sentence: str) -> None:
-    """Write an Event; the oldest go when there are too many."""
+    """Write an Event, and delete the oldest beyond `EVENTS_KEPT`."""
     result = connection.execute(events.insert().values(at_s=at_s, kind=kind, name=name, sentence=sentence))
     newest = result.inserted_primary_key[0] if result.inserted_primary_key else 0
     if newest % _PRUNE_EVERY == 0:
@@ -113,7 +113,7 @@ def add_event(connection: Connection, at_s: float, kind: str, name: str, sentenc
 
 
 def load_events(connection: Connection, after: int, limit: int, of: tuple[str, str] | None = None) -> list[Event]:
-    """Events in the order they happened: the first `limit` after an id, or the last `limit` when `after` is 0."""
+    """Events, oldest first: the first `limit` after an id, or the last `limit` if `after` is 0."""
     query = select(events)
     if of is not None:
         query = query.where(events.c.kind == of[0], events.c.name == of[1])
@@ -126,12 +126,12 @@ def load_events(connection: Connection, after: int, limit: int, of: tuple[str, s
 
 
 def load_number(connection: Connection, name: str) -> int:
-    """A number that is kept, 0 at first."""
+    """A stored number, 0 if it was never written."""
     return connection.execute(select(numbers.c.value).where(numbers.c.name == name)).scalar() or 0
 
 
 def save_number(connection: Connection, name: str, value: int) -> None:
-    """Keep a number."""
+    """Write a number."""
     statement = insert(numbers).values(name=name, value=value)
     connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"value": value}))
 

@@ -1,4 +1,4 @@
-"""The store's tables. A change here needs a migration beside it; a test compares the two."""
+"""The tables of the store. A change here needs a migration; a test compares the two."""
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
 
@@ -9,9 +9,9 @@ resources = Table(
     metadata,
     Column("kind", String(32), primary_key=True),
     Column("name", String(63), primary_key=True),
-    Column("spec", Text, nullable=False),  # JSON as written; a Secret's has no value
+    Column("spec", Text, nullable=False),  # JSON as written, without the value of a Secret
     Column("generation", Integer, nullable=False),
-    Column("trusted", Boolean, nullable=False),  # the machine's operator wrote its URLs in a --config file
+    Column("trusted", Boolean, nullable=False),  # the operator wrote the URLs in a --config file on this machine
     Column("created_s", Float, nullable=False),
     Column("updated_s", Float, nullable=False),
 )
@@ -31,7 +31,7 @@ secrets = Table(
     Column("sealed", Text, nullable=False),
 )
 
-# A slot is given to an owner once. `freed` is 0 while it is in use, else it orders the free ones, longest free first.
+# Each slot has one owner. `freed` is 0 while the slot is in use, otherwise free slots are ordered by it, oldest first.
 slots = Table(
     "slots",
     metadata,
@@ -51,7 +51,7 @@ events = Table(
     Column("name", String(63), nullable=False),
     Column("sentence", Text, nullable=False),
     Index("events_by_object", "kind", "name", "id"),
-    sqlite_autoincrement=True,  # an id is never used again, so `after=` never skips a newer Event
+    sqlite_autoincrement=True,  # ids are never reused, so `after=` skips no newer Event
 )
 
 numbers = Table(
@@ -63,7 +63,7 @@ numbers = Table(
 
 _NAMES = ("key", "gateway", "model", "deployment")
 
-# One row an attempt. The newest are kept, and what they sum up to in `usage_hours` for ever.
+# One row for each attempt. Only the newest rows are kept; their sums in `usage_hours` are never deleted.
 usage_rows = Table(
     "usage_rows",
     metadata,
@@ -81,7 +81,7 @@ usage_rows = Table(
     Column("bytes", BigInteger, nullable=False),
 )
 
-# Shape: `hour` in hours since the epoch, of an attempt's end; `estimated` counts attempts whose engine told no tokens.
+# `hour` is that of an attempt's end, since the epoch; `estimated` counts attempts without an engine's token counts.
 usage_hours = Table(
     "usage_hours",
     metadata,
@@ -95,7 +95,7 @@ usage_hours = Table(
     Column("billed_output_tokens", BigInteger, nullable=False),
 )
 
-# Attempts that began and are not over; with how far the journals are read it is all that a restart must know.
+# Attempts that have not ended. With the read offsets of the journals this is all that a restart needs.
 usage_open = Table(
     "usage_open",
     metadata,

@@ -1,4 +1,4 @@
-"""The usage book in the store: rows of attempts, their sums by the hour, and how far the journals are read."""
+"""Usage in the store: rows of attempts, their sums by the hour, and the read offsets of the journals."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _progress = msgspec.json.Decoder(UsageProgress).decode
 
 
 def add_rows(connection: Connection, rows: Sequence[UsageRow]) -> int:
-    """Write rows that are not there yet, and add those to the sums. How many were new."""
+    """Write the rows that are not stored yet, add them to the sums, and return their number."""
     new: list[UsageRow] = []
     for at in range(0, len(rows), _ROWS_AT_ONCE):
         some = rows[at : at + _ROWS_AT_ONCE]
@@ -62,18 +62,18 @@ def add_rows(connection: Connection, rows: Sequence[UsageRow]) -> int:
 
 
 def prune(connection: Connection) -> None:
-    """Forget the oldest rows beyond those kept; their sums stay."""
+    """Delete the oldest rows beyond `ROWS_KEPT`; their sums stay."""
     newest = connection.execute(select(func.max(usage_rows.c.id))).scalar() or 0
     connection.execute(delete(usage_rows).where(usage_rows.c.id <= newest - ROWS_KEPT))
 
 
 def load_offsets(connection: Connection) -> dict[str, int]:
-    """How far each journal file is read."""
+    """The read offset of each journal file."""
     return {row.file: row.offset for row in connection.execute(select(usage_read))}
 
 
 def save_offsets(connection: Connection, offsets: Mapping[str, int], gone: Collection[str]) -> None:
-    """Keep how far files are read, and forget files that are gone."""
+    """Write the read offsets of files, and delete those of removed files."""
     if offsets:
         statement = insert(usage_read)
         statement = statement.on_conflict_do_update(index_elements=["file"], set_={"offset": statement.excluded.offset})
@@ -83,7 +83,7 @@ def save_offsets(connection: Connection, offsets: Mapping[str, int], gone: Colle
 
 
 def load_open(connection: Connection) -> dict[str, list[OpenAttempt]]:
-    """Attempts that are not settled, by the run of the worker that began them."""
+    """Attempts that are not settled, by the run of the worker that started them."""
     found: dict[str, list[OpenAttempt]] = {}
     for row in connection.execute(select(usage_open)):
         progress = _progress(row.progress) if row.progress else None
@@ -92,7 +92,7 @@ def load_open(connection: Connection) -> dict[str, list[OpenAttempt]]:
 
 
 def save_open(connection: Connection, run: str, changed: Iterable[OpenAttempt], settled: Collection[str]) -> None:
-    """Keep what is open now and forget what is settled."""
+    """Write the open attempts, and delete the settled ones."""
     values = [
         {
             "attempt_id": one.intent.id,
@@ -116,7 +116,7 @@ def save_open(connection: Connection, run: str, changed: Iterable[OpenAttempt], 
 def load_sums(
     connection: Connection, by: Sequence[str], where: Mapping[str, str], since_ms: int, until_ms: int
 ) -> list[dict[str, Any]]:
-    """Sums of whole hours. Shape: `by` some of `hour` and `NAMES`; `until_ms` 0 for now."""
+    """Sums of whole hours. Shape: `by` has any of `hour` and `NAMES`; `until_ms` is 0 for no end."""
     columns = [usage_hours.c[name] for name in by]
     query = select(*columns, *(func.sum(usage_hours.c[name]).label(name) for name in SUMS))
     query = query.where(usage_hours.c.hour >= since_ms // HOUR_MS)
@@ -130,7 +130,7 @@ def load_sums(
 
 
 def load_attempts(connection: Connection, request_id: str) -> list[dict[str, Any]]:
-    """The attempts of one request, in their order."""
+    """The attempts of one request in order."""
     low, high = f"{request_id}-", f"{request_id}."
     query = select(usage_rows).where(usage_rows.c.attempt_id > low, usage_rows.c.attempt_id < high)
     return [dict(row._mapping) for row in connection.execute(query.order_by(usage_rows.c.id))]

@@ -49,7 +49,7 @@ class EventRecorder:
         for worker in range(self._board.workers):
             starts = self._board.get(worker, WorkerCell.STARTS)
             if starts > self._starts[worker] and starts > 1:
-                yield "WorkerCell", str(worker), f"Worker {worker} ended and was started again (start {starts})."
+                yield "Worker", str(worker), f"Worker {worker} ended and was started again (start {starts})."
             self._starts[worker] = starts
 
 

@@ -9,8 +9,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from fleetgate.control.api.live_state import endpoint_up
 from fleetgate.control.context import Control
+from fleetgate.control.snapshot.endpoint_status import endpoint_up
 from fleetgate.control.telemetry.overload_metrics import gauges, usage_gauges
 from fleetgate.control.telemetry.series import Labels, MetricSeries, read_series
 from fleetgate.core.admission.work_ledger import WorkCell
@@ -62,7 +62,7 @@ class _BoardCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Every metric."""
-        board, snapshot = self._control.board, self._control.publisher.current
+        board, snapshot = self._control.shared_memory, self._control.publisher.current
         if board is not None:
             series = read_series(board.series_totals())
             yield from _counters(series)

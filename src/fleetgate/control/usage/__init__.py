@@ -1,1 +1,1 @@
-"""Usage journals of the workers, folded into rows."""
+"""The workers' usage journals are read into the store."""

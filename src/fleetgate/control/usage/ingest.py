@@ -1,7 +1,7 @@
-"""Journals of workers become the usage book: once a second, each attempt once, whoever dies in between.
+"""Read the workers' journals into the store once a second; a crash of any process counts no attempt twice.
 
-Rows, sums, open attempts and how far each file is read change in one transaction. A file goes when it is read to its
-end and its writer is on the next one, or dead; a lock that the kernel frees tells which.
+Rows, sums, open attempts and read offsets change in one transaction. A file is deleted when it is read to its end and
+its writer has moved to the next file or has died; the writer's lock, which the kernel releases, shows which.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from fleetgate.control.store import usage
 from fleetgate.control.store.database import Database
 from fleetgate.core.usage_record import JOURNAL, JournalReplay, OpenAttempt, UsageRow, read_entries
 
-TAKE_EVERY_S = 1.0
-PRUNE_EVERY = 600  # takes
-PIECE_BYTES = 2 * 1024 * 1024  # of journals at once: after a long absence there may be more than the memory holds
-PIECE_BYTES_MIN = 64 * 1024  # longer than any line
+INGEST_EVERY_S = 1.0
+PRUNE_EVERY = 600  # transactions
+CHUNK_BYTES = 2 * 1024 * 1024  # of journals in one transaction: after a long pause they may exceed the memory
+CHUNK_BYTES_MIN = 64 * 1024  # longer than any line
 log = structlog.get_logger()
 
 
 class _Taken(NamedTuple):
-    """What one run's files brought."""
+    """What was read from the files of one run."""
 
     run: str
     rows: list[UsageRow]
@@ -35,16 +35,16 @@ class _Taken(NamedTuple):
     settled: list[str]
     offsets: dict[str, int]
     done: list[Path]
-    left_bytes: int  # that may be read in the same transaction
+    left_bytes: int  # may still be read in the same transaction
 
 
 class UsageIngest:
-    """Takes journals in. Only one process does, which the store's own lock sees to."""
+    """Reads journals into the store. The lock of the data directory allows only one such process."""
 
     def __init__(self, data_dir: Path, database: Database) -> None:
         self._directory = data_dir / JOURNAL
         self._database = database
-        self._folds: dict[str, JournalReplay] = {}
+        self._replays: dict[str, JournalReplay] = {}
         self._offsets: dict[str, int] = {}
         self._gone: list[str] = []
         self._takes = 0
@@ -52,37 +52,38 @@ class UsageIngest:
         self._lock = threading.Lock()
 
     async def run(self) -> None:
-        """Take once a second, for as long as the process lives."""
-        trouble = ""
+        """Read once a second until cancelled."""
+        last_error = ""
         while True:
             try:
                 await asyncio.to_thread(self.take)
-                trouble = ""
-            except (OSError, DataDirUnusable) as error:  # the journals stay where they are
+                last_error = ""
+            except (OSError, DataDirUnusable) as error:  # the journals stay on disk
                 self._loaded = False
-                if str(error) != trouble:
-                    trouble = str(error)
-                    log.error("journal_not_taken", reason=trouble)
-            await asyncio.sleep(TAKE_EVERY_S)
+                if str(error) != last_error:
+                    last_error = str(error)
+                    log.error("journal_not_taken", reason=last_error)
+            await asyncio.sleep(INGEST_EVERY_S)
 
     def take(self) -> int:
-        """Bring the book up to date; how many rows are new.
+        """Read everything that the journals have now, and return the number of new rows.
 
-        Raises: `OSError`, `DataDirUnusable`; nothing is lost then. Cost: 15 µs a row.
+        Raises: `OSError`, `DataDirUnusable`; then nothing is lost.
+        Cost: 15 µs per row.
         """
-        with self._lock:  # the last take of a process may meet the one before it
+        with self._lock:  # the last call of a process may overlap with the previous one
             new, is_more = 0, True
             while is_more:
-                taken, is_more = self._take_piece()
+                taken, is_more = self._take_chunk()
                 new += taken
             return new
 
-    def _take_piece(self) -> tuple[int, bool]:
-        """One transaction: how many rows are new, and whether there is more to read."""
+    def _take_chunk(self) -> tuple[int, bool]:
+        """Run one transaction. The result is the number of new rows, and whether there is more to read."""
         if not self._loaded:
             self._load()
         taken: list[_Taken] = []
-        left_bytes = PIECE_BYTES
+        left_bytes = CHUNK_BYTES
         for run, paths in self._files().items():
             if left_bytes <= 0:
                 break
@@ -111,13 +112,13 @@ class UsageIngest:
     def _load(self) -> None:
         with self._database.read() as connection:
             self._offsets = usage.load_offsets(connection)
-            self._folds = {run: JournalReplay(known) for run, known in usage.load_open(connection).items()}
+            self._replays = {run: JournalReplay(known) for run, known in usage.load_open(connection).items()}
         self._gone = [name for name in self._offsets if not (self._directory / name).exists()]
         self._loaded = True
 
     def _files(self) -> dict[str, list[Path]]:
-        """Each run's segments in order; also of runs of which only open attempts are left."""
-        found: dict[str, list[Path]] = {run: [] for run in self._folds}
+        """The files of each run in order, also of runs of which only open attempts are left."""
+        found: dict[str, list[Path]] = {run: [] for run in self._replays}
         try:
             names = sorted(path.name for path in self._directory.iterdir())
         except FileNotFoundError:
@@ -131,20 +132,20 @@ class UsageIngest:
         return found
 
     def _read(self, run: str, paths: list[Path], left_bytes: int) -> _Taken:
-        # Asked before reading: what a worker wrote before it died is then all there.
+        # Check this before reading: a dead worker has then written everything.
         dead = self._is_dead(run)
-        fold = self._folds.setdefault(run, JournalReplay())
-        before = dict(fold.open_attempts)
+        replay = self._replays.setdefault(run, JournalReplay())
+        before = dict(replay.open_attempts)
         taken = _Taken(run, [], [], [], {}, [], left_bytes)
         for number, path in enumerate(paths):
-            # Asked before reading, too. The next file may be there long before anything is in it.
+            # Check this before reading, too. The next file may exist long before it has any content.
             is_over = dead or any(_has_begun(later) for later in paths[number + 1 :])
             at = self._offsets.get(path.name, 0)
-            data, is_all = _piece(path, at, max(PIECE_BYTES_MIN, left_bytes), is_over)
+            data, is_all = _read_chunk(path, at, max(CHUNK_BYTES_MIN, left_bytes), is_over)
             entries, read, damaged = read_entries(data, is_over)
             if damaged:
                 log.warning("journal_damaged", file=path.name, lines=damaged)
-            taken.rows.extend(fold.apply(entries))
+            taken.rows.extend(replay.apply(entries))
             left_bytes -= read
             if read and (entries or not is_over or not is_all):
                 taken.offsets[path.name] = at + read
@@ -154,11 +155,11 @@ class UsageIngest:
             if is_over:
                 taken.done.append(path)
         if dead and left_bytes > 0:
-            taken.rows.extend(fold.abandon(int(time.time() * 1000)))
+            taken.rows.extend(replay.abandon(int(time.time() * 1000)))
             taken.done.append(self._directory / f"{run}.lock")
-            del self._folds[run]
-        taken.changed.extend(one for name, one in fold.open_attempts.items() if before.get(name) is not one)
-        taken.settled.extend(name for name in before if name not in fold.open_attempts)
+            del self._replays[run]
+        taken.changed.extend(one for name, one in replay.open_attempts.items() if before.get(name) is not one)
+        taken.settled.extend(name for name in before if name not in replay.open_attempts)
         return taken._replace(left_bytes=left_bytes)
 
     def _is_dead(self, run: str) -> bool:
@@ -180,8 +181,8 @@ def _has_begun(path: Path) -> bool:
         return file.read(1) not in (b"", b"\0")
 
 
-def _piece(path: Path, at: int, most_bytes: int, is_over: bool) -> tuple[bytes, bool]:
-    """Some of a file, cut between two lines, and whether there is no more to read in it now."""
+def _read_chunk(path: Path, at: int, most_bytes: int, is_over: bool) -> tuple[bytes, bool]:
+    """A chunk of a file that ends between two lines, and whether the file has no more content now."""
     with path.open("rb") as file:
         file.seek(at)
         data = file.read(most_bytes)

@@ -14,7 +14,7 @@ class WorkCell(IntEnum):
     SEQUENCES = 1  # requests in flight
     KV_TOKENS = 2  # prompt and expected output of all of them
     HEAD_SINCE_US = 3  # since when the engine may work on the oldest prompt
-    PREFILLED_TOKENS = 4  # of prompts whose first token came; it only rises
+    PREFILLED_TOKENS = 4  # of prompts with a first token; it only rises
     RECENT_TOKENS = 5  # prompt tokens sent recently, decaying over the life of a short response
     RECENT_AT_US = 6
 
@@ -156,7 +156,7 @@ class WorkLedger:
         return sum(self._work[at : at + self._workers * WORK_CELLS][_SEQUENCES::WORK_CELLS])
 
     def prefilled_tokens(self, endpoint_slot: int) -> int:
-        """Prompt tokens ever prefilled at an Endpoint for this machine, by requests whose first token came."""
+        """Prompt tokens ever prefilled at an Endpoint for this machine, by requests with a first token."""
         at = endpoint_slot * self._workers * WORK_CELLS
         return sum(self._work[at : at + self._workers * WORK_CELLS][_PREFILLED_TOKENS::WORK_CELLS])
 

@@ -1,1 +1,1 @@
-"""What a Deployment can take: capacity units, latency prediction, limits learned online."""
+"""Capacity of Deployments: capacity units, latency prediction, limits and speeds learned online."""

@@ -1,4 +1,4 @@
-"""The concurrency limit and the TPOT margin of a Deployment, corrected by what its requests show."""
+"""The concurrency limit and the TPOT margin of a Deployment, corrected by the results of its requests."""
 
 import msgspec
 
@@ -15,12 +15,12 @@ MARGIN_MIN, MARGIN_MAX = 0.6, 1.3
 MARGIN_FIRST = 1.2
 WAITING_POLLS_MAX = 3
 WAITING_SHARE_MAX = 0.05
-REPORTED_SHARE = 0.1  # a limit that creeps up is told of every tenth, one that falls always
+REPORTED_SHARE = 0.1  # a rising limit is reported once for every tenth, a falling one always
 KV_SHARE_MAX = 0.9
 
 
 class ViolationCounts(msgspec.Struct, frozen=True):
-    """What a Deployment's requests came to, as counters that only rise."""
+    """The results of a Deployment's requests, as counters that only rise."""
 
     ended: int = 0
     ttft_late: int = 0
@@ -28,7 +28,7 @@ class ViolationCounts(msgspec.Struct, frozen=True):
     refused: int = 0
 
     def minus(self, before: "ViolationCounts") -> "ViolationCounts":
-        """What was counted in between; a counter that fell (its worker was started anew) counts from zero."""
+        """The counts since an earlier one; a counter that fell, because its worker restarted, counts from zero."""
         return ViolationCounts(
             max(0, self.ended - before.ended),
             max(0, self.ttft_late - before.ttft_late),
@@ -38,16 +38,16 @@ class ViolationCounts(msgspec.Struct, frozen=True):
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """What an engine says of itself; None where it says nothing or nothing fresh."""
+    """The load that an engine reports; None if it reports none or the report is old."""
 
     waiting: int | None = None
     kv_share: float | None = None
 
 
 class LimitBounds(msgspec.Struct, frozen=True):
-    """Where a limit starts, how far it may move, and whether the operator wrote it: then nothing raises it.
+    """Where a limit starts, how far it may move, and whether an operator wrote it, so that it never rises above that.
 
-    Units: `start` 0 is no limit until the engine refuses or lets requests wait.
+    Units: `start` 0 means no limit until the engine refuses requests or lets them wait.
     """
 
     start: int
@@ -57,7 +57,7 @@ class LimitBounds(msgspec.Struct, frozen=True):
 
 
 class LimitChange(msgspec.Struct, frozen=True):
-    """A limit that moved, with its reason as one sentence."""
+    """A limit that changed. Shape: `because` is the reason as one sentence."""
 
     before: int
     after: int
@@ -65,22 +65,31 @@ class LimitChange(msgspec.Struct, frozen=True):
 
 
 class AdaptiveLimit:
-    """One Deployment's limit and TPOT margin: AIMD on what went wrong, once a second, never from idle.
+    """One Deployment's limit and TPOT margin: AIMD on violations, once a second, never while it is idle.
 
-    An engine of which nothing is known has no limit until it refuses, or has requests waiting: then what it carried.
-    Source: ALGORITHMS.md section 8.1; the margin section 9.4.
+    An engine without a Profile has no limit until it refuses requests or lets them wait; then the limit starts at the
+    requests in flight that it served.
     """
 
-    __slots__ = ("_bounds", "_history", "_polls_waiting", "_settled", "_told", "_wait_until_s", "limit", "margin")
+    __slots__ = (
+        "_back_off_until_s",
+        "_bounds",
+        "_history",
+        "_polls_waiting",
+        "_reported",
+        "_settled",
+        "limit",
+        "margin",
+    )
 
     def __init__(self, bounds: LimitBounds) -> None:
         self._bounds = bounds
         self._history: list[tuple[float, ViolationCounts]] = []
         self._polls_waiting = 0
         self._settled = ViolationCounts()
-        self._wait_until_s = float("-inf")
+        self._back_off_until_s = float("-inf")
         self.limit = float(bounds.start)
-        self._told = bounds.start
+        self._reported = bounds.start
         self.margin = MARGIN_FIRST
 
     def update(self, counts: ViolationCounts, in_flight: int, signals: EngineLoad, now_s: float) -> LimitChange | None:
@@ -89,37 +98,37 @@ class AdaptiveLimit:
         while len(self._history) > 2 and self._history[1][0] <= now_s - WINDOW_S:
             self._history.pop(0)
         recent = counts.minus(self._history[0][1])
-        # A few always wait for the step under way to end; more than that wait for a place.
+        # A few requests always wait for the current step to end; more than that wait for capacity.
         queues = (signals.waiting or 0) > WAITING_SHARE_MAX * in_flight
         self._polls_waiting = self._polls_waiting + 1 if queues else 0
-        if now_s <= self._wait_until_s:  # what was sent before the last step down has to end first
+        if now_s <= self._back_off_until_s:  # requests sent before the last step down have to end first
             self._settled, self._polls_waiting = counts, 0
         before = int(self.limit)
         self._correct_margin(recent, in_flight)
-        trouble = self._trouble(recent, counts.minus(self._settled), signals)
-        if trouble:
+        violation = self._violation(recent, counts.minus(self._settled), signals)
+        if violation:
             self._back_off(in_flight, signals.waiting if queues and signals.waiting else 0, now_s)
         elif in_flight > 0.5 * self.limit and not queues:
-            self._creep()
+            self._raise()
         after = int(self.limit)
-        crept = before <= after < self._told * (1.0 + REPORTED_SHARE) and after < self._bounds.most
-        if after == self._told or crept:
+        is_small = before <= after < self._reported * (1.0 + REPORTED_SHARE) and after < self._bounds.most
+        if after == self._reported or is_small:
             return None
-        told, self._told = self._told, after
-        return LimitChange(told, after, trouble or "it was busy, and nothing came late or was refused")
+        reported, self._reported = self._reported, after
+        return LimitChange(reported, after, violation or "it was busy, and no request was late or refused")
 
-    def _trouble(self, recent: ViolationCounts, settled: ViolationCounts, signals: EngineLoad) -> str:
-        """What is wrong, as a sentence, or nothing. Shape: `settled` is counted since the last step down took hold."""
+    def _violation(self, recent: ViolationCounts, settled: ViolationCounts, signals: EngineLoad) -> str:
+        """What is wrong, as a sentence, or nothing. Shape: `settled` counts since the last step down took effect."""
         ended, refused = min(recent.ended, settled.ended), min(recent.refused, settled.refused)
         if refused and refused > REFUSED_SHARE_MAX * (ended + refused):
             return f"the engine refused {refused} of the last {ended + refused} requests"
         if self._bounds.written:
             return ""
         ended, late = recent.ended, max(recent.ttft_late, recent.tpot_late)
-        # Where room is predicted, the margin answers first: it moves what is admitted, not how much.
+        # With predictions the margin reacts first: it changes which requests are admitted, not how many.
         if ended and late > LATE_SHARE_MAX * ended and late > 1 and self.margin <= MARGIN_MIN:
-            what = "TTFT" if recent.ttft_late >= recent.tpot_late else "TPOT"
-            return f"{late} of the last {ended} answers missed their {what} target"
+            target = "TTFT" if recent.ttft_late >= recent.tpot_late else "TPOT"
+            return f"{late} of the last {ended} responses missed their {target} target"
         if self._polls_waiting >= WAITING_POLLS_MAX:
             return f"the engine had requests waiting in {self._polls_waiting} polls in a row"
         if signals.kv_share is not None and signals.kv_share > KV_SHARE_MAX:
@@ -127,18 +136,18 @@ class AdaptiveLimit:
         return ""
 
     def _back_off(self, in_flight: int, waiting: int, now_s: float) -> None:
-        """A step down: to what the engine carries, where it tells how many wait; else by a tenth."""
-        if now_s <= self._wait_until_s:
+        """A step down: to the requests that the engine runs if it reports how many wait, else by a tenth."""
+        if now_s <= self._back_off_until_s:
             return
-        self._wait_until_s = now_s + BACK_OFF_EVERY_S
-        carried = float(max(in_flight - waiting, self._bounds.least))
-        before = self.limit or carried
+        self._back_off_until_s = now_s + BACK_OFF_EVERY_S
+        running = float(max(in_flight - waiting, self._bounds.least))
+        before = self.limit or running
         after = before * BACK_OFF
-        if waiting and carried > BACK_OFF_MIN * before:  # else the two were not seen at the same time
-            after = min(before - 1.0, carried) if self.limit else carried
+        if waiting and running > BACK_OFF_MIN * before:  # below that, the two were not read at the same time
+            after = min(before - 1.0, running) if self.limit else running
         self.limit = max(float(self._bounds.least), after)
 
-    def _creep(self) -> None:
+    def _raise(self) -> None:
         if self.limit:
             ceiling = float(self._bounds.start if self._bounds.written else self._bounds.most)
             self.limit = min(ceiling, self.limit + max(1.0, RAISE_SHARE * self.limit))

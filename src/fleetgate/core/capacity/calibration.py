@@ -1,9 +1,9 @@
-"""What a calibration sends, when it stops, and what its measurements say of one engine.
+"""Calibration: what a sweep sends, when it stops, and the Profile that follows from its measurements.
 
-A sweep has two parts. Single requests with ever longer prompts tell the prefill speed. Waves of requests that start
-together, 1, 2, 4, 8 … of them, tell the decode step against the batch and, by how long a whole wave takes, the knee:
-a wave of `b` requests of `o` output tokens takes `b · prompt / prefill + o · step(b)`, so that `wave / o` is the TPOT
-which `b` requests have that are always in flight, and `b / wave` the rate at which they end.
+A sweep has two parts. Single requests with longer and longer prompts measure the prefill speed. Waves of 1, 2, 4, 8 …
+requests that start together measure the decode step against the batch and, by the duration of a wave, the knee: a wave
+of `b` requests with `o` output tokens takes `b · prompt / prefill + o · step(b)`. So `wave / o` is the TPOT of `b`
+requests that are always in flight, and `b / wave` is the rate at which they end.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,25 +19,25 @@ from fleetgate.core.model import Profile
 WAVE_PROMPT_TOKENS, WAVE_OUTPUT_TOKENS = 500, 100
 PREFILL_PROMPT_TOKENS = (256, 512, 1024, 2048, 4096)
 PREFILL_REPEATS = 3
-PREFILL_OUTPUT_TOKENS = 4  # some engines hold a first token back until they know more
-PREFILL_TOKENS_SHARE = 0.25  # of the tokens allowed; the waves need the rest
-WAVE_MAX = 512  # of one engine; none is known that still gains beyond it within a SLO
+PREFILL_OUTPUT_TOKENS = 4  # some engines hold the first token back until more follow
+PREFILL_TOKENS_SHARE = 0.25  # of the token budget; the waves need the rest
+WAVE_MAX = 512  # of one engine; no known engine gains throughput above it within an SLO
 GAIN_MIN = 0.05
-PREFILL_TOKENS_PER_S_MAX = 1e6  # what is faster is not told apart from the noise
+PREFILL_TOKENS_PER_S_MAX = 1e6  # a faster prefill cannot be measured against the noise
 BASE_S_MIN = 1e-6
-WAITED_PREFILLS = 2.0  # decode steps in between make a prefill longer, but not twice as long at the waves' shape
-SPAN_EVENTS = 8  # a step is timed over so many, because one arrival tells as much of the network as of the engine
+WAITED_PREFILLS = 2.0  # decode steps lengthen the prefill of a wave, but less than twofold
+SPAN_EVENTS = 8  # a step is measured over so many, because a single arrival measures the network as much as the engine
 
 
 class SweepBudget(msgspec.Struct, frozen=True):
-    """The most that a calibration may send."""
+    """The most that a sweep may send."""
 
     requests_max: int = 600
     tokens_max: int = 400_000
 
 
 class SweepTargets(msgspec.Struct, frozen=True):
-    """What an answer is held to."""
+    """The latency targets that a wave must keep."""
 
     tpot_s: float = 0.05
     ttft_s: float = 2.0
@@ -58,28 +58,28 @@ class SweepRound(msgspec.Struct, frozen=True):
 
 
 class BudgetTooSmall(Exception):
-    """A budget does not allow two sizes of prompts and two waves; `least` does."""
+    """The budget is too small for two prompt sizes and two waves. Shape: `minimum` is the least that is enough."""
 
-    def __init__(self, least: SweepBudget) -> None:
-        super().__init__(f"at least {least.requests_max} requests and {least.tokens_max} tokens are needed")
-        self.minimum = least
+    def __init__(self, minimum: SweepBudget) -> None:
+        super().__init__(f"at least {minimum.requests_max} requests and {minimum.tokens_max} tokens are needed")
+        self.minimum = minimum
 
 
 class MeasurementFailed(Exception):
-    """There are too few measurements to say anything; the text says which are missing."""
+    """There are too few measurements for a Profile; the text says which are missing."""
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
 def plan(budget: SweepBudget, engines: int = 1) -> tuple[SweepRound, ...]:
-    """All that a calibration would send if nothing stopped it earlier; never more than the budget.
+    """All rounds of a sweep that nothing stops earlier; never more than the budget.
 
-    Raises: `BudgetTooSmall`.
+    Raises: `BudgetTooSmall` if the budget is below `minimum_budget`.
     """
-    least = minimum_budget(engines)
-    if budget.requests_max < least.requests_max or budget.tokens_max < least.tokens_max:
-        raise BudgetTooSmall(least)
+    minimum = minimum_budget(engines)
+    if budget.requests_max < minimum.requests_max or budget.tokens_max < minimum.tokens_max:
+        raise BudgetTooSmall(minimum)
     rounds = list(_prefills(2))
     first_waves = list(_waves(engines))[:2]
     spare = SweepBudget(
@@ -100,13 +100,13 @@ def plan(budget: SweepBudget, engines: int = 1) -> tuple[SweepRound, ...]:
 
 
 def minimum_budget(engines: int = 1) -> SweepBudget:
-    """What two sizes of prompts and two waves need."""
+    """The budget for two prompt sizes and two waves."""
     rounds = [*_prefills(2), *list(_waves(engines))[:2]]
     return SweepBudget(sum(one.concurrency for one in rounds), _tokens(rounds))
 
 
 def expected_s(rounds: Iterable[SweepRound], profile: Profile, engines: int = 1) -> float:
-    """About how long rounds take on engines with such speeds."""
+    """About how many seconds rounds take on engines with this Profile."""
     return sum(
         one.concurrency / engines * one.prompt_tokens / profile.prefill_tokens_per_s
         + one.output_tokens * step_s(profile, one.concurrency / engines)
@@ -132,11 +132,11 @@ def _tokens(rounds: Iterable[SweepRound]) -> int:
     return sum(one.tokens for one in rounds)
 
 
-# --- what was seen ----------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 class SingleRequest(msgspec.Struct, frozen=True):
-    """A request that had the engine for itself."""
+    """A request that was alone in the engine."""
 
     uncached_tokens: float
     ttft_s: float
@@ -145,9 +145,9 @@ class SingleRequest(msgspec.Struct, frozen=True):
 class RequestWave(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that started together, as one engine saw them.
 
-    Units: `batch` requests of one engine; `step_s` while all of them were decoding, 0 where that never was;
-    `wave_s` from the first sent to the last token; `ttft_s` the median; `running` the most the engine said it had
-    running, 0 where it says nothing.
+    Units: `batch` in requests of one engine; `step_s` while all of them decoded, 0 if they never did; `wave_s` from the
+    first request sent to the last token; `ttft_s` is the median; `running` is the most requests that the engine
+    reported as running, 0 if it reports none.
     """
 
     batch: float
@@ -162,24 +162,24 @@ class RequestWave(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tpot_s(self) -> float:
-        """TPOT of so many requests that are always in flight, prefills of others included."""
+        """The TPOT of so many requests that are always in flight, prefills included."""
         return self.wave_s / self.output_tokens
 
     @property
     def requests_per_s(self) -> float:
-        """How many end a second while so many are always in flight."""
+        """How many requests end per second while so many are always in flight."""
         return self.batch / self.wave_s
 
     @property
     def saturated(self) -> bool:
-        """The engine took no more at once."""
+        """Whether the engine could not run all requests at once."""
         return self.queued or self.refused > 0
 
 
 def decode_step_s(streams: Sequence[Sequence[float]], tokens_per_event: float) -> float:
-    """Seconds of a decode step while all streams were decoding, 0 where that was too short to tell.
+    """Seconds of a decode step while all streams decoded, 0 if that was too short to measure.
 
-    Shape: of each stream the moments its content events came, in order.
+    Shape: `streams` has the times of each stream's content events, in order.
     """
     if not streams or not all(streams):
         return 0.0
@@ -197,7 +197,7 @@ def decode_step_s(streams: Sequence[Sequence[float]], tokens_per_event: float) -
 def concurrent_streams(streams: Sequence[Sequence[float]], sent_s: float, prefill_s: float) -> int:
     """How many streams the engine ran at once: all, or those that began before the first of them ended.
 
-    Units: `prefill_s` is what all the prompts take; where no stream waited much longer than that, none was queued.
+    Units: `prefill_s` is the time for all prompts; if no stream waited much longer than that, none was queued.
     """
     if not streams or not all(streams):
         return 0
@@ -208,14 +208,14 @@ def concurrent_streams(streams: Sequence[Sequence[float]], sent_s: float, prefil
 
 
 def stop_reason(waves: Sequence[RequestWave], targets: SweepTargets) -> str:
-    """Why no larger wave is worth sending, as the end of a sentence; empty while one is."""
+    """Why the sweep stops, as the end of a sentence; empty while a larger wave can still show more."""
     if not waves:
         return ""
     first, last = waves[0], waves[-1]
     if last.refused:
         return f"the engine refused {last.refused} of {last.batch:g} requests at once"
     if last.queued:
-        return f"the engine let some of {last.batch:g} requests wait"
+        return f"the engine queued some of {last.batch:g} requests"
     tpot_s = max(targets.tpot_s, IDLE_STEP_FACTOR * first.tpot_s)
     if last.tpot_s > tpot_s:
         return f"{last.batch:g} requests at once have a TPOT of {last.tpot_s:.3f} s, over the {tpot_s:.3f} s allowed"
@@ -227,11 +227,11 @@ def stop_reason(waves: Sequence[RequestWave], targets: SweepTargets) -> str:
     return ""
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- the Profile ------------------------------------------------------------------------------------------------------
 
 
 class MeasuredProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sweep says of one engine. Shape: 0 where it could not be measured: it is then derived from the rest."""
+    """The result of a sweep for one engine. Shape: a 0 could not be measured and is derived from the rest."""
 
     prefill_tokens_per_s: float
     base_s: float
@@ -244,9 +244,9 @@ class MeasuredProfile(msgspec.Struct, frozen=True, kw_only=True):
 def measured_profile(
     singles: Sequence[SingleRequest], waves: Sequence[RequestWave], targets: SweepTargets
 ) -> MeasuredProfile:
-    """Put the measurements together.
+    """The Profile that follows from the measurements.
 
-    Raises: `MeasurementFailed`.
+    Raises: `MeasurementFailed` if there are too few.
     """
     prefill_tokens_per_s = fit_prefill(singles)
     base_s, per_sequence_s = fit_decode(waves)
@@ -256,7 +256,7 @@ def measured_profile(
         base_s=base_s,
         per_sequence_s=per_sequence_s,
     )
-    batch_max = int(_places(waves))
+    batch_max = int(_batch_max(waves))
     knee = _knee(waves, targets)
     concurrency, units = 0, 0.0
     if knee:
@@ -276,10 +276,10 @@ def measured_profile(
 
 
 def fit_prefill(singles: Sequence[SingleRequest]) -> float:
-    """Prompt tokens a second, from `TTFT = fixed + tokens / speed`.
+    """Prompt tokens per second, from `TTFT = fixed + tokens / speed`.
 
-    Raises: `MeasurementFailed`.
-    Source: Theil-Sen, the median slope over all pairs, each weighed by its distance: a few late answers do not matter.
+    Raises: `MeasurementFailed` without two prompts of different length.
+    Source: Theil-Sen, the median slope over all pairs, weighed by distance, so that a few late responses do not matter.
     """
     slopes = sorted(
         ((far.ttft_s - near.ttft_s) / (far.uncached_tokens - near.uncached_tokens), weight)
@@ -287,7 +287,7 @@ def fit_prefill(singles: Sequence[SingleRequest]) -> float:
         if (weight := abs(far.uncached_tokens - near.uncached_tokens)) >= 64
     )
     if not slopes:
-        raise MeasurementFailed("no two prompts of different length were answered")
+        raise MeasurementFailed("no two prompts of different length got a response")
     half, passed = sum(weight for _, weight in slopes) / 2, 0.0
     slope = slopes[-1][0]
     for one, weight in slopes:
@@ -299,26 +299,26 @@ def fit_prefill(singles: Sequence[SingleRequest]) -> float:
 
 
 def fit_decode(waves: Sequence[RequestWave]) -> tuple[float, float]:
-    """The step's fixed seconds and those of each sequence, by least squares over what the engine ran at once.
+    """The fixed seconds of a decode step and those for each sequence, by least squares over unsaturated waves.
 
-    Raises: `MeasurementFailed`.
+    Raises: `MeasurementFailed` if no wave has a step time.
     """
     seen = [(wave.batch, wave.step_s) for wave in waves if wave.step_s > 0.0 and not wave.saturated]
     if not seen:
-        raise MeasurementFailed("no answer was long enough to time its tokens")
+        raise MeasurementFailed("no response was long enough to measure the time between its tokens")
     mean_batch, mean_s = fmean(batch for batch, _ in seen), fmean(seconds for _, seconds in seen)
     spread = sum((batch - mean_batch) ** 2 for batch, _ in seen)
     slope = sum((batch - mean_batch) * (seconds - mean_s) for batch, seconds in seen) / spread if spread else 0.0
     base_s = mean_s - slope * mean_batch
-    if slope <= 0.0:  # noise; a step does not get shorter by more work
+    if slope <= 0.0:  # noise: more work does not shorten a step
         return mean_s, 0.0
     if base_s < BASE_S_MIN:
         return BASE_S_MIN, sum(batch * seconds for batch, seconds in seen) / sum(batch**2 for batch, _ in seen)
     return base_s, slope
 
 
-def _places(waves: Sequence[RequestWave]) -> float:
-    """How many requests the engine runs at once, 0 where it never had to say no."""
+def _batch_max(waves: Sequence[RequestWave]) -> float:
+    """How many requests the engine runs at once, 0 if no wave was saturated."""
     full = next((wave for wave in waves if wave.saturated), None)
     if full is None:
         return 0.0
@@ -328,9 +328,9 @@ def _places(waves: Sequence[RequestWave]) -> float:
 
 
 def _knee(waves: Sequence[RequestWave], targets: SweepTargets) -> tuple[float, float] | None:
-    """The largest batch within the TPOT target and the requests that end a second there; None if none was too large.
+    """The largest batch within the TPOT target and its requests per second; None if no wave was too large.
 
-    Between waves, and from the last good one up to the engine's places, `tpot_s` is a straight line.
+    Between waves, and from the last good one up to the engine's batch size, `tpot_s` is taken as linear.
     """
     good = [wave for wave in waves if not wave.saturated]
     if not good:
@@ -339,12 +339,12 @@ def _knee(waves: Sequence[RequestWave], targets: SweepTargets) -> tuple[float, f
     for near, far in pairwise(good):
         if far.tpot_s > target_s:
             return _at(_crossing(near, far, target_s), near, far)
-    places = _places(waves)
-    if places:
+    batch_max = _batch_max(waves)
+    if batch_max:
         if len(good) == 1:
             return good[0].batch, good[0].requests_per_s
         near, far = good[-2:]
-        batch = min(places, _crossing(near, far, target_s)) if far.tpot_s > near.tpot_s else places
+        batch = min(batch_max, _crossing(near, far, target_s)) if far.tpot_s > near.tpot_s else batch_max
         return _at(batch, near, far)
     if stop_reason(waves, targets):
         best = max(good, key=lambda wave: wave.requests_per_s * (wave.ttft_s <= targets.ttft_s or wave is good[0]))
@@ -358,6 +358,6 @@ def _crossing(near: RequestWave, far: RequestWave, tpot_s: float) -> float:
 
 
 def _at(batch: float, near: RequestWave, far: RequestWave) -> tuple[float, float]:
-    """Batch, and requests that end a second there."""
+    """The batch and its requests per second."""
     tpot_s = near.tpot_s + (far.tpot_s - near.tpot_s) * (batch - near.batch) / (far.batch - near.batch)
     return batch, batch / (tpot_s * far.output_tokens)

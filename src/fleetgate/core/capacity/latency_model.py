@@ -1,8 +1,8 @@
-"""Has a replica room for this request? By prediction, not by counting: TTFT and TPOT as they would come out.
+"""Latency prediction: the TTFT and TPOT that a request would have at an Endpoint, and whether they keep the SLO.
 
-An engine with chunked prefill shares its steps: each decodes one token of every running sequence and prefills up to a
-chunk of the oldest waiting prompts. So a prompt waits for the prompt tokens ahead of it and its own, in chunks that
-each carry a decode step along.
+An engine with chunked prefill shares its steps: each step decodes one token of every running sequence and prefills up
+to a chunk of the oldest waiting prompts. So a prompt waits for the prompt tokens ahead of it and for its own, in chunks
+that each include a decode step.
 """
 
 from math import ceil
@@ -13,8 +13,8 @@ import msgspec
 from fleetgate.core.admission.work_ledger import TokenWork
 from fleetgate.core.model import Profile
 
-CHUNK_TOKENS = 2048  # what vLLM and SGLang prefill in one step by default
-PROMPTS_SHARE_MAX = 0.95  # past it a prediction would run away
+CHUNK_TOKENS = 2048  # the default prefill of one step in vLLM and SGLang
+PROMPTS_SHARE_MAX = 0.95  # above it a prediction would grow without bound
 OUTPUT_WEIGHT = 8.0  # prompt tokens that one output token weighs; measured on A100s and H100s: 8 to 12
 
 
@@ -29,10 +29,10 @@ NOMINAL_SPEED = SpeedFactor()
 
 
 class RequestShape(NamedTuple):
-    """What a request needs, as far as can be known before it is answered.
+    """The token counts of a request, as far as they are known before its response.
 
-    Units: `ttft_left_s` is what is left of its TTFT target, infinite where nothing was promised.
-    Shape: `warm_slot` is the Endpoint that has seen the first `warm_tokens` of this prompt, -1 for none.
+    Units: `ttft_left_s` is what is left of its TTFT target, infinite without a target.
+    Shape: `warm_slot` is the Endpoint that saw the first `warm_tokens` of this prompt before, -1 for none.
     """
 
     prompt_tokens: float
@@ -43,21 +43,23 @@ class RequestShape(NamedTuple):
 
     @property
     def units(self) -> float:
-        """Its price's measure where Deployments differ only in price: about what it costs in CU anywhere."""
+        """About what the request costs in CU on any engine, to compare prices."""
         return (self.prompt_tokens + OUTPUT_WEIGHT * self.output_tokens) / (1000.0 + OUTPUT_WEIGHT * 200.0)
 
     def uncached_at(self, endpoint_slot: int) -> float:
-        """Prompt tokens that this Endpoint has to compute; the last one always is, for it yields the answer."""
+        """Prompt tokens that this Endpoint must compute; at least the last one, which yields the output."""
         if endpoint_slot != self.warm_slot:
             return self.prompt_tokens
         return max(1.0, self.prompt_tokens - self.warm_tokens)
 
 
 class LatencyPrediction(msgspec.Struct, frozen=True, gc=False):
-    """How a request would do at one Endpoint. `late` is empty where it would keep its SLO, else it says why not.
+    """The latency predicted for a request at one Endpoint.
 
-    `tight` is where it would keep it at the cost of those who are there: its long prompt holds up their answers.
-    Units: `prefill_s` is the part of `ttft_s` that prompts take, its own and those ahead of it, `ahead_s` the latter.
+    Units: `prefill_s` is the part of `ttft_s` for prompts, its own and those ahead of it; `ahead_s` is that for those
+    ahead of it.
+    Shape: `late` names the target that the request would miss, empty if none; `delays_others` says that its long prompt
+    would make requests there miss their TPOT.
     """
 
     endpoint_slot: int
@@ -70,11 +72,11 @@ class LatencyPrediction(msgspec.Struct, frozen=True, gc=False):
 
 
 class CurrentProfile(msgspec.Struct, frozen=True, gc=False):
-    """A Profile as it is now: at the pace that streams have shown, and held to an SLO less a margin.
+    """A Profile at the speed learned from streams, with the targets of an SLO less a margin.
 
-    Units: `prompt_token_s` of one prompt token, `base_s` and `per_sequence_s` of a decode step; `window_s` is the
-    life of a short answer, over which prompts that are sent meanwhile lengthen its steps; `own_share_max` is how
-    much of that a request's own prompt may count for; `sequence_s` what a request in flight still takes of the replica.
+    Units: `prompt_token_s` is for one prompt token, `base_s` and `per_sequence_s` for a decode step; `window_s` is the
+    life of a short response: prompts sent during it lengthen its steps; `own_share_max` is the most of it
+    that a request's own prompt counts for; `sequence_s` is the replica time that a request in flight still takes.
     """
 
     profile: Profile
@@ -90,50 +92,51 @@ class CurrentProfile(msgspec.Struct, frozen=True, gc=False):
     sequence_s: float
 
 
-def idle_ttft_s(speed: CurrentProfile, prompt_tokens: float) -> float:
-    """TTFT of a replica that has nothing else to do."""
-    return speed.rtt_s + prompt_tokens * speed.prompt_token_s
+def idle_ttft_s(profile: CurrentProfile, prompt_tokens: float) -> float:
+    """The TTFT of an idle replica."""
+    return profile.rtt_s + prompt_tokens * profile.prompt_token_s
 
 
 def predict(
-    need: RequestShape, speed: CurrentProfile, endpoint_slot: int, engines: float, work: TokenWork
+    shape: RequestShape, profile: CurrentProfile, endpoint_slot: int, engines: float, work: TokenWork
 ) -> LatencyPrediction:
     """Predict TTFT and TPOT of a request at one Endpoint.
 
-    Cost: 0.8 µs. Source: ALGORITHMS.md section 9; the TPOT is the step at the batch it would join, stretched by the
-    share of a short answer's life that prompts have been taking lately, its own among them.
+    The TPOT is the step at the batch that the request would join, stretched by the share of a short response's life
+    that recent prompts take, its own among them.
+    Cost: 0.8 µs.
     """
     pending, sequences, kv_tokens, recent = work
     if engines != 1.0:
         pending, sequences = pending / engines, sequences / engines
         kv_tokens, recent = kv_tokens / engines, recent / engines
-    prompt_tokens, output_tokens, ttft_left_s, warm_slot, _ = need
-    own = prompt_tokens if endpoint_slot != warm_slot else need.uncached_at(endpoint_slot)
+    prompt_tokens, output_tokens, ttft_left_s, warm_slot, _ = shape
+    own = prompt_tokens if endpoint_slot != warm_slot else shape.uncached_at(endpoint_slot)
     ahead = pending + own
-    token_s = speed.prompt_token_s
+    token_s = profile.prompt_token_s
     prefill_s = ahead * token_s
-    ttft_s = speed.rtt_s + prefill_s
-    decode_s = speed.base_s + speed.per_sequence_s * (sequences + 1.0)
-    # Its own prompt lengthens the steps of others only, and a long one has to be taken some time and somewhere.
-    share_per_token = token_s / speed.window_s
+    ttft_s = profile.rtt_s + prefill_s
+    decode_s = profile.base_s + profile.per_sequence_s * (sequences + 1.0)
+    # A request's own prompt lengthens only the steps of others, and a long prompt has to run on some Endpoint.
+    share_per_token = token_s / profile.window_s
     own_share = own * share_per_token
-    tight = False
-    if own_share > speed.own_share_max:
+    delays_others = False
+    if own_share > profile.own_share_max:
         stretch = 1.0 - min(PROMPTS_SHARE_MAX, recent * share_per_token + own_share)
-        tight = sequences >= 1.0 and decode_s > speed.tpot_max_s * stretch
-        own_share = speed.own_share_max
+        delays_others = sequences >= 1.0 and decode_s > profile.tpot_max_s * stretch
+        own_share = profile.own_share_max
     prompts_share = recent * share_per_token + own_share
     tpot_s = decode_s / (1.0 - min(PROMPTS_SHARE_MAX, prompts_share))
     late = ""
     if sequences >= 1.0:
-        # Half a step more: the one under way has to end before the prompt is looked at.
-        ttft_s += (ceil(ahead / CHUNK_TOKENS) + 0.5) * (decode_s - speed.per_sequence_s)
-        if tpot_s > speed.tpot_max_s:  # alone it cannot be faster anywhere in this Deployment, so only then
+        # Half a step more: the current step has to end before the engine reads the prompt.
+        ttft_s += (ceil(ahead / CHUNK_TOKENS) + 0.5) * (decode_s - profile.per_sequence_s)
+        if tpot_s > profile.tpot_max_s:  # not for an idle replica: no replica of this Deployment is faster than that
             late = "TPOT"
-        elif kv_tokens + prompt_tokens + output_tokens > speed.kv_tokens:
+        elif kv_tokens + prompt_tokens + output_tokens > profile.kv_tokens:
             late = "KV cache"
-        elif sequences >= speed.batch_max:
+        elif sequences >= profile.batch_max:
             late = "batch"
     if ttft_s > ttft_left_s:
         late = "TTFT"
-    return LatencyPrediction(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late, tight)
+    return LatencyPrediction(endpoint_slot, ttft_s, tpot_s, prefill_s, pending * token_s, late, delays_others)

@@ -1,7 +1,7 @@
-"""What a proxy believes of one Deployment: its Profile, corrected by what its streams and refusals show.
+"""A proxy's estimate of one Deployment: its Profile, corrected by its streams and refusals.
 
-A shell tells of first tokens and ends as they come, and of streams and signals once a second; requests read the Outlook
-that comes out of it.
+The caller reports first tokens and ends as they come, and streams and signals once a second. Requests read the
+DeploymentView that results.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from fleetgate.core.capacity.speed_learning import SpeedLearner, ThroughputEstim
 from fleetgate.core.capacity.units import batch_within, limit_of, rate_at, step_s, units_of
 from fleetgate.core.model import Deployment, Profile, ProfileSource, Slo
 
-# A guess for an engine of which nothing is known: a mid-size model on one recent GPU. Its streams correct it.
+# A guess for an engine without a Profile: a mid-size model on one recent GPU. Its streams correct it.
 GUESS = Profile(
     name="guess",
     prefill_tokens_per_s=8000.0,
@@ -27,14 +27,18 @@ GUESS = Profile(
     source=ProfileSource.GUESS,
 )
 AHEAD_SHARE_MAX = 0.1
-UNTOLD_SHARE_MAX = 0.1  # of the time between two looks
-LIMIT_MIN_SHARE, LIMIT_MAX_SHARE = 0.3, 1.5  # of what the Profile says
-UNKNOWN_LIMIT_MAX = 4096  # requests at once in one engine of which nothing is known
-UNKNOWN_BATCH = 32.0  # at which unknown engines are compared until their limits are known
+UNOBSERVED_SHARE_MAX = 0.1  # of the time between two ticks
+LIMIT_MIN_SHARE, LIMIT_MAX_SHARE = 0.3, 1.5  # of the Profile's limit
+UNKNOWN_LIMIT_MAX = 4096  # of one engine without a Profile, in requests
+UNKNOWN_BATCH = 32.0  # concurrency at which engines without a Profile are compared until their limits are known
 
 
 class Observation(NamedTuple):
-    """What the shell knows of a Deployment besides: fitness 0 to 1, Endpoints that are up, others' requests, RTT."""
+    """What the caller observes of a Deployment.
+
+    Units: `health` 0 to 1, breaker times slow start; `external_in_flight` are requests from elsewhere.
+    Shape: `endpoints` are those that are up; `paused` is set while the engine asks for no requests.
+    """
 
     health: float
     endpoints: tuple[EndpointCapacity, ...]
@@ -44,17 +48,18 @@ class Observation(NamedTuple):
 
 
 class DecodeProgress(NamedTuple):
-    """How far the streams of one Endpoint came since the last tick: the most tokens that one of them got."""
+    """The progress of one Endpoint's streams since the last tick. Shape: `steps` is the most tokens of one of them."""
 
     endpoint: EndpointCapacity
     steps: int
 
 
 class OnlineEstimate:
-    """One Deployment in one proxy.
+    """The estimate of one Deployment in one proxy.
 
-    Shape: `slo` is the strictest of the Gateways that list it. Only where a Profile is known is room predicted; other
-    Deployments have a written limit, or one learned from refusals and from requests that wait in the engine.
+    Latency is predicted only with a Profile. A Deployment without one has a written limit, or a limit learned from
+    refusals and from requests that wait in the engine.
+    Shape: `slo` is the strictest of the Gateways that list it.
     """
 
     def __init__(self, deployment: Deployment, slo: Slo) -> None:
@@ -64,91 +69,97 @@ class OnlineEstimate:
         self.speed = SpeedLearner(NOMINAL_SPEED)
         self.engines = max(1, sum(endpoint.engines for endpoint in deployment.endpoints))
         self.throughput = ThroughputEstimate()
-        self.slots_guess = UNKNOWN_BATCH  # of one engine, while it has no limit
+        self.slots_guess = UNKNOWN_BATCH  # concurrency of one engine while it has no limit
         self.adaptive_limit = AdaptiveLimit(self._bounds())
         self._prefilled: dict[int, int] = {}
         self._ticked_s = 0.0
 
     @property
     def current_profile(self) -> Profile:
-        """The Profile at the pace of now, the guess where there is none."""
-        profile, pace = self.profile or GUESS, self.speed.factor
+        """The Profile, or the guess, at the learned speed."""
+        profile, factor = self.profile or GUESS, self.speed.factor
         return msgspec.structs.replace(
             profile,
-            prefill_tokens_per_s=profile.prefill_tokens_per_s / pace.prefill,
-            base_s=profile.base_s * pace.decode,
-            per_sequence_s=profile.per_sequence_s * pace.decode,
-            units=profile.units / max(pace.prefill, pace.decode),
+            prefill_tokens_per_s=profile.prefill_tokens_per_s / factor.prefill,
+            base_s=profile.base_s * factor.decode,
+            per_sequence_s=profile.per_sequence_s * factor.decode,
+            units=profile.units / max(factor.prefill, factor.decode),
         )
 
     @property
     def units(self) -> float:
-        """CU of the whole Deployment: as written, or as its Profile says; with a Profile, at the pace of now.
+        """CU of the whole Deployment: as written, or from its Profile; with a Profile, at the learned speed.
 
-        Unknown engines are compared by what they get done at their learned limit, whatever the TPOT.
+        Engines without a Profile are compared by their throughput at their learned limit, whatever their TPOT.
         """
         if self.profile is None and self.deployment.units > 0.0:
             return self.deployment.units
         if self.profile is None:
-            places = self.adaptive_limit.limit or self.slots_guess * self.engines
-            measured = self.throughput.units_per_s * places
-            return measured or rate_at(GUESS, places / self.engines) * self.engines
+            slots = self.adaptive_limit.limit or self.slots_guess * self.engines
+            measured = self.throughput.units_per_s * slots
+            return measured or rate_at(GUESS, slots / self.engines) * self.engines
         at_rest, tpot_s = units_of(self.profile, self.slo.tpot_s), self.slo.tpot_s
         return (self.deployment.units or at_rest * self.engines) * units_of(self.current_profile, tpot_s) / at_rest
 
-    def view(self, sighting: Observation) -> DeploymentView:
-        """What requests read until the next tick."""
+    def view(self, observation: Observation) -> DeploymentView:
+        """The view that requests read until the next tick."""
         limit = int(self.adaptive_limit.limit)
-        speed = None
+        profile = None
         if self.profile is not None:
-            lessons = Corrections(self.speed.factor, self.adaptive_limit.margin)
-            speed = current_profile(self.profile, self.slo, lessons, sighting.rtt_s)
-        places = limit or (0 if self.deployment.units > 0.0 else int(self.slots_guess * self.engines))
+            corrections = Corrections(self.speed.factor, self.adaptive_limit.margin)
+            profile = current_profile(self.profile, self.slo, corrections, observation.rtt_s)
+        slots = limit or (0 if self.deployment.units > 0.0 else int(self.slots_guess * self.engines))
         return DeploymentView(
-            health=sighting.health,
+            health=observation.health,
             limit=limit,
-            external_in_flight=sighting.external_in_flight,
-            endpoints=sighting.endpoints,
+            external_in_flight=observation.external_in_flight,
+            endpoints=observation.endpoints,
             units=self.units,
-            current_profile=speed,
-            slots=places,
-            paused=sighting.paused,
+            current_profile=profile,
+            slots=slots,
+            paused=observation.paused,
         )
 
-    def record_first_token(self, fit: LatencyPrediction, observed_s: float) -> None:
-        """A first token came so long after the request was sent."""
-        if fit.ahead_s <= AHEAD_SHARE_MAX * fit.prefill_s:  # behind other prompts it would tell of them as well
-            self.speed.record_first_token(fit.ttft_s, observed_s, fit.prefill_s)
+    def record_first_token(self, prediction: LatencyPrediction, observed_s: float) -> None:
+        """A first token came. Units: `observed_s` since the request was sent."""
+        # Behind other prompts a first token would measure their prefill too.
+        if prediction.ahead_s <= AHEAD_SHARE_MAX * prediction.prefill_s:
+            self.speed.record_first_token(prediction.ttft_s, observed_s, prediction.prefill_s)
 
     def record_end(self, units: float, held_s: float) -> None:
-        """An answer ended as it should. Units: CU by its real lengths; seconds from sending to its end."""
+        """A response is complete. Units: CU by its real lengths; seconds from sending to its end."""
         self.throughput.record_end(units, held_s)
 
-    def learn_speed(self, books: WorkLedger, streams: Sequence[DecodeProgress], now_s: float) -> None:
+    def learn_speed(self, work_ledger: WorkLedger, streams: Sequence[DecodeProgress], now_s: float) -> None:
         """Compare the last second with the Profile."""
         passed_s, self._ticked_s = now_s - self._ticked_s, now_s
         if self.profile is not None and 0.0 < passed_s < 10.0:
-            self._learn_pace(self.profile, books, streams, passed_s, now_s)
+            self._learn_decode(self.profile, work_ledger, streams, passed_s, now_s)
 
     def learn_limit(
         self, counts: ViolationCounts, in_flight: int, signals: EngineLoad, now_s: float
     ) -> LimitChange | None:
-        """Correct limit and margin by what went wrong lately."""
+        """Correct the limit and the margin by recent violations."""
         return self.adaptive_limit.update(counts, in_flight, signals, now_s)
 
-    def _learn_pace(
-        self, profile: Profile, books: WorkLedger, streams: Sequence[DecodeProgress], passed_s: float, now_s: float
+    def _learn_decode(
+        self,
+        profile: Profile,
+        work_ledger: WorkLedger,
+        streams: Sequence[DecodeProgress],
+        passed_s: float,
+        now_s: float,
     ) -> None:
         prompt_token_s = self.speed.factor.prefill / profile.prefill_tokens_per_s
-        for seat, steps in streams:
-            total = books.prefilled_tokens(seat.endpoint_slot)
-            tokens = total - self._prefilled.get(seat.endpoint_slot, total)
-            self._prefilled[seat.endpoint_slot] = total
-            prompts_s = tokens / seat.engines * prompt_token_s
-            work = books.work_at(seat.endpoint_slot, prompt_token_s, 1.0, now_s)
-            # A long prompt in hand has taken time that no first token has accounted for yet.
-            if work.pending_tokens / seat.engines * prompt_token_s <= UNTOLD_SHARE_MAX * passed_s:
-                batch = work.sequences / seat.engines
+        for endpoint, steps in streams:
+            total = work_ledger.prefilled_tokens(endpoint.endpoint_slot)
+            tokens = total - self._prefilled.get(endpoint.endpoint_slot, total)
+            self._prefilled[endpoint.endpoint_slot] = total
+            prompts_s = tokens / endpoint.engines * prompt_token_s
+            work = work_ledger.work_at(endpoint.endpoint_slot, prompt_token_s, 1.0, now_s)
+            # A pending long prompt took time that no first token accounts for yet.
+            if work.pending_tokens / endpoint.engines * prompt_token_s <= UNOBSERVED_SHARE_MAX * passed_s:
+                batch = work.sequences / endpoint.engines
                 self.speed.record_decode(max(0.0, passed_s - prompts_s), step_s(profile, batch), steps)
 
     def _bounds(self) -> LimitBounds:

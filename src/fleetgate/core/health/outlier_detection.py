@@ -1,4 +1,4 @@
-"""Outliers: an Endpoint whose requests mostly fail, or that is far slower than usual, and a region that is lost."""
+"""Outliers: an Endpoint that mostly fails or is far slower than usual, and a region that is lost."""
 
 from collections.abc import Mapping
 from math import log

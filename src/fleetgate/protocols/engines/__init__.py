@@ -1,6 +1,7 @@
-"""Engines: one file each. A file says where an engine tells its load and how to read it.
+"""Engines: one file each. A file defines where an engine reports its load, and how to parse the report.
 
-`METRICS_PATH`, `HEALTH_PATH` (both relative to the server's root, empty for "none") and `read(metrics) -> Signals`.
+It has `METRICS_PATH`, `HEALTH_PATH` (both relative to the server's root, empty for "none") and
+`read(metrics) -> EngineSignals`.
 """
 
 import importlib
@@ -11,11 +12,11 @@ from types import ModuleType
 
 import msgspec
 
-COUNT_MAX = 1e12  # an engine that says more, or +Inf, says nothing
+COUNT_MAX = 1e12  # larger values, +Inf included, count as missing
 
 
 class EngineSignals(msgspec.Struct, frozen=True):
-    """What an engine says of its load; None where it does not say. Units: `kv_ratio` 0 to 1."""
+    """The load that an engine reports, None for what it does not report. Units: `kv_ratio` 0 to 1."""
 
     running: int | None = None
     waiting: int | None = None
@@ -24,21 +25,21 @@ class EngineSignals(msgspec.Struct, frozen=True):
 
 @cache
 def names() -> tuple[str, ...]:
-    """Every engine whose load signals are read."""
+    """Every engine with a file in the folder, in alphabetical order."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 @cache
 def find(engine: str) -> ModuleType | None:
-    """The module of an engine, None for one without signals of its own (an opaque endpoint)."""
+    """The module of an engine, None for one without a file (an opaque Endpoint)."""
     name = engine.replace("-", "_")
     return importlib.import_module(f"{__name__}.{name}") if name in names() else None
 
 
 def metric_sum(metrics: bytes, name: bytes) -> float | None:
-    """The sum over all label sets of one metric in Prometheus text; None when it is not there.
+    """The sum over all label sets of one metric in Prometheus text; None without such a metric.
 
-    Cost: one search, whatever the size of the rest.
+    Cost: one search over the text.
     """
     pattern = rb"(?:^|\n)" + re.escape(name) + rb"(?:\{[^\n]*\})? ([^ \n]+)"
     values = [value for match in re.findall(pattern, metrics) if abs(value := _number(match)) < COUNT_MAX]
@@ -46,7 +47,7 @@ def metric_sum(metrics: bytes, name: bytes) -> float | None:
 
 
 def _number(text: bytes) -> float:
-    """NaN, which is less than nothing, for what is no number."""
+    """The number, NaN for other text; every comparison with NaN is false."""
     try:
         return float(text)
     except ValueError:

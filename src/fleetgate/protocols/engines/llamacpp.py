@@ -1,4 +1,4 @@
-"""llama.cpp's server: `/metrics` only with `--metrics`; current builds no longer tell the KV cache's use."""
+"""llama.cpp's server. It has `/metrics` only with `--metrics`; current builds do not report the use of the KV cache."""
 
 from fleetgate.protocols.engines import EngineSignals, metric_sum
 
@@ -7,7 +7,7 @@ METRICS_PATH = "/metrics"
 
 
 def read(metrics: bytes) -> EngineSignals:
-    """Requests in slots, requests waiting for one, and the KV cache's use where an older build tells it."""
+    """Requests in slots, requests that wait for one, and the use of the KV cache from older builds."""
     running = metric_sum(metrics, b"llamacpp:requests_processing")
     waiting = metric_sum(metrics, b"llamacpp:requests_deferred")
     return EngineSignals(

@@ -1,4 +1,4 @@
-"""vLLM: `/metrics` always on, names as of its V1 engine."""
+"""vLLM. It always has `/metrics`; the names are those of its V1 engine."""
 
 from fleetgate.protocols.engines import EngineSignals, metric_sum
 
@@ -7,7 +7,7 @@ METRICS_PATH = "/metrics"
 
 
 def read(metrics: bytes) -> EngineSignals:
-    """Running and waiting requests and the share of the KV cache in use; several engine cores are added up."""
+    """Running and waiting requests and the share of the KV cache in use, summed over the engine cores."""
     running = metric_sum(metrics, b"vllm:num_requests_running")
     waiting = metric_sum(metrics, b"vllm:num_requests_waiting")
     kv = metric_sum(metrics, b"vllm:kv_cache_usage_perc")

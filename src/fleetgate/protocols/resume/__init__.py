@@ -1,1 +1,1 @@
-"""How an answer that broke off continues at another engine: transcript, comparison, prefill, token ids."""
+"""Continuing a stream that broke off at another Endpoint: transcript, comparison, prefill, token ids."""

@@ -1,7 +1,7 @@
-"""Going on elsewhere with a stream of `/v1/responses`, by replay (R3): typed, numbered events that build items.
+"""Resuming streams of `/v1/responses` by replay: typed, numbered events that build items.
 
-What is compared is the text of the deltas and which items and parts begin and end where; what is kept of the first
-answer are its ids and the count of its events.
+The text of the deltas is compared, and where items and parts begin and end. The ids and the event numbers of the first
+response are kept.
 """
 
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import msgspec
 
 from fleetgate.protocols.http1 import Malformed
-from fleetgate.protocols.resume.transcript import Mismatch, ResumeMethod, StreamSplicer, Transcript
+from fleetgate.protocols.messages import ResumeMethod
+from fleetgate.protocols.resume.splice import Mismatch, StreamSplicer
+from fleetgate.protocols.resume.transcript import Transcript
 
 _BEGINS = frozenset({"response.created", "response.queued", "response.in_progress"})
 _DELTA = ".delta"
-# What an item is made of. Anything else, a search or an image, was done once and is not done again to compare it.
+# The parts of an item that are compared. Anything else, a search or an image, has effects and is not run twice.
 _TEXTS = ("output_text", "refusal", "function_call_arguments", "reasoning_text", "reasoning_summary_text")
 _PARTS = ("output_item", "content_part", "reasoning_part", "reasoning_summary_part")
 _DELTAS = frozenset(f"response.{name}{_DELTA}" for name in _TEXTS)
@@ -21,7 +23,7 @@ _MARKS = frozenset(
     {f"response.{name}.done" for name in (*_TEXTS, *_PARTS)} | {f"response.{name}.added" for name in _PARTS}
 )
 _ITEMS = frozenset({"message", "reasoning", "function_call"})
-_MARK_CHARS = 64  # what a mark counts for the bound on what is kept
+_MARK_CHARS = 64  # a mark counts as so many characters of the bound on kept text
 
 _NONE = msgspec.Raw(b"null")
 
@@ -30,7 +32,7 @@ class _Tool(msgspec.Struct):
     type: str = ""
 
 
-class _Wants(msgspec.Struct):
+class _ResumeFields(msgspec.Struct):
     temperature: float | None = None
     tools: list[_Tool] | None = None
     background: bool | None = None
@@ -40,18 +42,21 @@ class _Wants(msgspec.Struct):
     conversation: msgspec.Raw = _NONE
 
 
-_decode_wants = msgspec.json.Decoder(_Wants).decode
+_decode_fields = msgspec.json.Decoder(_ResumeFields).decode
 
 
 def response_resume_methods(body: bytes) -> frozenset[ResumeMethod]:
-    """How the answer to a request of `/v1/responses` may go on elsewhere: only what is greedy and held by no engine."""
+    """How the response to a request of `/v1/responses` may continue elsewhere.
+
+    Only a greedy response can, and only if no engine stores its state and the engine runs no tools.
+    """
     try:
-        wants = _decode_wants(body)
+        fields = _decode_fields(body)
     except msgspec.MsgspecError:
         return frozenset()
-    held = wants.background or wants.previous_response_id is not None or bytes(wants.conversation) != b"null"
-    acts = any(tool.type != "function" for tool in wants.tools or ())
-    if wants.temperature != 0 or held or acts or wants.include or wants.top_logprobs:
+    stored = fields.background or fields.previous_response_id is not None or bytes(fields.conversation) != b"null"
+    runs_tools = any(tool.type != "function" for tool in fields.tools or ())
+    if fields.temperature != 0 or stored or runs_tools or fields.include or fields.top_logprobs:
         return frozenset()
     return frozenset({ResumeMethod.REPLAY})
 
@@ -83,14 +88,17 @@ _decode_event = msgspec.json.Decoder(_Event).decode
 
 
 def _channel(event: _Event) -> str:
-    """Which part of which item an event is about."""
+    """The part of the item that an event belongs to."""
     item = event.item
-    what = (item.type, item.name) if item is not None else ()
-    return f"{event.type} {event.output_index} {event.content_index} {event.summary_index} {what}"
+    kind = (item.type, item.name) if item is not None else ()
+    return f"{event.type} {event.output_index} {event.content_index} {event.summary_index} {kind}"
 
 
 class ResponseTranscript(Transcript):
-    """What a client has read of a response. Shape: in `runs` a mark, an item's begin say, is a run without text."""
+    """What a client has received of a response.
+
+    Shape: in `runs` a mark, for example the start of an item, is a run without text.
+    """
 
     __slots__ = ("created_at", "items", "sequence")
 
@@ -113,7 +121,7 @@ class ResponseTranscript(Transcript):
                 self.id, self.created_at = event.response.id, event.response.created_at
             return
         item = event.item
-        # An end is none of them: behind it there is nothing to go on with.
+        # An end is none of them: nothing follows it, so a stream that has one is never resumed.
         if event.type not in _DELTAS | _MARKS or (item is not None and item.type not in _ITEMS):
             self.whole = False
             return
@@ -133,7 +141,7 @@ class ResponseTranscript(Transcript):
 
 
 class ResponseSplicer(StreamSplicer):
-    """Joins a response to a broken one: ids, time and numbers are those of the first."""
+    """Joins a response to one that broke off; ids, time and event numbers are those of the first."""
 
     def __init__(self, transcript: ResponseTranscript, model: str) -> None:
         super().__init__(transcript, ResumeMethod.REPLAY, model)
@@ -141,12 +149,12 @@ class ResponseSplicer(StreamSplicer):
         self._sequence = transcript.sequence
 
     def take(self, data: bytes) -> bytes | None:
-        """An event for the client, or None where it has read it already. Shape: `data` is one event's JSON.
+        """The event for the client, None if the client has it already. Shape: `data` is one event's JSON.
 
-        Raises: `Mismatch`, and `Malformed` for what is no event.
+        Raises: `Mismatch`; `Malformed` for data that is no event.
         """
         try:
-            typed = _decode_event(data)  # for its types, which the lines below rely on
+            typed = _decode_event(data)  # checks the types that the lines below rely on
             event = msgspec.json.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise Malformed(502, "the upstream sent a malformed event") from None
@@ -161,10 +169,11 @@ class ResponseSplicer(StreamSplicer):
                 raise Mismatch
             self._run += 1
             return None
-        self._sign(event)
+        self._set_identity(event)
         return b"event: %b\ndata: %b\n\n" % (typed.type.encode(), msgspec.json.encode(event))
 
-    def _sign(self, event: dict[str, Any]) -> None:
+    def _set_identity(self, event: dict[str, Any]) -> None:
+        """Write the first response's ids, time, model and event number into an event."""
         if self._sequence is not None:
             self._sequence += 1
             event["sequence_number"] = self._sequence
@@ -173,7 +182,7 @@ class ResponseSplicer(StreamSplicer):
             if "item_id" in event and known.id is not None:
                 event["item_id"] = known.id
             if event.get("item"):
-                _name_item(event["item"], known)
+                _set_item_ids(event["item"], known)
         response = event.get("response")
         if not response:
             return
@@ -185,11 +194,11 @@ class ResponseSplicer(StreamSplicer):
         output = response.get("output")
         for index, item in enumerate(output if isinstance(output, list) else ()):
             if index in self._first.items and isinstance(item, dict):
-                _name_item(item, self._first.items[index])
+                _set_item_ids(item, self._first.items[index])
 
 
-def _name_item(item: dict[str, Any], known: _Item) -> None:
-    """Give an item the ids that its client knows."""
+def _set_item_ids(item: dict[str, Any], known: _Item) -> None:
+    """Write the ids that the client knows into an item."""
     for name, value in (("id", known.id), ("call_id", known.call_id)):
         if name in item and value is not None:
             item[name] = value

@@ -12,7 +12,7 @@ from fleetgate.proxy.downstream.incoming_body import IncomingBody
 from fleetgate.proxy.downstream.local_responses import LocalResponder
 from fleetgate.proxy.downstream.request_authorizer import RequestAuthorizer
 from fleetgate.proxy.downstream.request_intake import LocalResponse, RequestIntake
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.downstream.request_rejected import DEFAULT_PROTOCOL, RequestRejected
 from fleetgate.proxy.request.in_flight import InFlightRequest, RequestFactory
 from fleetgate.proxy.request.request_context import RequestContext
 from fleetgate.proxy.transport import tcp_info
@@ -288,7 +288,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             received = services.intake.receive(context, body)
         except RequestRejected as rejected:
-            self._reject(rejected, no_body=context.no_body)
+            self._reject(rejected.spoken_in(context.protocol), no_body=context.no_body)
             return
         if isinstance(received, LocalResponse):
             self._answer(received, context.no_body)
@@ -442,14 +442,15 @@ class ClientConnection(asyncio.Protocol):
         was_closing, self.closing = self.closing, True  # what is ended must not begin the next request
         request, self._request, self._body = self._request, None, None
         written = request.writer.written if request is not None else 0
+        protocol = request.writer.protocol if request is not None else DEFAULT_PROTOCOL
         takes_event = request.fail() if request is not None else False  # first, so that its slot is free
         if was_closing or self._transport.is_closing():
             return
         responder = self._services.responder
         if not written:
-            self.write(responder.internal_error(request_id))
+            self.write(responder.internal_error(request_id, protocol))
         elif takes_event:
-            self.write(responder.internal_error_event())
+            self.write(responder.internal_error_event(protocol))
         else:
             responder.count(500, "internal_error")
             self._transport.abort()  # only an error event or a reset tells that the answer is not whole

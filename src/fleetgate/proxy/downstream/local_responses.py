@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from fleetgate.protocols import http1
-from fleetgate.protocols.clients import openai
+from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
 from fleetgate.proxy.request import response_heads
-from fleetgate.proxy.request.response_heads import CLOSE, JSON, ResponseDefaults
+from fleetgate.proxy.request.response_heads import CLOSE, ResponseDefaults
 from fleetgate.proxy.telemetry.access_log import AccessLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 
@@ -44,8 +44,10 @@ class LocalResponder:
         if rejected.status == 204:
             head = http1.status_line(204) + self.defaults.date_line + rejected.extra
             return head + (b"" if keep_alive else CLOSE) + b"\r\n"
-        body = openai.error_body(rejected.status, rejected.code, rejected.message, rejected.param)
-        return self.plain(rejected.status, body, JSON + rejected.extra, keep_alive, no_body)
+        protocol = rejected.protocol
+        body = protocol.error_body(rejected.status, rejected.code, rejected.message, rejected.param)
+        content_type = b"content-type: %b\r\n" % protocol.ERROR_TYPE
+        return self.plain(rejected.status, body, content_type + rejected.extra, keep_alive, no_body)
 
     def plain(self, status: int, body: bytes, extra: bytes, keep_alive: bool, no_body: bool = False) -> bytes:
         """The bytes of a whole answer. Shape: `extra` are header lines, with the content type."""
@@ -54,13 +56,14 @@ class LocalResponder:
         data = response_heads.plain(status, body, self.defaults.date_line, self.next_id(), extra)
         return data[: -len(body)] if no_body else data
 
-    def internal_error(self, request_id: bytes) -> bytes:
+    def internal_error(self, request_id: bytes, protocol: ClientProtocol) -> bytes:
         """The bytes of a 500, counted."""
         self.count(500, "internal_error")
-        body = openai.error_body(500, "internal_error", INTERNAL_ERROR)
-        return response_heads.plain(500, body, self.defaults.date_line, request_id, JSON + CLOSE)
+        body = protocol.error_body(500, "internal_error", INTERNAL_ERROR)
+        extra = b"content-type: %b\r\n" % protocol.ERROR_TYPE + CLOSE
+        return response_heads.plain(500, body, self.defaults.date_line, request_id, extra)
 
-    def internal_error_event(self) -> bytes:
+    def internal_error_event(self, protocol: ClientProtocol) -> bytes:
         """The same as an event inside a stream, with its framing."""
         self.count(500, "internal_error")
-        return http1.chunk(openai.error_event("internal_error", INTERNAL_ERROR))
+        return http1.chunk(protocol.error_event("internal_error", INTERNAL_ERROR))

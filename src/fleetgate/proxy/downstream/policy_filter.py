@@ -6,7 +6,7 @@ from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.log import Level
-from fleetgate.protocols.clients.openai import RequestInfo, output_tokens_max
+from fleetgate.protocols.messages import RequestInfo
 from fleetgate.proxy.downstream.policy_notices import PolicyNotices
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
 from fleetgate.proxy.request.request_context import RequestContext
@@ -36,7 +36,7 @@ class PolicyFilter:
             model=info.model,
             path=context.path.decode("ascii", "replace"),
             prompt_tokens=int(self._estimates.prompt_tokens(info.model, len(body))),
-            output_tokens_max=output_tokens_max(body),
+            output_tokens_max=context.protocol.output_tokens_max(body),
             stream=info.stream,
             headers={
                 name.decode(): headers[name].decode("latin-1") for name in policies.needs_headers if name in headers

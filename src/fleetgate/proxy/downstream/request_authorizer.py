@@ -4,7 +4,7 @@ import ipaddress
 import time
 from collections.abc import Callable, Sequence
 
-from fleetgate.protocols.clients import openai
+from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.protocols.http1 import RequestHead
 from fleetgate.proxy.downstream.authenticator import Authenticator, may_use
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
@@ -39,18 +39,24 @@ class RequestAuthorizer:
 
         Raises: `RequestRejected`.
         """
-        table = self.active.current
-        gateway = _gateway_of(head.host, table)
+        gateway = _gateway_of(head.host, self.active.current)
+        try:
+            return self._authorize_at(gateway, head)
+        except RequestRejected as rejected:
+            raise rejected.spoken_in(gateway.protocol) from None
+
+    def _authorize_at(self, gateway: GatewayState, head: RequestHead) -> RequestContext:
+        table, protocol = self.active.current, gateway.protocol
         cors = self._cors_headers(head)
         if head.method == b"OPTIONS":
-            allow = b"allow: %b\r\n" % _methods_of(head.path)
+            allow = b"allow: %b\r\n" % protocol.methods_of(head.path)
             raise RequestRejected(204, "options", "", extra=allow + cors)
-        key = self._authenticator.find(head.headers.get(b"authorization", b""), table)
+        key = self._authenticator.find(protocol.authorization_of(head.headers), table)
         if key is None or (key.expires_s and key.expires_s <= time.time()):
             reason = "has expired" if key is not None else "is missing or not known"
             if key is None and self._validity.stale:
                 reason = "cannot be checked: the control plane has been away for longer than --max-stale-s"
-            message = f"the API key {reason}; send `Authorization: Bearer <key>`"
+            message = f"the API key {reason}; send `{protocol.CREDENTIAL_HINT}`"
             raise RequestRejected(401, "invalid_api_key", message, extra=cors)
         if key.require_fresh_s and self._validity.silent_s(self._clock()) > key.require_fresh_s:
             message = (
@@ -61,7 +67,7 @@ class RequestAuthorizer:
         if not may_use(key, gateway.spec):
             message = f"this API key may not use the Gateway {gateway.spec.name}"
             raise RequestRejected(403, "policy_denied", message, extra=cors)
-        _check_path(head, cors)
+        _check_path(head, cors, protocol)
         return RequestContext(head, table, gateway, key, cors)
 
     def _cors_headers(self, head: RequestHead) -> bytes:
@@ -84,11 +90,11 @@ class RequestAuthorizer:
         return b""
 
 
-def _check_path(head: RequestHead, cors: bytes) -> None:
-    methods = _methods_of(head.path)
+def _check_path(head: RequestHead, cors: bytes, protocol: ClientProtocol) -> None:
+    methods = protocol.methods_of(head.path)
     if not methods:
         path = head.path.decode("ascii", "replace")
-        message = f"no such path: {path[:200]}; this Gateway speaks the OpenAI API"
+        message = f"no such path: {path[:200]}; this Gateway speaks the {protocol.TITLE}"
         raise RequestRejected(404, "unknown_path", message, extra=cors)
     if head.method not in methods.split(b", "):
         allow = b"allow: %b\r\n" % methods
@@ -101,14 +107,6 @@ def _check_path(head: RequestHead, cors: bytes) -> None:
         shown = encoding.decode("ascii", "replace")[:40]
         message = f"content-encoding {shown!r} is not taken here; send the body uncompressed, without that header"
         raise RequestRejected(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
-
-
-def _methods_of(path: bytes) -> bytes:
-    if path in openai.OPERATIONS:
-        return b"POST, OPTIONS"
-    if path == openai.MODELS_PATH or path.startswith(openai.MODELS_PATH + b"/"):
-        return b"GET, HEAD, OPTIONS"
-    return b""
 
 
 def _gateway_of(host: bytes, table: RoutingTable) -> GatewayState:

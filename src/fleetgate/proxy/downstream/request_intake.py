@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 from fleetgate.core.routing.policy_decision import ALLOWED
-from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import InvalidBody
+from fleetgate.protocols.json_members import InvalidBody
 from fleetgate.proxy.downstream.idempotency import IdempotencyStore, IdempotentReplay
 from fleetgate.proxy.downstream.policy_filter import PolicyFilter
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
@@ -37,7 +36,7 @@ class RequestIntake:
         if operation is None:
             return _models(context)
         try:
-            info = openai.read_request(body)
+            info = context.protocol.parse_request(body)
             route = context.gateway.routes.get(info.model)
             if route is None or (context.key.models and info.model not in context.key.models):
                 raise RequestRejected(404, "model_not_found", _no_model(info.model, context), "model")
@@ -58,12 +57,14 @@ class RequestIntake:
 
 
 def _models(context: RequestContext) -> LocalResponse:
-    name = context.path.removeprefix(openai.MODELS_PATH).removeprefix(b"/").decode("ascii", "replace")
+    protocol = context.protocol
+    name = context.path.removeprefix(protocol.MODELS_PATH).removeprefix(b"/").decode("ascii", "replace")
     models, key = context.gateway.routes, context.key
     allowed = [model for model in models if not key.models or model in key.models]
     if name and name not in allowed:
         raise RequestRejected(404, "model_not_found", _no_model(name, context), "model")
-    body = openai.model_body(name, "fleetgate") if name else openai.models_body(dict.fromkeys(allowed, "fleetgate"))
+    owners = dict.fromkeys(allowed, "fleetgate")
+    body = protocol.model_body(name, "fleetgate") if name else protocol.models_body(owners)
     return LocalResponse(200, body, JSON + context.response_headers, "")
 
 

@@ -1,5 +1,10 @@
 """An error of ours before a request is routed."""
 
+from fleetgate.protocols import clients
+from fleetgate.protocols.clients.base import ClientProtocol
+
+DEFAULT_PROTOCOL = clients.find("openai")  # of errors before the Gateway is known
+
 
 class RequestRejected(Exception):
     """The request ends here with an error of ours. Shape: `extra` are header lines."""
@@ -11,3 +16,9 @@ class RequestRejected(Exception):
         self.message = message
         self.param = param
         self.extra = extra
+        self.protocol = DEFAULT_PROTOCOL  # the Gateway's, once it is known
+
+    def spoken_in(self, protocol: ClientProtocol) -> "RequestRejected":
+        """The same, written as this protocol writes errors."""
+        self.protocol = protocol
+        return self

@@ -14,17 +14,21 @@ import msgspec
 
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory
+from fleetgate.protocols import clients
 from fleetgate.protocols.http1 import Malformed
+from fleetgate.protocols.resume.prefill import prefix_fields
 from fleetgate.protocols.resume.token_ids import COMPLETIONS, mark_of
-from fleetgate.protocols.resume.transcript import Transcript, prefix_fields
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.protocols.sse import Events, EventTooLong
 from fleetgate.proxy.health.active_health import ProbeResponse
 from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
+from fleetgate.proxy.routing.routing_table import PROBE_PROTOCOL
 from fleetgate.proxy.transport.dns import AddressRefused
 from fleetgate.proxy.transport.network import Network
 
+OPENAI = clients.find(PROBE_PROTOCOL)
 ENGINES = frozenset({"vllm", "sglang", "llamacpp"})
 CHECK_EVERY_S = 1.0
 TIMEOUT_S = 20.0
@@ -123,7 +127,7 @@ class ResumeProbe:
         body = msgspec.json.encode(
             {"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, "stream": True, **fields}
         )
-        begin = deployment.request_heads[endpoint.spec.slot][path]
+        begin = deployment.request_heads[endpoint.spec.slot][OPENAI][path]
         head = b"%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (begin, len(body))
         response = ProbeResponse(asyncio.get_running_loop())
         try:

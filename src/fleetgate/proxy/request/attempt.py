@@ -6,7 +6,6 @@ import msgspec
 
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.health.circuit_breaker import HEALTHY, BreakerState
-from fleetgate.protocols.clients import openai
 from fleetgate.proxy.request.registry import RequestRegistry
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.reservation import Reservation
@@ -137,13 +136,14 @@ def expected_response(
     received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState, resume: Resume | None
 ) -> ExpectedResponse:
     """How the answer of an attempt at this Deployment is read."""
-    info, operation = received.info, received.operation
-    upstream_name = deployment.upstream_names[info.model]
-    hide_usage = info.stream and not info.wants_usage and deployment.adds_usage and operation.usage_option
+    info, operation, protocol = received.info, received.operation, received.context.protocol
+    upstream_name, engine = deployment.upstream_names[info.model], deployment.spec.engine
+    hide_usage = info.stream and not info.wants_usage and operation.usage_option and engine in protocol.USAGE_ENGINES
     names = route.same_name
     if upstream_name != info.model:
         names = ModelNames(msgspec.json.encode(upstream_name), names.asked)
     return ExpectedResponse(
+        protocol=protocol,
         operation=operation,
         hide_usage=hide_usage,
         names=names,
@@ -169,9 +169,9 @@ def request_bytes(
         body = resume.body(body, deployment.spec.engine)
     upstream_name = deployment.upstream_names[info.model]
     if add_usage or upstream_name != info.model:
-        body = openai.rewrite(body, info, upstream_name, add_usage)
+        body = received.context.protocol.rewrite(body, info, upstream_name, add_usage)
     head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-        deployment.request_heads[endpoint.spec.slot][path],
+        deployment.request_heads[endpoint.spec.slot][received.context.protocol][path],
         received.context.forwarded_headers,
         request_id,
         len(body),

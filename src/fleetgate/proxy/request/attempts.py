@@ -84,6 +84,7 @@ class AttemptSet:
     failed: tuple[EndpointState, ...] = ()
     count = 0
     was_read = False
+    _given_up: tuple[Attempt, ...] = ()  # before they had a connection; its failure is still worth knowing
     _stale_endpoint: EndpointState | None = None  # where a kept connection was closed before the request got there
     _dialling: Mapping[UpstreamResponse, Attempt] = {}  # without a connection yet, given up or not
     _deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with the request: whether each is down
@@ -145,7 +146,7 @@ class AttemptSet:
 
     def _find(self, response: UpstreamResponse) -> Attempt | None:
         """The attempt whose answer this is."""
-        for attempt in (self.current, self.hedge, self.last):
+        for attempt in (self.current, self.hedge, self.last, *self._given_up):
             if attempt is not None and attempt.response is response:
                 return attempt
         return None
@@ -260,9 +261,7 @@ class AttemptSet:
     def adopt_hedge(self, now_s: float) -> None:
         """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
         if self.current is not None:
-            self.current.cancel()
-            self._account(self.current, HEDGED, self.was_read)
-            self.current.settle(now_s)
+            self._give_up(self.current, self.was_read, now_s)
         self.current = self.last = self.hedge
         self.hedge = None
 
@@ -270,9 +269,14 @@ class AttemptSet:
         """Cancel the second attempt."""
         hedge, self.hedge = self.hedge, None
         if hedge is not None:
-            hedge.cancel()
-            self._account(hedge, HEDGED, False)
-            hedge.settle(now_s)
+            self._give_up(hedge, False, now_s)
+
+    def _give_up(self, attempt: Attempt, was_read: bool, now_s: float) -> None:
+        if attempt.response is not None and not attempt.response.is_connected:
+            self._given_up = (*self._given_up, attempt)
+        attempt.cancel()
+        self._account(attempt, HEDGED, was_read)
+        attempt.settle(now_s)
 
     # --- ends ---
 

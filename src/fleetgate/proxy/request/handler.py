@@ -7,7 +7,6 @@ import msgspec
 from fleetgate.core import exchange as moves
 from fleetgate.core.exchange import AttemptFailed, Command, Event, Exchange, Failure, NotPicked, Outcome, Refuse, State
 from fleetgate.core.health.circuit_breaker import HEALTHY, Signal
-from fleetgate.protocols.clients.openai import output_tokens_max
 from fleetgate.proxy.request import deadlines
 from fleetgate.proxy.request.attempt import Attempt
 from fleetgate.proxy.request.attempts import AttemptSet
@@ -473,7 +472,7 @@ class RequestHandler:
             return False
         reservation = attempt.reservation
         predicted_s = reservation.predicted_ttft_s if reservation is not None else None
-        tokens_max = output_tokens_max(self.received.body)
+        tokens_max = self.received.context.protocol.output_tokens_max(self.received.body)
         self.deadline_s = attempt.sent_s + deadlines.whole_answer_s(attempt.deployment, predicted_s, tokens_max)
         return self.deadline_s > now_s
 

@@ -7,15 +7,14 @@ import msgspec
 from fleetgate.core.admission.retry_budget import KeyBudget
 from fleetgate.core.model import Key
 from fleetgate.core.routing.policy_decision import ALLOWED, PolicyDecision
-from fleetgate.protocols.clients.openai import OPERATIONS, Operation, RequestInfo
+from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.protocols.http1 import RequestHead
+from fleetgate.protocols.messages import Operation, RequestInfo
 from fleetgate.proxy.routing.model_route import GatewayState, ModelRouteState
 from fleetgate.proxy.routing.routing_table import RoutingTable
 
 TIMEOUT_HEADER_MAX_MS = 3_600_000
 SESSION_BYTES_MAX = 128
-# The client's header lines that an upstream gets to see. faults.md row 80.
-_FORWARDED = (b"accept", b"traceparent", b"tracestate", b"openai-beta", b"x-session-id")
 
 
 class RequestContext:
@@ -37,6 +36,7 @@ class RequestContext:
         "no_body",
         "operation",
         "path",
+        "protocol",
         "raw",
         "response_headers",
         "session",
@@ -54,12 +54,11 @@ class RequestContext:
         self.key = key
         self.key_json = msgspec.json.encode(key.name)
         self.path = head.path
-        self.operation: Operation | None = OPERATIONS.get(head.path)
+        self.protocol: ClientProtocol = gateway.protocol
+        self.operation: Operation | None = gateway.protocol.OPERATIONS.get(head.path)
         self.no_body = head.method == b"HEAD"
         self.raw = head.http10
-        self.forwarded_headers = b"".join(
-            b"%b: %b\r\n" % (name, headers[name]) for name in _FORWARDED if name in headers
-        )
+        self.forwarded_headers = gateway.protocol.request_headers(headers)
         self.session = headers.get(b"x-session-id", b"")[:SESSION_BYTES_MAX]
         self.response_headers = response_headers
         self.budget: KeyBudget = gateway.budget_of(key.name)

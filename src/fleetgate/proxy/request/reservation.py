@@ -7,7 +7,6 @@ from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.routing.prefix_affinity import BLOCK_TOKENS, COLD
 from fleetgate.core.routing.scheduler import Placement, ScheduleRequest
 from fleetgate.ipc.shared_memory import TALLY_CELLS, DeploymentCounter, SharedMemory
-from fleetgate.protocols.clients.openai import output_tokens_max
 from fleetgate.protocols.prompt_prefix import chain_of
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.routing.capacity_tracker import CapacityTracker
@@ -33,11 +32,11 @@ class PlacementRequest:
     def __init__(self, received: ReceivedRequest, route: ModelRouteState, estimates: TokenEstimates) -> None:
         context, body, model = received.context, received.body, route.model
         # With a single Endpoint there is no choice that a prefix could decide.
-        self.prefix_chain = chain_of(body, context.session) if route.has_choice else ()
+        self.prefix_chain = chain_of(body, context.session, context.protocol.PROMPT_MARKS) if route.has_choice else ()
         warm = route.affinity.find(self.prefix_chain) if self.prefix_chain else COLD
         self.shape = RequestShape(
             prompt_tokens=estimates.prompt_tokens(model, len(body)),
-            output_tokens=estimates.output_tokens(model, context.key.name, output_tokens_max(body)),
+            output_tokens=estimates.output_tokens(model, context.key.name, context.protocol.output_tokens_max(body)),
             warm_slot=warm.endpoint_slot,
             warm_tokens=warm.blocks * BLOCK_TOKENS,
         )

@@ -9,7 +9,6 @@ import msgspec
 
 from fleetgate.core.admission.retry_budget import jittered_s
 from fleetgate.core.exchange import Refuse
-from fleetgate.protocols.clients import openai
 from fleetgate.protocols.http1 import status_line
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 
@@ -136,9 +135,9 @@ def deployment_comment(deployment: DeploymentState, attempts: int) -> bytes:
     )
 
 
-def refusal(meta: ResponseMeta, refuse: Refuse) -> bytes:
+def refusal(meta: ResponseMeta, refuse: Refuse, content_type: bytes, body: bytes) -> bytes:
     """An error of ours after the core has decided."""
-    extra = JSON + b"x-fleetgate-attempts: %d\r\n" % meta.attempts
+    extra = b"content-type: %b\r\nx-fleetgate-attempts: %d\r\n" % (content_type, meta.attempts)
     if refuse.retry_after_s:
         wait_s = refuse.retry_after_s
         if refuse.status == 503:
@@ -146,7 +145,6 @@ def refusal(meta: ResponseMeta, refuse: Refuse) -> bytes:
         extra += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (max(1, round(wait_s)), max(1, round(wait_s * 1000)))
     if refuse.should_retry is not None:
         extra += b"x-should-retry: %b\r\n" % (b"true" if refuse.should_retry else b"false")
-    body = openai.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
     return plain(refuse.status, body, meta.date_line, meta.request_id, extra + meta.client_headers)
 
 

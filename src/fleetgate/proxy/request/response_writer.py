@@ -2,7 +2,7 @@
 
 from fleetgate.core.exchange import Refuse
 from fleetgate.protocols import http1
-from fleetgate.protocols.clients import openai
+from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.proxy.request import response_heads
 from fleetgate.proxy.request.ports import ClientStream
 from fleetgate.proxy.request.request_context import RequestContext
@@ -33,6 +33,11 @@ class ResponseWriter:
         self._context = context
         self._defaults = defaults
 
+    @property
+    def protocol(self) -> ClientProtocol:
+        """The protocol that the client speaks."""
+        return self._context.protocol
+
     def write(self, data: bytes) -> None:
         """Send to the client. Called for each streamed event; an internal error ends this request alone."""
         try:
@@ -53,7 +58,7 @@ class ResponseWriter:
 
     def write_error(self, code: str) -> None:
         """Send an error inside the stream."""
-        self.write_event(openai.error_event(code, response_heads.MESSAGES[code]))
+        self.write_event(self._context.protocol.error_event(code, response_heads.MESSAGES[code]))
 
     def write_relayed_head(
         self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
@@ -64,7 +69,7 @@ class ResponseWriter:
         if self.early_attempts:
             self.name_deployment(deployment, attempts)
             if whole:  # the client has been told to read a stream
-                self.tail = self.frame(openai.event_of_body(response.held[0]))
+                self.tail = self.frame(self._context.protocol.event_of_body(response.held[0]))
                 self.tail += b"" if self._context.raw else http1.LAST_CHUNK
             return
         if self._context.raw and not whole:
@@ -100,7 +105,8 @@ class ResponseWriter:
 
     def refusal(self, attempts: int, refuse: Refuse) -> bytes:
         """The bytes of an error of ours in place of an answer."""
-        return response_heads.refusal(self._meta(attempts), refuse)
+        body = self._context.protocol.error_body(refuse.status, refuse.code, response_heads.MESSAGES[refuse.code])
+        return response_heads.refusal(self._meta(attempts), refuse, self._context.protocol.ERROR_TYPE, body)
 
     def _meta(self, attempts: int) -> ResponseMeta:
         defaults = self._defaults

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-from fleetgate.protocols.clients.openai import Operation
-from fleetgate.protocols.resume.responses import ResponseSplicer, ResponseTranscript, response_resume_methods
-from fleetgate.protocols.resume.token_ids import COMPLETIONS, TokenSplicer, tokens_body
-from fleetgate.protocols.resume.transcript import ResumeMethod, StreamSplicer, Transcript, prefill_body, resume_methods
+from fleetgate.protocols.clients.base import ClientProtocol
+from fleetgate.protocols.messages import Operation, ResumeMethod
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
@@ -30,20 +29,16 @@ class BrokenResponse(Protocol):
 
 def transcript_for(received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState) -> Transcript | None:
     """A transcript to keep a stream in; None if it could not be resumed anyway, and then costs nothing."""
-    operation = received.operation
+    protocol, operation = received.context.protocol, received.operation
     if not route.resumes:
         return None
-    methods = _methods(received.body, operation) & route.resume_methods
-    if operation.name == "responses":
-        return ResponseTranscript() if methods else None
+    methods = protocol.resume_methods(received.body, operation) & route.resume_methods
     mark = 0
     if ResumeMethod.TOKENS in methods:
         mark = _mark(deployment, received.info.model) or UNVERIFIED_IDS
-    return Transcript(mark) if mark > UNVERIFIED_IDS or methods - {ResumeMethod.TOKENS} else None
-
-
-def _methods(body: bytes, operation: Operation) -> frozenset[ResumeMethod]:
-    return response_resume_methods(body) if operation.name == "responses" else resume_methods(body, operation)
+    if mark > UNVERIFIED_IDS or methods - {ResumeMethod.TOKENS}:
+        return protocol.new_transcript(operation, mark)
+    return None
 
 
 def _mark(deployment: DeploymentState, model: str) -> int:
@@ -55,9 +50,12 @@ def _mark(deployment: DeploymentState, model: str) -> int:
 class Resume:
     """One answer that another Deployment resumes, perhaps twice. Units: `lost_s` is when it last broke off."""
 
-    __slots__ = ("_asked_model", "_events_seen", "_transcript", "lost_s", "method")
+    __slots__ = ("_asked_model", "_events_seen", "_protocol", "_transcript", "lost_s", "method")
 
-    def __init__(self, transcript: Transcript, method: ResumeMethod, events_seen: int, asked_model: str) -> None:
+    def __init__(
+        self, protocol: ClientProtocol, transcript: Transcript, method: ResumeMethod, events_seen: int, asked_model: str
+    ) -> None:
+        self._protocol = protocol
         self._transcript = transcript
         self._asked_model = asked_model
         self._events_seen = events_seen
@@ -80,18 +78,17 @@ class Resume:
         transcript = response.transcript
         if transcript is None:
             return None
-        methods, body, model = _methods(received.body, received.operation), received.body, received.info.model
+        protocol, body = received.context.protocol, received.body
+        methods = protocol.resume_methods(body, received.operation)
         runs = transcript.runs  # decodes the last events, which tells whether all of it is known
         if not transcript.whole or not runs:
             return None
-        if ResumeMethod.REPLAY in methods:
-            return cls(transcript, ResumeMethod.REPLAY, response.event_count, model)
-        if ResumeMethod.TOKENS in methods and tokens_body(body, transcript) is not None:
-            resume = cls(transcript, ResumeMethod.TOKENS, response.event_count, model)
-            if resume._has_candidate(route, failed, now_s):
+        for method in (ResumeMethod.REPLAY, ResumeMethod.TOKENS, ResumeMethod.PREFILL):
+            if method not in methods or protocol.resume_body(method, body, transcript, "") is None:
+                continue
+            resume = cls(protocol, transcript, method, response.event_count, received.info.model)
+            if method is not ResumeMethod.TOKENS or resume._has_candidate(route, failed, now_s):
                 return resume
-        if ResumeMethod.PREFILL in methods and prefill_body(body, transcript, "") is not None:
-            return cls(transcript, ResumeMethod.PREFILL, response.event_count, model)
         return None
 
     def _has_candidate(self, route: ModelRouteState, failed: tuple[EndpointState, ...], now_s: float) -> bool:
@@ -110,11 +107,11 @@ class Resume:
 
     def is_possible(self, body: bytes) -> bool:
         """Whether what was said so far can be resumed."""
-        return self.method is ResumeMethod.REPLAY or self._resuming_body(body, "") is not None
+        return self._protocol.resume_body(self.method, body, self._transcript, "") is not None
 
     def path(self, asked: bytes) -> bytes:
         """The path at which the next engine is asked."""
-        return COMPLETIONS if self.method is ResumeMethod.TOKENS else asked
+        return self._protocol.resume_path(self.method, asked)
 
     def unfit_slots(self, route: ModelRouteState) -> Iterator[int]:
         """The Deployments that could not resume it."""
@@ -129,25 +126,12 @@ class Resume:
 
     def body(self, body: bytes, engine: str) -> bytes:
         """What this engine is asked."""
-        if self.method is ResumeMethod.REPLAY:
-            return body
-        resuming = self._resuming_body(body, engine)
+        resuming = self._protocol.resume_body(self.method, body, self._transcript, engine)
         assert resuming is not None, "`is_possible` was asked, and nothing has changed since"
         return resuming
 
-    def _resuming_body(self, body: bytes, engine: str) -> bytes | None:
-        if self.method is ResumeMethod.TOKENS:
-            return tokens_body(body, self._transcript)
-        return prefill_body(body, self._transcript, engine)
-
     def answer(self, operation: Operation) -> ResumedStream:
         """How the next engine's answer is joined to what its client has read."""
-        splicer: StreamSplicer
-        if isinstance(self._transcript, ResponseTranscript):
-            splicer = ResponseSplicer(self._transcript, self._asked_model)
-        elif self.method is ResumeMethod.TOKENS:
-            splicer = TokenSplicer(self._transcript, self._asked_model, operation)
-        else:
-            splicer = StreamSplicer(self._transcript, self.method, self._asked_model)
+        splicer = self._protocol.new_splicer(self._transcript, self.method, self._asked_model, operation)
         inherited = 0 if self.method is ResumeMethod.REPLAY else self._events_seen
         return ResumedStream(splicer, self._transcript, self._events_seen, inherited)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
-from fleetgate.protocols.clients.openai import Usage
+from fleetgate.protocols.messages import Usage
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 
 HEDGED = b"hedged"  # the other attempt was first

@@ -1,26 +1,28 @@
 """A Deployment as requests use it: its Endpoints, its names of models, and the fixed headers of its answers."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from fleetgate.core.health.circuit_breaker import BreakerState
 from fleetgate.core.health.timeouts import StreamTiming
 from fleetgate.core.model import Deployment
-from fleetgate.protocols.clients.openai import USAGE_ENGINES
+from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 
 IN_FLIGHT_PEAK_MIN = 8  # requests that an engine of unknown capacity can certainly take
+
+# By Endpoint slot, client protocol and path: the head up to what differs between requests.
+RequestHeads = Mapping[int, Mapping[ClientProtocol, Mapping[bytes, bytes]]]
 
 
 class DeploymentState:
     """One Deployment in this worker.
 
-    Shape: `spec` is its Snapshot value; `request_heads` are by Endpoint slot, then path: the head up to what differs
-    between requests; `alternatives` are, for each route that lists it, the other Deployments there.
+    Shape: `spec` is its Snapshot value; `alternatives` are, for each route that lists it, the other Deployments there.
     """
 
-    def __init__(
-        self, spec: Deployment, endpoints: list[EndpointState], request_heads: dict[int, dict[bytes, bytes]]
-    ) -> None:
+    def __init__(self, spec: Deployment, endpoints: list[EndpointState], request_heads: RequestHeads) -> None:
         self.spec = spec
         self.slot = spec.slot
         self.endpoints = endpoints
@@ -38,7 +40,6 @@ class DeploymentState:
         self.alternatives: list[list[DeploymentState]] = []
         self.resumes_prefill = False  # whether its engine was seen to continue an answer that another had begun
         self.token_mark = 0  # the mark of the token ids that its engine gives and takes, 0 if unknown
-        self.adds_usage = spec.engine in USAGE_ENGINES
         self.upstream_names = spec.models
         names = (msgspec.json.encode(spec.name), msgspec.json.encode(spec.region))
         self.log_names = b'"deployment":%b,"region":%b' % names

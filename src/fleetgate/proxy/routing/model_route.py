@@ -15,8 +15,8 @@ from fleetgate.core.routing.scheduler import Scheduler
 from fleetgate.core.routing.strategies import Candidate
 from fleetgate.policies.body_fields import BodyReader
 from fleetgate.policies.policy_set import CompiledPolicies
-from fleetgate.protocols.clients.openai import models_body
-from fleetgate.protocols.resume.transcript import ResumeMethod
+from fleetgate.protocols import clients
+from fleetgate.protocols.messages import ResumeMethod
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.telemetry.request_metrics import RequestMetrics
 from fleetgate.proxy.transport.interface import ModelNames
@@ -148,6 +148,7 @@ class GatewayState:
         self, spec: Gateway, routes: Mapping[str, ModelRoute], before: "GatewayState | None", parts: TableParts
     ) -> None:
         self.spec = spec
+        self.protocol = clients.find(spec.protocol)
         ratio = spec.resilience.retry_budget
         kept = before if before is not None and before.spec.resilience.retry_budget == ratio else None
         self.budget: RetryBudget = kept.budget if kept is not None else RetryBudget(ratio, parts.made_s)
@@ -156,7 +157,6 @@ class GatewayState:
         self.policies = CompiledPolicies.compile(spec, parts.specs)
         self.body_reader = BodyReader(self.policies.needs_body)
         self.routes = {model: ModelRouteState(model, route, self, parts) for model, route in routes.items()}
-        self.models_body = models_body(dict.fromkeys(routes, "fleetgate"))
 
     def budget_of(self, key: str) -> KeyBudget:
         """The further attempts that requests of one key may make."""

@@ -6,7 +6,8 @@ from fleetgate.core.health.circuit_breaker import BreakerState, current_state
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Key, Snapshot
 from fleetgate.core.routing.route import ModelRoute, model_routes
 from fleetgate.ipc.sealed_secret import unseal
-from fleetgate.protocols.clients.openai import OPERATIONS
+from fleetgate.protocols import clients
+from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import GatewayState, ModelRouteState, TableParts
@@ -15,6 +16,7 @@ from fleetgate.proxy.transport.connection_pool import ConnectionPool
 from fleetgate.proxy.transport.dns import EgressRule
 from fleetgate.proxy.transport.upstream_tls import UpstreamTls
 
+PROBE_PROTOCOL = "openai"  # that the resume probe speaks
 EndpointIdentity = tuple[Endpoint, str, bool]
 
 
@@ -35,6 +37,7 @@ class RoutingTable:
         known_endpoints = last.endpoints if last else {}
         self.endpoints: dict[EndpointIdentity, EndpointState] = {}
         self.deployments: dict[int, DeploymentState] = {}
+        self._protocols = [clients.find(name) for name in dict.fromkeys([PROBE_PROTOCOL, *_protocol_names(snapshot)])]
         for spec in snapshot.deployments:
             deployment = self._deployment(spec, builder, known_endpoints)
             self.deployments[spec.slot] = deployment
@@ -85,7 +88,7 @@ class RoutingTable:
         self, spec: Deployment, builder: "RoutingTableBuilder", known: dict[EndpointIdentity, EndpointState]
     ) -> DeploymentState:
         endpoints: list[EndpointState] = []
-        heads: dict[int, dict[bytes, bytes]] = {}
+        heads: dict[int, dict[ClientProtocol, dict[bytes, bytes]]] = {}
         egress = self.snapshot.egress_allow if spec.egress_checked else None
         credential = builder.open_credential(spec)
         for endpoint in spec.endpoints:
@@ -94,7 +97,7 @@ class RoutingTable:
             self.endpoints[identity] = state
             endpoints.append(state)
             heads[endpoint.slot] = {
-                path: request_head(endpoint, operation.path, credential) for path, operation in OPERATIONS.items()
+                protocol: request_heads(protocol, endpoint, credential) for protocol in self._protocols
             }
         return DeploymentState(spec, endpoints, heads)
 
@@ -152,10 +155,14 @@ class RoutingTableBuilder:
         return unseal(deployment.credential, self._seal_key(), deployment.name)
 
 
-def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
-    """The head of a request to an Endpoint, up to what differs between requests.
+def _protocol_names(snapshot: Snapshot) -> list[str]:
+    return [gateway.protocol for gateway in snapshot.gateways]
 
-    Credentials are attached here only: to the head of the origin that each belongs to. faults.md row 79.
+
+def request_heads(protocol: ClientProtocol, endpoint: Endpoint, credential: str) -> dict[bytes, bytes]:
+    """The heads of requests to an Endpoint, by the client's path, up to what differs between requests.
+
+    Credentials are attached here only: to the heads of the origin that each belongs to. faults.md row 79.
     The content type is ours, not the client's: each body was read as JSON, and `curl -d` calls it a form, which vLLM
     refuses.
     """
@@ -163,8 +170,11 @@ def request_head(endpoint: Endpoint, path: bytes, credential: str) -> bytes:
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
     if endpoint.port != default:
         host = f"{host}:{endpoint.port}"
-    authorization = f"authorization: Bearer {credential}\r\n" if credential else ""
-    return (
-        f"POST {endpoint.base_path}{path.decode()} HTTP/1.1\r\nhost: {host}\r\nuser-agent: fleetgate\r\n"
-        f"accept-encoding: identity\r\ncontent-type: application/json\r\n{authorization}"
-    ).encode()
+    fields = (
+        f" HTTP/1.1\r\nhost: {host}\r\nuser-agent: fleetgate\r\n"
+        "accept-encoding: identity\r\ncontent-type: application/json\r\n"
+    ).encode() + protocol.credential_lines(credential)
+    return {
+        path: b"POST " + endpoint.base_path.encode() + operation.path + fields
+        for path, operation in protocol.OPERATIONS.items()
+    }

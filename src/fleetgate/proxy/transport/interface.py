@@ -9,8 +9,10 @@ from typing import Protocol
 import msgspec
 
 from fleetgate.core.exchange import AttemptFailed, Failure
-from fleetgate.protocols.clients.openai import Operation, Usage
-from fleetgate.protocols.resume.transcript import StreamSplicer, Transcript
+from fleetgate.protocols.clients.base import ClientProtocol
+from fleetgate.protocols.messages import Operation, Usage
+from fleetgate.protocols.resume.splice import StreamSplicer
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.proxy.transport.connection_pool import ConnectionPool
 from fleetgate.proxy.transport.network import Network
 
@@ -47,6 +49,7 @@ class ExpectedResponse(msgspec.Struct, frozen=True, gc=False):
     an HTTP/1.0 client, which gets no chunked framing.
     """
 
+    protocol: ClientProtocol
     operation: Operation
     hide_usage: bool
     names: ModelNames

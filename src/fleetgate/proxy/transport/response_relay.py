@@ -11,13 +11,12 @@ import msgspec
 
 from fleetgate.core.exchange import AttemptFailed, Failure
 from fleetgate.protocols import http1
-from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning, Usage
 from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseHead, ResponseMemo
-from fleetgate.protocols.json_validity import as_text, is_json, is_plain, is_text
+from fleetgate.protocols.json_checks import is_json, is_text
+from fleetgate.protocols.messages import EventMeaning, Usage
 from fleetgate.protocols.resume.transcript import Transcript
-from fleetgate.protocols.sse import Events, EventTooLong, data_of
-from fleetgate.protocols.upstream_errors import failure_of, retry_after_s, status_of_error
+from fleetgate.protocols.sse import Events, EventTooLong, as_text, data_of, is_plain
+from fleetgate.protocols.upstream_errors import failure_of, retry_after_s
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 from fleetgate.proxy.transport.interface import ExpectedResponse, ResponseListener
 
@@ -27,10 +26,6 @@ RETRY_AFTER_DEFAULT_S = 1.0
 
 # Events that may come before the first content; they are held back while the request can still move.
 _BEFORE_CONTENT = frozenset({EventMeaning.OTHER, EventMeaning.USAGE, EventMeaning.COMMENT})
-# The beginnings of content events that the fast path passes on.
-_PLAIN_BEGINNINGS = (b"data: {", b"event: response.output_text.delta\ndata: {")
-
-_PASSED = (b"content-type", b"openai-processing-ms", b"openai-version", b"openai-model")
 
 
 class ReadState(Enum):
@@ -83,6 +78,7 @@ class ResponseRelay:
 
     def __init__(self, listener: ResponseListener, expected: ExpectedResponse) -> None:
         self.listener = listener
+        self._protocol = expected.protocol
         self.operation = expected.operation
         self.hide_usage = expected.hide_usage
         self.wants_whole = expected.wants_whole
@@ -181,7 +177,7 @@ class ResponseRelay:
         known = memo.recall(data) if not self._buffer else None
         if known is not None:
             head, end, self._left = known
-            self.passed = memo.passed
+            self.passed = memo.passed if memo.passed_by is self._protocol else self._passed(head.headers)
             self._begin_body(head, data[end:])
             return
         data = self._buffer + data if self._buffer else data
@@ -207,7 +203,8 @@ class ResponseRelay:
             self._fail(failure, retry_after_s(head.headers, time()))
             return b""
         memo.keep(head_bytes, head)
-        self.passed = memo.passed = _passed_headers(head.headers)
+        self.passed = memo.passed = self._passed(head.headers)
+        memo.passed_by = self._protocol
         self._begin_body(head, rest)
         return b""
 
@@ -291,15 +288,15 @@ class ResponseRelay:
         if self.status < 300:
             if not body.isascii() and not is_text(body):
                 raise Malformed(502, "the upstream's body is not UTF-8")
-            self.usage, is_error = openai.read_answer(body)
+            self.usage, is_error = self._protocol.read_answer(body)
             if is_error:
                 self._fail_by_error(body)
                 return
-            if not self.wants_whole and self.operation.name != "embeddings":  # SDKs would read an empty stream
+            if not self.wants_whole and self.operation.streams:  # SDKs would read an empty stream
                 raise Malformed(502, "no stream where one was requested")
             self._learn_name(body)
         if self._rename is not None:
-            body = openai.rename_model(body, *self._rename)
+            body = self._protocol.rename_model(body, *self._rename)
         self.held = [body]
         self.finish_seen = True
         self.listener.on_first(self)  # keeps head and body for the end, which is now
@@ -307,13 +304,13 @@ class ResponseRelay:
 
     def _fail_by_error(self, body: bytes) -> None:
         """An error object behind status 200 counts as the status that it names. faults.md rows 22 and 24."""
-        status = status_of_error(body)
+        status = self._protocol.status_of_error(body)
         failure = failure_of(status, {})
         if failure is not None:
             self._fail(failure)
             return
         self.status, self.stream, self.held = status, False, [body]
-        self.passed = b"content-type: application/json\r\n"
+        self.passed = b"content-type: %b\r\n" % self._protocol.ERROR_TYPE
         self.finish_seen = True
         self.listener.on_first(self)
         self._finish(b"")
@@ -324,7 +321,7 @@ class ResponseRelay:
         events = self._events.feed(self._payload(data))
         meaning: EventMeaning | None = None
         for position, event in enumerate(map(as_text, events)):
-            meaning, usage = openai.classify_event(event)
+            meaning, usage = self._protocol.classify_event(event)
             self.usage = usage or self.usage
             if meaning is EventMeaning.ERROR:
                 self._fail_by_error(data_of(event) or b"")
@@ -338,7 +335,7 @@ class ResponseRelay:
                 continue
             self._learn_name(event)
             if self.choices is not None:
-                openai.note_choices(event, self.choices)
+                self._protocol.note_choices(event, self.choices)
             if meaning in _BEFORE_CONTENT:
                 self.held.append(self._named(event))
                 continue
@@ -392,7 +389,7 @@ class ResponseRelay:
             and data.find(b"\n", brace) == len(data) - 4
             and data.find(b"\r", line + 2) == len(data) - 2  # a CR is a line end too and could end the event
             and data.endswith(b"}\n\n\r\n")
-            and data.startswith(_PLAIN_BEGINNINGS, line + 2)
+            and data.startswith(self._protocol.EVENT_BEGINS, line + 2)
             and (data.isascii() or is_text(data))
             and data.find(self.operation.fast_mark, line) > 0
             and data[:line] == b"%x" % length
@@ -407,7 +404,7 @@ class ResponseRelay:
                 self.event_count += 1
                 out.append(self._named(event))
                 continue
-            meaning, usage = openai.classify_event(event)
+            meaning, usage = self._protocol.classify_event(event)
             self.usage = usage or self.usage
             if meaning is EventMeaning.MALFORMED:
                 self.dropped += 1
@@ -428,7 +425,7 @@ class ResponseRelay:
             elif meaning is EventMeaning.USAGE and self.hide_usage:
                 continue
             if self.choices is not None:
-                openai.note_choices(event, self.choices)
+                self._protocol.note_choices(event, self.choices)
                 self.finish_seen = self.finish_seen and all(self.choices.values())
             out.append(self._named(event))
 
@@ -439,7 +436,7 @@ class ResponseRelay:
             self._fail(Failure.BAD_OUTPUT)
             return
         if not self.done_seen and self.operation.done_mark:
-            last.append(b"data: [DONE]\n\n")
+            last.append(self.operation.done_mark)
         tail = b"".join(last)
         if not self.raw:
             tail = (http1.chunk(tail) if tail else b"") + http1.LAST_CHUNK
@@ -451,12 +448,16 @@ class ResponseRelay:
         """Clients get the model name that they asked for, also if the engine uses a third name."""
         names = self._names
         if data.find(names.mark) < 0:  # `in` on bytes costs twice as much
-            other = openai.other_model_name(data, names.asked)
+            other = self._protocol.other_model_name(data, names.asked)
             if other is not None:
                 self._rename = (other, names.asked)
 
     def _named(self, event: bytes) -> bytes:
-        return event if self._rename is None else openai.rename_model(event, *self._rename)
+        return event if self._rename is None else self._protocol.rename_model(event, *self._rename)
+
+    def _passed(self, headers: dict[bytes, bytes]) -> bytes:
+        """The upstream's header lines that the client may see. faults.md row 27."""
+        return self._protocol.response_headers(headers)
 
     def _write_held(self) -> None:
         payload, self.held = self._named(b"".join(self.held)), []
@@ -486,8 +487,3 @@ class ResponseRelay:
     def _fail(self, failure: Failure, wait_s: float = 0.0) -> None:
         self.cancel()
         self.listener.on_failed(self, AttemptFailed(failure, True, wait_s or RETRY_AFTER_DEFAULT_S, wait_s=wait_s))
-
-
-def _passed_headers(headers: dict[bytes, bytes]) -> bytes:
-    """The upstream's headers that the client may see. faults.md row 27."""
-    return b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED if name in headers)

@@ -2,10 +2,9 @@
 
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols import sse
-from fleetgate.protocols.clients import openai
-from fleetgate.protocols.clients.openai import EventMeaning
 from fleetgate.protocols.http1 import Malformed, ResponseHead
-from fleetgate.protocols.resume.transcript import Mismatch
+from fleetgate.protocols.messages import EventMeaning
+from fleetgate.protocols.resume.splice import Mismatch
 from fleetgate.proxy.transport.interface import ExpectedResponse, ResponseListener
 from fleetgate.proxy.transport.response_relay import PEEK, STREAM, ResponseRelay
 
@@ -67,7 +66,7 @@ class ResumeRelay(ResponseRelay):
         return True
 
     def _splice(self, event: bytes, out: list[bytes]) -> None:
-        meaning, usage = openai.classify_event(event)
+        meaning, usage = self._protocol.classify_event(event)
         if usage is not None:
             self.told, self.usage = usage, self._splicer.counted(usage)
         match meaning:

@@ -89,7 +89,7 @@ class DataPlane:
         self._clock = loop.time
         self._data_dir = Path(config.data_dir)
         self._network = SocketNetwork(loop)
-        self._tasks, self._ids = Tasks(), RequestIds()
+        self._tasks, self._ids = Tasks(loop), RequestIds()
         self._estimates = TokenEstimates()
         self.metrics = WorkerMetrics(shared, config.index)
         self.boundary = ErrorBoundary(machine.log, self.metrics)

@@ -78,11 +78,18 @@ class WorkerProcess:
         directory = Path(self.config.data_dir) / "tls"
         return DevelopmentTls(directory, lambda name: name.encode() in self.plane.active.current.gateways)
 
+    def start_plane(self, loop: asyncio.AbstractEventLoop) -> DataPlane:
+        """Make the services that will run in this loop."""
+        plane = self.plane = DataPlane(self._machine, loop)
+        self.generations.follow(plane.registry.count_with)
+        plane.journal.begin(loop)
+        return plane
+
     async def run(self) -> None:
         """Serve until SIGTERM, then drain."""
         config, loop = self.config, asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        plane = self.plane = DataPlane(self._machine, loop)
+        plane = self.start_plane(loop)
         self._tls = self._server_tls()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._leave, self._stop)
@@ -92,8 +99,6 @@ class WorkerProcess:
         if config.wake_fd >= 0:
             loop.add_reader(config.wake_fd, self._woken)
         loop.set_exception_handler(lambda _, context: plane.boundary.on_loop_error(context))
-        self.generations.follow(plane.registry.count_with)
-        plane.journal.begin(loop)
         self._watchdog = Watchdog(TICK_S, plane.note_lag)
         plane.snapshots.start(loop.time())
         self._tick()

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from fleetgate.core.exchange import Failure
 from fleetgate.core.model import Endpoint
+from fleetgate.protocols import clients
 from fleetgate.protocols.clients.openai import OPERATIONS
-from fleetgate.protocols.resume.transcript import ResumeMethod, StreamSplicer, Transcript
+from fleetgate.protocols.messages import ResumeMethod
+from fleetgate.protocols.resume.splice import StreamSplicer
+from fleetgate.protocols.resume.transcript import Transcript
 from fleetgate.proxy.transport.connection_pool import ConnectionPool, UpstreamConnection
 from fleetgate.proxy.transport.interface import ExpectedResponse, ModelNames, ResumedStream
 from fleetgate.proxy.transport.memory_network import MemoryNetwork, RemoteEnd, SimulatedLoop
@@ -39,6 +42,7 @@ ENDPOINT = Endpoint(slot=0, scheme="http", host="127.0.0.1", port=80, base_path=
 ERROR = b'data: {"error":{"message":"no","type":"server_error","code":500}}\n\n'
 USAGE = b'data: {"id":"1","model":"m","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n'
 LOOP = SimulatedLoop()
+OPENAI = clients.find("openai")
 FRAMES_MAX = 5  # Python calls for an event of a stream, the listener's `write` included
 
 
@@ -314,4 +318,4 @@ def test_an_event_costs_no_more_calls_than_it_did(response: Response) -> None:
 
 def test_saying_how_a_response_is_read_costs_no_call() -> None:
     operation = OPERATIONS[b"/v1/chat/completions"]
-    assert calls(lambda: ExpectedResponse(operation, False, NAMES, True, False, False, None)) == []
+    assert calls(lambda: ExpectedResponse(OPENAI, operation, False, NAMES, True, False, False, None)) == []

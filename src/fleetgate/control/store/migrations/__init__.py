@@ -1,1 +1,1 @@
-"""Migrations of the store, run at start; each is one file in `versions/`."""
+"""The migrations of the store, which run at start; each is a file in `versions/`."""

@@ -1,1 +1,1 @@
-"""One file for each step of the schema, in order."""
+"""The steps of the schema in order, one file each."""

@@ -1,4 +1,4 @@
-"""Accounts: a row for each attempt, sums by the hour, and how far the journals are read."""
+"""Usage: a row for each attempt, sums by the hour, and the read offsets of the journals."""
 
 import sqlalchemy as sa
 from alembic import op
