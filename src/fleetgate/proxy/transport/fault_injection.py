@@ -6,48 +6,14 @@ Nothing here runs while no fault is in force.
 import asyncio
 import random
 from collections.abc import Callable
-from pathlib import Path
 
-import msgspec
-
-from fleetgate.core.fault_injection import (
-    Fault,
-    FaultKind,
-    InjectedFaults,
-    active_faults,
-    decode_injected,
-    select_fault,
-)
+from fleetgate.core.fault_injection import Fault, FaultKind, select_fault
 from fleetgate.protocols.http1 import HEAD_END, status_line
 from fleetgate.proxy.transport.connection_pool import ConnectionPool, FaultInjector, ResponseReader, UpstreamConnection
 from fleetgate.proxy.transport.network import Network
 
-FAULTS = "faults.json"
 CUT_BYTES_MAX = 2_000  # about ten events of a stream
 _BODY = b'{"error":{"message":"a fault was injected here","type":"server_error","param":null,"code":null}}'
-
-
-class FaultFile:
-    """The file of injected faults. It is the only word on them: what is not in it, or unreadable, is not in force."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._path = data_dir / FAULTS
-        self._seen = (0, 0)
-        self._injected = InjectedFaults(watched_s=0.0)
-
-    def now(self, now_s: float) -> tuple[Fault, ...]:
-        """What is in force. Cost: one `stat`, 2 µs, when nothing changed."""
-        try:
-            stat = self._path.stat()
-            seen = (stat.st_ino, stat.st_mtime_ns)
-            if seen != self._seen:
-                self._seen = seen
-                self._injected = decode_injected(self._path.read_bytes())
-        except FileNotFoundError:
-            self._injected = InjectedFaults(watched_s=0.0)
-        except (OSError, msgspec.MsgspecError):
-            self._injected = InjectedFaults(watched_s=0.0)
-        return active_faults(self._injected, now_s) if self._injected.faults else ()
 
 
 class ActiveFaults(FaultInjector):
