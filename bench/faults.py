@@ -1,6 +1,6 @@
-"""`python -m bench.faults`: how soon faults are found and what they cost, on workers and upstreams in real processes.
+"""`python -m bench.faults`: how soon faults are detected and what they cost, with real processes.
 
-The blackhole needs root (a network of its own); without it that figure is left out and named as such.
+The blackhole needs root (a network namespace); without it that figure is marked as not measured.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PHASES = {
     "in the stream": ("held", True),
     "while a whole answer is made": ("held", False),
 }
-QUIET_S = 1.2  # so long without a request that had to move: the fault is known. Trials begin 1.6 s after that
+QUIET_S = 1.2  # after this long without a request that had to move the fault is detected; trials begin 1.6 s later
 
 
 class Figure(NamedTuple):
@@ -66,7 +66,7 @@ def took_s(made: Plane, data: bytes) -> tuple[float, int]:
 
 
 def until_known_s(made: Plane) -> float:
-    """From now until the last of those requests that had to move, one after the other on four threads."""
+    """The time until the last request that had to move; four threads send one request after the other."""
     began_s = time.monotonic()
     last_s = [0.0]
 
@@ -85,7 +85,7 @@ def until_known_s(made: Plane) -> float:
 
 
 def refused(made: Plane, rounds: int) -> Iterator[Figure]:
-    """Nobody listens."""
+    """Connections are refused."""
     usual_s, extra_s, found_s = [], [], []
     for _ in range(rounds):
         made.use({}, {})
@@ -134,7 +134,7 @@ def blackhole(made: Plane, rounds: int) -> Iterator[Figure]:
 
 
 async def stalling(line: Line, seen: Seen) -> None:
-    """Half of the answer, then silence."""
+    """Send half of the answer, then nothing."""
     line.write(EVENT_STREAM + CHUNKED)
     for one in events_of(seen)[:12]:
         line.write(chunk(one))
@@ -143,7 +143,7 @@ async def stalling(line: Line, seen: Seen) -> None:
 
 
 def stall(made: Plane) -> Iterator[Figure]:
-    """A stream falls silent: at a Deployment never seen to stream, and at one whose pace is known."""
+    """A stream stalls, at a Deployment that has not streamed before and at one of known pace."""
     for what, streams in (("of unknown pace", 0), ("whose pace is known", 40)):
         for wall in made.walls:
             wall.replies["stall"] = engine
@@ -158,11 +158,11 @@ def stall(made: Plane) -> Iterator[Figure]:
                 now_s = time.monotonic()
                 longest_s = max(longest_s, now_s - last_s if last_s else 0.0)
                 last_s = now_s
-        yield Figure(f"a stalled stream goes on, Deployment {what}", f"{longest_s:.1f} s", "≤ 15 s")
+        yield Figure(f"a stalled stream continues, Deployment {what}", f"{longest_s:.1f} s", "≤ 15 s")
 
 
 def brownout(made: Plane) -> Iterator[Figure]:
-    """Tokens come ten times slower."""
+    """Tokens become ten times slower."""
     pace_s = [0.02]
     usual = made.wall.replies["ok"]
 
@@ -195,7 +195,7 @@ def brownout(made: Plane) -> Iterator[Figure]:
 
 
 def disconnects(made: Plane, rounds: int) -> Iterator[Figure]:
-    """A client closes; when does the wall see it?"""
+    """The time from a client's disconnect until its upstream connection is closed."""
     for phase, (model, stream) in PHASES.items():
         made.use()
         made.wall.hold()
@@ -211,11 +211,11 @@ def disconnects(made: Plane, rounds: int) -> Iterator[Figure]:
                 time.sleep(0.002)
             times_s.append(made.wall.seen[number].gone_s - left_s)
         made.wall.release()
-        yield Figure(f"client leaves {phase}: upstream closed (p50 / p99)", spread(times_s), "p99 ≤ 100 ms")
+        yield Figure(f"client disconnects {phase}: upstream closed (p50 / p99)", spread(times_s), "p99 ≤ 100 ms")
 
 
 def outage(made: Plane, for_s: float) -> Iterator[Figure]:
-    """One region stays away; then no region works and clients retry as SDKs do."""
+    """One region is down; then no region works and clients retry as SDKs do."""
     for wall in made.walls:
         wall.replies["ok"] = engine
     made.use({}, {}, {}, strategy="capacity_round_robin")
@@ -233,11 +233,11 @@ def outage(made: Plane, for_s: float) -> Iterator[Figure]:
     crowd = Crowd(made.port, "total", 1)
     offered = asyncio.run(crowd.run(RATE, for_s / 2, RETRIES))
     reached = sum(len(wall.seen) for wall in made.walls)
-    yield Figure("requests at engines for one offered, nothing works", f"{reached / offered:.2f}×", "≤ 1.1×")
+    yield Figure("requests at engines for one offered, every engine fails", f"{reached / offered:.2f}×", "≤ 1.1×")
 
 
 def memory(requests: int) -> Iterator[Figure]:
-    """What a worker keeps after many requests."""
+    """The growth of a worker's memory over many requests."""
     OUT.mkdir(exist_ok=True)
     build()
     mock = Mock(cores_for(1))
@@ -278,7 +278,7 @@ def _many(made: Plane, count: int) -> None:
 
 
 def _own_kb(pid: int) -> int:
-    """Without pages of files: of its journal's segment, 4 MB at most, as many are mapped as were written."""
+    """Memory without pages of files, because the journal's segment (4 MB at most) is mapped as it is written."""
     text = Path(f"/proc/{pid}/status").read_text()
     return int(text.partition("RssAnon:")[2].split()[0])
 
@@ -288,13 +288,13 @@ def _fds(pid: int) -> int:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """For people and for RESULTS.md."""
+    """The figures as a table in Markdown."""
     rows = [f"| {one.what} | {one.found} | {one.goal} |" for one in figures]
     return "\n".join(["| figure | measured | goal |", "|---|---|---|", *rows])
 
 
 def write(text: str) -> None:
-    """Put the section into RESULTS.md, in place of the one before."""
+    """Replace the section in RESULTS.md."""
     old = RESULTS.read_text()
     before, mark, rest = old.partition(f"{HEADING}\n")
     rest = rest[rest.index("\n## ") + 1 :] if mark else old[old.index("## Targets") :]
@@ -307,10 +307,12 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="bench.faults", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of an outage")
-    parser.add_argument("--requests", type=int, default=200_000, help="of the run that memory is watched over")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of the outage")
+    parser.add_argument(
+        "--requests", type=int, default=200_000, help="number of requests over which memory is measured"
+    )
     parser.add_argument("--only", default="", help="comma-separated names of parts")
-    parser.add_argument("--write", action="store_true", help="into bench/RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="write the table into bench/RESULTS.md")
     options = parser.parse_args()
     figures: list[Figure] = []
     parts: dict[str, Callable[[Plane], Iterator[Figure]]] = {

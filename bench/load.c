@@ -42,7 +42,7 @@ static SSL_CTX *tls;
 #define HEAD_MAX 16384
 #define READS_MAX 128
 #define ERRORS_MAX 10
-#define TAIL 24             /* the end of a body that is kept to be looked at */
+#define TAIL 24             /* the end of a body that is kept for the check */
 #define LATENCIES_MAX 4000000
 #define SETTLE_NS 300000000ull
 
@@ -115,7 +115,7 @@ static void dial(Conn *c) {
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons((uint16_t)ask.port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int one = 1;
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    /* Blocking until it stands: over loopback that is at once, and what follows needs no state for it. */
+    /* Block until it is connected: over loopback that is immediate, and saves a state. */
     if (connect(c->fd, (struct sockaddr *)&at, sizeof at)) die("load: connect");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
 #ifdef WITH_TLS
@@ -149,7 +149,7 @@ static void send_request(Conn *c, uint64_t due_ns) {
     c->due_ns = due_ns;
     busy_count++;
     if (put(c)) return;
-    /* Closed by the other side between two requests, as keep-alive allows: one try on a fresh connection. */
+    /* The other side closed it between two requests, as keep-alive allows: try once on a new connection. */
     hang_up(c);
     dial(c);
     if (!put(c)) fail(c, "the request could not be sent");
@@ -305,7 +305,7 @@ static void on_readable(Conn *c) {
         }
         for (ssize_t at = 0; at < got && c->fd >= 0;) {
             if (!c->busy) {
-                fail(c, "bytes came that nobody asked for");
+                fail(c, "bytes arrived without a request");
                 break;
             }
             at += (ssize_t)take(c, data + at, (size_t)(got - at));

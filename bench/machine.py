@@ -1,4 +1,4 @@
-"""What the kernel tells about processes, and which cores they may use."""
+"""What the kernel reports about processes, and which cores they may use."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Cores(NamedTuple):
-    """Cores of the proxy, and of mock and client together, so that they do not take each other's time."""
+    """Cores of the proxy, and cores that mock and client share, so that neither side takes the other's time."""
 
     proxy: list[int]
     load: list[int]
 
 
 def cores_for(workers: int = 1) -> Cores:
-    """The first cores go to the proxy, the next to mock and client; where there are too few, all share all."""
+    """The first cores go to the proxy, the next to mock and client. With too few cores all share all."""
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) <= workers:
         return Cores(cpus, cpus)
@@ -28,7 +28,7 @@ def cores_for(workers: int = 1) -> Cores:
 
 
 def pin(pid: int, cpus: Iterable[int]) -> None:
-    """Pin every thread of a process; a thread that has just ended needs no pin."""
+    """Pin every thread of a process; threads that have just ended are skipped."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(task.name), cpus)
@@ -73,7 +73,7 @@ def cpu_time(pids: Iterable[int]) -> CpuTime:
 
 
 def cpu_used_s(before: CpuTime, after: CpuTime) -> float:
-    """CPU time between two readings: to the nanosecond, or in ticks where threads ended in between."""
+    """CPU time between two readings: to the nanosecond, or in ticks if threads ended in between."""
     if before.ns and before.ns.keys() <= after.ns.keys():
         return sum(ns - before.ns.get(thread, 0) for thread, ns in after.ns.items()) / 1e9
     return after.ticks_s - before.ticks_s
@@ -89,14 +89,14 @@ def memory_mb(pids: Iterable[int]) -> tuple[float, float]:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """A port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def describe() -> dict[str, str]:
-    """The machine, as a reader of the figures needs to know it."""
+    """The facts about this machine that belong to the figures."""
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*:\s*(.+)", info)
     total = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())

@@ -1,4 +1,4 @@
-"""One measurement of one proxy: put a known load on it and read what it used."""
+"""One measurement of one proxy: apply a known load and read the CPU time and memory it used."""
 
 import math
 import time
@@ -16,11 +16,11 @@ Values = dict[str, float]
 
 SETTLE_S = 0.3  # load.c waits this long after the last stream has begun
 EVENTS_BESIDE_CONTENT = 3  # role, finish, [DONE]
-# Streams begin this part of an interval apart. Multiples of the first (close to a noble number) fall evenly over the
-# interval, so that nearly every event is a wake-up of its own; the second puts a fifth of all streams at one instant.
+# Streams begin this share of an interval apart. Multiples of the first (close to a noble number) are spread evenly over
+# the interval, so that nearly every event is a separate wake-up. The second puts a fifth of all streams at one instant.
 EVEN_STEP = 0.236
 BURST_STEP = 0.2
-CARRIED_MIN = 0.95  # below this share of the asked rate, latencies tell the queue's length and nothing else
+CARRIED_MIN = 0.95  # below this share of the requested rate, latencies measure only the queue's length
 IDLE_S = 2.0
 
 
@@ -42,7 +42,7 @@ QUICK = Scale(warm_s=0.3, window_s=1.0, stream_window_s=1.5, open_streams=300)
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: a running proxy, and how its answers can be checked. Shape: `length` 0 for any."""
+    """A running proxy to measure, and how its answers are checked. Shape: `length` 0 accepts any."""
 
     running: Running
     length: int
@@ -78,8 +78,8 @@ def _load(target: Target, window: CpuWindow, content: bytes, tls: bool = False, 
     port = running.tls_port if tls else running.port
     path = write_request(target.folder / f"{running.name}.request", target.head, port, running.key, content)
     named = {name.replace("_", "-"): value for name, value in options.items()}
-    asked: dict[str, object] = {"port": port, "request": path, **named}
-    return run_load(asked | ({"tls": True} if tls else {}), target.cores, window.on_mark)
+    arguments: dict[str, object] = {"port": port, "request": path, **named}
+    return run_load(arguments | ({"tls": True} if tls else {}), target.cores, window.on_mark)
 
 
 def _closed(target: Target, scale: Scale, tls: bool) -> Values:
@@ -110,7 +110,7 @@ def requests_busy(target: Target, scale: Scale) -> Values:
 
 
 def requests_tls(target: Target, scale: Scale) -> Values:
-    """CPU of one request over TLS, on connections that stand."""
+    """CPU of one request over TLS, on established connections."""
     return _closed(target, scale, tls=True)
 
 
@@ -195,7 +195,7 @@ def latency_1000(target: Target, scale: Scale) -> Values:
 
 
 def idle(target: Target, _: Scale) -> Values:
-    """CPU that the proxy uses while nothing is asked of it, and what stands beside it uses."""
+    """CPU that the proxy and the processes beside it use without any request."""
     charged, beside = target.running.charged(), target.running.beside()
     began = time.monotonic()
     before, before_beside = cpu_time(charged), cpu_time(beside)
@@ -218,8 +218,13 @@ KINDS: dict[str, Measure] = {
     "memory": streams_open,
     "tls": requests_tls,
 }
-DIRECT_KINDS = ("latency200", "latency1000")  # what can be asked of the mock itself
-SLOW_KINDS = ("idle", "request", "event", "burst")  # what a peer that carries under 200 requests a second can be asked
+DIRECT_KINDS = ("latency200", "latency1000")  # the measurements of the mock itself
+SLOW_KINDS = (
+    "idle",
+    "request",
+    "event",
+    "burst",
+)  # the measurements of a peer that carries under 200 requests a second
 
 
 def applies(kind: str, running: Running, slow: bool) -> bool:

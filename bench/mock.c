@@ -1,4 +1,4 @@
-/* A stand-in for a model server: answers as vLLM does, at next to no cost, so that what is measured is the proxy.
+/* A simulated model server: it answers as vLLM does at almost no cost, so that the proxy is measured.
  *
  *   mock PORT [FD_MAX]      prints "ready PORT" and serves on 127.0.0.1 until it is told to stop or its parent is gone
  *
@@ -30,7 +30,7 @@ typedef struct {
     size_t have, room;
     uint64_t due_ns;
     uint32_t interval_us, left;
-    uint32_t slot;  /* place in the heap + 1, 0 while nothing is being streamed */
+    uint32_t slot;  /* position in the heap + 1, 0 while nothing is being streamed */
     bool open, usage;
 } Conn;
 
@@ -148,7 +148,7 @@ static void drop(int fd) {
     close(fd);
 }
 
-/* A short write would mean megabytes unread by the proxy: not this benchmark's business, so the stream breaks and the client says so. */
+/* A short write means that the proxy left megabytes unread. The stream breaks, and the client reports it. */
 static bool put(int fd, const Packet *p) {
     if (send(fd, p->bytes, p->size, MSG_NOSIGNAL) == (ssize_t)p->size) return true;
     drop(fd);

@@ -18,16 +18,16 @@ LOAD_S_MAX = 180.0
 
 
 class CannotBench(Exception):
-    """One sentence for whoever runs the benchmark: what is missing and what to do."""
+    """The benchmark cannot run; the text names what is missing and what to do."""
 
 
 class WrongAnswer(Exception):
-    """Answers that came through a proxy were not what the mock sent."""
+    """Answers that passed a proxy differ from what the mock sent."""
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """One benchmark at a time: two at once would measure each other.
+    """Hold the lock of this checkout, because two benchmarks at once would measure each other.
 
     Raises: `CannotBench` when another one runs.
     """
@@ -36,12 +36,12 @@ def alone() -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CannotBench("another benchmark runs on this machine; wait until it has ended") from None
+            raise CannotBench("another benchmark of this checkout is running; wait until it has ended") from None
         yield
 
 
 def build() -> None:
-    """Compile both programs where their sources are newer.
+    """Compile each program that is older than its source.
 
     Raises: `CannotBench` without a C compiler.
     """
@@ -63,7 +63,7 @@ def build() -> None:
 
 
 class Mock:
-    """The stand-in for a model server, running until closed."""
+    """The simulated model server, running until it is closed."""
 
     def __init__(self, cores: Cores) -> None:
         self._process = subprocess.Popen(
@@ -77,7 +77,7 @@ class Mock:
 
     @property
     def pid(self) -> int:
-        """Its process, so that it can be pinned elsewhere."""
+        """Its process id, for pinning it to other cores."""
         return self._process.pid
 
     def close(self) -> None:

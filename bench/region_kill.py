@@ -1,12 +1,13 @@
-"""`python -m bench.region_kill`: a region of three is ended with kill -9 again and again under load; what clients see.
+"""`python -m bench.region_kill`: kill -9 of one region of three, repeatedly and under load, and what the clients see.
 
-Real processes on loopback: `fleetgate up` with two workers, three simulated engines that stand for regions and answer
-the same prompt alike, and a client that compares every answer with what it must be. Half of the requests are streams
-with `temperature: 0`, half are not streamed. One seed, one schedule.
+Real processes on loopback: `fleetgate up` with two workers, three simulated engines as regions that give the same
+answer to a prompt, and a client that compares every answer with the expected one. Half of the requests are streams with
+`temperature: 0`, half are not streamed. One seed gives one schedule.
 """
 
 import argparse
 import asyncio
+import http.client
 import json
 import random
 import signal
@@ -33,6 +34,7 @@ ENGINE_SLOTS = 256
 BACK_AFTER_S = 2.0
 REQUEST_S_MAX = 60.0
 READY_S_MAX = 60.0
+PROBED_S = 3.0  # after this the first probes have ended, and the other worker has the Snapshot too
 
 
 class Region:
@@ -46,7 +48,7 @@ class Region:
         self.start()
 
     def start(self) -> None:
-        """Start it, where it was before if it was."""
+        """Start it, at its previous address if it had one."""
         argv = [sys.executable, "-m", "fleetgate.engine", "--listen", self._address, "--model", "m"]
         options = ["--region", self.name, "--decode-base-s", str(DECODE_STEP_S), "--slots", str(ENGINE_SLOTS)]
         self._process = subprocess.Popen([*argv, *options], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -63,7 +65,7 @@ class Region:
 
 
 class Outcome(NamedTuple):
-    """What a client saw. Shape: `kind` is streamed or whole, `end` exact, lost, wrong, silent or said."""
+    """The result of one request. Shape: `kind` is streamed or whole, `end` exact, lost, wrong, silent or said."""
 
     kind: str
     end: str
@@ -74,12 +76,12 @@ class Outcome(NamedTuple):
 
 def body_of(prompt: int, stream: bool) -> bytes:
     """One request."""
-    asked = {"model": "m", "messages": [{"role": "user", "content": f"question {prompt}"}], "max_tokens": TOKENS}
-    return msgspec.json.encode({**asked, "temperature": 0, "stream": stream})
+    fields = {"model": "m", "messages": [{"role": "user", "content": f"question {prompt}"}], "max_tokens": TOKENS}
+    return msgspec.json.encode({**fields, "temperature": 0, "stream": stream})
 
 
 async def send(port: int, body: bytes) -> tuple[int, dict[str, str], list[tuple[float, bytes]], bool]:
-    """Status, headers, payload pieces with their time, and whether the framing came to its end."""
+    """Status, headers, payload pieces with their time, and whether the framing was complete."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: chat.example.com\r\ncontent-length: {len(body)}\r\n"
@@ -117,7 +119,7 @@ def read_stream(payload: bytes) -> tuple[str, str | None, str | None]:
 
 
 async def one(port: int, prompt: int, stream: bool, expected: dict[int, str]) -> Outcome:
-    """Send one request and judge its answer."""
+    """Send one request and classify its answer."""
     kind = "streamed" if stream else "whole"
     try:
         async with asyncio.timeout(REQUEST_S_MAX):
@@ -135,7 +137,7 @@ async def one(port: int, prompt: int, stream: bool, expected: dict[int, str]) ->
         if code is not None:
             return Outcome(kind, "lost" if not text else "said", attempts, resumed, gap_s)
         if not whole or reason is None:
-            return Outcome(kind, "silent" if whole else "cut without a word", attempts, resumed, gap_s)
+            return Outcome(kind, "silent" if whole else "cut without an error", attempts, resumed, gap_s)
     else:
         text = json.loads(payload)["choices"][0]["message"]["content"]
     known = expected.setdefault(prompt, text)
@@ -168,19 +170,33 @@ def gateway(regions: Sequence[Region], workers: int) -> Iterator[int]:
 
 
 def _port_of(process: subprocess.Popen[str], log: Path) -> int:
-    """Where it listens, once it does."""
+    """Wait until it serves the Gateway, and return its port."""
     deadline_s = time.monotonic() + READY_S_MAX
     while time.monotonic() < deadline_s and process.poll() is None:
         for word in log.read_text().split():
             if word.startswith("http://127.0.0.1:") and word.rstrip("/,.").endswith("/v1"):
-                time.sleep(3.0)  # the first probes
-                return int(word.rstrip("/,.").removesuffix("/v1").rpartition(":")[2])
+                port = int(word.rstrip("/,.").removesuffix("/v1").rpartition(":")[2])
+                if _has_gateway(port):
+                    time.sleep(PROBED_S)
+                    return port
         time.sleep(0.1)
     raise SystemExit(f"fleetgate up did not start: {log.read_text()}")
 
 
+def _has_gateway(port: int) -> bool:
+    """Whether a worker has taken the Snapshot with the Gateway; before that it answers 404."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/v1/models", headers={"host": "chat.example.com"})
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
 async def load(port: int, options: argparse.Namespace, regions: Sequence[Region]) -> list[Outcome]:
-    """Requests at a steady rate, and a region that dies now and then."""
+    """Send requests at a steady rate while regions are killed."""
     dice = random.Random(options.seed)
     expected: dict[int, str] = {}
     for prompt in range(PROMPTS):
@@ -210,7 +226,7 @@ async def _kill(options: argparse.Namespace, regions: Sequence[Region], dice: ra
 
 
 def report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> str:
-    """A table for people."""
+    """The results as a table."""
     lines = [f"seed {options.seed}: {options.rate:g} requests/s for {options.seconds:g} s, {options.kills} kills", ""]
     lines += ["| requests | sent | ended |", "|---|---|---|"]
     for kind in ("whole", "streamed"):
@@ -220,8 +236,8 @@ def report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> str:
     gaps_s = sorted(one.gap_s for one in outcomes if one.resumed)
     lines += [
         "",
-        "exact: the text it must be; said: ended with an error in the stream; lost: an error before any content.",
-        f"{moved} moved before their first byte; {len(gaps_s)} streams went on elsewhere half-way",
+        "exact: the expected text; said: ended with an error in the stream; lost: an error before any content.",
+        f"{moved} moved before their first byte; {len(gaps_s)} streams continued elsewhere",
     ]
     if gaps_s:
         at = [gaps_s[min(len(gaps_s) - 1, int(share * len(gaps_s)))] for share in (0.5, 0.99)]
@@ -230,7 +246,7 @@ def report(outcomes: Sequence[Outcome], options: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Run it and tell; 1 when anything was lost, silent or wrong."""
+    """Run and print; 1 when anything was lost, silent or wrong."""
     parser = argparse.ArgumentParser(prog="bench.region_kill", description=__doc__)
     parser.add_argument("--rate", type=float, default=100.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=210.0)

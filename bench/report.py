@@ -33,11 +33,11 @@ class Results:
         self.values.setdefault(peer, {}).setdefault(kind, []).append(values)
 
     def series(self, peer: str, kind: str, name: str) -> list[float]:
-        """One figure's rounds, failed ones left out."""
+        """One figure's rounds, without failed ones."""
         return [entry[name] for entry in self.values.get(peer, {}).get(kind, []) if entry is not None]
 
     def paired(self, pick: "Cell", other: "Cell", join: Callable[[float, float], float]) -> list[float]:
-        """Two figures joined round by round, so that the machine's drift falls out."""
+        """Two figures joined round by round, which cancels the drift of the machine."""
         rounds = zip(self._rounds(pick), self._rounds(other), strict=False)
         return [join(a, b) for a, b in rounds if a is not None and b is not None and b > 0]
 
@@ -62,7 +62,7 @@ def _minus(a: float, b: float) -> float:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median and range, `–` where nothing was measured."""
+    """Median and range, `–` if nothing was measured."""
     if not values:
         return "–"
     middle = f"{median(values):,.{digits}f}"
@@ -133,7 +133,7 @@ def rows(results: Results) -> list[list[str]]:
 
 
 def workers_sentence(results: Results) -> str:
-    """What a second worker brings, in one sentence, empty when it was not measured."""
+    """The gain of a second worker in one sentence, empty if it was not measured."""
     names = (f"{SUBJECT}-1", f"{SUBJECT}-2")
     cpu = [results.series(name, "workers", "cpu_us") for name in names]
     per_s = [results.series(name, "workers", "per_s") for name in names]
@@ -150,7 +150,7 @@ def workers_sentence(results: Results) -> str:
 
 
 def floor_sentence(results: Results) -> str:
-    """What the event loop alone costs against the reference, and Fleetgate against it; empty when not measured."""
+    """The event loop's cost beside the reference, and Fleetgate's beside the loop's; empty if not measured."""
     parts = []
     for kind, what in (("request", "a request"), ("event", "an event"), ("burst", "an event in bursts")):
         floor = results.paired((FLOOR, kind, "cpu_us"), (REFERENCE, kind, "cpu_us"), _ratio)
@@ -179,7 +179,7 @@ class Verdict:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """The targets of this benchmark and where they stand."""
+    """The targets of this benchmark and their results."""
 
     def ratio(kind: str, name: str, to: str) -> float | None:
         found = results.paired((SUBJECT, kind, name), (to, kind, name), _ratio)
@@ -205,7 +205,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print table, targets and what went wrong."""
+    """Print the table, the targets and the failures."""
     table = Table(*COLUMNS)
     for row in rows(results):
         table.add_row(*row)
@@ -221,7 +221,7 @@ def _notes(results: Results) -> list[str]:
 
 
 def markdown(results: Results, command: str) -> str:
-    """The page that is kept."""
+    """The page `bench/RESULTS.md`."""
     facts = results.facts
     lines = [
         "# Benchmark results",
@@ -237,7 +237,7 @@ def markdown(results: Results, command: str) -> str:
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(row) + " |" for row in rows(results)),
         "",
-        f"Load: {facts['load']}. In the row of `direct` (client to mock, no proxy) the latencies are whole ones.",
+        f"Load: {facts['load']}. In the row of `direct` (client to mock, no proxy) the latencies are total ones.",
         "",
         *(line for text in (workers_sentence(results), floor_sentence(results)) if text for line in (text, "")),
         "## Targets",

@@ -1,4 +1,4 @@
-"""The requests that are sent: a chat request of about 1 KiB with the head that the official SDK sends."""
+"""The requests of the load: a chat request of about 1 KiB with the head of the official SDK."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ QUESTION = (
 
 
 def body(stream_events: int = 0, interval_us: int = 0) -> bytes:
-    """A chat request of about 1 KiB, streamed if it asks for events.
+    """A chat request of about 1 KiB, streamed if `stream_events` is set.
 
     Shape: the mock reads the number of events from `max_tokens` and the pause between two from `seed`.
     """
@@ -62,7 +62,7 @@ def body(stream_events: int = 0, interval_us: int = 0) -> bytes:
 
 
 def write_request(path: Path, head: str, port: int, key: str, content: bytes) -> Path:
-    """Write one whole request, head and body, for the load client to send."""
+    """Write one whole request, head and body, for the load client."""
     text = HEADS[head].format(host=f"127.0.0.1:{port}", key=key, length=len(content)).replace("\n", "\r\n")
     path.write_bytes(text.encode() + content)
     return path

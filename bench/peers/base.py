@@ -1,4 +1,4 @@
-"""What every compared proxy must offer, and what most of them share: being started, watched and ended."""
+"""The interface of a compared proxy, and what most of them share: start, wait, stop."""
 
 import contextlib
 import os
@@ -23,18 +23,18 @@ LONGEST_MESSAGE = 600
 
 
 class Absent(Exception):
-    """One sentence: why a peer cannot take part and what would change that."""
+    """A peer cannot take part; the text is one sentence with the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a proxy is to run. Shape: `tls` is one PEM file with certificate and key."""
+    """Where a proxy is to run. Shape: `tls` is one PEM file with certificate and key, None for no TLS listener."""
 
     folder: Path
     mock_port: int
     cores: Cores
     workers: int
-    tls: Path
+    tls: Path | None
 
 
 @dataclass
@@ -54,10 +54,10 @@ class Running:
     beside: Callable[[], list[int]] = field(default=lambda: [])
 
     def stop(self) -> None:
-        """End it and what it started, by process group."""
+        """End its process group."""
         if self.process is None:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):  # the second for what is left of the group
+        for number in (signal.SIGTERM, signal.SIGKILL):  # the second for the rest of the group
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, number)
                 self.process.wait(STOP_S_MAX)
@@ -66,8 +66,8 @@ class Running:
 class Peer(Protocol):
     """A proxy that can be measured.
 
-    Shape: `slow` ones get little load and are left out where they could not carry it; `exact` ones pass answers on
-    byte for byte, so that lengths and event counts can be checked.
+    Shape: `slow` ones get little load and are left out of measurements that they cannot carry; `exact` ones
+    pass answers on byte for byte, so that lengths and event counts can be checked.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Peer(Protocol):
 
 
 def launch(argv: list[str], site: Site, name: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a program in its own process group on the proxy's cores, its words going to a file."""
+    """Start a program in its own process group on the proxy's cores, with its output in a file."""
     with (site.folder / f"{name}.out").open("wb") as out:
         return subprocess.Popen(
             argv,
@@ -106,7 +106,7 @@ def launch(argv: list[str], site: Site, name: str, env: dict[str, str] | None = 
 def serve(argv: list[str], site: Site, name: str, port: int, env: dict[str, str] | None = None) -> Running:
     """Start a program and wait until it accepts on its port; all its processes are charged.
 
-    Raises: `Absent` with its last words when it does not.
+    Raises: `Absent` with its last output if it does not.
     """
     process = launch(argv, site, name, env)
     running = Running(name, port, process, charged=lambda: family(process.pid))
@@ -117,7 +117,7 @@ def serve(argv: list[str], site: Site, name: str, port: int, env: dict[str, str]
 def wait_until(ready: Callable[[], bool], running: Running, site: Site) -> None:
     """Wait for a condition while the process lives.
 
-    Raises: `Absent` with the process's last words.
+    Raises: `Absent` with the process's last output.
     """
     until = time.monotonic() + START_S_MAX
     served = False
@@ -125,7 +125,7 @@ def wait_until(ready: Callable[[], bool], running: Running, site: Site) -> None:
         while not (served := ready()):
             if running.process is None or running.process.poll() is not None or time.monotonic() > until:
                 words = (site.folder / f"{running.name}.out").read_text(errors="replace").strip()
-                raise Absent(f"{running.name} did not start: {words[-LONGEST_MESSAGE:] or 'it said nothing'}")
+                raise Absent(f"{running.name} did not start: {words[-LONGEST_MESSAGE:] or 'without any output'}")
             time.sleep(0.05)
     finally:
         if not served:  # also when the run is interrupted here
@@ -142,7 +142,7 @@ def accepts(port: int) -> bool:
 def installed(name: str) -> Path:
     """A peer's own virtual environment, made from its lock file the first time; returns its `bin`.
 
-    Raises: `Absent` when the packages cannot be had.
+    Raises: `Absent` when the packages cannot be installed.
     """
     lock, venv = LOCKS / f"{name}.txt", VENVS / name
     stamp = venv / ".ready"
@@ -162,4 +162,4 @@ def locked_version(name: str, package: str) -> str:
     for line in (LOCKS / f"{name}.txt").read_text().splitlines():
         if line.startswith(f"{package}=="):
             return line.removeprefix(f"{package}==").split()[0]
-    raise Absent(f"{package} is not in {name}.txt; write the lock again with bench/locks/lock.sh")
+    raise Absent(f"{package} is not in {name}.txt; create the lock again with bench/locks/lock.sh")

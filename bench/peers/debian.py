@@ -71,7 +71,7 @@ def _version(name: str, flag: str) -> str:
 
 
 class Haproxy:
-    """The reference. Without a log by default: what it has then is least, so ratios to it are strict."""
+    """The reference. It has no log by default: then it does least, so ratios to it are strict."""
 
     slow = False
     exact = True
@@ -86,7 +86,7 @@ class Haproxy:
         return _version("haproxy", "-v")
 
     def start(self, site: Site) -> Running:
-        """Start it with one thread for each worker asked for."""
+        """Start it with one thread for each requested worker."""
         port, tls_port = free_port(), free_port()
         config = site.folder / f"{self.name}.cfg"
         config.write_text(
@@ -107,7 +107,7 @@ class Haproxy:
 
 
 class Nginx:
-    """With its buffered access log, unbuffered answers (else events would wait) and many kept connections."""
+    """nginx with a buffered access log, unbuffered answers (buffered events would wait) and many kept connections."""
 
     name = "nginx"
     slow = False
@@ -119,7 +119,7 @@ class Nginx:
         return _version("nginx", "-v")
 
     def start(self, site: Site) -> Running:
-        """Start it with the workers asked for."""
+        """Start it with the requested workers."""
         port, tls_port = free_port(), free_port()
         config = site.folder / "nginx.conf"
         names = {"folder": site.folder, "mock_port": site.mock_port, "tls": site.tls}

@@ -3,14 +3,16 @@
 import http.client
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from bench.machine import command_of, family, free_port, pin
 from bench.peers.base import Absent, Running, Site, launch, wait_until
+from bench.revision import SOURCE
 
-COMMAND = Path(sys.executable).parent / "fleetgate"
+COMMAND = [sys.executable, "-m", "fleetgate.main"]
 CONFIG = """\
 kind: Deployment
 name: mock
@@ -31,12 +33,17 @@ WORKER = "fleetgate.proxy.worker"
 
 
 class Fleetgate:
-    """The workers are charged; supervisor and control process stand beside, on the other cores."""
+    """The workers are charged; supervisor and control process run beside them, on the other cores."""
 
     name = "fleetgate"
     slow = False
     exact = True
     about = "keys, ledger, metrics, access log to a file; workers only"
+
+    def __init__(self, source: Path = SOURCE, config: str = CONFIG, env: dict[str, str] | None = None) -> None:
+        """Run the package under `source`, by default this tree's; `env` is added to its environment."""
+        self._config = config
+        self._env = {"PYTHONPATH": str(source), **(env or {})}
 
     def version(self) -> str:
         """Its version, from its own package."""
@@ -47,23 +54,33 @@ class Fleetgate:
         port, tls_port, api_port = free_port(), free_port(), free_port()
         name = f"{self.name}-{site.workers}"
         data_dir, config = site.folder / f"{name}.data", site.folder / f"{name}.yaml"
-        config.write_text(CONFIG.format(mock_port=site.mock_port))
-        argv = [str(COMMAND), "up", "--config", str(config), "--data-dir", str(data_dir)]
+        config.write_text(self._config.format(mock_port=site.mock_port))
+        argv = [*COMMAND, "up", "--config", str(config), "--data-dir", str(data_dir)]
         argv += ["--listen", f"127.0.0.1:{port}", "--api-listen", f"127.0.0.1:{api_port}"]
-        argv += ["--tls-listen", f"127.0.0.1:{tls_port}", "--tls", f"{site.tls},{site.tls}"]
+        if site.tls is not None:
+            argv += ["--tls-listen", f"127.0.0.1:{tls_port}", "--tls", f"{site.tls},{site.tls}"]
         argv += ["--workers", str(site.workers), "--access-log", str(site.folder / f"{name}.access")]
-        process = launch(argv, site, name)
+        process = launch(argv, site, name, self._env)
         running = Running(name, port, process, tls_port)
         wait_until(lambda: _ready(api_port), running, site)
         running.charged = lambda: [pid for pid in family(process.pid) if WORKER in command_of(pid)]
         running.beside = lambda: [pid for pid in family(process.pid) if WORKER not in command_of(pid)]
         for pid in running.beside():
             pin(pid, site.cores.load)
-        running.key = _make_key(data_dir, running)
+        running.key = self._make_key(data_dir, running)
         if len(running.charged()) != site.workers:
             running.stop()
             raise Absent(f"fleetgate runs {len(running.charged())} workers instead of {site.workers}")
         return running
+
+    def _make_key(self, data_dir: Path, running: Running) -> str:
+        env = {**os.environ, **self._env}
+        argv = [*COMMAND, "keys", "create", "bench", "-o", "json", "--data-dir", str(data_dir)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
+        if done.returncode:
+            running.stop()
+            raise Absent(f"fleetgate made no key: {done.stderr.strip()}")
+        return str(json.loads(done.stdout)["key"])
 
 
 def _ready(port: int) -> bool:
@@ -75,12 +92,3 @@ def _ready(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _make_key(data_dir: Path, running: Running) -> str:
-    argv = [str(COMMAND), "keys", "create", "bench", "-o", "json", "--data-dir", str(data_dir)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        running.stop()
-        raise Absent(f"fleetgate made no key: {done.stderr.strip()}")
-    return str(json.loads(done.stdout)["key"])

@@ -1,4 +1,4 @@
-"""The least that a proxy on uvloop can cost: it moves bytes between two connections and looks at none of them."""
+"""The minimum cost of a proxy on uvloop: it moves bytes between two connections without reading them."""
 
 import asyncio
 import importlib.metadata
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Floor:
-    """What is left of Fleetgate's cost when everything it does is taken away."""
+    """The cost of the event loop alone, without anything that Fleetgate does."""
 
     name = "uvloop-bytes"
     slow = False
@@ -23,11 +23,11 @@ class Floor:
     about = "moves bytes only: what any proxy on this event loop must spend"
 
     def version(self) -> str:
-        """That of the event loop."""
+        """The version of the event loop."""
         return importlib.metadata.version("uvloop")
 
     def start(self, site: Site) -> Running:
-        """Start it; it has one process, whatever is asked for."""
+        """Start it, always with one process."""
         port = free_port()
         argv = [sys.executable, "-m", "bench.peers.floor", str(port), str(site.mock_port)]
         return serve(argv, site, self.name, port, {"PYTHONPATH": str(ROOT)})
@@ -47,7 +47,7 @@ class _Upstream(asyncio.Protocol):
 
 
 class _Client(asyncio.Protocol):
-    """One client's connection; what comes before the upstream stands is kept."""
+    """One client's connection; data that arrives before the upstream is connected is kept."""
 
     def __init__(self, mock_port: int) -> None:
         self._mock_port = mock_port
@@ -56,7 +56,7 @@ class _Client(asyncio.Protocol):
         self._dial: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # No `isinstance`: the loop's transports are of no class that asyncio knows.
+        # No `isinstance`: uvloop's transports do not derive from asyncio's classes.
         self._dial = asyncio.get_running_loop().create_task(self._connect(cast(asyncio.WriteTransport, transport)))
 
     async def _connect(self, client: asyncio.WriteTransport) -> None:
@@ -76,7 +76,7 @@ class _Client(asyncio.Protocol):
 
 
 async def relay(port: int, mock_port: int) -> None:
-    """Move bytes until ended."""
+    """Move bytes until the process ends."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Client(mock_port), "127.0.0.1", port, backlog=4096)
     await server.serve_forever()

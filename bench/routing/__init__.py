@@ -1,1 +1,1 @@
-"""How well requests are routed: public traces over a fleet of unlike GPUs on paper, beside the built-in baselines."""
+"""Quality of routing: public traces over a simulated fleet of different GPUs, compared with the built-in baselines."""

@@ -1,6 +1,6 @@
-"""`python -m bench.routing --traces DIR`: routing and admission over public traces, beside the built-in baselines.
+"""`python -m bench.routing --traces DIR`: routing and admission over public traces, beside the baselines.
 
-Seeds are overlapping halves of each trace, evenly spaced; every figure is the median over them with its range.
+Seeds are overlapping halves of each trace, evenly spaced; every figure is the median over the seeds with its range.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from bench.routing.bars import Findings, bars
 from bench.routing.runs import Case, Point, run_case, window
 from fleetgate.control.snapshot.offline import read_fleet
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baselines import BASELINES
+from fleetgate.simulator.baselines.registry import BASELINES
 from fleetgate.simulator.fleet import SimulatedFleet, fleet_of
+from fleetgate.simulator.serving.world import Arrival
 from fleetgate.simulator.traces import read_trace
-from fleetgate.simulator.world import Arrival
 
 HERE = Path(__file__).parent
 TUNED = """
-What was tuned on what: the width of the window over which prompts count (18 tokens at the TPOT target), where the
-margin starts (1.2) and how many waiting requests look for room at once (4) were chosen on the first 8,000 and 10,000
-requests of the conversation trace at loads 0.85 to 1.2, on a fleet of 36 replicas of the same three speeds. Two rules
-were found on the Mooncake trace, whose prompts are long: a request's own prompt counts for at most 0.6 of the
-headroom against its own TPOT, so that it is not refused for its length; and where it would hold up the answers of
-those already there it goes elsewhere if it can. The fleet's L40S-like speeds and all prices are invented; speeds of
-the others follow published measurements in their ratios.
+Tuning: the width of the window over which prompts count (18 tokens at the TPOT target), the start of the margin (1.2)
+and the number of waiting requests tried at once (4) were chosen on the first 8,000 and 10,000 requests of the
+conversation trace at loads 0.85 to 1.2, on a fleet of 36 replicas of the same three speeds. Two rules were found on
+the Mooncake trace, which has long prompts: a request's own prompt counts for at most 0.6 of the headroom against its
+own TPOT, so that it is not refused because of its length; and a request that would delay the responses already
+running goes to another Deployment if one is available. The fleet's L40S-like speeds and all prices are invented; the
+ratios of the other speeds follow published measurements.
 """
 TRACES = {"conv": "azure_llm_2023_conv.csv.gz", "mooncake": "mooncake_synthetic.csv.gz"}
 SHORT_OUTPUTS = ("mooncake",)
@@ -56,23 +56,23 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.routing", description=__doc__)
     parser.add_argument("--traces", type=Path, required=True, help="folder with the traces")
     parser.add_argument(
-        "--trace", default=",".join(TRACES), help="which of them, comma-separated; name=FILE for others"
+        "--trace", default=",".join(TRACES), help="names of traces, comma-separated; name=FILE for others"
     )
     parser.add_argument("--fleet", type=Path, default=HERE / "fleet.yaml")
     parser.add_argument("--loads", default=LOADS)
     parser.add_argument("--strategies", default=",".join([*strategies.names(), *BASELINES]))
-    parser.add_argument("--subject", default="capacity_round_robin", help="whose figures are held against the bars")
+    parser.add_argument("--subject", default="capacity_round_robin", help="the strategy compared with the bars")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--limit", type=int, default=0, help="only the first N requests of a trace")
-    parser.add_argument("--steady", action="store_true", help="leave out slow Deployment, proxies and affinity")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes at work")
+    parser.add_argument("--steady", action="store_true", help="run only the steady case")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
     parser.add_argument("--out", type=Path, default=None, help="write every run as JSON")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md instead of printing it")
     return parser.parse_args(argv)
 
 
 def cases(options: argparse.Namespace, has_prefixes: bool) -> list[tuple[Case, list[float]]]:
-    """What is run at which loads."""
+    """The cases with their loads."""
     loads = [float(load) for load in options.loads.split(",")]
     chosen = [(Case("steady", tuple(options.strategies.split(","))), loads)]
     if not options.steady:
@@ -84,7 +84,7 @@ def cases(options: argparse.Namespace, has_prefixes: bool) -> list[tuple[Case, l
 
 
 class Job(NamedTuple):
-    """What one process does at a time: every strategy of a case, at one load, on one window."""
+    """The unit of work of a process: every strategy of a case, at one load, on one window."""
 
     fleet: SimulatedFleet
     name: str
@@ -103,10 +103,10 @@ def trace_of(file: Path, limit: int) -> list[Arrival]:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Everything that is to be run."""
+    """Every job to run."""
     fleet = fleet_of(read_fleet(str(options.fleet)))
-    for mark in options.trace.split(","):
-        name, _, file = mark.partition("=")
+    for part in options.trace.split(","):
+        name, _, file = part.partition("=")
         path = options.traces / (file or TRACES[name])
         has_prefixes = any(arrival.blocks for arrival in trace_of(path, options.limit))
         for case, loads in cases(options, has_prefixes):
@@ -116,19 +116,19 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 
 def run_job(job: Job) -> list[Point]:
-    """In a process of its own; a line on standard error tells of each run as it ends."""
+    """Run a job in its own process; it writes a line to standard error after each run."""
     part = window(trace_of(job.file, job.limit), job.seed, job.seeds)
     points, began_s = [], time.perf_counter()
     for point in run_case(job.fleet, (job.name, part), job.case, job.load, job.seed):
         took_s, began_s = time.perf_counter() - began_s, time.perf_counter()
-        told = f"{point.goodput_ratio:.3f} ({took_s:.1f} s)"
-        sys.stderr.write(f"{point.trace} {point.case} {point.load:g} seed {point.seed} {point.strategy} {told}\n")
+        result = f"{point.goodput_ratio:.3f} ({took_s:.1f} s)"
+        sys.stderr.write(f"{point.trace} {point.case} {point.load:g} seed {point.seed} {point.strategy} {result}\n")
         points.append(point)
     return points
 
 
 def measure(options: argparse.Namespace) -> list[Point]:
-    """Every run, in the same order whatever the number of processes."""
+    """Every run, in an order that does not depend on the number of processes."""
     with ProcessPoolExecutor(options.jobs) as pool:
         return [point for points in pool.map(run_job, jobs(options)) for point in points]
 
@@ -165,21 +165,21 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def preface(options: argparse.Namespace, points: Sequence[Point]) -> str:
-    """What was run, so that it can be run again."""
+    """The settings of the report, so that it can be reproduced."""
     counts = f"the first {options.limit:,} requests" if options.limit else "all requests"
     seeds = len({point.seed for point in points})
     half = " (overlapping halves, evenly spaced)" if seeds > 1 else ""
     return (
-        "# Routing and admission on paper\n\n"
+        "# Routing and admission, simulated\n\n"
         f"`python -m bench.routing --traces DIR --write` over `bench/routing/fleet.yaml`: {counts} of each trace, "
-        f"{seeds} windows{half}, medians with their range. Loads and goodput are shares of what the Deployments carry "
-        "of that window when each is measured alone at steady arrivals. One setting for all traces. "
+        f"{seeds} windows{half}, medians with their range. Loads and goodput are shares of what the Deployments serve "
+        "of that window, each measured alone at steady arrivals. One setting for all traces. "
         "The built-in baselines run without admission; the clairvoyant knows every output length.\n" + TUNED
     )
 
 
 def main() -> int:
-    """Measure and tell."""
+    """Measure, and print or write the report."""
     options = arguments()
     points = measure(options)
     if options.out is not None:

@@ -1,15 +1,15 @@
-"""The figures to reach, each with what was measured for it."""
+"""The required figures, each with its measured value."""
 
 from collections.abc import Sequence
 from statistics import median
 
 from bench.routing.runs import Point
 
-CARRIED_SHARE = 0.9  # of the work inside the SLO: the load up to which that holds is carried
+CARRIED_SHARE = 0.9  # of the work inside the SLO, for a load to count as carried
 
 
 class Findings:
-    """All runs, to be asked for medians over the seeds."""
+    """All runs, with medians over the seeds."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.points = points
@@ -22,32 +22,32 @@ class Findings:
             if (point.strategy, point.load, point.trace, point.case) == (strategy, load, trace, case)
         ]
 
-    def middle(self, field: str, strategy: str, load: float, trace: str, case: str = "steady") -> float:
-        """Its median; NaN where it was not run, so that no bar is met by it."""
+    def median(self, field: str, strategy: str, load: float, trace: str, case: str = "steady") -> float:
+        """The median of a figure; NaN if it was not run, so that it meets no bar."""
         found = self.values(field, strategy, load, trace, case)
         return median(found) if found else float("nan")
 
     def loads(self, trace: str) -> list[float]:
-        """What was run, from the least."""
+        """The loads that were run, in ascending order."""
         return sorted({point.load for point in self.points if point.trace == trace and point.case == "steady"})
 
     def carried(self, strategy: str, trace: str) -> float:
-        """The largest load of those run up to which at least 90 % of the work is inside the SLO; 0 for none."""
+        """The largest load up to which at least 90 % of the work is inside the SLO at every load; 0 for none."""
         largest = 0.0
         for load in self.loads(trace):
-            if not self.middle("goodput_ratio", strategy, load, trace) >= CARRIED_SHARE * load:
+            if not self.median("goodput_ratio", strategy, load, trace) >= CARRIED_SHARE * load:
                 break
             largest = load
         return largest
 
     def ratio(self, field: str, one: tuple[str, float, str, str], other: tuple[str, float, str, str]) -> float:
         """One median over another."""
-        below = self.middle(field, *other)
-        return self.middle(field, *one) / below if below else float("inf")
+        below = self.median(field, *other)
+        return self.median(field, *one) / below if below else float("inf")
 
 
 def bars(found: Findings, strategy: str, trace: str, short_outputs: bool) -> list[tuple[str, float, float, bool]]:
-    """Sentence, measured, bar, met; a bar whose runs are missing is not met."""
+    """Sentence, measured value, bar, and whether it is met; a bar without runs is not met."""
     steady = "steady"
 
     def against(other: str, load: float, field: str = "goodput_ratio", case: str = steady) -> float:
@@ -60,7 +60,7 @@ def bars(found: Findings, strategy: str, trace: str, short_outputs: bool) -> lis
         return sentence, value, bar, value <= bar
 
     def own(field: str, load: float, case: str = steady) -> float:
-        return found.middle(field, strategy, load, trace, case)
+        return found.median(field, strategy, load, trace, case)
 
     near = 0.9 if short_outputs else 0.95
     several = found.ratio("goodput_ratio", (strategy, 1.2, trace, "proxies"), (strategy, 1.2, trace, steady))

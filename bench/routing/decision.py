@@ -1,9 +1,8 @@
-"""`python -m bench.routing.decision`: what one decision costs: route, predict, reserve, start, settle."""
+"""`python -m bench.routing.decision`: the cost of one decision: route, predict, reserve, start, settle."""
 
 import sys
 import time
 from collections import deque
-from functools import partial
 
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
@@ -25,43 +24,45 @@ PROFILE = Profile(
     kv_tokens=1_200_000,
     units=3.2,
 )
-WISH = ScheduleRequest(RequestShape(1000.0, 200.0))
+REQUEST = ScheduleRequest(RequestShape(1000.0, 200.0))
 ROUNDS, DECISIONS = 20, 1000
-BUSY = 5  # requests that each Deployment has in hand meanwhile
-LOAD = 0.3  # of what they carry comes in
+BUSY = 5  # requests in flight at each Deployment during the measurement
+LOAD = 0.3  # offered load, as a share of capacity
 
 
-class Bed:
-    """A Lane of so many Deployments, each of which has work in hand."""
+class BusyRoute:
+    """A model route of `count` busy Deployments."""
 
     def __init__(self, count: int, strategy: str) -> None:
-        board = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(1))), 1)
-        self.books = WorkLedger(board, 0, Ledger(board, 0))
+        memory = SharedMemory(memoryview(bytearray(SharedMemory.bytes_needed(1))), 1)
+        self.work_ledger = WorkLedger(memory, 0, Ledger(memory, 0))
         deployments = tuple(map(_deployment, range(count)))
         upstreams = tuple(Upstream(deployment=deployment.name, rank=1) for deployment in deployments)
         gateway = Gateway(
             slot=0, name="chat", domain="example.com", protocol="openai", strategy=strategy, upstreams=upstreams
         )
         snapshot = Snapshot(version=1, made_at_s=0.0, gateways=(gateway,), deployments=deployments)
-        self.desk = Scheduler(gateway, model_routes(gateway, snapshot, "us-east")["m"])
-        self.outlooks: dict[int, DeploymentView] = {
-            one.slot: OnlineEstimate(one, Slo()).view(Observation(1.0, (EndpointCapacity(one.slot),)))
-            for one in deployments
+        self.scheduler = Scheduler(gateway, model_routes(gateway, snapshot, "us-east")["m"])
+        self.views: dict[int, DeploymentView] = {
+            deployment.slot: OnlineEstimate(deployment, Slo()).view(
+                Observation(1.0, (EndpointCapacity(deployment.slot),))
+            )
+            for deployment in deployments
         }
         self._step_s = 1.0 / (LOAD * PROFILE.units * count)
         self._now_s = 1.0
-        self._held: deque[WorkReservation] = deque()
+        self._reservations: deque[WorkReservation] = deque()
         for _ in range(BUSY * count):
-            self._held.append(self.books.first_token(self._place().reservation, self._now_s))
+            self._reservations.append(self.work_ledger.first_token(self._place().reservation, self._now_s))
 
-    def turn(self) -> None:
-        """A request comes and is placed; the one that was placed before all others ends."""
-        self._held.append(self.books.first_token(self._place().reservation, self._now_s))
-        self.books.settle(self._held.popleft())
+    def decide(self) -> None:
+        """Place a request, and end the oldest one."""
+        self._reservations.append(self.work_ledger.first_token(self._place().reservation, self._now_s))
+        self.work_ledger.settle(self._reservations.popleft())
 
     def _place(self) -> Placement:
         self._now_s += self._step_s
-        placed = self.desk.place(WISH, self.outlooks, self.books, self._now_s)
+        placed = self.scheduler.place(REQUEST, self.views, self.work_ledger, self._now_s)
         assert isinstance(placed, Placement)
         return placed
 
@@ -80,25 +81,24 @@ def _deployment(slot: int) -> Deployment:
     )
 
 
-def cost_us(bed: Bed) -> float:
-    """The CPU time of a decision with all that its place needs later, the best of a few rounds."""
+def cost_us(route: BusyRoute) -> float:
+    """The CPU time of a decision with the start and the end of its reservation; the best of several rounds."""
     best_us = float("inf")
     for _ in range(ROUNDS):
         began_s = time.process_time()
         for _ in range(DECISIONS):
-            bed.turn()
+            route.decide()
         best_us = min(best_us, (time.process_time() - began_s) / DECISIONS * 1e6)
     return best_us
 
 
 def main() -> int:
-    """Measure and tell."""
-    say = partial(print, file=sys.stdout)
-    say("| strategy | 1 | 3 | 16 Deployments |\n|---|---|---|---|")
+    """Measure and print."""
+    print("| strategy | 1 | 3 | 16 Deployments |\n|---|---|---|---|")
     for strategy in ("overflow", "capacity_round_robin", "least_cost"):
         strategies.find(strategy)
-        costs = [f"{cost_us(Bed(count, strategy)):.1f} µs" for count in (1, 3, 16)]
-        say(f"| {strategy} | {' | '.join(costs)} |")
+        costs = [f"{cost_us(BusyRoute(count, strategy)):.1f} µs" for count in (1, 3, 16)]
+        print(f"| {strategy} | {' | '.join(costs)} |")
     return 0
 
 

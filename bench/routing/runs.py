@@ -1,4 +1,4 @@
-"""Runs of the evaluation: windows of a trace at several loads, each over every strategy, and what came of them."""
+"""Runs of the evaluation: windows of a trace at several loads, for every strategy, and their results."""
 
 import sys
 from collections.abc import Hashable, Iterable, Sequence
@@ -11,11 +11,11 @@ from fleetgate.core.routing.prefix_affinity import COLD, PrefixAffinity, WarmPre
 from fleetgate.simulator.faults import SimulatedFault
 from fleetgate.simulator.fleet import SimulatedFleet
 from fleetgate.simulator.proxy_model import ProxyFleet
-from fleetgate.simulator.score import good
+from fleetgate.simulator.report.score import slo_met
+from fleetgate.simulator.serving.world import Arrival, Balancer, World
 from fleetgate.simulator.simulation import Simulation, SimulationOutcome, SimulationSetting
-from fleetgate.simulator.world import Arrival, Balancer, World
 
-WINDOW_SHARE = 0.5  # of the trace that one seed sees; seeds begin evenly spaced, so that they overlap
+WINDOW_SHARE = 0.5  # of the trace in one seed; seeds begin evenly spaced, so that they overlap
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -38,10 +38,10 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """What is run besides trace and load.
+    """The settings of a run beside trace and load.
 
-    Shape: `slow` names a Deployment that is 3 times slower for a while; without `affinity` engines keep their prefix
-    caches, and proxies do not know whose.
+    Shape: `slow` names a Deployment that is 3 times slower for a while; without `affinity` engines have prefix caches,
+    but proxies do not know which engine caches a prompt.
     """
 
     name: str
@@ -51,22 +51,22 @@ class Case(msgspec.Struct, frozen=True):
     affinity: bool = True
 
 
-class Forgetful(PrefixAffinity):
-    """Remembers no prompt."""
+class NoAffinity(PrefixAffinity):
+    """Finds no prompt."""
 
     def find(self, chain: Sequence[Hashable]) -> WarmPrefix:
-        """Nobody has seen it."""
+        """No engine caches the prompt."""
         return COLD
 
 
 class WithoutAffinity(Simulation):
-    """Everything but the preference for who has seen a prompt before."""
+    """The same simulation without prefix affinity in the proxies."""
 
     def _balancer(self, strategy: str, world: World) -> Balancer:
         balancer = super()._balancer(strategy, world)
         assert isinstance(balancer, ProxyFleet)
         for proxy in balancer.proxies:
-            proxy.affinity = Forgetful()
+            proxy.affinity = NoAffinity()
         return balancer
 
 
@@ -74,7 +74,7 @@ SLOW_FROM, SLOW_FOR, SLOW_FACTOR = 0.25, 0.375, 3.0  # of the run; 150 of 400 s
 
 
 def window(arrivals: Sequence[Arrival], seed: int, seeds: int) -> list[Arrival]:
-    """The part of a trace that a seed sees."""
+    """The part of a trace for one seed."""
     size = len(arrivals) if seeds == 1 else int(WINDOW_SHARE * len(arrivals))
     start = 0 if seeds == 1 else seed * (len(arrivals) - size) // (seeds - 1)
     chosen = [copy(arrival) for arrival in arrivals[start : start + size]]
@@ -118,12 +118,12 @@ def run_case(
 
 
 def worst_third(simulation: Simulation, outcome: SimulationOutcome) -> float:
-    """Of the share of its work that each third of the time served inside the SLO, the worst over the median."""
+    """The share of work served inside the SLO in each third of the time: the worst over the median."""
     span_s = simulation.trace[-1].at_s
     offered, served = [1e-9] * 3, [0.0] * 3
     for arrival, work in zip(outcome.arrivals, simulation.work, strict=True):
         third = min(2, int(3 * arrival.at_s / span_s))
         offered[third] += work
-        served[third] += work if all(good(arrival, simulation.fleet)) else 0.0
+        served[third] += work if all(slo_met(arrival, simulation.fleet)) else 0.0
     rates = [done / (span_s / 3) for done in served]
     return round(min(rates) / max(1e-9, median(rates)), 4)

@@ -1,4 +1,4 @@
-"""Documents from files, as `apply -f` and `--config` read them: YAML or JSON, several to a file."""
+"""Reads the files of `apply -f` and `--config`: YAML or JSON, one or more documents in a file."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 FILE_BYTES_MAX = 16 * 1024 * 1024
-_ALIASES_MAX = 100  # a file of fleets needs few; ten levels of ten are a thousand million values
+_ALIASES_MAX = 100  # a fleet file needs few; ten levels of ten aliases expand to 10 ** 10 values
 
 
 class Unreadable(Exception):
-    """A file could not be read as documents; `messages` are sentences that name the place and the fix."""
+    """A file could not be read as documents. Shape: `messages` are sentences with the place and the fix."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__("\n".join(messages))
@@ -22,7 +22,7 @@ class Unreadable(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML, but a key given twice is a mistake and not a silent loss, and aliases are few."""
+    """Plain YAML with two limits: no key twice in a mapping, because one would be lost, and few aliases."""
 
     aliases = 0
 
@@ -30,7 +30,9 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             self.aliases += 1
             if self.aliases > _ALIASES_MAX:
-                raise yaml.MarkedYAMLError(problem="more aliases than a file may have", problem_mark=self.get_mark())
+                raise yaml.MarkedYAMLError(
+                    problem=f"the file has more than {_ALIASES_MAX} aliases", problem_mark=self.get_mark()
+                )
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
 
@@ -46,7 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_file(path: str) -> list[object]:
-    """The documents of a file, `-` for standard input.
+    """Read the documents of a file, `-` for standard input.
 
     Raises: `Unreadable`.
     """
@@ -59,12 +61,12 @@ def read_file(path: str) -> list[object]:
     except OSError as error:
         raise Unreadable([f"{path}: cannot be read ({error.strerror}); give the path of a readable file"]) from error
     if len(data) > FILE_BYTES_MAX:
-        raise Unreadable([f"{path}: is over {FILE_BYTES_MAX} bytes; split it"])
+        raise Unreadable([f"{path}: is larger than {FILE_BYTES_MAX} bytes; split it into several files"])
     return parse(data, path)
 
 
 def parse(data: bytes, source: str) -> list[object]:
-    """The documents in a text; empty ones are left out.
+    """Parse the documents in a text, without empty ones.
 
     Raises: `Unreadable`.
     """
@@ -77,32 +79,32 @@ def parse(data: bytes, source: str) -> list[object]:
         raise Unreadable([f"{source}: is not UTF-8 text; save it as UTF-8"]) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise Unreadable([f"{source}: {place}{error.problem or 'is not YAML'}; correct the YAML there"]) from error
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise Unreadable([f"{source}: {position}{error.problem or 'is not YAML'}; correct the YAML there"]) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise Unreadable([f"{source}: is not YAML ({str(error).splitlines()[0][:200]}); correct it"]) from error
 
 
 def _from_json(text: str, source: str) -> list[object]:
-    """JSON: one document, or a list of them; what is not JSON may still be flow-style YAML."""
+    """Parse JSON: one document or a list. Text that is not JSON may be YAML in flow style."""
     try:
-        value = json.loads(text, object_pairs_hook=_no_repeats)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError:
         return [value for value in yaml.load_all(text, _Loader) if value is not None]
     return value if type(value) is list else [value]
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in mapping:
             raise ValueError(f"`{name}` is given twice")
-        found[name] = value
-    return found
+        mapping[name] = value
+    return mapping
 
 
 def resolve_value(value: object, index: int) -> object:
-    """A Secret's `value_from: {env: VAR}` or `{file: PATH}` replaced by its `value`; all else as it is.
+    """Replace a Secret's `value_from: {env: VAR}` or `{file: PATH}` by its `value`; return other documents unchanged.
 
     Raises: `Unreadable`.
     """
@@ -110,7 +112,7 @@ def resolve_value(value: object, index: int) -> object:
         case {"kind": "Secret", "value_from": source, **rest}:
             label = f"Secret/{rest['name']}" if type(rest.get("name")) is str else f"document {index + 1} (Secret)"
             if "value" in rest:
-                raise Unreadable([f"{label}: value_from: is given beside `value`; keep one of the two"])
+                raise Unreadable([f"{label}: value_from: excludes `value`; remove one of them"])
             return {**rest, "kind": "Secret", "value": _read_value(source, label)}
         case _:
             return value
@@ -130,4 +132,4 @@ def _read_value(source: object, label: str) -> str:
                     [f"{label}: value_from.file: {path} cannot be read; give a readable text file"]
                 ) from error
         case _:
-            raise Unreadable([f"{label}: value_from: is not a source; write {{env: NAME}} or {{file: PATH}}"])
+            raise Unreadable([f"{label}: value_from: is not a known source; write {{env: NAME}} or {{file: PATH}}"])

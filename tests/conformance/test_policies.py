@@ -1,4 +1,4 @@
-"""Strategies and policies that another package installs: found by their entry points, and held to the same suite."""
+"""Strategies and policies of another installed package: found by entry points, and tested by the same suite."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from fleetgate.policies.policy_set import CompiledPolicies
 from tests.conformance.test_strategies import Situation, check_answer, check_long_run, check_order_of_writing
 from tests.properties.test_routing import situations
 
-MODULE = '''"""A strategy and a policy of somebody's own."""
+MODULE = '''"""A strategy and a policy of another package."""
 
 from fleetgate.core.policy import Judgement
 from fleetgate.core.strategies import Ranking
@@ -30,12 +30,12 @@ def order(candidates, load, turn):
 
 
 def lead(candidates):
-    """Load never decides."""
+    """Load never matters."""
     return max(candidates, key=lambda c: c.name)
 
 
 def short_prompts_stay_home(facts, key, deployments):
-    """Up to 100 tokens only where the key is at home; absent is nowhere."""
+    """Prompts of up to 100 tokens stay in the region of the label `home`; without the label none is allowed."""
     home = frozenset(d.slot for d in deployments if d.region == key.labels.get("home", ""))
     return Judgement(allowed=home, preferred=tuple(sorted(home))) if facts.prompt_tokens <= 100 else Judgement()
 
@@ -44,14 +44,14 @@ def needs_a_module_that_is_not_there(*_):
     raise AssertionError("never called")
 '''
 ENTRY_POINTS = """[fleetgate.strategies]
-overflow = somebodys_rules
-last-name = somebodys_rules
-no-order = somebodys_rules:Judgement
-gone = somebodys_rules.missing
+overflow = other_package
+last-name = other_package
+no-order = other_package:Judgement
+gone = other_package.missing
 
 [fleetgate.policies]
-home = somebodys_rules:short_prompts_stay_home
-text = somebodys_rules:__doc__
+home = other_package:short_prompts_stay_home
+text = other_package:__doc__
 """
 
 
@@ -62,35 +62,35 @@ def in_memory(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Rankin
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
-    """A package that is really installed, as far as Python can tell, and a strategy that only a module object gives."""
+    """A package that is installed as far as Python can tell, and a strategy registered as an object."""
     site = tmp_path_factory.mktemp("site")
-    (site / "somebodys_rules.py").write_text(MODULE)
-    about = site / "somebodys_rules-1.0.dist-info"
+    (site / "other_package.py").write_text(MODULE)
+    about = site / "other_package-1.0.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-rules\nVersion: 1.0\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(ENTRY_POINTS)
-    kept = set(strategies._registered), set(plugins._policies)
+    before = set(strategies._registered), set(plugins._policies)
     sys.path.insert(0, str(site))
     strategies.register("in-memory", SimpleNamespace(order=in_memory))
     yield plugins.load()
     sys.path.remove(str(site))
-    sys.modules.pop("somebodys_rules", None)
-    for name in set(strategies._registered) - kept[0]:
+    sys.modules.pop("other_package", None)
+    for name in set(strategies._registered) - before[0]:
         del strategies._registered[name]
-    for name in set(plugins._policies) - kept[1]:
+    for name in set(plugins._policies) - before[1]:
         del plugins._policies[name]
     clear()
 
 
 def clear() -> None:
-    for remembered in (strategies.names, strategies.find, strategies.find_lead):
-        remembered.cache_clear()
+    for cached in (strategies.names, strategies.find, strategies.find_lead):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("problems")
 @pytest.mark.parametrize("name", [*strategies.names(), "last-name", "in-memory"])
 class TestEveryStrategy:
-    """Built in, installed or registered: one suite."""
+    """One suite for strategies that are built in, installed or registered."""
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(situation=situations())
@@ -102,30 +102,30 @@ class TestEveryStrategy:
     def test_it_holds_for_long(self, name: str) -> None:
         check_long_run(strategies.find(name), tuple(Candidate(name=f"d{n}", slot=n, limit=n) for n in range(4)))
 
-    def test_it_makes_lanes_and_its_lead_is_who_it_names_first(self, name: str) -> None:
-        lane = model_routes(gateway(name), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["m"]
-        load = {c.slot: strategies.CandidateState(0, 1.0, c.limit) for c in lane.candidates}
-        first = strategies.find(name)(lane.candidates, load, {}).order[0]
-        assert lane.lead in (None, first)
+    def test_its_lead_is_the_first_of_its_order(self, name: str) -> None:
+        route = model_routes(gateway(name), Snapshot(version=1, made_at_s=0.0, deployments=DEPLOYMENTS), "")["m"]
+        load = {c.slot: strategies.CandidateState(0, 1.0, c.limit) for c in route.candidates}
+        first = strategies.find(name)(route.candidates, load, {}).order[0]
+        assert route.lead in (None, first)
 
 
-def test_what_cannot_be_used_is_told_and_stops_nothing(problems: tuple[str, ...]) -> None:
-    told = {problem.split()[1]: problem for problem in problems}
-    assert set(told) == {"overflow", "no-order", "gone", "text"}
-    assert "built in and cannot be replaced" in told["overflow"]
-    assert "no function `order" in told["no-order"]
-    assert "No module named" in told["gone"] and "fleetgate.strategies (somebodys_rules.missing)" in told["gone"]
-    assert "not a function" in told["text"]
+def test_an_unusable_plug_in_is_reported_and_skipped(problems: tuple[str, ...]) -> None:
+    reported = {problem.split()[1]: problem for problem in problems}
+    assert set(reported) == {"overflow", "no-order", "gone", "text"}
+    assert "built in and cannot be replaced" in reported["overflow"]
+    assert "no function `order" in reported["no-order"]
+    assert "No module named" in reported["gone"] and "fleetgate.strategies (other_package.missing)" in reported["gone"]
+    assert "not a function" in reported["text"]
 
 
 def test_loading_again_changes_nothing(problems: tuple[str, ...]) -> None:
     assert plugins.load() == problems and plugins.names() == ("home",)
 
 
-def test_a_name_is_given_once(problems: tuple[str, ...]) -> None:
+def test_a_name_is_unique(problems: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="another strategy is called last-name"):
         strategies.register("last-name", SimpleNamespace(order=in_memory))
-    with pytest.raises(ValueError, match="another Python policy is called home"):
+    with pytest.raises(ValueError, match="another Python policy has the name home"):
         plugins.register_policy("home", lambda facts, key, deployments: PolicyDecision())
 
 
@@ -136,7 +136,7 @@ DEPLOYMENTS = tuple(
 
 
 def gateway(strategy: str, *policies: Policy) -> Gateway:
-    """A Gateway over all three."""
+    """A Gateway over all three Deployments."""
     return Gateway(
         slot=0,
         name="chat",
@@ -148,7 +148,7 @@ def gateway(strategy: str, *policies: Policy) -> Gateway:
     )
 
 
-# The same rule, by an installed package and in CEL.
+# The same policy, by an installed package and in CEL.
 SHORT = "request.prompt_tokens <= 100"
 AT_HOME = "deployment.region == key.labels.home"
 SAME = {
@@ -160,17 +160,17 @@ SAME = {
 
 
 @pytest.mark.usefixtures("problems")
-@pytest.mark.parametrize("way", SAME)
+@pytest.mark.parametrize("form", SAME)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt_tokens=st.integers(0, 200), home=st.sampled_from([None, "eu", "us", "mars", ""]))
-def test_a_rule_is_the_same_in_python_and_in_cel(way: str, prompt_tokens: int, home: str | None) -> None:
+def test_a_policy_is_the_same_in_python_and_in_cel(form: str, prompt_tokens: int, home: str | None) -> None:
     labels = {} if home is None else {"home": home}
     key = Key(id="k", name="k", secret_hmac="", labels=labels)
-    told = CompiledPolicies.compile(gateway("overflow", SAME[way]), DEPLOYMENTS).judge(
+    decision = CompiledPolicies.compile(gateway("overflow", SAME[form]), DEPLOYMENTS).evaluate(
         RequestAttributes(model="m", prompt_tokens=prompt_tokens), key
     )
     at_home = {"eu": {0, 2}, "us": {1}}.get(home or "", set())
     slots = at_home if prompt_tokens <= 100 else {0, 1, 2}
-    assert (told.allowed if told.allowed is not None else {0, 1, 2}) == slots
-    assert told.denied_by == ("" if slots else "home")
-    assert set(told.preferred) in (set(), slots)
+    assert (decision.allowed if decision.allowed is not None else {0, 1, 2}) == slots
+    assert decision.denied_by == ("" if slots else "home")
+    assert set(decision.preferred) in (set(), slots)

@@ -283,7 +283,7 @@ def test_row_68_a_disk_that_is_full_stops_nobody_and_costs_no_row(tmp_path: Path
 
 
 def test_row_68_what_finds_no_room_in_memory_either_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journals, "HELD_BYTES_MAX", 10_000)
+    monkeypatch.setattr(journals, "BUFFER_BYTES_MAX", 10_000)
     (tmp_path / "journal").write_text("in the way")
 
     async def scene() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fleetgate.ipc.machine_status import OverloadBits
 from fleetgate.ipc.shared_memory import WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
 from fleetgate.proxy.overload.memory_pressure import MemoryPressure
 from tests.loopback.test_edge_keys import GOOD, KEYS, SCOPED, publish
 from tests.loopback.wall import Line, Seen

@@ -160,7 +160,7 @@ def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = os.statvfs(tmp_path)
-    monkeypatch.setattr(journals, "LEFT_BYTES_MIN", room.f_bavail * room.f_frsize + 1)
+    monkeypatch.setattr(journals, "FREE_BYTES_MIN", room.f_bavail * room.f_frsize + 1)
     told: list[str] = []
 
     async def scene() -> None:
@@ -168,7 +168,7 @@ def test_row_68_journals_leave_room_for_the_store_that_takes_them_in(
         journal.begin(asyncio.get_running_loop())
         add(journal, 1)
         assert journal.is_short and not segments(tmp_path)
-        monkeypatch.setattr(journals, "LEFT_BYTES_MIN", 0)
+        monkeypatch.setattr(journals, "FREE_BYTES_MIN", 0)
         journal.check(time.monotonic() + 5)
         await until(lambda: not journal.is_short)
         journal.close()
@@ -204,7 +204,7 @@ def test_row_68_a_fleet_whose_disk_takes_no_accounts_serves_on_and_says_so(tmp_p
 
 
 def degraded(up: Up) -> bool:
-    return "accounts in memory" in httpx2.get(f"{up.api}/readyz", trust_env=False, timeout=10).text
+    return "usage rows in memory" in httpx2.get(f"{up.api}/readyz", trust_env=False, timeout=10).text
 
 
 def test_row_76_a_worker_that_is_just_starting_is_not_taken_for_dead(

@@ -69,7 +69,7 @@ def test_an_upgrade_that_does_not_come_up_leaves_the_old_workers_serving(tmp_pat
         wait_for(lambda: len(up.children(WORKER)) > len(before))
         for pid in set(up.children(WORKER)) - before:
             kill(pid)
-        wait_for(lambda: b"was given up" in up.log.read_bytes())
+        wait_for(lambda: b"the upgrade was cancelled" in up.log.read_bytes())
         assert before <= set(up.children(WORKER))
         upgrade(up)
         load.stop()
@@ -128,7 +128,7 @@ def test_the_command_reloads_workers_and_control_process(tmp_path: Path) -> None
         wait_for(lambda: not workers & set(up.children(WORKER)), 60)
         wait_for(lambda: not control & set(up.children("fleetgate.control.process")))
         wait_for(up.is_ready)
-        wait_for(lambda: "all workers are new ones" in up.cli("get", "events").stdout)
-        assert "was started again" not in up.cli("get", "events").stdout
+        wait_for(lambda: "upgrade is complete" in up.cli("get", "events").stdout)
+        assert "was restarted" not in up.cli("get", "events").stdout
         load.stop()
         assert not load.bad, load.bad

@@ -16,7 +16,7 @@ from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.worker import WorkerProcess
-from fleetgate.supervisor.supervisor import shared_memory
+from fleetgate.supervisor.supervisor import create_shared_memory
 
 CALLS_MAX = 100_000  # of one input; more is a loop without end
 
@@ -128,7 +128,7 @@ class Cell:
         (data_dir / "seal.key").write_bytes(b"s" * 32)
         (data_dir / "pepper").write_bytes(b"p" * 32)
         (data_dir / "signing.pub").write_bytes(public_key(b"k" * 32))
-        board_fd, self.board = shared_memory(1)
+        board_fd, self.board = create_shared_memory(1)
         config = WorkerConfig(
             index=0, workers=1, data_dir=str(data_dir), board_fd=board_fd, listen_fd=-1, auth="none", access_log="off"
         )

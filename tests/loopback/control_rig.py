@@ -15,7 +15,8 @@ from fleetgate.control.config import ENV, ControlConfig
 from fleetgate.core.model import Snapshot, decode_snapshot
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.ipc.signed_file import verified
-from fleetgate.supervisor.supervisor import open_listener, shared_memory
+from fleetgate.supervisor.listeners import open_listener
+from fleetgate.supervisor.supervisor import create_shared_memory
 from tests.waiting import wait_for
 
 DEPLOYMENT = {
@@ -41,7 +42,7 @@ class ControlRig:
 
     def __init__(self, data_dir: Path, workers: int = 1, **options: Any) -> None:
         self.data_dir = data_dir
-        self.board_fd, self.board = shared_memory(workers)
+        self.board_fd, self.board = create_shared_memory(workers)
         self._listener: socket.socket = open_listener("127.0.0.1:0", "--api-listen")
         self.port: int = self._listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"

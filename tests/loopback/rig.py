@@ -22,7 +22,8 @@ from fleetgate.core.model import (
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.ipc.signed_file import PUBLIC_KEY, public_key, sign
 from fleetgate.proxy.worker.config import ENV, WorkerConfig
-from fleetgate.supervisor.supervisor import open_listeners, shared_memory
+from fleetgate.supervisor.listeners import open_listeners
+from fleetgate.supervisor.supervisor import create_shared_memory
 from tests.waiting import wait_for
 
 PEPPER = b"p" * 32
@@ -35,7 +36,7 @@ class Rig:
     def __init__(self, data_dir: Path, workers: int = 1, auth: str = "none", **options: object) -> None:
         self.data_dir = data_dir
         self.patience: Mapping[str, float | str] = {}  # `fleetgate.a.b.NAME`: shorter waits for tests of waits
-        self.board_fd, self.board = shared_memory(workers)
+        self.board_fd, self.board = create_shared_memory(workers)
         self._listeners = open_listeners("127.0.0.1:0", "--listen", workers)
         self.port: int = self._listeners[0].getsockname()[1]
         self._pipes = [os.pipe() for _ in range(workers)]

@@ -13,7 +13,7 @@ from tests.loopback.engines import engine, metric
 
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
-    """An engine that answers at once."""
+    """An engine that responds at once."""
     with engine("--prefill-tokens-per-s", "0", "--decode-base-s", "0") as url:
         yield url
 
@@ -25,7 +25,7 @@ def dial(base_url: str) -> socket.socket:
 
 
 def post(prompt: str, *extra: str, stream: bool = False) -> bytes:
-    """A request whose answer is one token."""
+    """A request with a response of one token."""
     body = json.dumps({"model": "sim", "prompt": prompt, "max_tokens": 1, "stream": stream}).encode()
     head = ["POST /v1/completions HTTP/1.1", "host: e", f"content-length: {len(body)}", *extra]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
@@ -39,7 +39,7 @@ def read_all(connection: socket.socket) -> bytes:
     return data
 
 
-def test_pipelined_requests_are_answered_in_order(base_url: str) -> None:
+def test_pipelined_requests_are_served_in_order(base_url: str) -> None:
     prompts = [f"prompt {index}" for index in range(20)]
     alone = []
     for prompt in prompts:
@@ -51,9 +51,9 @@ def test_pipelined_requests_are_answered_in_order(base_url: str) -> None:
         connection.sendall(
             b"".join(post(prompt, stream=index % 3 == 0) for index, prompt in enumerate(prompts[:-1])) + last
         )
-        answers = read_all(connection).split(b"HTTP/1.1 200 OK")[1:]
-    assert len(answers) == 20
-    assert all(json.dumps(text).encode() in answer for text, answer in zip(alone, answers, strict=True))
+        responses = read_all(connection).split(b"HTTP/1.1 200 OK")[1:]
+    assert len(responses) == 20
+    assert all(json.dumps(text).encode() in response for text, response in zip(alone, responses, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_pipelined_requests_are_answered_in_order(base_url: str) -> None:
         (b"POST /v1/completions HTTP/1.1\r\nhost: e\r\nconnection: close\r\ncontent-length: 1\r\n\r\n{", 400),
     ],
 )
-def test_what_cannot_be_answered_gets_the_right_status(base_url: str, request_bytes: bytes, status: int) -> None:
+def test_an_invalid_request_gets_the_right_status(base_url: str, request_bytes: bytes, status: int) -> None:
     with dial(base_url) as connection:
         connection.sendall(request_bytes)
         head, _, body = read_all(connection).partition(b"\r\n\r\n")
@@ -78,7 +78,7 @@ def test_what_cannot_be_answered_gets_the_right_status(base_url: str, request_by
         assert body == b""
 
 
-def test_expect_100_continue_is_answered_before_the_body(base_url: str) -> None:
+def test_expect_100_continue_gets_its_response_before_the_body(base_url: str) -> None:
     head, _, body = post("hi", "expect: 100-continue", "connection: close").partition(b"\r\n\r\n")
     with dial(base_url) as connection:
         connection.sendall(head + b"\r\n\r\n")
@@ -98,18 +98,19 @@ def test_many_streams_run_together() -> None:
         connections = [dial(url) for _ in range(200)]
         for connection in connections:
             connection.sendall(head + body)
-        answers = [read_all(connection) for connection in connections]
+        responses = [read_all(connection) for connection in connections]
         for connection in connections:
             connection.close()
         assert all(
-            answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and answer.count(b"data: ") == 10 for answer in answers
+            response.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") and response.count(b"data: ") == 10
+            for response in responses
         )
         assert metric(url, "vllm:num_requests_running") == metric(url, "vllm:kv_cache_usage_perc") == 0
         assert metric(url, "vllm:generation_tokens_total") == 1600
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "told"),
+    ("options", "code", "message"),
     [
         (("--slots", "0"), 2, "--slots: must be at least 1"),
         (("--listen", "nowhere"), 2, "must be HOST:PORT"),
@@ -117,15 +118,15 @@ def test_many_streams_run_together() -> None:
         (("--llamacpp", "no-such.gguf"), 1, "there is no file no-such.gguf"),
     ],
 )
-def test_wrong_usage_is_one_clear_sentence(options: tuple[str, ...], code: int, told: str) -> None:
+def test_wrong_usage_is_one_clear_message(options: tuple[str, ...], code: int, message: str) -> None:
     argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", *options]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == code
-    assert told in run.stderr
+    assert message in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_a_taken_port_is_one_clear_sentence(base_url: str) -> None:
+def test_a_port_in_use_is_one_clear_message(base_url: str) -> None:
     address = base_url.removeprefix("http://").removesuffix("/v1")
     argv = [sys.executable, "-m", "fleetgate.engine", "--listen", address]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)

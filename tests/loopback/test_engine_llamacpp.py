@@ -11,7 +11,7 @@ from fleetgate.protocols.engines import llamacpp
 from tests.loopback.engines import engine, metric
 
 
-def test_a_real_model_answers_through_the_sdk_and_tells_its_load() -> None:
+def test_a_real_model_responds_through_the_sdk_and_reports_its_load() -> None:
     with (
         engine("--llamacpp", "smollm2", "--slots", "2") as url,
         openai.OpenAI(base_url=url, api_key="any", max_retries=0) as sdk,
@@ -34,7 +34,7 @@ def test_a_real_model_answers_through_the_sdk_and_tells_its_load() -> None:
         assert (signals.running, signals.waiting) == (0, 0)
 
 
-def test_without_its_parts_it_says_how_to_get_them() -> None:
+def test_a_missing_package_is_an_error_with_the_fix() -> None:
     hide = (
         "import sys; sys.modules['xllamacpp'] = None; "
         "from fleetgate.engine.main import main; sys.exit(main(sys.argv[1:]))"
@@ -46,7 +46,7 @@ def test_without_its_parts_it_says_how_to_get_them() -> None:
     assert "run `make setup`" in run.stderr
 
 
-def test_sigterm_ends_it_while_it_answers() -> None:
+def test_sigterm_ends_it_during_a_response() -> None:
     argv = [sys.executable, "-m", "fleetgate.engine", "--listen", "127.0.0.1:0", "--llamacpp", "smollm2"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -21,14 +21,14 @@ TOOL: Any = {
 
 
 class Step(pydantic.BaseModel):
-    """A part of a structured answer."""
+    """A part of a structured response."""
 
     title: str
     minutes: int
 
 
 class Recipe(pydantic.BaseModel):
-    """A structured answer with references and lists."""
+    """A structured response with references and lists."""
 
     name: str
     steps: list[Step]
@@ -37,7 +37,7 @@ class Recipe(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
-    """An engine that answers at once."""
+    """An engine that responds at once."""
     with engine("--model", "m1", "--model", "m2", "--prefill-tokens-per-s", "0", "--decode-base-s", "0") as url:
         yield url
 
@@ -49,7 +49,7 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
         yield sdk
 
 
-def test_chat_says_the_same_whole_and_as_a_stream(client: openai.OpenAI) -> None:
+def test_chat_has_the_same_text_whole_and_as_a_stream(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="m1", messages=HELLO, max_tokens=7)
     stream = client.chat.completions.create(
         model="m1", messages=HELLO, max_tokens=7, stream=True, stream_options={"include_usage": True}, n=1
@@ -84,21 +84,21 @@ def test_responses_whole_and_as_a_stream(client: openai.OpenAI) -> None:
     assert natural.status == "completed"
 
 
-def test_tools_are_called_in_every_way(client: openai.OpenAI) -> None:
-    asked: Any = {"model": "m1", "messages": HELLO, "tools": [TOOL]}
+def test_tools_are_called_for_every_tool_choice(client: openai.OpenAI) -> None:
+    arguments: Any = {"model": "m1", "messages": HELLO, "tools": [TOOL]}
     choices: Any = ("required", "auto", {"type": "function", "function": {"name": "get_weather"}})
     for choice in choices:
-        answer = client.chat.completions.create(**asked, tool_choice=choice)
+        answer = client.chat.completions.create(**arguments, tool_choice=choice)
         call = answer.choices[0].message.tool_calls[0]
         assert call.function.name == "get_weather"
         assert "city" in pydantic.TypeAdapter(dict[str, str]).validate_json(call.function.arguments)
         assert answer.choices[0].finish_reason == "tool_calls"
-    with client.chat.completions.stream(**asked, tool_choice="required") as stream:
+    with client.chat.completions.stream(**arguments, tool_choice="required") as stream:
         final = stream.get_final_completion()
     streamed = final.choices[0].message.tool_calls
     assert streamed is not None
     assert streamed[0].function.arguments == call.function.arguments
-    plain = client.chat.completions.create(**asked)
+    plain = client.chat.completions.create(**arguments)
     assert plain.choices[0].message.tool_calls is None
     tools: Any = [{"type": "function", "strict": False, **TOOL["function"]}]
     response = client.responses.create(model="m1", input="hello", tools=tools, tool_choice="required")
@@ -132,7 +132,7 @@ def test_models_and_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="m1", messages=[])
 
 
-def test_a_full_queue_refuses_as_its_style_does_and_a_disconnect_frees_the_slot() -> None:
+def test_a_full_queue_refuses_in_its_style_and_a_disconnect_frees_the_slot() -> None:
     refusals: Any = (("vllm", openai.RateLimitError), ("llamacpp", openai.InternalServerError))
     for style, error in refusals:
         options = ("--slots", "1", "--queue-max", "0", "--decode-base-s", "0.05", "--output-tokens", "10000")

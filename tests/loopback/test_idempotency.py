@@ -58,7 +58,7 @@ def test_row_43_while_the_first_runs_the_second_is_told_so(two_workers: Plane) -
         assert (
             busy.status == 409
             and busy.headers["retry-after"] == "1"
-            and "being answered" in busy.json()["error"]["message"]
+            and "in progress" in busy.json()["error"]["message"]
         )
     two_workers.wall.release()
     thread.join(20)
@@ -71,7 +71,7 @@ def test_another_request_under_the_same_name_is_refused(two_workers: Plane) -> N
     two_workers.use({})
     assert two_workers.ask(named("d")).status == 200
     other = two_workers.ask(named("d", temperature=1))
-    assert other.status == 422 and "its own" in other.json()["error"]["message"]
+    assert other.status == 422 and "use a new key" in other.json()["error"]["message"]
     assert two_workers.ask(named("x" * 300)).status == 400
 
 

@@ -141,11 +141,11 @@ def test_engines_survive_the_process_that_started_them(tmp_path: Path, life: Lif
     assert not is_running(pid)
 
 
-def test_an_engine_dies_with_a_keeper_that_is_killed(provider: LocalProvider, tmp_path: Path) -> None:
+def test_an_engine_dies_with_a_shim_that_is_killed(provider: LocalProvider, tmp_path: Path) -> None:
     async def run() -> None:
         await provider.start(spec("m-0", ENGINE))
         replica = await until(provider, ReplicaState.READY)
-        os.kill(_keeper_of(tmp_path), signal.SIGKILL)
+        os.kill(_shim_of(tmp_path), signal.SIGKILL)
         failed = await until(provider, ReplicaState.FAILED)
         await asyncio.to_thread(wait_for, lambda: not is_running(int(replica.ref)))
         assert failed.because
@@ -155,7 +155,7 @@ def test_an_engine_dies_with_a_keeper_that_is_killed(provider: LocalProvider, tm
     asyncio.run(run())
 
 
-def _keeper_of(data_dir: Path) -> int:
+def _shim_of(data_dir: Path) -> int:
     return int(json.loads((data_dir / "engines" / "m-0.json").read_text())["keeper_pid"])
 
 
@@ -166,7 +166,7 @@ def test_how_an_engine_ended_is_told_with_its_last_words(provider: LocalProvider
         await provider.start(spec("m-0", ReplicaWorkload(command=command)))
         return await until(provider, ReplicaState.FAILED)
 
-    assert asyncio.run(run()).because == "it ended by itself with exit code 1; its last line was: no GPU was found"
+    assert asyncio.run(run()).because == "the engine exited with code 1; its last line was: no GPU was found"
 
 
 def test_port_goes_into_command_args_and_environment(provider: LocalProvider, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`up --record` under concurrent load, then `fleetgate replay`: the same decisions, or it is told which are not."""
+"""`up --record` under concurrent load, then `fleetgate replay`: the same decisions, or a list of those that differ."""
 
 import asyncio
 import json
@@ -13,20 +13,23 @@ import yaml
 from tests.loopback.capacity_rig import Outcome, Shape, engines, send
 from tests.loopback.up_rig import Up, deployment, free_port, gateway, run
 
-WAVES = ((8, 24), (18, 8))  # clients, and requests of each: for 12 places, so first a choice, then often no room
+WAVES = (
+    (8, 24),
+    (18, 8),
+)  # clients, and requests of each, for 12 slots: first a choice, then often no capacity
 REQUESTS = sum(clients * each for clients, each in WAVES)
-SPEEDS = [  # tokens a second of prompts, seconds of a step
+SPEEDS = [  # prompt tokens/s, seconds of a step
     ("--prefill-tokens-per-s", "20000", "--decode-base-s", "0.002"),
     ("--prefill-tokens-per-s", "8000", "--decode-base-s", "0.004"),
     ("--prefill-tokens-per-s", "3000", "--decode-base-s", "0.008"),
 ]
 HOME = "region-b"
-SECRET = "a-prompt-that-nobody-may-read"
+SECRET = "a-prompt-that-must-not-be-recorded"
 Documents = list[dict[str, Any]]
 
 
 def profile(name: str, prefill: float, base_s: float) -> dict[str, Any]:
-    """A Profile that tells the truth about an engine of `SPEEDS`."""
+    """A Profile with the true speed of an engine of `SPEEDS`."""
     return {
         "kind": "Profile",
         "name": name,
@@ -41,7 +44,7 @@ def profile(name: str, prefill: float, base_s: float) -> dict[str, Any]:
 
 
 def counted(urls: list[str], strategy: str) -> Documents:
-    """Deployments with typed limits that are full at times, of two ranks, one of them dead."""
+    """Deployments with configured limits that are full at times, of two ranks; one of them is dead."""
     made = [
         deployment(name, url, capacity={"concurrency": 4, "units": units})
         for name, url, units in zip("abc", urls, (8.0, 3.0, 1.0), strict=True)
@@ -69,28 +72,28 @@ def predicted(urls: list[str], strategy: str) -> Documents:
 
 
 def record(folder: Path, documents: Callable[[list[str]], Documents]) -> tuple[Path, Path, list[Outcome], str]:
-    """Serve a few hundred requests, many at once, and return records, fleet file, answers and the key."""
+    """Serve a few hundred requests, many at once; returns records, fleet file, outcomes and the key."""
     path = folder / "records.jsonl"
     with engines(*SPEEDS) as urls, Up(folder, documents(urls), "--record", str(path), "--region", HOME) as up:
         key = up.new_key("laptop")
         shapes = [Shape(size, 6, key=key) for size in (40, 80, 200)]
 
-        async def go_on(client: int, count: int) -> list[Outcome]:
+        async def send_each(client: int, count: int) -> list[Outcome]:
             return [await send(up.port, shapes[(client + n) % 3], client * 1000 + n) for n in range(count)]
 
-        async def everybody() -> list[Outcome]:
+        async def all_clients() -> list[Outcome]:
             waves = [
-                await asyncio.gather(*(go_on(client, each) for client in range(clients))) for clients, each in WAVES
+                await asyncio.gather(*(send_each(client, each) for client in range(clients))) for clients, each in WAVES
             ]
             return [outcome for wave in waves for outcomes in wave for outcome in outcomes]
 
-        outcomes = asyncio.run(everybody())
+        outcomes = asyncio.run(all_clients())
         assert up.ask(key, messages=[{"role": "user", "content": SECRET}]).status_code == 200
     return path, up.config, outcomes, key
 
 
 def replay(path: Path, fleet: Path, *flags: str) -> dict[str, Any]:
-    """What `replay -o json` says."""
+    """The report of `replay -o json`."""
     done = run("replay", str(path), "--fleet", str(fleet), "-o", "json", *flags)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -107,18 +110,18 @@ def changed(fleet: Path, to: Path, **fields: Any) -> Path:
 
 @pytest.mark.parametrize("documents", [counted, predicted])
 @pytest.mark.parametrize("strategy", ["overflow", "capacity_round_robin", "least_cost"])
-def test_recorded_decisions_come_out_the_same_and_another_fleet_changes_them(
+def test_recorded_decisions_are_reproduced_and_another_fleet_changes_them(
     tmp_path: Path, documents: Callable[[list[str], str], Documents], strategy: str
 ) -> None:
     path, fleet, outcomes, key = record(tmp_path, lambda urls: documents(urls, strategy))
-    told = path.read_text()
-    assert SECRET not in told and key not in told and "laptop" in told
+    text = path.read_text()
+    assert SECRET not in text and key not in text and "laptop" in text
 
-    lines = [json.loads(line) for line in told.splitlines()]
+    lines = [json.loads(line) for line in text.splitlines()]
     ended = Counter(line["deployment"] for line in lines if line["record"] == "ended" and line["outcome"] == "ok")
     served = Counter(each.deployment for each in outcomes if each.status == 200)
     assert served.total() > REQUESTS / 2
-    assert ended.total() == served.total() + 1 and not served - ended  # one more than those: the one with the secret
+    assert ended.total() == served.total() + 1 and not served - ended  # one more: the request with the secret
 
     found = replay(path, fleet)
     assert list(found) == [
@@ -134,7 +137,7 @@ def test_recorded_decisions_come_out_the_same_and_another_fleet_changes_them(
 
     if strategy == "overflow" and documents is counted:  # the one with Deployments of one rank in several regions
         elsewhere = replay(path, fleet, "--region", "region-c")
-        assert elsewhere["reproduced_share"] < 0.95, "each record's own region is what counts"
+        assert elsewhere["reproduced_share"] < 0.95, "without the flag, the region of each record counts"
     unchanged = replay(path, fleet, "--against", str(fleet))["against"]
     assert unchanged["changed_share"] <= 0.001, unchanged
     assert all(pair["before"] == pair["after"] for pair in unchanged["requests"].values())
@@ -159,32 +162,32 @@ def test_recorded_decisions_come_out_the_same_and_another_fleet_changes_them(
         assert not against["simulated"] and "has no Profile" in against["not_simulated"][0]
 
 
-def test_a_record_that_is_not_what_happened_is_noticed(tmp_path: Path) -> None:
+def test_an_edited_record_is_reported(tmp_path: Path) -> None:
     path, fleet, _, _ = record(tmp_path, lambda urls: counted(urls, "capacity_round_robin"))
     lines = path.read_text().splitlines()
-    spoilt = 0
+    edited = 0
     for number, line in enumerate(lines):
-        told = json.loads(line)
-        if told["record"] == "decision" and len(told["order"]) > 1 and spoilt < 20:
-            told["turn"][told["order"][-1]] = 1e6
-            lines[number] = json.dumps(told)
-            spoilt += 1
-    assert spoilt == 20
+        decision = json.loads(line)
+        if decision["record"] == "decision" and len(decision["order"]) > 1 and edited < 20:
+            decision["turn"][decision["order"][-1]] = 1e6
+            lines[number] = json.dumps(decision)
+            edited += 1
+    assert edited == 20
     path.write_text("\n".join([*lines[:-1], lines[-1][:30], "not json", ""]))
     done = run("replay", str(path), "--fleet", str(fleet))
-    assert f"{path} line {len(lines)} is no record" in done.stderr and "line" in done.stdout
+    assert f"{path} line {len(lines)} is not a record" in done.stderr and "line" in done.stdout
     found = replay(path, fleet)
     assert found["broken_lines"] == 2
     assert found["decisions"] - found["reproduced"] == 20 == len(found["differences"])
     assert all("turn" in each["because"] for each in found["differences"])
 
 
-def test_what_cannot_be_replayed_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_replayed_is_an_error(tmp_path: Path) -> None:
     fleet, records = tmp_path / "fleet.yaml", tmp_path / "records.jsonl"
     fleet.write_text(yaml.safe_dump_all([deployment("a", "http://127.0.0.1:1/v1"), gateway("chat", "a")]))
     records.write_text("nothing\n")
     done = run("replay", str(records), "--fleet", str(fleet))
-    assert done.returncode == 1 and "line 1 is no record" in done.stderr and "--record FILE" in done.stderr
+    assert done.returncode == 1 and "line 1 is not a record" in done.stderr and "--record FILE" in done.stderr
     assert run("replay", str(tmp_path / "none"), "--fleet", str(fleet)).returncode == 2
     fleet.write_text(yaml.safe_dump_all([gateway("chat", "a", strategy="overfow")]))
     wrong = run("replay", str(records), "--fleet", str(fleet))

@@ -8,7 +8,7 @@ import msgspec
 from fleetgate.ipc.shared_memory import SharedMemory
 from fleetgate.proxy.worker.config import ENV, WorkerConfig
 from fleetgate.supervisor.child_process import ChildProcess, python_child
-from fleetgate.supervisor.supervisor import Supervisor, say_json
+from fleetgate.supervisor.supervisor import Supervisor, write_log
 from tests.loopback.rig import mapped
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     """Run the plan that the environment holds."""
     plan = msgspec.json.decode(os.environ["FLEETGATE_TEST_PLAN"], type=Plan)
     board: SharedMemory = mapped(plan.board_fd, len(plan.workers))
-    return Supervisor(children_of(plan), board, plan.grace_s, say_json).run()
+    return Supervisor(children_of(plan), board, plan.grace_s, write_log).run()
 
 
 if __name__ == "__main__":

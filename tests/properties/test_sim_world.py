@@ -1,4 +1,4 @@
-"""The simulated world: whatever balancers and faults do, every request ends once and nothing is left behind."""
+"""The simulated world: for every balancer and fault, each request ends once and no state is left over."""
 
 from collections import Counter
 
@@ -6,51 +6,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baseline import TrueLoad
-from fleetgate.simulator.baselines import BASELINES
+from fleetgate.simulator.baselines.base import BaselineInputs
+from fleetgate.simulator.baselines.registry import BASELINES
 from fleetgate.simulator.faults import SimulatedFault, schedule_faults
 from fleetgate.simulator.fleet import SimulatedFleet, engines_of
 from fleetgate.simulator.proxy_model import ProxyFleet
-from fleetgate.simulator.region_rtt import Rtts
-from fleetgate.simulator.world import Arrival, Balancer, World
+from fleetgate.simulator.region_rtt import RegionRtts
+from fleetgate.simulator.serving.world import Arrival, Balancer, World
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet
 
 REGIONS = ("us-east", "eu-west")
 
 
-class Watched:
-    """A balancer that counts what it is told, in front of a real one."""
+class CountingBalancer:
+    """Counts its calls and passes them to another balancer."""
 
     def __init__(self, inner: Balancer) -> None:
         self.inner = inner
-        self.came: Counter[int] = Counter()
+        self.arrivals: Counter[int] = Counter()
         self.firsts: Counter[int] = Counter()
         self.ends: Counter[int] = Counter()
         self.failures: Counter[int] = Counter()
 
-    def arrive(self, arrival: Arrival, now_s: float) -> None:
+    def on_arrival(self, arrival: Arrival, now_s: float) -> None:
         assert now_s == arrival.at_s
-        self.came[arrival.index] += 1
-        self.inner.arrive(arrival, now_s)
+        self.arrivals[arrival.index] += 1
+        self.inner.on_arrival(arrival, now_s)
 
-    def first_token(self, arrival: Arrival, now_s: float) -> None:
+    def on_first_token(self, arrival: Arrival, now_s: float) -> None:
         self.firsts[arrival.index] += 1
-        self.inner.first_token(arrival, now_s)
+        self.inner.on_first_token(arrival, now_s)
 
-    def finished(self, arrival: Arrival, now_s: float) -> None:
+    def on_finished(self, arrival: Arrival, now_s: float) -> None:
         self.ends[arrival.index] += 1
-        self.inner.finished(arrival, now_s)
+        self.inner.on_finished(arrival, now_s)
 
-    def failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
+    def on_failed(self, arrival: Arrival, failure: str, now_s: float) -> None:
         assert failure in ("full", "broken")
         self.failures[arrival.index] += 1
-        self.inner.failed(arrival, failure, now_s)
+        self.inner.on_failed(arrival, failure, now_s)
 
-    def tick(self, now_s: float) -> None:
-        self.inner.tick(now_s)
+    def on_tick(self, now_s: float) -> None:
+        self.inner.on_tick(now_s)
 
-    def woken(self, now_s: float) -> None:
-        self.inner.woken(now_s)
+    def on_wake(self, now_s: float) -> None:
+        self.inner.on_wake(now_s)
 
     def limit_of(self, slot: int) -> int:
         return self.inner.limit_of(slot)
@@ -58,7 +58,7 @@ class Watched:
 
 def balancer(strategy: str, world: World, on: SimulatedFleet) -> Balancer:
     if strategy in BASELINES:
-        return BASELINES[strategy](world, TrueLoad(on, {d.name: 1.0 + d.slot for d in on.deployments}))
+        return BASELINES[strategy](world, BaselineInputs(on, {d.name: 1.0 + d.slot for d in on.deployments}))
     return ProxyFleet(world, on, strategy)
 
 
@@ -93,24 +93,24 @@ faults = st.builds(
 
 @given(st.sampled_from(sorted([*BASELINES, *strategies.names()])), arrivals(), st.lists(faults, max_size=3))
 def test_every_request_ends_exactly_once(
-    strategy: str, requests: list[Arrival], happening: list[SimulatedFault]
+    strategy: str, requests: list[Arrival], scheduled: list[SimulatedFault]
 ) -> None:
     on = fleet(deployment("a", FAST), deployment("b", SLOW, 2, "eu-west"), deployment("c", SLOW, region="eu-west"))
-    world = World(engines_of(on, REGIONS, Rtts(warn=lambda sentence: None)), REGIONS)
-    world.balancer = watched = Watched(balancer(strategy, world, on))
-    schedule_faults(happening, on, world)
+    world = World(engines_of(on, REGIONS, RegionRtts(warn=lambda sentence: None)), REGIONS)
+    world.balancer = counting = CountingBalancer(balancer(strategy, world, on))
+    schedule_faults(scheduled, on, world)
     world.run(requests)
-    everyone = Counter(dict.fromkeys(range(len(requests)), 1))
+    all_requests = Counter(dict.fromkeys(range(len(requests)), 1))
     refused = Counter(arrival.index for arrival in requests if arrival.refused)
-    assert watched.came == everyone
-    assert watched.ends + refused == everyone
+    assert counting.arrivals == all_requests
+    assert counting.ends + refused == all_requests
     for arrival in requests:
-        assert watched.firsts[arrival.index] <= 1
+        assert counting.firsts[arrival.index] <= 1
         if not arrival.refused:
             assert arrival.at_s <= arrival.first_s <= arrival.ended_s
-            assert watched.firsts[arrival.index] == 1
-        if not happening:
-            assert not watched.failures[arrival.index]
+            assert counting.firsts[arrival.index] == 1
+        if not scheduled:
+            assert not counting.failures[arrival.index]
     assert set(world.in_flight.values()) == {0}
     assert all(not engine.jobs and not engine.replica.kv_used for engine in world.engines)
 
@@ -118,7 +118,7 @@ def test_every_request_ends_exactly_once(
 @given(arrivals())
 def test_nothing_is_faster_than_an_idle_engine_and_the_network(requests: list[Arrival]) -> None:
     on = fleet(deployment("a", FAST), deployment("c", SLOW, region="eu-west"))
-    world = World(engines_of(on, REGIONS, Rtts(warn=lambda sentence: None)), REGIONS)
+    world = World(engines_of(on, REGIONS, RegionRtts(warn=lambda sentence: None)), REGIONS)
     world.balancer = balancer("round_robin", world, on)
     world.run(requests)
     for arrival in requests:

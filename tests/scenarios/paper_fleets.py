@@ -1,11 +1,11 @@
-"""Fleets and traces on paper, for the simulator's tests."""
+"""Fleets and traces for the simulator's tests."""
 
 from random import Random
 
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Price, Profile, Slo, Snapshot, Upstream
 from fleetgate.simulator.fleet import SimulatedFleet, fleet_of
+from fleetgate.simulator.serving.world import Arrival
 from fleetgate.simulator.simulation import Simulation, SimulationOutcome, SimulationSetting
-from fleetgate.simulator.world import Arrival
 
 FAST = Profile(
     name="fast", prefill_tokens_per_s=16000.0, base_s=0.02, per_sequence_s=0.0003, batch_max=128, kv_tokens=600_000
@@ -18,7 +18,7 @@ SLOW = Profile(
 def deployment(
     name: str, profile: Profile | None, engines: int = 1, region: str = "us-east", price: Price | None = None
 ) -> Deployment:
-    """A Deployment with so many engines behind one address."""
+    """A Deployment with `engines` replicas behind one address."""
     return Deployment(
         slot=0,
         name=name,
@@ -33,7 +33,7 @@ def deployment(
 
 
 def snapshot_of(*deployments: Deployment, strategy: str = "capacity_round_robin", ranked: bool = False) -> Snapshot:
-    """One Gateway over all of them, of one rank or in order."""
+    """One Gateway over all of them, with equal ranks or ranked in order."""
     upstreams = tuple(Upstream(deployment=d.name, rank=n + 1 if ranked else 1) for n, d in enumerate(deployments))
     gateway = Gateway(
         slot=0,
@@ -48,27 +48,27 @@ def snapshot_of(*deployments: Deployment, strategy: str = "capacity_round_robin"
 
 
 def fleet(*deployments: Deployment, ranked: bool = False) -> SimulatedFleet:
-    """What is simulated."""
+    """The simulated fleet."""
     return fleet_of(snapshot_of(*deployments, ranked=ranked))
 
 
 def trace(count: int, seed: int = 1, regions: tuple[str, ...] = ("",), keys: tuple[str, ...] = ("",)) -> list[Arrival]:
     """Random arrivals of random shapes, one a second on average."""
-    dice, at_s, arrivals = Random(seed), 0.0, []
+    rng, at_s, arrivals = Random(seed), 0.0, []
     for index in range(count):
-        at_s += dice.expovariate(1.0)
-        prompt_tokens = min(8000, int(dice.lognormvariate(6.3, 0.9)) + 1)
-        output_tokens = min(800, int(dice.expovariate(1 / 120)) + 1)
+        at_s += rng.expovariate(1.0)
+        prompt_tokens = min(8000, int(rng.lognormvariate(6.3, 0.9)) + 1)
+        output_tokens = min(800, int(rng.expovariate(1 / 120)) + 1)
         arrivals.append(
             Arrival(
-                index, at_s, prompt_tokens, output_tokens, region=regions[index % len(regions)], key=dice.choice(keys)
+                index, at_s, prompt_tokens, output_tokens, region=regions[index % len(regions)], key=rng.choice(keys)
             )
         )
     return arrivals
 
 
 def simulation(on: SimulatedFleet, arrivals: list[Arrival], **setting: object) -> Simulation:
-    """A simulation of which nobody hears a warning."""
+    """A simulation that drops warnings."""
     return Simulation(on, arrivals, SimulationSetting(strategies=(), **setting), warn=lambda sentence: None)  # type: ignore[arg-type]
 
 

@@ -1,43 +1,43 @@
-"""What admission by prediction is worth in overload, what several proxies cost, and what a dead region may not lose."""
+"""The gain by admission in overload, the cost of several proxies, and what the death of a region must not lose."""
 
 import msgspec
 import pytest
 
-from fleetgate.simulator import proxy_model as shell
+from fleetgate.simulator import proxy_model
 from fleetgate.simulator.faults import parse_fault
-from fleetgate.simulator.world import Arrival
+from fleetgate.simulator.serving.world import Arrival
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet, run, trace
 
 OURS = "capacity_round_robin"
 UNLIKE = fleet(deployment("big", FAST), deployment("small", SLOW, 3))
 
 
-def let_everybody_in(patch: pytest.MonkeyPatch) -> None:
-    """Admission off: no limit and no forecast, while strategy, learning and everything else go on."""
-    renew = shell.ProxyModel.renew
+def disable_admission(patch: pytest.MonkeyPatch) -> None:
+    """Remove limits and predictions; strategy and learning stay as they are."""
+    refresh_views = proxy_model.ProxyModel.refresh_views
 
-    def renew_without(self: shell.ProxyModel, now_s: float) -> None:
-        renew(self, now_s)
-        for slot, outlook in self.outlooks.items():
-            self.outlooks[slot] = msgspec.structs.replace(outlook, limit=0, current_profile=None)
+    def refresh_without_limits(self: proxy_model.ProxyModel, now_s: float) -> None:
+        refresh_views(self, now_s)
+        for slot, view in self.views.items():
+            self.views[slot] = msgspec.structs.replace(view, limit=0, current_profile=None)
 
-    patch.setattr(shell.ProxyModel, "renew", renew_without)
+    patch.setattr(proxy_model.ProxyModel, "refresh_views", refresh_without_limits)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_in_overload_admission_is_worth_half_as_much_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_overload_admission_raises_goodput_by_half(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arrivals = trace(1500, seed)
     ours = run(UNLIKE, arrivals, OURS, load=1.2).score
-    counting = run(UNLIKE, arrivals, "least_outstanding", load=1.2).score
+    least_outstanding = run(UNLIKE, arrivals, "least_outstanding", load=1.2).score
     assert ours.goodput_ratio >= 0.95
-    assert ours.goodput_ratio >= 1.5 * counting.goodput_ratio
-    let_everybody_in(monkeypatch)
-    ungated = run(UNLIKE, arrivals, OURS, load=1.2).score
-    assert ungated.shed_share == 0.0
-    assert ours.goodput_ratio >= 1.5 * ungated.goodput_ratio
+    assert ours.goodput_ratio >= 1.5 * least_outstanding.goodput_ratio
+    disable_admission(monkeypatch)
+    without_admission = run(UNLIKE, arrivals, OURS, load=1.2).score
+    assert without_admission.shed_share == 0.0
+    assert ours.goodput_ratio >= 1.5 * without_admission.goodput_ratio
 
 
-def test_four_proxies_do_nearly_as_well_as_one_and_admit_no_more() -> None:
+def test_four_proxies_reach_nearly_the_goodput_of_one_and_admit_no_more() -> None:
     on = fleet(deployment("big", FAST, 2), deployment("small", SLOW, 2))
     arrivals = trace(1500)
     one, four = (run(on, arrivals, OURS, load=1.2, proxies=count).score for count in (1, 4))
@@ -46,20 +46,20 @@ def test_four_proxies_do_nearly_as_well_as_one_and_admit_no_more() -> None:
 
 
 @pytest.mark.parametrize("strategy", [OURS, "overflow", "least_cost"])
-def test_a_region_that_dies_loses_only_answers_that_had_begun(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_region_that_dies_loses_only_responses_that_had_begun(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[Arrival] = []
-    failed = shell.ProxyModel.failed
+    original = proxy_model.ProxyModel.on_failed
 
-    def watched(self: shell.ProxyModel, arrival: Arrival, failure: str, now_s: float) -> None:
+    def on_failed(self: proxy_model.ProxyModel, arrival: Arrival, failure: str, now_s: float) -> None:
         if arrival.first_s < 0.0:
             moved.append(arrival)
-        failed(self, arrival, failure, now_s)
+        original(self, arrival, failure, now_s)
 
-    monkeypatch.setattr(shell.ProxyModel, "failed", watched)
+    monkeypatch.setattr(proxy_model.ProxyModel, "on_failed", on_failed)
     on = fleet(deployment("here", FAST), deployment("there", FAST, 1, "eu-west"))
     arrivals = trace(1000, regions=("us-east", "eu-west"))
-    # A fifth of the load of both, so that the region that is left has room for all of it.
-    died_s = 40.1  # just after a look at who is up, so that requests are still sent there
+    # A fifth of the capacity of both regions, so that the remaining region can serve everything.
+    died_s = 40.1  # just after the views were refreshed, so that requests are still sent there
     outcome = run(on, arrivals, strategy, load=0.2, faults=(parse_fault(f"down:eu-west@{died_s}"),))
     lost = [arrival for arrival in outcome.arrivals if arrival.refused]
     assert lost and moved

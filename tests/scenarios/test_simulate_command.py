@@ -1,4 +1,4 @@
-"""`fleetgate simulate` as people and scripts call it: output, exit codes, sentences."""
+"""`fleetgate simulate` on the command line: output, exit codes, messages."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from fleetgate.cli.commands import app
 from fleetgate.main import main as registers_every_command  # noqa: F401
-from fleetgate.simulator.baselines import BASELINES
+from fleetgate.simulator.baselines.registry import BASELINES
 from tests.scenarios.paper_fleets import trace
 
 FLEET = """
@@ -131,7 +131,7 @@ def test_json_has_one_object_a_strategy_and_nothing_else(fleet_file: Path, trace
     assert all(0.0 < one["goodput_ratio"] <= 0.75 for one in found)
 
 
-def test_the_gateways_own_strategy_is_the_default_and_people_see_capacity_first(
+def test_the_gateways_own_strategy_is_the_default_and_the_table_shows_capacity_first(
     fleet_file: Path, trace_file: Path
 ) -> None:
     done = simulate(fleet_file, trace_file, "--rate", "2")
@@ -140,9 +140,9 @@ def test_the_gateways_own_strategy_is_the_default_and_people_see_capacity_first(
     assert ["big", "us-east", "H100-80GB", "2"] in [line[:4] for line in lines]
     assert ["small", "eu-west"] in [line[:2] for line in lines]
     [small] = [line for line in lines if line[:1] == ["small"]]
-    assert small[-2] == "3"  # a managed Deployment has the replicas that it is meant to have
-    places = [line[0] for line in lines if line and line[0] in ("sum", "overflow")]
-    assert places == ["sum", "overflow"]
+    assert small[-2] == "3"  # a managed Deployment counts its desired replicas
+    order = [line[0] for line in lines if line and line[0] in ("sum", "overflow")]
+    assert order == ["sum", "overflow"]
 
 
 def test_the_same_inputs_give_the_same_bytes_in_any_process(fleet_file: Path, trace_file: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_plot_is_drawn_in_both_formats_and_the_same_each_time(
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_an_unknown_region_is_told_once_and_not_in_the_json(fleet_file: Path, trace_file: Path) -> None:
+def test_an_unknown_region_is_warned_about_once_and_not_in_the_json(fleet_file: Path, trace_file: Path) -> None:
     done = simulate(fleet_file, trace_file, "--region-phase", "us-east=0,mars=8", "--load", "0.5", "-o", "json")
     assert done.exit_code == 0, done.output
     assert done.stderr.count("'mars' is not known") == 1
@@ -196,7 +196,7 @@ def test_an_unknown_region_is_told_once_and_not_in_the_json(fleet_file: Path, tr
         (["--plot", "no/such/folder/picture.svg"], "there is no such folder"),
     ],
 )
-def test_wrong_usage_is_exit_2_and_a_sentence(
+def test_wrong_usage_is_exit_2_and_one_message(
     fleet_file: Path, trace_file: Path, flags: list[str], sentence: str
 ) -> None:
     done = simulate(fleet_file, trace_file, *flags)
@@ -211,12 +211,12 @@ def test_wrong_usage_is_exit_2_and_a_sentence(
         ("", "line 1: column timestamp_s is missing"),
         ("timestamp_s,prompt_tokens\n0,1\n", "line 1: column output_tokens is missing"),
         (f"{HEADER},colour\n0,1,1,red\n", "line 1: column 'colour' is not known"),
-        (f"{HEADER}\n", "holds no requests"),
+        (f"{HEADER}\n", "has no requests"),
         (f"{HEADER}\n0,1,1\n1,many,1\n", "line 3: prompt_tokens is 'many'; expected a number, 0 or more"),
         (f"{HEADER}\n0,1,1.5\n", "line 2: output_tokens is '1.5'; expected a whole number"),
         (f"{HEADER}\n0,1,-1\n", "line 2: output_tokens is '-1'; expected a number, 0 or more"),
         (f"{HEADER}\n5,1,1\n4,1,1\n", "line 3: timestamp_s 4.0 is before the line above"),
-        (f"{HEADER}\n5,1\n", "line 2: 2 fields where the header has 3"),
+        (f"{HEADER}\n5,1\n", "line 2: 2 fields, but the header has 3"),
         (
             f"{HEADER},prefix_block_ids_512\n5,1,1,1 x\n",
             "line 2: prefix_block_ids_512 is '1 x'; expected whole numbers",
@@ -234,7 +234,7 @@ def test_a_bad_trace_is_exit_1_and_names_file_line_and_column(
     assert sentence in done.stderr
 
 
-def test_a_broken_archive_and_a_bad_fleet_are_told(fleet_file: Path, trace_file: Path, tmp_path: Path) -> None:
+def test_a_broken_archive_and_a_bad_fleet_are_reported(fleet_file: Path, trace_file: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.csv.gz"
     cut.write_bytes(trace_file.read_bytes()[:200])
     assert simulate(fleet_file, cut).exit_code == 1
@@ -257,7 +257,7 @@ def test_limit_takes_the_first_requests(fleet_file: Path, trace_file: Path) -> N
     assert done.stdout.startswith("50 requests")
 
 
-def test_help_and_reference_tell_of_every_column_and_strategy() -> None:
+def test_help_and_reference_name_every_column_and_strategy() -> None:
     shown = " ".join(CliRunner().invoke(app, ["simulate", "--help"], env={"COLUMNS": "200"}).stdout.split())
     reference = (Path(__file__).parents[2] / "docs" / "reference" / "simulate.md").read_text()
     for name in KEYS[3:]:

@@ -1,4 +1,4 @@
-"""What simulated fleets do, seen from outside: unlike engines, faults, regions, money, and the figures that say so."""
+"""Simulated fleets: engines of different speed, faults, regions, prices, and the scores of runs."""
 
 from itertools import pairwise
 
@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 
 from fleetgate.core.model import Price
 from fleetgate.core.routing import strategies
-from fleetgate.simulator.baseline import TrueLoad
-from fleetgate.simulator.baselines import BASELINES, RoundRobin
+from fleetgate.simulator.baselines.base import BaselineInputs
+from fleetgate.simulator.baselines.registry import BASELINES
+from fleetgate.simulator.baselines.round_robin import RoundRobin
 from fleetgate.simulator.faults import BadFault, parse_fault
 from fleetgate.simulator.fleet import BadFleet, UnclearGateway, engines_of, fleet_of
-from fleetgate.simulator.region_phases import BadPhase, busy_at, parse_phases
-from fleetgate.simulator.region_rtt import Rtts
-from fleetgate.simulator.score import good, jain
+from fleetgate.simulator.region_phases import BadPhase, load_at, parse_phases
+from fleetgate.simulator.region_rtt import RegionRtts
+from fleetgate.simulator.report.score import jain, slo_met
+from fleetgate.simulator.serving.world import Arrival, Balancer, UnfinishedRequest, World
 from fleetgate.simulator.trace_capacity import inside_share
-from fleetgate.simulator.world import Arrival, Balancer, UnfinishedRequest, World
 from tests.scenarios.paper_fleets import FAST, SLOW, deployment, fleet, run, simulation, snapshot_of, trace
 
 UNLIKE = fleet(deployment("big", FAST, 2), deployment("small", SLOW, 2))
@@ -30,26 +31,26 @@ def test_round_robin_over_unlike_engines_is_worse_than_weights_that_were_measure
     assert measured.goodput_ratio > 0.65
 
 
-def test_who_knows_the_truth_does_no_worse_than_any_baseline_and_sheds_in_overload() -> None:
+def test_the_oracle_does_no_worse_than_any_baseline_and_sheds_in_overload() -> None:
     ratios = {name: run(UNLIKE, TRACE, name, load=1.2).score for name in BASELINES}
     best = max(ratios.values(), key=lambda score: score.goodput_ratio)
     assert best.strategy == "clairvoyant"
     assert best.goodput_ratio > 0.9
     assert best.shed_share > 0.0
     served_late = (1.0 - best.shed_share) - min(best.slo_tpot_share, best.slo_ttft_share)
-    assert served_late < 0.01  # what it takes it serves in time
+    assert served_late < 0.01  # it serves in time what it admits
 
 
 @pytest.mark.parametrize("strategy", [*BASELINES, *strategies.names()])
 def test_a_run_is_the_same_every_time(strategy: str) -> None:
     arrivals = trace(200, regions=("us-east", "eu-west"))
     on = fleet(deployment("a", FAST), deployment("b", SLOW, 2, "eu-west"))
-    mark = (parse_fault("slow:a@20+30x2"), parse_fault("down:eu-west@60+5"))
-    first, second = (run(on, arrivals, strategy, load=0.8, faults=mark, proxies=3).score for _ in range(2))
+    faults = (parse_fault("slow:a@20+30x2"), parse_fault("down:eu-west@60+5"))
+    first, second = (run(on, arrivals, strategy, load=0.8, faults=faults, proxies=3).score for _ in range(2))
     assert first == second
 
 
-def test_capacity_is_what_carries_and_one_percent_more_does_not() -> None:
+def test_capacity_is_the_largest_rate_inside_the_slo() -> None:
     alone = fleet(deployment("a", FAST))
     rps = simulation(alone, TRACE, load=1.0).capacities["a"]
     shapes = [(arrival, 2.0 + 0.35 * arrival.prompt_tokens / 1000) for arrival in TRACE]
@@ -62,10 +63,10 @@ def test_capacity_is_what_carries_and_one_percent_more_does_not() -> None:
 @settings(max_examples=20)
 @given(st.floats(0.2, 2.0))
 def test_load_sets_the_work_that_is_offered(load: float) -> None:
-    asked = simulation(UNLIKE, TRACE[:200], load=load)
-    offered = sum(asked.work) / asked.trace[-1].at_s
-    assert offered == pytest.approx(load * asked.capacity_rps)
-    assert asked.load == pytest.approx(load, abs=1e-4)
+    simulated = simulation(UNLIKE, TRACE[:200], load=load)
+    offered = sum(simulated.work) / simulated.trace[-1].at_s
+    assert offered == pytest.approx(load * simulated.capacity_rps)
+    assert simulated.load == pytest.approx(load, abs=1e-4)
 
 
 def test_rate_sets_requests_a_second_and_neither_keeps_the_times() -> None:
@@ -97,7 +98,7 @@ def test_a_silent_slow_down_makes_tokens_slow_for_as_long_as_it_lasts() -> None:
     assert tpot_s(700, 1400) < 1.2 * tpot_s(0, 280)
 
 
-def test_a_region_that_dies_takes_what_it_had_and_gets_nothing_until_it_is_back() -> None:
+def test_a_region_that_dies_loses_its_requests_and_gets_none_until_it_is_up() -> None:
     on = fleet(deployment("here", FAST), deployment("there", FAST, 1, "eu-west"))
     dead = (parse_fault("down:eu-west@300+300"),)
     outcome = run(on, TRACE, "least_outstanding", rate_rps=2.0, faults=dead)
@@ -116,9 +117,9 @@ def test_a_deployment_that_refuses_serves_nothing_new() -> None:
 
 
 def test_faults_that_overlap_multiply_and_end_one_by_one() -> None:
-    marks = tuple(parse_fault(mark) for mark in ("slow:a@100+200x2", "slow:a@200+200x3"))
+    faults = tuple(parse_fault(text) for text in ("slow:a@100+200x2", "slow:a@200+200x3"))
     outcome = run(
-        fleet(deployment("a", FAST)), [Arrival(n, 50.0 * n, 100, 101) for n in range(10)], "round_robin", faults=marks
+        fleet(deployment("a", FAST)), [Arrival(n, 50.0 * n, 100, 101) for n in range(10)], "round_robin", faults=faults
     )
     paces = {
         round(a.at_s): (a.ended_s - a.first_s) / 100 / (FAST.base_s + FAST.per_sequence_s) for a in outcome.arrivals
@@ -127,14 +128,14 @@ def test_faults_that_overlap_multiply_and_end_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", ["", "slow", "slow:a", "slow:a@5", "down:a@5x3", "burn:a@5", "slow:a@x3", "slow:a@1.2.3x3", "slow:a@5x0"]
+    "text", ["", "slow", "slow:a", "slow:a@5", "down:a@5x3", "burn:a@5", "slow:a@x3", "slow:a@1.2.3x3", "slow:a@5x0"]
 )
-def test_a_mark_that_cannot_be_read_shows_the_form(mark: str) -> None:
+def test_a_malformed_fault_shows_the_form(text: str) -> None:
     with pytest.raises(BadFault, match="--fault"):
-        parse_fault(mark)
+        parse_fault(text)
 
 
-def test_a_fault_must_hit_something() -> None:
+def test_a_fault_must_match_a_deployment() -> None:
     with pytest.raises(BadFault, match="big, small"):
         run(UNLIKE, TRACE[:5], "round_robin", faults=(parse_fault("slow:us-east@1x2"),))
 
@@ -143,16 +144,16 @@ def test_the_far_region_costs_its_round_trip() -> None:
     far = fleet(deployment("a", FAST, 1, "eu-west"))
     arrivals = [Arrival(n, 30.0 * n, 1600, 3, region="us-east") for n in range(5)]
     outcome = run(far, arrivals, "round_robin")
-    rtt_s = Rtts(warn=lambda sentence: None).between_s("us-east", "eu-west")
+    rtt_s = RegionRtts(warn=lambda sentence: None).between_s("us-east", "eu-west")
     assert 0.05 < rtt_s < 0.2
     for arrival in outcome.arrivals:
         assert arrival.first_s - arrival.at_s == pytest.approx(1600 / FAST.prefill_tokens_per_s + rtt_s)
         assert (arrival.ended_s - arrival.first_s) / 2 == pytest.approx(FAST.base_s + FAST.per_sequence_s)
 
 
-def test_round_trips_know_the_clouds_names_and_warn_once_of_others() -> None:
+def test_round_trips_know_the_names_of_clouds_and_warn_once_about_others() -> None:
     warned: list[str] = []
-    rtts = Rtts(warned.append)
+    rtts = RegionRtts(warned.append)
     names = [
         "us-east-1",
         "us-east4",
@@ -188,8 +189,8 @@ def test_requests_come_from_where_it_is_day() -> None:
 
 @given(st.floats(0, 48))
 def test_the_day_has_no_jumps_and_repeats(hour: float) -> None:
-    assert busy_at(hour) == pytest.approx(busy_at(hour + 24.0))
-    assert abs(busy_at(hour) - busy_at(hour + 0.01)) < 0.01
+    assert load_at(hour) == pytest.approx(load_at(hour + 24.0))
+    assert abs(load_at(hour) - load_at(hour + 0.01)) < 0.01
 
 
 def test_requests_go_to_the_proxies_of_their_region() -> None:
@@ -204,7 +205,7 @@ def test_requests_go_to_the_proxies_of_their_region() -> None:
     assert simulation(on, trace(5)).proxy_regions == ["us-east"]
 
 
-def test_money_is_paid_by_the_hour_or_by_the_token() -> None:
+def test_cost_counts_hourly_prices_and_token_prices() -> None:
     arrivals = [Arrival(n, 36.0 * n, 1000, 100) for n in range(101)]  # an hour
     hourly = fleet(deployment("a", FAST, price=Price(usd_per_hour=22.22)))
     tokens = 101 * 1100
@@ -223,16 +224,16 @@ def test_spill_counts_the_lower_ranks_and_among_equals_the_other_regions() -> No
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), min_size=1))
-def test_jain_is_one_when_all_keys_fare_alike_and_never_more(fates: list[tuple[str, bool]]) -> None:
+def test_jain_is_one_for_equal_shares_and_never_more(fates: list[tuple[str, bool]]) -> None:
     arrivals = [Arrival(n, 0.0, 1, 1, key=key) for n, (key, _) in enumerate(fates)]
     index = jain(arrivals, [(inside, inside) for _, inside in fates], [1.0] * len(fates))
     assert 0.0 <= index <= 1.0 + 1e-9
     assert jain(arrivals, [(True, True)] * len(fates), [2.0] * len(fates)) == pytest.approx(1.0)
 
 
-def test_the_verdicts_are_those_of_the_slo() -> None:
+def test_both_targets_of_the_slo_are_checked() -> None:
     def verdict(first_s: float, ended_s: float, output_tokens: int = 11) -> tuple[bool, bool]:
-        return good(Arrival(0, 10.0, 1000, output_tokens, first_s=first_s, ended_s=ended_s), UNLIKE)
+        return slo_met(Arrival(0, 10.0, 1000, output_tokens, first_s=first_s, ended_s=ended_s), UNLIKE)
 
     assert verdict(12.34, 13.13) == (True, True)
     assert verdict(12.36, 13.15) == (False, True)
@@ -250,29 +251,29 @@ def test_cached_prefixes_shorten_the_first_token() -> None:
     assert ttfts_s[1:] == pytest.approx([512 / 16000] * 2)
 
 
-class Forgetful:
-    """A balancer with the one bug that would hang a simulation."""
+class DroppingBalancer:
+    """A balancer that neither sends nor refuses, which would hang a simulation."""
 
-    def arrive(self, arrival: Arrival, now_s: float) -> None: ...
-    def first_token(self, arrival: Arrival, now_s: float) -> None: ...
-    def finished(self, arrival: Arrival, now_s: float) -> None: ...
-    def failed(self, arrival: Arrival, failure: str, now_s: float) -> None: ...
-    def tick(self, now_s: float) -> None: ...
-    def woken(self, now_s: float) -> None: ...
+    def on_arrival(self, arrival: Arrival, now_s: float) -> None: ...
+    def on_first_token(self, arrival: Arrival, now_s: float) -> None: ...
+    def on_finished(self, arrival: Arrival, now_s: float) -> None: ...
+    def on_failed(self, arrival: Arrival, failure: str, now_s: float) -> None: ...
+    def on_tick(self, now_s: float) -> None: ...
+    def on_wake(self, now_s: float) -> None: ...
     def limit_of(self, slot: int) -> int:
         return 0
 
 
-def test_a_balancer_that_forgets_a_request_is_found_out() -> None:
+def test_a_balancer_that_drops_a_request_is_an_error() -> None:
     world = World([], ["us-east"])
-    forgetful: Balancer = Forgetful()
-    world.balancer = forgetful
+    dropping: Balancer = DroppingBalancer()
+    world.balancer = dropping
     with pytest.raises(UnfinishedRequest, match="1 requests"):
         world.run([Arrival(0, 1.0, 10, 10)])
 
 
-class Careless(RoundRobin):
-    """Says that it has a limit and does not keep it."""
+class OverLimit(RoundRobin):
+    """A balancer that has a limit and ignores it."""
 
     def limit_of(self, slot: int) -> int:
         return 2
@@ -281,13 +282,13 @@ class Careless(RoundRobin):
 def test_over_commitment_is_what_is_in_flight_beyond_the_limit() -> None:
     on = fleet(deployment("a", FAST))
     for count, beyond in ((2, 0.0), (3, 0.5), (8, 3.0)):
-        world = World(engines_of(on, ["us-east"], Rtts(warn=lambda sentence: None)), ["us-east"])
-        world.balancer = Careless(world, TrueLoad(on, {"a": 1.0}))
+        world = World(engines_of(on, ["us-east"], RegionRtts(warn=lambda sentence: None)), ["us-east"])
+        world.balancer = OverLimit(world, BaselineInputs(on, {"a": 1.0}))
         world.run([Arrival(n, 0.0, 100, 50) for n in range(count)])
         assert world.overcommit_max == pytest.approx(beyond)
 
 
-def test_a_fleet_says_what_it_lacks() -> None:
+def test_an_incomplete_fleet_is_an_error() -> None:
     with pytest.raises(BadFleet, match="has no Profile"):
         fleet_of(snapshot_of(deployment("a", None)))
     with pytest.raises(UnclearGateway, match="the fleet has: chat"):

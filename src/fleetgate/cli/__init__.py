@@ -1,1 +1,1 @@
-"""The `fleetgate` commands: a client of the API."""
+"""The `fleetgate` commands that are clients of the API."""

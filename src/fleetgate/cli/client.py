@@ -1,7 +1,7 @@
-"""The CLI's way to the API: where it is, who is asking, and every failure as one sentence."""
+"""The CLI's HTTP client: finds the API and the owner token, and makes one sentence of every failure."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -14,11 +14,12 @@ DEFAULT_DATA_DIR = Path.home() / ".fleetgate"
 DEFAULT_API = "http://127.0.0.1:7801"
 API_ENV = "FLEETGATE_API"
 TOKEN_ENV = "FLEETGATE_TOKEN"  # noqa: S105 - a name
-ANSWER_S_MAX = 60.0  # a large fleet whose names resolve slowly
+RESPONSE_S_MAX = 60.0  # a large fleet with slow name servers
+NO_FLAGS: Mapping[str, str] = {}
 
 
 class CommandFailed(Exception):
-    """A command could not be done. Shape: `messages` are sentences, one a line."""
+    """A command failed. Shape: `messages` are sentences, one for each line of output."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__("\n".join(messages))
@@ -26,7 +27,7 @@ class CommandFailed(Exception):
 
 
 class UsageMistake(Exception):
-    """One thing the API refused. Shape: `document` counts from 0."""
+    """One mistake that the API found. Shape: `document` counts from 0."""
 
     def __init__(self, document: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -35,7 +36,7 @@ class UsageMistake(Exception):
 
 
 class ApiRejected(CommandFailed):
-    """The API listed mistakes in what was sent."""
+    """The API refused a request and listed the mistakes in it."""
 
     def __init__(self, message: str, mistakes: list[UsageMistake]) -> None:
         super().__init__([mistake.sentence for mistake in mistakes] or [message])
@@ -43,7 +44,7 @@ class ApiRejected(CommandFailed):
 
 
 class NeedsConfirmation(CommandFailed):
-    """The API asks first, because much is taken away."""
+    """The API needs a confirmation, because the change removes much of the fleet."""
 
 
 class Client:
@@ -53,50 +54,65 @@ class Client:
         self.base_url = base_url.rstrip("/")
         self._http = httpx2.Client(
             headers={"authorization": f"Bearer {token}", "user-agent": "fleetgate-cli"},
-            timeout=ANSWER_S_MAX,
+            timeout=RESPONSE_S_MAX,
             trust_env=False,  # the API is on this machine or a private network; a proxy would see the token
         )
 
     def get(self, path: str, **params: str | int) -> Any:
-        """Read. Raises: `CommandFailed`."""
-        return self._ask("GET", path, params=params)
+        """GET a path. Raises: `CommandFailed`."""
+        return self._send("GET", path, params=params)
 
-    def post(self, path: str, body: Any) -> Any:
-        """Create or apply. Raises: `CommandFailed`, `ApiRejected` where the API lists mistakes, `NeedsConfirmation`."""
-        return self._ask("POST", path, body=body)
+    def post(self, path: str, body: Any, flags: Mapping[str, str] = NO_FLAGS) -> Any:
+        """POST a body.
 
-    def delete(self, path: str, **params: str | int) -> Any:
-        """Delete. Raises: `CommandFailed`, `NeedsConfirmation`."""
-        return self._ask("DELETE", path, params=params)
+        Shape: `flags` maps fields of the body to the flags of the command; errors then name the flags.
 
-    def close(self) -> None:
-        """End the session."""
-        self._http.close()
-
-    def _ask(self, method: str, path: str, body: Any = None, params: dict[str, str | int] | None = None) -> Any:
+        Raises: `CommandFailed`; of these, `ApiRejected` with the mistakes in the body, and `NeedsConfirmation`.
+        """
         for name, value in body.items() if isinstance(body, dict) else ():
             if isinstance(value, float) and not isfinite(value):
-                raise CommandFailed([f"{name}: {value} cannot be sent; give a number"])
+                raise CommandFailed([f"{flags.get(name, name)}: {value} is not a finite number; give a number"])
+        return self._send("POST", path, body=body, flags=flags)
+
+    def delete(self, path: str, **params: str | int) -> Any:
+        """DELETE a path. Raises: `CommandFailed`; of these, `NeedsConfirmation`."""
+        return self._send("DELETE", path, params=params)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        params: dict[str, str | int] | None = None,
+        flags: Mapping[str, str] = NO_FLAGS,
+    ) -> Any:
         try:
-            answer = self._http.request(method, f"{self.base_url}{path}", json=body, params=params)
+            response = self._http.request(method, f"{self.base_url}{path}", json=body, params=params)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise CommandFailed([f"--api {self.base_url} is not a URL; write it like {DEFAULT_API}"]) from error
         except httpx2.TimeoutException as error:
             raise CommandFailed(
-                [f"the API at {self.base_url} did not answer in {ANSWER_S_MAX:.0f} s; try again"]
+                [f"the API at {self.base_url} did not answer within {RESPONSE_S_MAX:.0f} s; try again"]
             ) from error
         except httpx2.TransportError as error:
             raise CommandFailed(
-                [f"no API answers at {self.base_url} ({error}); start it with `fleetgate up` or give --api"]
+                [f"the API at {self.base_url} cannot be reached ({error}); start it with `fleetgate up` or give --api"]
             ) from error
-        if answer.is_success:
-            return _value(answer, self.base_url)
-        raise _failure(answer, self.base_url)
+        if response.is_success:
+            return _json_body(response, self.base_url)
+        raise _failure(response, self.base_url, flags)
 
 
 @contextmanager
 def connected(api: str | None, token: str | None, data_dir: Path | None) -> Iterator[Client]:
-    """A session: flags go first, then the files of a data directory that was given, the environment, the defaults.
+    """Yield a client.
+
+    URL and token come from the first of: the flags, the files in `data_dir`, the environment, the default data
+    directory.
 
     Raises: `CommandFailed`.
     """
@@ -106,19 +122,17 @@ def connected(api: str | None, token: str | None, data_dir: Path | None) -> Iter
     api = api or os.environ.get(API_ENV, "")
     token = token or os.environ.get(TOKEN_ENV, "")
     base_url = api or _first_line(DEFAULT_DATA_DIR / "api-address", required=False) or DEFAULT_API
-    if not token and _is_this_machine(base_url):  # this machine's token is nobody else's business
+    if not token and _is_this_machine(base_url):  # never send this machine's token to another one
         token = _first_line(DEFAULT_DATA_DIR / "owner-token", required=False)
     if not token:
         raise CommandFailed(
             [
-                "there is no owner token: give --data-dir of the `fleetgate up` on this machine, --token, or set "
+                "there is no owner token: give the --data-dir of `fleetgate up` on this machine, give --token, or set "
                 "FLEETGATE_TOKEN"
             ]
         )
     if not token.isascii() or not token.isprintable():
-        raise CommandFailed(
-            ["the owner token has characters that a token cannot have; copy DATA_DIR/owner-token again"]
-        )
+        raise CommandFailed(["the owner token has invalid characters; copy it again from DATA_DIR/owner-token"])
     client = Client(base_url, token)
     try:
         yield client
@@ -127,7 +141,7 @@ def connected(api: str | None, token: str | None, data_dir: Path | None) -> Iter
 
 
 def resource_path(plural: str, name: str = "") -> str:
-    """The API's path of a resource or of a list."""
+    """Return the API path of a resource, or of the list of its kind."""
     return f"/api/v1/{plural}/{quote(name, safe='')}" if name else f"/api/v1/{plural}"
 
 
@@ -150,30 +164,28 @@ def _first_line(path: Path, required: bool) -> str:
         ) from error
 
 
-def _value(answer: httpx2.Response, base_url: str) -> Any:
+def _json_body(response: httpx2.Response, base_url: str) -> Any:
     try:
-        return answer.json()
+        return response.json()
     except ValueError as error:
-        raise CommandFailed([f"{base_url} does not answer like a Fleetgate API; check --api"]) from error
+        raise CommandFailed([f"{base_url} did not answer with JSON, as the Fleetgate API does; check --api"]) from error
 
 
-def _failure(answer: httpx2.Response, base_url: str) -> CommandFailed:
-    if answer.status_code == 401:
-        return CommandFailed(
-            [f"the API at {base_url} does not take this owner token; give the right --data-dir, or --token"]
-        )
-    match _value(answer, base_url):
+def _failure(response: httpx2.Response, base_url: str, flags: Mapping[str, str]) -> CommandFailed:
+    if response.status_code == 401:
+        return CommandFailed([f"the API at {base_url} refused this owner token; give the right --data-dir or --token"])
+    match _json_body(response, base_url):
         case {"error": {"message": str(message), "needs_confirmation": True}}:
             return NeedsConfirmation([message])
         case {"error": {"message": str(message), "errors": list(errors)}}:
-            mistakes = [
-                UsageMistake(
-                    error.get("document", 0), f"{error['path']}: {error['message']}; {error['fix']}".lstrip(": ")
-                )
-                for error in errors
-            ]
-            if answer.status_code == 422:
+            mistakes = [UsageMistake(error.get("document", 0), _mistake_sentence(error, flags)) for error in errors]
+            if response.status_code == 422:
                 return ApiRejected(message, mistakes)
             return CommandFailed([message])
         case _:
-            return CommandFailed([f"{base_url} answered {answer.status_code}; check --api"])
+            return CommandFailed([f"{base_url} answered {response.status_code}; check --api"])
+
+
+def _mistake_sentence(error: Mapping[str, str], flags: Mapping[str, str]) -> str:
+    field = flags.get(error["path"], error["path"])
+    return f"{field}: {error['message']}; {error['fix']}".lstrip(": ")

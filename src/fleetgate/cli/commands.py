@@ -1,4 +1,4 @@
-"""The commands that are clients of the API: apply, get, describe, delete, keys."""
+"""The commands that are clients of the API: apply, get, describe, delete, keys, calibrate, fault, reload."""
 
 import difflib
 import sys
@@ -9,10 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fleetgate.cli import calibrate as calibrating
-from fleetgate.cli import fault as faulting
-from fleetgate.cli import reload as reloading
-from fleetgate.cli import revoke as revoking
+from fleetgate.cli.calibrate import calibrations_path, print_result, run_calibration, show_plan
 from fleetgate.cli.client import (
     API_ENV,
     DEFAULT_API,
@@ -24,13 +21,17 @@ from fleetgate.cli.client import (
     connected,
     resource_path,
 )
-from fleetgate.cli.confirm import sent_once_sure
+from fleetgate.cli.confirm import send_confirmed
+from fleetgate.cli.fault import FAULT_KINDS, begin_fault, duration_s, stop_fault
 from fleetgate.cli.output import Output, console, print_json, print_table, print_yaml
+from fleetgate.cli.reload import reload
+from fleetgate.cli.revoke import revoke_here
 from fleetgate.manifests import Unreadable, read_file, resolve_value
 
 KINDS = ("clusters", "profiles", "deployments", "gateways", "keys", "secrets", "events", "faults", "usage")
 EVENTS_DESCRIBED = 20
 EVENTS_LISTED = 100
+KEY_FLAGS = {"expires": "--expires", "require_fresh_s": "--require-fresh"}
 
 app = typer.Typer(
     name="fleetgate",
@@ -40,46 +41,56 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-keys_app = typer.Typer(no_args_is_help=True, help="Client API keys.", rich_markup_mode="markdown")
+keys_app = typer.Typer(no_args_is_help=True, help="Create and revoke client API keys.", rich_markup_mode="markdown")
 app.add_typer(keys_app, name="keys")
-fault_app = typer.Typer(no_args_is_help=True, help="Faults on purpose, with an end.", rich_markup_mode="markdown")
+fault_app = typer.Typer(
+    no_args_is_help=True, help="Inject faults to test a fleet, and end them.", rich_markup_mode="markdown"
+)
 app.add_typer(fault_app, name="fault")
 
-Api = Annotated[str | None, typer.Option("--api", help=f"The API's URL, else {API_ENV}.", show_default=DEFAULT_API)]
-Token = Annotated[str | None, typer.Option("--token", help=f"The owner's token, else {TOKEN_ENV}.")]
+Api = Annotated[
+    str | None, typer.Option("--api", help=f"URL of the API; without it, {API_ENV}.", show_default=DEFAULT_API)
+]
+Token = Annotated[str | None, typer.Option("--token", help=f"Owner token; without it, {TOKEN_ENV}.")]
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Where `fleetgate up` on this machine keeps its data: finds URL and token."),
+    typer.Option("--data-dir", help="Data directory of `fleetgate up` on this machine; URL and token are read there."),
 ]
-Kind = Annotated[str, typer.Argument(metavar="KIND", help=f"One of: {', '.join(KINDS)}; singular or plural.")]
-Form = Annotated[Output, typer.Option("-o", "--output", help="How to print.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask although many Endpoints go out of use.")]
+Kind = Annotated[str, typer.Argument(metavar="KIND", help=f"One of {', '.join(KINDS)}; singular or plural.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a change that removes many Endpoints.")]
 
 
 @app.command()
 def apply(
-    file: Annotated[list[str], typer.Option("-f", "--file", help="A YAML or JSON file, `-` for standard input.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and tell, but change nothing.")] = False,
+    file: Annotated[
+        list[str], typer.Option("-f", "--file", help="YAML or JSON file, `-` for standard input; repeatable.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the files and show the changes without making them.")
+    ] = False,
     yes: Yes = False,
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Create or change everything in files, all or nothing.
+    """Create or change the resources in files, all or none.
 
-    Every mistake is listed, each with its place and a fix. What is missing in a file is not deleted.
+    Every mistake is listed with its place and a fix. A resource that the files do not have is not deleted.
 
     Examples: `fleetgate apply -f fleet.yaml` · `fleetgate apply -f fleet.yaml --dry-run` ·
     `cat fleet.yaml | fleetgate apply -f -`
     """
-    with _told():
+    with _failures_printed():
         documents, sources = _read(file)
         with connected(api, token, data_dir) as client:
             try:
-                given = {"documents": documents, "dry_run": dry_run}
-                answer = sent_once_sure(
-                    lambda sure: client.post("/api/v1/apply", {**given, "confirmed": sure}), yes, "-" not in file
+                body = {"documents": documents, "dry_run": dry_run}
+                answer = send_confirmed(
+                    lambda confirmed: client.post("/api/v1/apply", {**body, "confirmed": confirmed}),
+                    yes,
+                    may_ask="-" not in file,
                 )
             except ApiRejected as rejected:
                 raise CommandFailed(
@@ -90,19 +101,19 @@ def apply(
                     or rejected.messages
                 ) from rejected
         if output is not Output.TABLE:
-            _print_one(answer, output)
+            _print_value(answer, output)
             return
         for result in answer["results"]:
             would = "would be " if dry_run and result["outcome"] != "unchanged" else ""
             sys.stdout.write(f"{result['kind']}/{result['name']} {would}{result['outcome']}\n")
             if "key" in result:
-                sys.stdout.write(f"  its key, shown this once: {result['key']}\n")
+                sys.stdout.write(f"  key (it is not shown again): {result['key']}\n")
 
 
 @app.command()
 def get(
     kind: Kind,
-    name: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of one resource; all of the kind without it.")] = None,
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
@@ -111,14 +122,14 @@ def get(
     """List resources, or show one.
 
     Examples: `fleetgate get deployments` · `fleetgate get gateway chat -o yaml` · `fleetgate get events` ·
-    `fleetgate get usage` (sums) · `fleetgate get usage REQUEST_ID` (its attempts)
+    `fleetgate get usage` (sums) · `fleetgate get usage REQUEST_ID` (the attempts of one request)
     """
     plural = _plural(kind)
-    with _told(), connected(api, token, data_dir) as client:
+    with _failures_printed(), connected(api, token, data_dir) as client:
         if plural == "events":
             if name is not None:
                 raise CommandFailed(
-                    ["Events have no names; use `fleetgate describe KIND NAME` for one resource's Events"]
+                    ["Events have no names; use `fleetgate describe KIND NAME` for the Events of a resource"]
                 )
             found = client.get("/api/v1/events", limit=EVENTS_LISTED)["items"]
         elif name is not None:
@@ -140,27 +151,29 @@ def get(
 @app.command()
 def describe(
     kind: Kind,
-    name: Annotated[str, typer.Argument(help="Which one.")],
+    name: Annotated[str, typer.Argument(help="Name of the resource.")],
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Show one resource in full, how it is now, and what happened to it.
+    """Show one resource: its fields, its current state and its Events.
 
     Examples: `fleetgate describe deployment llama-us` · `fleetgate describe gateway chat -o json`
     """
     plural = _plural(kind)
     if plural in ("events", "faults", "usage"):
-        raise typer.BadParameter(f"there is no more to tell; use `fleetgate get {plural}`", param_hint="KIND")
-    with _told(), connected(api, token, data_dir) as client:
+        raise typer.BadParameter(
+            f"{plural} have no more fields to show; use `fleetgate get {plural}`", param_hint="KIND"
+        )
+    with _failures_printed(), connected(api, token, data_dir) as client:
         document = client.get(resource_path(plural, name))
-        document.pop("status", None)  # `now` has it, and more
+        document.pop("status", None)  # `now` includes it
         query = {"kind": document["kind"], "name": name}
         events = client.get("/api/v1/events", limit=EVENTS_DESCRIBED, **query)["items"]
-        now = _now(client, plural, name)
+        now = _current_state(client, plural, name)
         if output is not Output.TABLE:
-            _print_one({**document, **({"now": now} if now else {}), "events": events}, output)
+            _print_value({**document, **({"now": now} if now else {}), "events": events}, output)
             return
         print_yaml([document])
         if now:
@@ -174,46 +187,51 @@ def describe(
 @app.command()
 def delete(
     kind: Kind,
-    name: Annotated[str, typer.Argument(help="Which one.")],
+    name: Annotated[str, typer.Argument(help="Name of the resource.")],
     yes: Yes = False,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Delete a resource that nothing else uses; a deleted key is refused at once.
+    """Delete a resource that no other resource uses; a deleted key is refused at once.
 
     Examples: `fleetgate delete gateway chat` · `fleetgate delete key mobile-app`
     """
     plural = _plural(kind)
     if plural in ("events", "usage"):
         raise typer.BadParameter(f"{plural.capitalize()} cannot be deleted", param_hint="KIND")
-    with _told(), connected(api, token, data_dir) as client:
+    with _failures_printed(), connected(api, token, data_dir) as client:
         path = resource_path(plural, name)
-        deleted = sent_once_sure(lambda sure: client.delete(path, confirmed=int(sure)), yes)
+        deleted = send_confirmed(lambda confirmed: client.delete(path, confirmed=int(confirmed)), yes)
         sys.stdout.write(f"{deleted['kind']}/{deleted['name']} deleted\n")
 
 
 @keys_app.command("create")
 def create_key(
-    name: Annotated[str, typer.Argument(help="Whose key it is: a-z, 0-9 and -.")],
-    gateway: Annotated[list[str] | None, typer.Option("--gateway", help="Only this Gateway; may be repeated.")] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")] = None,
-    label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE; may be repeated.")] = None,
-    expires: Annotated[str, typer.Option("--expires", help="30d, 12h, or a time like 2030-01-31T12:00:00Z.")] = "",
+    name: Annotated[str, typer.Argument(help="Name of the key: a-z, 0-9 and -.")],
+    gateway: Annotated[
+        list[str] | None, typer.Option("--gateway", help="Allow this Gateway only; repeatable; all without it.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="Allow this model only; repeatable; all without it.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="NAME=VALUE, for policies; repeatable.")] = None,
+    expires: Annotated[
+        str, typer.Option("--expires", help="Duration such as 30d or 12h, or a time such as 2030-01-31T12:00:00Z.")
+    ] = "",
     kill_streams: Annotated[
-        bool, typer.Option("--kill-streams", help="Revoking it ends its running requests too.")
+        bool, typer.Option("--kill-streams", help="Revoking the key also ends its running requests.")
     ] = False,
     require_fresh: Annotated[
-        str, typer.Option("--require-fresh", help="60s: refused when the control plane is away for longer.")
+        str,
+        typer.Option("--require-fresh", help="Refuse the key if the control plane is away for longer, such as 60s."),
     ] = "",
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Create a client key and print it, this once: only a hash is kept.
-
-    Without --gateway and --model it may use all of them.
+    """Create a client key and print it once: only a hash of it is stored.
 
     Examples: `fleetgate keys create mobile-app` ·
     `fleetgate keys create batch --gateway chat --model llama-3.3-70b --expires 30d -o json`
@@ -225,58 +243,67 @@ def create_key(
     if kill_streams:
         document["kill_streams"] = True
     if require_fresh:
-        document["require_fresh_s"] = faulting.duration_s(require_fresh, "--require-fresh")
-    with _told(), connected(api, token, data_dir) as client:
-        created = client.post(resource_path("keys"), document)
+        document["require_fresh_s"] = duration_s(require_fresh, "--require-fresh")
+    with _failures_printed(), connected(api, token, data_dir) as client:
+        created = client.post(resource_path("keys"), document, KEY_FLAGS)
         if output is Output.TABLE:
             sys.stdout.write(f"{created['key']}\n")
         else:
-            _print_one({"name": created["name"], "key": created["key"]}, output)
+            _print_value({"name": created["name"], "key": created["key"]}, output)
 
 
 @keys_app.command("revoke")
 def revoke_key(
-    name: Annotated[str, typer.Argument(help="The key's name or id.")],
+    name: Annotated[str, typer.Argument(help="Name or id of the key.")],
     data_dir: Annotated[
-        Path, typer.Option("--data-dir", help="Where `fleetgate up` on this machine keeps its data.")
+        Path, typer.Option("--data-dir", help="Data directory of `fleetgate up` on this machine.")
     ] = DEFAULT_DATA_DIR,
 ) -> None:
-    """Revoke a key on this machine without the API, for when the control plane cannot be reached.
+    """Revoke a key on this machine while the control plane cannot be reached.
 
-    The workers refuse it within 0.2 s. The store learns of it when the control process is back, with an Event that
-    says who did it and when. While the API answers, `fleetgate delete key NAME` does the same for all.
+    The workers refuse the key within 0.2 s. When the control process is back, it deletes the key from the store and
+    writes an Event with time and user. While the API answers, use `fleetgate delete key NAME`, which acts everywhere.
 
     Example: `fleetgate keys revoke mobile-app --data-dir /var/lib/fleetgate`
     """
-    with _told():
-        revoking.revoke_here(data_dir.expanduser(), name)
+    with _failures_printed():
+        revoke_here(data_dir.expanduser(), name)
 
 
 @app.command()
 def calibrate(
-    deployment: Annotated[str, typer.Argument(help="Which Deployment is measured.")],
-    model: Annotated[str, typer.Option("--model", help="Which of its models, else the first.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
-    max_requests: Annotated[int | None, typer.Option("--max-requests", min=1, help="Send no more.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Prompt and output, no more.")] = None,
-    tpot_s: Annotated[float | None, typer.Option("--tpot-s", help="Held to this, else to its Gateways' slo.")] = None,
-    ttft_s: Annotated[float | None, typer.Option("--ttft-s", help="Held to this, else to its Gateways' slo.")] = None,
-    profile: Annotated[str, typer.Option("--profile", help="The Profile's name, else DEPLOYMENT-MODEL.")] = "",
-    use: Annotated[bool, typer.Option("--use", help="Let the Deployment name the Profile at once.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also while it serves traffic: the figures suffer.")] = False,
+    deployment: Annotated[str, typer.Argument(help="Name of the Deployment to measure.")],
+    model: Annotated[str, typer.Option("--model", help="Model to measure; without it, the first one.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the requests without sending them.")] = False,
+    max_requests: Annotated[int | None, typer.Option("--max-requests", min=1, help="Limit of requests.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Limit of tokens, prompt and output.")
+    ] = None,
+    tpot_s: Annotated[
+        float | None, typer.Option("--tpot-s", help="TPOT target; without it, that of its Gateways' slo.")
+    ] = None,
+    ttft_s: Annotated[
+        float | None, typer.Option("--ttft-s", help="TTFT target; without it, that of its Gateways' slo.")
+    ] = None,
+    profile: Annotated[str, typer.Option("--profile", help="Name of the Profile; without it, DEPLOYMENT-MODEL.")] = "",
+    use: Annotated[bool, typer.Option("--use", help="Set `profile:` of the Deployment to the new Profile.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure although clients use it; the figures are worse.")
+    ] = False,
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Measure what one replica of a Deployment takes, and write a Profile.
+    """Measure the capacity of one replica of a Deployment, and create a Profile.
 
-    It sends real requests, in ever larger waves until the engine is saturated, and refuses while clients use it.
+    It sends real requests, in growing batches until the engine is saturated. It refuses while clients use the
+    Deployment.
 
     Examples: `fleetgate calibrate llama-us --dry-run` · `fleetgate calibrate llama-us --use` ·
     `fleetgate calibrate llama-us --max-tokens 50000 -o yaml`
     """
-    given = {
+    flags = {
         "model": model or None,
         "requests_max": max_requests,
         "tokens_max": max_tokens,
@@ -284,57 +311,61 @@ def calibrate(
         "ttft_s": ttft_s,
         "profile": profile or None,
     }
-    order = {name: value for name, value in given.items() if value is not None} | {"use": use, "force": force}
-    path = calibrating.path_of(deployment)
-    with _told(), connected(api, token, data_dir) as client:
+    body = {name: value for name, value in flags.items() if value is not None} | {"use": use, "force": force}
+    path = calibrations_path(deployment)
+    with _failures_printed(), connected(api, token, data_dir) as client:
         if dry_run:
-            calibrating.show_plan(client, path, order, output)
+            show_plan(client, path, body, output)
         else:
-            calibrating.print_result(calibrating.calibrate(client, path, order), use, output)
+            print_result(run_calibration(client, path, body), use, output)
 
 
 @fault_app.command("inject")
 def inject_fault(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of: {', '.join(faulting.KINDS)}.")],
-    deployment: Annotated[str, typer.Option(help="The Deployment whose requests are struck.")],
-    share: Annotated[float, typer.Option(help="Which share of them, 0 to 1.")] = 0.1,
-    lasts: Annotated[str, typer.Option("--for", help="How long, an hour at most: 60s, 500ms, 2m.")] = "60s",
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=f"One of {', '.join(FAULT_KINDS)}.")],
+    deployment: Annotated[str, typer.Option(help="Deployment that the fault is for.")],
+    share: Annotated[float, typer.Option(help="Share of its requests that are affected, above 0 to 1.")] = 0.1,
+    lasts: Annotated[str, typer.Option("--for", help="Duration, at most 1h, such as 60s, 500ms, 2m.")] = "60s",
     stop_below_slo: Annotated[
-        float, typer.Option(help="End when a smaller share of requests is inside the SLO; 0 for never.")
+        float, typer.Option(help="End it when the share of requests inside the SLO falls below this; 0: never.")
     ] = 0.9,
-    delay: Annotated[str, typer.Option(help="How much later, with `delay`.")] = "2s",
-    status: Annotated[int, typer.Option(help="The answer's status, with `error`.")] = 503,
-    name: Annotated[str, typer.Option(help="What to call it.")] = "",
+    delay: Annotated[str, typer.Option(help="For `delay`: time added to a request.")] = "2s",
+    status: Annotated[int, typer.Option(help="For `error`: status of the response, 400 to 599.")] = 503,
+    name: Annotated[str, typer.Option(help="Name of the fault; without it, one is made up.")] = "",
     output: Form = Output.TABLE,
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Let some requests to a Deployment fail, to see what clients notice.
+    """Inject a fault into a share of the requests to a Deployment, to test what clients notice.
 
-    It ends by itself: when its time is over, whatever else has died, and when too few requests are inside the SLO.
+    `delay` sends a request later, `error` answers with a status, `cut` resets a response in the middle, `stall` stops
+    it in the middle, `refuse` refuses the connection. The fault ends when its duration is over, even without the
+    control plane, or when too few requests are inside the SLO.
 
     Examples: `fleetgate fault inject cut --deployment llama-us` ·
     `fleetgate fault inject delay --deployment llama-us --delay 5s --share 0.5 --for 2m`
     """
-    if kind not in faulting.KINDS:
-        raise typer.BadParameter(f"{kind!r} is none of: {', '.join(faulting.KINDS)}", param_hint="KIND")
-    order = {
+    if kind not in FAULT_KINDS:
+        raise typer.BadParameter(
+            f"{kind!r} is not a kind of fault; use one of: {', '.join(FAULT_KINDS)}", param_hint="KIND"
+        )
+    body = {
         "kind": kind,
         "deployment": deployment,
         "share": share,
-        "for_s": faulting.duration_s(lasts, "--for"),
+        "for_s": duration_s(lasts, "--for"),
         "stop_below_slo": stop_below_slo,
-        "delay_s": faulting.duration_s(delay, "--delay"),
+        "delay_s": duration_s(delay, "--delay"),
         "status": status,
     } | ({"name": name} if name else {})
-    with _told(), connected(api, token, data_dir) as client:
-        faulting.inject(client, order, output)
+    with _failures_printed(), connected(api, token, data_dir) as client:
+        begin_fault(client, body, output)
 
 
 @fault_app.command("end")
 def end_fault(
-    name: Annotated[str, typer.Argument(help="Which one; `fleetgate get faults` lists them.")],
+    name: Annotated[str, typer.Argument(help="Name of the fault; `fleetgate get faults` lists them.")],
     api: Api = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -343,8 +374,8 @@ def end_fault(
 
     Example: `fleetgate fault end cut-3fa9c1`
     """
-    with _told(), connected(api, token, data_dir) as client:
-        faulting.end(client, name)
+    with _failures_printed(), connected(api, token, data_dir) as client:
+        stop_fault(client, name)
 
 
 @app.command("reload")
@@ -353,21 +384,21 @@ def reload_workers(
     token: Token = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Replace all workers and the control process by ones with the code on disk; no answer is refused or cut.
+    """Replace all workers and the control process by new ones with the code on disk, without losing a request.
 
-    The new workers come up first, on the same sockets; the old ones finish their answers. The same as sending SIGHUP
-    to `fleetgate up`.
+    The new workers start first, on the same sockets; then the old workers finish their responses and exit. To send
+    SIGHUP to `fleetgate up` does the same.
 
     Example: `fleetgate reload`
     """
-    with _told(), connected(api, token, data_dir) as client:
-        serving = reloading.reload(client)
-        sys.stdout.write(f"{len(serving)} new workers serve; the old ones finish their answers\n")
+    with _failures_printed(), connected(api, token, data_dir) as client:
+        serving = reload(client)
+        sys.stdout.write(f"{len(serving)} new workers serve; the old workers finish their responses and exit\n")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Failures as sentences on standard error and exit code 1."""
+def _failures_printed() -> Iterator[None]:
+    """Print failures as sentences on standard error, and exit with code 1."""
     try:
         yield
     except (CommandFailed, Unreadable) as failure:
@@ -377,7 +408,10 @@ def _told() -> Iterator[None]:
 
 
 def _read(files: list[str]) -> tuple[list[object], list[str]]:
-    """The documents of all files, and of each the file it came from; every unreadable one is told."""
+    """Read all files. Return the documents, and the file of each.
+
+    Raises: `Unreadable`, with all mistakes in all files.
+    """
     documents: list[object] = []
     sources: list[str] = []
     messages: list[str] = []
@@ -403,19 +437,19 @@ def _plural(kind: str) -> str:
     for known in KINDS:
         if word in (known, known.removesuffix("s")):
             return known
-    meant = next(iter(difflib.get_close_matches(word, KINDS, n=1)), "")
-    hint = f"did you mean `{meant}`?" if meant else f"use one of: {', '.join(KINDS)}"
+    close = next(iter(difflib.get_close_matches(word, KINDS, n=1)), "")
+    hint = f"did you mean `{close}`?" if close else f"use one of: {', '.join(KINDS)}"
     raise typer.BadParameter(f"there is no kind {kind!r}; {hint}", param_hint="KIND")
 
 
 def _label(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--label")
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE; write it like team=search", param_hint="--label")
     return name, value
 
 
-def _now(client: Client, plural: str, name: str) -> dict[str, Any]:
+def _current_state(client: Client, plural: str, name: str) -> dict[str, Any]:
     if plural not in ("deployments", "gateways"):
         return {}
     entries = client.get("/api/v1/state")[plural]
@@ -423,7 +457,7 @@ def _now(client: Client, plural: str, name: str) -> dict[str, Any]:
     return found
 
 
-def _print_one(value: Any, output: Output) -> None:
+def _print_value(value: Any, output: Output) -> None:
     if output is Output.JSON:
         print_json(value)
     else:

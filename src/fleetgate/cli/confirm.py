@@ -1,4 +1,4 @@
-"""What takes much away is asked about: the person at the terminal, or --yes where there is none."""
+"""Confirmation of changes that remove much of the fleet: on the terminal, or by --yes."""
 
 import sys
 from collections.abc import Callable
@@ -9,19 +9,20 @@ import typer
 from fleetgate.cli.client import CommandFailed, NeedsConfirmation
 
 
-def sent_once_sure(send: Callable[[bool], Any], yes: bool, may_ask: bool = True) -> Any:
-    """Send a change, and once more if the API asks and the answer is yes.
+def send_confirmed(send: Callable[[bool], Any], yes: bool, may_ask: bool = True) -> Any:
+    """Send a change, and send it again with a confirmation if the API needs one and the user gives it.
 
-    Shape: `send` takes whether it is confirmed; `may_ask` is False where standard input is used for something else.
-    Raises: `CommandFailed` when nobody said yes; its sentence names --yes where nobody could.
+    Shape: `send` takes whether the change is confirmed; `may_ask` is False if standard input is in use.
+
+    Raises: `CommandFailed` if the user declines; `NeedsConfirmation`, whose text names --yes, without a terminal.
     """
     try:
         return send(yes)
-    except NeedsConfirmation as asked:
+    except NeedsConfirmation as question:
         if not (may_ask and sys.stdin.isatty()):
             raise
-        for message in asked.messages:
+        for message in question.messages:
             sys.stderr.write(f"{message}\n")
-        if not typer.confirm("Do it?", err=True):
-            raise CommandFailed(["nothing was changed"]) from asked
+        if not typer.confirm("Apply this change?", err=True):
+            raise CommandFailed(["cancelled; nothing was changed"]) from question
         return send(True)

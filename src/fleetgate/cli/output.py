@@ -1,4 +1,4 @@
-"""Resources in a terminal: as a table for people, as JSON or YAML for scripts."""
+"""Output of resources: a table for a terminal, JSON or YAML for scripts."""
 
 import json
 import sys
@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_PIPE_WIDTH = 200  # nothing is cut where a program reads
+_PIPE_WIDTH = 200  # a program that reads the output needs whole cells
 _NONE = "–"
 
 
 class Output(StrEnum):
-    """The forms of output."""
+    """The formats of output."""
 
     TABLE = "table"
     JSON = "json"
@@ -24,17 +24,17 @@ class Output(StrEnum):
 
 
 def print_json(value: Any) -> None:
-    """Print for programs."""
+    """Print a value as JSON."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_yaml(documents: Sequence[Any]) -> None:
-    """Print documents that `apply -f` takes back."""
+    """Print documents as YAML that `apply -f` accepts."""
     sys.stdout.write(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True))
 
 
 def print_table(plural: str, documents: Sequence[Mapping[str, Any]], live: Mapping[str, Any]) -> None:
-    """Print for people; `live` is the API's state, by which Deployments and Gateways show how they are."""
+    """Print a table. Shape: `live` is the API's `/state`, which has the current figures of Deployments and Gateways."""
     if not documents:
         sys.stdout.write(f"Nothing to show: no {plural} yet.\n")
         return
@@ -49,24 +49,24 @@ def print_table(plural: str, documents: Sequence[Mapping[str, Any]], live: Mappi
 
 
 def console() -> Console:
-    """Standard output: as wide as the terminal, or wide enough for a pipe."""
+    """Return a console on standard output, as wide as the terminal, or wide enough for a pipe."""
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
 
-def _used(document: Mapping[str, Any]) -> dict[str, str]:
-    """Either a sum or one attempt."""
+def _usage_row(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the row of a sum or of one attempt."""
     if "attempt_id" in document:
-        names = {"ATTEMPT": document["attempt_id"], "OUTCOME": document["outcome"]}
+        counts = {"ATTEMPT": document["attempt_id"], "OUTCOME": document["outcome"]}
         estimated = "no" if document["exact"] else "yes"
     else:
-        names = {"ATTEMPTS": f"{document['attempts']:,}"}
+        counts = {"ATTEMPTS": f"{document['attempts']:,}"}
         estimated = f"{document['estimated']:,}"
     return {
         "KEY": document["key"],
         "GATEWAY": document["gateway"],
         "MODEL": document["model"],
         "DEPLOYMENT": document["deployment"],
-        **names,
+        **counts,
         "ESTIMATED": estimated,
         "WORKED": f"{document['prompt_tokens']:,} + {document['output_tokens']:,}",
         "BILLED": f"{document['billed_prompt_tokens']:,} + {document['billed_output_tokens']:,}",
@@ -74,7 +74,7 @@ def _used(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _up(live: Mapping[str, Any]) -> str:
-    """A Deployment's state in a word."""
+    """Return a Deployment's state in a word."""
     if not live:
         return _NONE
     if not live["endpoints"]:
@@ -128,9 +128,13 @@ def _row(plural: str, document: Mapping[str, Any], live: Mapping[str, Any]) -> d
                 "STRUCK": str(document["struck"]),
             }
         case "usage":
-            return _used(document)
+            return _usage_row(document)
         case "events":
-            thing = document["object"]
-            return {"AT": document["at"], "OBJECT": f"{thing['kind']}/{thing['name']}", "WHAT": document["sentence"]}
+            resource = document["object"]
+            return {
+                "AT": document["at"],
+                "OBJECT": f"{resource['kind']}/{resource['name']}",
+                "WHAT": document["sentence"],
+            }
         case _:
             return name | {"CREATED": document["created_at"], "UPDATED": document["updated_at"]}

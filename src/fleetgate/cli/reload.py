@@ -1,23 +1,23 @@
-"""`fleetgate reload`: asks for a rolling upgrade and waits until the new workers serve."""
+"""`fleetgate reload`: requests a rolling upgrade, and waits until the new workers serve."""
 
 import time
 from typing import Any
 
 from fleetgate.cli.client import Client, CommandFailed
 
-LOOK_EVERY_S = 0.2
-SERVE_S_MAX = 90.0  # the supervisor gives up after 60
+POLL_EVERY_S = 0.2
+SERVE_S_MAX = 90.0  # the supervisor cancels an upgrade after 60 s
 
 
 def reload(client: Client) -> list[dict[str, Any]]:
-    """Begin, wait, and give the workers that serve now.
+    """Begin an upgrade, wait, and return the workers that serve then.
 
     Raises: `CommandFailed`.
     """
     replaced = set(client.post("/api/v1/reload", {})["replaced_pids"])
     deadline_s = time.monotonic() + SERVE_S_MAX
     while time.monotonic() < deadline_s:
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_EVERY_S)
         try:
             workers: list[dict[str, Any]] = client.get("/api/v1/state")["workers"]
         except CommandFailed:
@@ -27,7 +27,7 @@ def reload(client: Client) -> list[dict[str, Any]]:
             return serving
     raise CommandFailed(
         [
-            "the new workers do not serve yet; those from before go on. `fleetgate get events` and the log of "
-            "`fleetgate up` tell why"
+            f"the new workers did not serve within {SERVE_S_MAX:.0f} s and the old workers keep serving; find the "
+            "reason with `fleetgate get events` and in the log of `fleetgate up`"
         ]
     )

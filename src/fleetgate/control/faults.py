@@ -12,7 +12,6 @@ import structlog
 
 from fleetgate.control.context import Control
 from fleetgate.control.data_dir import DataDirUnusable, unusable_sentence, write_whole
-from fleetgate.control.telemetry.series import HistogramSeries, MetricSeries, read_series
 from fleetgate.core.fault_injection import (
     Fault,
     InjectedFaults,
@@ -22,8 +21,9 @@ from fleetgate.core.fault_injection import (
     violates_slo_bound,
 )
 from fleetgate.core.model import Gateway, Slo
+from fleetgate.ipc.exposition import HistogramSeries, MetricSeries, read_series
+from fleetgate.ipc.fault_file import FAULTS
 
-FILE = "faults.json"
 POLL_EVERY_S = 1.0
 WINDOW_POLLS = 10  # the SLO is measured over the last ten seconds of the fault
 _WELL, _LOST = ("ok",), ("failed", "interrupted", "refused")
@@ -42,7 +42,7 @@ class FaultService:
 
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._path: Path = control.data_dir.path / FILE
+        self._path: Path = control.data_dir.path / FAULTS
         self._faults: dict[str, Fault] = {fault.name: fault for fault in self._load()}
         self._observations: dict[str, deque[SloObservation]] = {}
         self._lock = threading.RLock()  # API requests and the poll run in different threads
@@ -107,7 +107,7 @@ class FaultService:
                 continue
             observed = self._observe(fault, series)
             if violates_slo_bound(fault, observed):
-                share = f"{observed.share_inside:.1%} of {observed.succeeded + observed.failed} requests were inside the SLO"
+                share = f"{observed.share_inside:.1%} of {observed.succeeded + observed.failed} requests met the SLO"
                 self.end(fault.name, f"{share}, below its limit of {fault.stop_below_slo:.0%}")
         with self._lock:
             if any(fault.stop_below_slo for fault in self._faults.values()):

@@ -2,7 +2,6 @@
 
 import asyncio
 import fcntl
-import logging
 import mmap
 import os
 import signal
@@ -40,7 +39,8 @@ from fleetgate.control.snapshot.publisher import Publisher
 from fleetgate.control.snapshot.replica_endpoints import ReplicaEndpoints
 from fleetgate.control.store.database import Database
 from fleetgate.control.store.repository import load_resources
-from fleetgate.control.telemetry.event_recorder import EventRecorder, beat, watch
+from fleetgate.control.telemetry.event_recorder import EventRecorder, heartbeat, record_changes
+from fleetgate.control.telemetry.log import log_as_json
 from fleetgate.control.usage.ingest import UsageIngest
 from fleetgate.ipc.event_spool import EventSpool
 from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory
@@ -57,7 +57,7 @@ log = structlog.get_logger()
 
 def main() -> int:
     """Run until SIGTERM or the end of the supervisor and return the exit code, 1 for an unusable configuration."""
-    _log_as_json()
+    log_as_json()
     os.umask(0o077)  # only the owner may read files of the data directory, the database included
     text = os.environ.get(ENV)
     if text is None:
@@ -132,9 +132,10 @@ async def _run(config: ControlConfig, data_dir: DataDir, database: Database) -> 
     if control.shared_memory is not None:
         jobs.append(usage_ingest.run())
         spool = EventSpool(data_dir.path)
-        jobs.append(beat(control.shared_memory))
+        jobs.append(heartbeat(control.shared_memory))
         jobs.append(merge_revoked(control))
-        jobs.append(watch(EventRecorder(control.shared_memory), spool, lambda: publisher.current, control.record))
+        recorder = EventRecorder(control.shared_memory)
+        jobs.append(record_changes(recorder, spool, lambda: publisher.current, control.record))
     log.info("control_started", snapshot_version=publisher.version, pid=os.getpid())
     await _first_of(jobs)
     with suppress(OSError, DataDirUnusable):  # the last rows of the workers; if this fails the next start takes them
@@ -249,19 +250,6 @@ def _write_address(data_dir: DataDir, listener: socket.socket) -> None:
 
 def _host_of(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
-
-
-def _log_as_json() -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 
 
 def _fail(messages: Sequence[str]) -> int:

@@ -1,1 +1,1 @@
-"""`fleetgate demo`: the tour and the fleet it runs on."""
+"""`fleetgate demo`: the tour, and the fleet that it runs on."""

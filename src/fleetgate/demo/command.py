@@ -1,4 +1,4 @@
-"""`fleetgate demo`: three regions with a real model on this machine, and a tour through them."""
+"""`fleetgate demo`: three regions with a real model on this machine, and a tour of what a Gateway does."""
 
 import contextlib
 import signal
@@ -26,18 +26,18 @@ from fleetgate.demo.fleet import (
 
 
 def run_demo(once: bool, data_dir: Path | None) -> int:
-    """Run the demo; the exit code. Everything that was started ends before it returns."""
+    """Run the demo and return the exit code. Every process that it started has ended by then."""
     console = Console()
     try:
         check_parts()
-        with _ended_by_signals(), _folder(data_dir) as folder, _started(folder, console) as fleet:
-            # Imported here: it needs the SDK, and its absence has been told by now.
+        with _interrupted_by_signals(), _folder(data_dir) as folder, _started(folder, console) as fleet:
+            # Imported here: it needs the SDK, which `check_parts` looks for.
             from fleetgate.demo.tour import run_tour
 
             run_tour(fleet, console)
             console.print("[bold green]Every claim of the tour holds.[/]")
             if not once:
-                _stay(fleet, console)
+                _wait_for_interrupt(fleet, console)
     except (DemoFailed, CommandFailed) as failure:
         sys.stderr.write(f"{failure}\n")
         return 1
@@ -51,8 +51,8 @@ def run_demo(once: bool, data_dir: Path | None) -> int:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and Ctrl-C also where a shell has it ignored, end the demo in order: nothing is left behind."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the demo in order, even if the shell started it with Ctrl-C ignored."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
@@ -79,18 +79,18 @@ def _started(folder: Path, console: Console) -> Iterator[DemoFleet]:
         with console.status("starting the control plane and the proxies") as status:
             fleet = stack.enter_context(fleet_in(folder))
 
-            def tell(up: set[str]) -> None:
+            def show_progress(up: set[str]) -> None:
                 marks = [f"{region} {'[green]up[/]' if region in up else '…'}" for region in REGIONS]
                 status.update(f"starting {MODEL} in three regions: {' · '.join(marks)}")
 
-            wait_until_up(fleet, tell)
+            wait_until_up(fleet, show_progress)
             create_key(fleet)
         console.print(f"{MODEL} runs in {', '.join(REGIONS)}; one endpoint: {fleet.endpoint}\n")
         yield fleet
 
 
-def _stay(fleet: DemoFleet, console: Console) -> None:
-    """Say how to try it, and wait for Ctrl-C."""
+def _wait_for_interrupt(fleet: DemoFleet, console: Console) -> None:
+    """Print how to try the demo, and wait for Ctrl-C."""
     host = f"{GATEWAY}.{DOMAIN}"
     body = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
     lines = [
@@ -106,4 +106,4 @@ def _stay(fleet: DemoFleet, console: Console) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     while fleet.up.poll() is None:
         threading.Event().wait(1.0)
-    raise DemoFailed("`fleetgate up` ended by itself; its log was in the demo's data directory")
+    raise DemoFailed("`fleetgate up` exited; its log is up.log in the data directory (give --data-dir to keep it)")

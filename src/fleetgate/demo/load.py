@@ -1,4 +1,4 @@
-"""Load for the tour: a few clients that each send one request after the other through the official SDK."""
+"""Load for the tour: a few clients, each of which sends one request after another through the official SDK."""
 
 import threading
 import time
@@ -10,14 +10,14 @@ import openai
 from fleetgate.demo.fleet import MODEL, DemoFleet
 
 REQUEST_S_MAX = 60.0
-# Between an answer and a client's next request. A slot is free when the engine has closed its answer, a moment after
-# the client has seen the end of it; without the pause a client's next request could meet its own last one.
+# A client's pause between requests. The engine frees a slot a moment after the client has read the last event of the
+# response; without the pause, the client's next request could find the slot of its last one still taken.
 THINK_S = 0.05
 _PROMPTS = ("Name a color.", "Name a fruit.", "Name a city.", "Name an animal.", "Name a river.", "Name a tool.")
 
 
 class DemoRequest(msgspec.Struct, kw_only=True):
-    """One request and what came of it. Units: `started_s` on the monotonic clock; `ttft_s` to the first content."""
+    """One request and its result. Units: `started_s` on the monotonic clock; `ttft_s` to the first content."""
 
     started_s: float
     streamed: bool
@@ -28,66 +28,66 @@ class DemoRequest(msgspec.Struct, kw_only=True):
 
 
 def sdk(fleet: DemoFleet) -> openai.OpenAI:
-    """The official SDK on the one endpoint, with its own retries off: they would hide failures from the tour."""
+    """Return a client of the official SDK without retries, because they would hide failures from the tour."""
     return openai.OpenAI(base_url=fleet.endpoint, api_key=fleet.key, max_retries=0, timeout=REQUEST_S_MAX)
 
 
-def shoot(client: openai.OpenAI, number: int, streamed: bool, tokens: int) -> DemoRequest:
-    """Send one request and read its answer to the end."""
-    shot = DemoRequest(started_s=time.monotonic(), streamed=streamed)
+def send_request(client: openai.OpenAI, number: int, streamed: bool, tokens: int) -> DemoRequest:
+    """Send one request and read its response to the end."""
+    request = DemoRequest(started_s=time.monotonic(), streamed=streamed)
     try:
         if streamed:
-            _stream(client, number, tokens, shot)
+            _read_stream(client, number, tokens, request)
         else:
-            _whole(client, number, tokens, shot)
+            _read_response(client, number, tokens, request)
     except openai.OpenAIError as error:
-        shot.error = f"{type(error).__name__}: {error}"
-    return shot
+        request.error = f"{type(error).__name__}: {error}"
+    return request
 
 
 def _message(number: int) -> str:
     return f"{_PROMPTS[number % len(_PROMPTS)]} ({number})"
 
 
-def _whole(client: openai.OpenAI, number: int, tokens: int, shot: DemoRequest) -> None:
+def _read_response(client: openai.OpenAI, number: int, tokens: int, request: DemoRequest) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model=MODEL, messages=[{"role": "user", "content": _message(number)}], max_tokens=tokens
     )
-    answer = raw.parse()
-    shot.ttft_s = time.monotonic() - shot.started_s
-    _place(raw.headers, shot)
-    if not answer.choices or answer.choices[0].finish_reason is None:
-        shot.error = "the answer has no finish_reason"
+    response = raw.parse()
+    request.ttft_s = time.monotonic() - request.started_s
+    _read_headers(raw.headers, request)
+    if not response.choices or response.choices[0].finish_reason is None:
+        request.error = "the response has no finish_reason"
 
 
-def _stream(client: openai.OpenAI, number: int, tokens: int, shot: DemoRequest) -> None:
+def _read_stream(client: openai.OpenAI, number: int, tokens: int, request: DemoRequest) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model=MODEL,
         messages=[{"role": "user", "content": _message(number)}],
         max_tokens=tokens,
-        temperature=0,  # such a stream goes on elsewhere when it breaks off
+        temperature=0,  # a stream with temperature 0 can be resumed at another engine
         stream=True,
     )
-    _place(raw.headers, shot)
+    _read_headers(raw.headers, request)
     finish_reason = None
     with raw.parse() as stream:
         for chunk in stream:
             for choice in chunk.choices:
-                if choice.delta.content and not shot.ttft_s:
-                    shot.ttft_s = time.monotonic() - shot.started_s
+                if choice.delta.content and not request.ttft_s:
+                    request.ttft_s = time.monotonic() - request.started_s
                 finish_reason = choice.finish_reason or finish_reason
     if finish_reason is None:
-        shot.error = "the stream ended without a finish_reason and without an error"
+        request.error = "the stream ended without a finish_reason and without an error"
 
 
-def _place(headers: object, shot: DemoRequest) -> None:
-    get: Callable[[str, str], str] = getattr(headers, "get")  # noqa: B009 - the SDK's own header type has no stub
-    shot.region = get("x-fleetgate-region", "")
-    shot.attempts = int(get("x-fleetgate-attempts", "0"))
+def _read_headers(headers: object, request: DemoRequest) -> None:
+    get: Callable[[str, str], str] = getattr(headers, "get")  # noqa: B009 - the SDK's header type has no stub
+    request.region = get("x-fleetgate-region", "")
+    request.attempts = int(get("x-fleetgate-attempts", "0"))
 
 
 class DemoLoad:
-    """So many clients at once, from `start` to `stop`.
+    """A number of parallel clients, from `start` to `stop`.
 
     Shape: every `streamed_every`-th request is streamed, 0 for none.
     """
@@ -97,32 +97,32 @@ class DemoLoad:
         self._fleet = fleet
         self._tokens = tokens
         self._lock = threading.Lock()
-        self._shots: list[DemoRequest] = []
+        self._requests: list[DemoRequest] = []
         self._number = 0
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._client, daemon=True) for _ in range(clients)]
 
     def start(self) -> None:
-        """Begin."""
+        """Start the clients."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> list[DemoRequest]:
-        """Let what runs end, and give all shots."""
+        """Let running requests end, and return all requests."""
         self._stopping.set()
         for thread in self._threads:
             thread.join()
-        return self._shots
+        return self._requests
 
-    def done(self) -> Sequence[DemoRequest]:
-        """The shots that have ended so far."""
+    def finished(self) -> Sequence[DemoRequest]:
+        """Return the requests that have ended so far."""
         with self._lock:
-            return tuple(self._shots)
+            return tuple(self._requests)
 
     def wait(self, enough: Callable[[Sequence[DemoRequest]], bool], limit_s: float) -> bool:
-        """Wait until the shots so far are enough; False when they are not in time."""
+        """Wait until `enough` accepts the finished requests; return False after `limit_s`."""
         end_s = time.monotonic() + limit_s
-        while not enough(self.done()):
+        while not enough(self.finished()):
             if time.monotonic() > end_s:
                 return False
             time.sleep(0.05)
@@ -134,14 +134,14 @@ class DemoLoad:
                 with self._lock:
                     number = self._number = self._number + 1
                 every = self.streamed_every
-                shot = shoot(client, number, bool(every) and number % every == 0, self._tokens)
+                request = send_request(client, number, bool(every) and number % every == 0, self._tokens)
                 with self._lock:
-                    self._shots.append(shot)
+                    self._requests.append(request)
                 self._stopping.wait(THINK_S)
 
 
-class LoadSummary(threading.Thread):
-    """One long stream, to be half-way out when its region dies."""
+class LongStream(threading.Thread):
+    """One long stream, which still runs when its region dies."""
 
     def __init__(self, fleet: DemoFleet, tokens: int) -> None:
         super().__init__(daemon=True)
@@ -155,7 +155,7 @@ class LoadSummary(threading.Thread):
         self.error = ""
 
     def run(self) -> None:
-        """Read the stream to whatever its end is."""
+        """Read the stream to its end, or to its error."""
         try:
             with sdk(self._fleet) as client:
                 self._read(client)
@@ -171,7 +171,7 @@ class LoadSummary(threading.Thread):
             max_tokens=self._tokens,
             temperature=0,
             stream=True,
-            extra_body={"ignore_eos": True},  # the engine must not end it before the tour does
+            extra_body={"ignore_eos": True},  # the stream must still run when its region dies
         )
         self.region = raw.headers.get("x-fleetgate-region", "")
         with raw.parse() as stream:
@@ -184,12 +184,12 @@ class LoadSummary(threading.Thread):
                     self.begun.set()
 
     @property
-    def whole(self) -> bool:
-        """Whether it came to its end."""
+    def is_complete(self) -> bool:
+        """Whether it ended with a finish_reason."""
         return not self.error and self.finish_reason is not None
 
 
 def quantile_s(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the values lies, by nearest rank; 0 for none."""
+    """Return a quantile by nearest rank; 0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

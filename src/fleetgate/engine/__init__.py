@@ -1,1 +1,1 @@
-"""`fleetgate engine`: a simulated inference server, or a real llama.cpp server, behind the OpenAI protocol."""
+"""`fleetgate engine`: a simulated inference server, or a real llama.cpp server, with the OpenAI protocol."""

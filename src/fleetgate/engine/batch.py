@@ -1,6 +1,6 @@
-"""The inside of a simulated engine: slots, a queue, prefill one after the other, decode in steps for the whole batch.
+"""The scheduler of a simulated engine: slots, a queue, prefill one after the other, decode steps for the whole batch.
 
-Values and a clock in, work done out; the server around it does the talking.
+It does no I/O: the caller passes the time, and gets the sequences with new tokens.
 """
 
 from collections import deque
@@ -12,58 +12,58 @@ NEVER_S = float("inf")
 
 
 class Speeds(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast the engine works. Units: a step's seconds = base + per sequence × batch; 0 anywhere means at once."""
+    """The speed of the engine. Units: seconds of a step = base + per sequence × batch; 0 takes no time."""
 
     prefill_tokens_per_s: float = 0.0
     decode_base_s: float = 0.0
     decode_per_sequence_s: float = 0.0
 
     def prefill_s(self, tokens: int) -> float:
-        """Seconds that a prompt's prefill takes."""
+        """Seconds of the prefill of a prompt."""
         return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s > 0 else 0.0
 
     def step_s(self, batch: int) -> float:
-        """Seconds that one decode step of so many sequences takes."""
+        """Seconds of one decode step of a batch."""
         return self.decode_base_s + self.decode_per_sequence_s * batch
 
 
-class Sequence:
-    """One answer in the making. Shape: `told` is how many tokens its owner has heard of, `made` how many there are."""
+class TokenSequence:
+    """One response being generated. Shape: `made` counts the tokens generated, `sent` those written to the client."""
 
-    __slots__ = ("made", "output_tokens", "prefill_end_s", "prompt_tokens", "told")
+    __slots__ = ("made", "output_tokens", "prefill_end_s", "prompt_tokens", "sent")
 
     def __init__(self, prompt_tokens: int, output_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = max(1, output_tokens)
         self.made = 0
-        self.told = 0
+        self.sent = 0
         self.prefill_end_s = NEVER_S
 
     @property
     def finished(self) -> bool:
-        """Every token is made."""
+        """True once every token is generated."""
         return self.made >= self.output_tokens
 
 
-Owned = TypeVar("Owned", bound=Sequence)
+SequenceT = TypeVar("SequenceT", bound=TokenSequence)
 
 
-class Batch(Generic[Owned]):
-    """What runs, what waits, and when the next token comes.
+class Batch(Generic[SequenceT]):
+    """The running and waiting sequences, and the time of the next token.
 
-    Sequences beyond `slots` wait in order of arrival; `submit` refuses when `queue_max` of them wait.
+    Sequences beyond `slots` wait in order of arrival; `submit` refuses one if `queue_max` already wait.
     """
 
     def __init__(self, speeds: Speeds, slots: int, queue_max: int) -> None:
         self._speeds = speeds
         self._slots = slots
         self._queue_max = queue_max
-        self._waiting: dict[Owned, None] = {}
-        self._prefilling: deque[Owned] = deque()
-        self._decoding: dict[Owned, None] = {}
+        self._waiting: dict[SequenceT, None] = {}
+        self._prefilling: deque[SequenceT] = deque()
+        self._decoding: dict[SequenceT, None] = {}
         self._prefill_free_s = 0.0
         self._step_at_s = NEVER_S
-        self._produced: dict[Owned, None] = {}
+        self._produced: dict[SequenceT, None] = {}
         self.prompt_tokens_total = 0
         self.output_tokens_total = 0
         self.steps_total = 0
@@ -80,18 +80,18 @@ class Batch(Generic[Owned]):
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the sequences in slots keep in the cache."""
+        """Tokens of the sequences in slots, in the KV cache."""
         held = (*self._prefilling, *self._decoding)
         return sum(sequence.prompt_tokens + sequence.made for sequence in held)
 
     @property
     def next_s(self) -> float:
-        """When the next token comes, `NEVER_S` when nothing runs."""
+        """The time of the next token, `NEVER_S` if no sequence runs."""
         prefill_s = self._prefilling[0].prefill_end_s if self._prefilling else NEVER_S
         return min(prefill_s, self._step_at_s)
 
-    def submit(self, sequence: Owned, now_s: float) -> bool:
-        """Take a sequence in, or say no because the queue is full."""
+    def submit(self, sequence: SequenceT, now_s: float) -> bool:
+        """Add a sequence; false if the queue is full."""
         if self.running < self._slots:
             self._admit(sequence, now_s)
         elif len(self._waiting) < self._queue_max:
@@ -100,8 +100,8 @@ class Batch(Generic[Owned]):
             return False
         return True
 
-    def cancel(self, sequence: Owned, now_s: float) -> None:
-        """Forget a sequence whose client is gone; its slot is free at once."""
+    def cancel(self, sequence: SequenceT, now_s: float) -> None:
+        """Remove a sequence whose client disconnected; its slot is free at once."""
         self._produced.pop(sequence, None)
         if sequence in self._waiting:
             del self._waiting[sequence]
@@ -112,8 +112,8 @@ class Batch(Generic[Owned]):
             self._cancel_prefill(sequence, now_s)
             self._after_release(now_s)
 
-    def advance(self, now_s: float) -> list[Owned]:
-        """Do all work due until now; the sequences that have new tokens, each once."""
+    def advance(self, now_s: float) -> list[SequenceT]:
+        """Do all work that is due; returns the sequences with new tokens, each once."""
         while (at_s := self.next_s) <= now_s:
             if self._prefilling and self._prefilling[0].prefill_end_s == at_s:
                 self._end_prefill(at_s)
@@ -122,13 +122,13 @@ class Batch(Generic[Owned]):
         produced, self._produced = list(self._produced), {}
         return produced
 
-    def _admit(self, sequence: Owned, now_s: float) -> None:
+    def _admit(self, sequence: SequenceT, now_s: float) -> None:
         start_s = max(now_s, self._prefill_free_s)
         sequence.prefill_end_s = self._prefill_free_s = start_s + self._speeds.prefill_s(sequence.prompt_tokens)
         self._prefilling.append(sequence)
 
-    def _cancel_prefill(self, sequence: Owned, now_s: float) -> None:
-        """Take a sequence out of the prefill line; those behind it move up by the work it still had."""
+    def _cancel_prefill(self, sequence: SequenceT, now_s: float) -> None:
+        """Remove a sequence from the prefill queue; those behind it start earlier by its remaining work."""
         end_s = sequence.prefill_end_s
         start_s = end_s - self._speeds.prefill_s(sequence.prompt_tokens)
         saved_s = end_s - min(end_s, max(start_s, now_s))
@@ -151,7 +151,7 @@ class Batch(Generic[Owned]):
 
     def _step(self, at_s: float) -> None:
         self.steps_total += 1
-        # Steps that take no time are done in one go: a load test must not pay for each.
+        # Steps that take no time are done at once, so that a load test does not pay for each.
         at_once = self._speeds.step_s(len(self._decoding)) == 0
         for sequence in tuple(self._decoding):
             self._emit(sequence, sequence.output_tokens - sequence.made if at_once else 1)
@@ -160,7 +160,7 @@ class Batch(Generic[Owned]):
         self._step_at_s = at_s + self._speeds.step_s(len(self._decoding))
         self._after_release(at_s)
 
-    def _emit(self, sequence: Owned, tokens: int) -> None:
+    def _emit(self, sequence: SequenceT, tokens: int) -> None:
         sequence.made += tokens
         self.output_tokens_total += tokens
         self._produced[sequence] = None

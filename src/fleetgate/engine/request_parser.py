@@ -1,11 +1,11 @@
-"""What a client asks of a simulated engine, read from the body of each operation."""
+"""Parsers for the request bodies of a simulated engine, one per operation."""
 
 import zlib
 from typing import Any
 
 import msgspec
 
-from fleetgate.engine.json_schema import Schema, matching
+from fleetgate.engine.json_schema import Schema, generate_value
 from fleetgate.engine.text_generator import TextGenerator, json_pieces
 
 BYTES_PER_TOKEN = 4
@@ -16,7 +16,7 @@ INPUTS_MAX = 2048
 
 
 class InvalidRequest(Exception):
-    """The body asks for nothing that can be answered; `param` names the field."""
+    """The request body is invalid; `param` names the field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -112,7 +112,7 @@ class _Embedding(msgspec.Struct, frozen=True):
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
-    """A request for generated tokens. Shape: `pieces` are the tokens of the answer, cut to what the client allows."""
+    """A request for generated tokens. Shape: `pieces` are the tokens of the response, cut to the client's limit."""
 
     model: str
     stream: bool
@@ -124,7 +124,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The whole answer."""
+        """The whole text of the response."""
         return "".join(self.pieces)
 
 
@@ -142,8 +142,8 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
         return sum(tokens_of(text) for text in self.inputs)
 
 
-class OutputHabits(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine does where a request leaves it open."""
+class OutputDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """The output of an engine if a request sets no limit."""
 
     seed: int = 0
     output_tokens: int = 64
@@ -160,61 +160,68 @@ _read_response = msgspec.json.Decoder(_Response).decode
 _read_embedding = msgspec.json.Decoder(_Embedding).decode
 
 
-def read_chat(body: bytes, habits: OutputHabits) -> GenerationRequest:
-    """Read a chat completion's body. Raises: `InvalidRequest`."""
+def read_chat(body: bytes, defaults: OutputDefaults) -> GenerationRequest:
+    """Parse the body of a chat completion. Raises: `InvalidRequest`."""
     chat: _Chat = _read(_read_chat, body)
     if not chat.messages:
         raise InvalidRequest("`messages` is empty; give at least one message", "messages")
     prompt = b"\n".join(b"%b:%b%b" % (m.role.encode(), bytes(m.content), bytes(m.tool_calls)) for m in chat.messages)
     limit = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
-    answered = chat.messages[-1].role == "tool"
-    return _ask(chat, prompt, _Wish(_limit(limit), _floor(chat, limit), chat.response_format, answered), habits)
+    tool_answered = chat.messages[-1].role == "tool"
+    return _generation_request(
+        chat,
+        prompt,
+        _OutputOptions(_limit(limit), _tokens_min(chat, limit), chat.response_format, tool_answered),
+        defaults,
+    )
 
 
-def read_completion(body: bytes, habits: OutputHabits) -> GenerationRequest:
-    """Read a legacy completion's body. Raises: `InvalidRequest`."""
+def read_completion(body: bytes, defaults: OutputDefaults) -> GenerationRequest:
+    """Parse the body of a legacy completion. Raises: `InvalidRequest`."""
     completion: _Completion = _read(_read_completion, body)
     if not bytes(completion.prompt):
         raise InvalidRequest("`prompt` is missing; give a text", "prompt")
-    wish = _Wish(
-        _limit(completion.max_tokens), _floor(completion, completion.max_tokens), completion.response_format, False
+    options = _OutputOptions(
+        _limit(completion.max_tokens), _tokens_min(completion, completion.max_tokens), completion.response_format, False
     )
-    return _ask(completion, bytes(completion.prompt), wish, habits)
+    return _generation_request(completion, bytes(completion.prompt), options, defaults)
 
 
-def read_response(body: bytes, habits: OutputHabits) -> GenerationRequest:
-    """Read the body of the responses API. Raises: `InvalidRequest`."""
+def read_response(body: bytes, defaults: OutputDefaults) -> GenerationRequest:
+    """Parse the body of the responses API. Raises: `InvalidRequest`."""
     response: _Response = _read(_read_response, body)
     prompt = (response.instructions or "").encode() + bytes(response.input)
-    answered = b'"function_call_output"' in prompt
-    form = response.text.format if response.text else None
-    return _ask(response, prompt, _Wish(_limit(response.max_output_tokens), 0, form, answered), habits)
+    tool_answered = b'"function_call_output"' in prompt
+    output_format = response.text.format if response.text else None
+    return _generation_request(
+        response, prompt, _OutputOptions(_limit(response.max_output_tokens), 0, output_format, tool_answered), defaults
+    )
 
 
 def read_embedding(body: bytes) -> EmbeddingRequest:
-    """Read an embedding's body. Raises: `InvalidRequest`."""
-    ask: _Embedding = _read(_read_embedding, body)
-    given = ask.input
+    """Parse the body of an embedding. Raises: `InvalidRequest`."""
+    request: _Embedding = _read(_read_embedding, body)
+    given = request.input
     one = isinstance(given, str) or not given or isinstance(given[0], int)  # a text or one list of token ids
     inputs: list[Any] = [given] if one else list(given)
-    dimensions = ask.dimensions if ask.dimensions is not None else DIMENSIONS
+    dimensions = request.dimensions if request.dimensions is not None else DIMENSIONS
     if not given or len(inputs) > INPUTS_MAX:
         raise InvalidRequest(f"`input` must hold 1 to {INPUTS_MAX} texts", "input")
     if not 1 <= dimensions <= DIMENSIONS_MAX:
         raise InvalidRequest(f"`dimensions` must be 1 to {DIMENSIONS_MAX}", "dimensions")
     texts = [text.encode() if isinstance(text, str) else repr(text).encode() for text in inputs]
     return EmbeddingRequest(
-        model=ask.model, inputs=texts, base64=ask.encoding_format == "base64", dimensions=dimensions
+        model=request.model, inputs=texts, base64=request.encoding_format == "base64", dimensions=dimensions
     )
 
 
-class _Wish(msgspec.Struct, frozen=True):
-    """What an operation's own fields come to. Shape: `answered` says that the last message is a tool's result."""
+class _OutputOptions(msgspec.Struct, frozen=True):
+    """The output limits and format of a request. Shape: `tool_answered` if the last message is the result of a tool."""
 
     limit: int | None
-    floor: int
-    form: _Format | None
-    answered: bool
+    tokens_min: int
+    output_format: _Format | None
+    tool_answered: bool
 
 
 def _read(decode: Any, body: bytes) -> Any:
@@ -232,27 +239,29 @@ def _limit(tokens: int | None) -> int | None:
     return tokens
 
 
-def _floor(body: _Sampled, limit: int | None) -> int:
-    """The fewest tokens of the answer; an engine told to ignore its end goes on to the limit, where there is one."""
+def _tokens_min(body: _Sampled, limit: int | None) -> int:
+    """The minimum of output tokens; with `ignore_eos` it is the limit, if there is one."""
     return OUTPUT_TOKENS_MAX if body.ignore_eos and limit is not None else body.min_tokens or 0
 
 
-def _ask(body: _Body, prompt: bytes, wish: _Wish, habits: OutputHabits) -> GenerationRequest:
-    options = getattr(body, "stream_options", None)
-    voice = TextGenerator(habits.seed, prompt)
-    tool = _tool(body, wish.answered)
-    limit = min(wish.limit if wish.limit is not None else OUTPUT_TOKENS_MAX, OUTPUT_TOKENS_MAX)
+def _generation_request(
+    body: _Body, prompt: bytes, options: _OutputOptions, defaults: OutputDefaults
+) -> GenerationRequest:
+    stream_options = getattr(body, "stream_options", None)
+    generator = TextGenerator(defaults.seed, prompt)
+    tool = _tool(body, options.tool_answered)
+    limit = min(options.limit if options.limit is not None else OUTPUT_TOKENS_MAX, OUTPUT_TOKENS_MAX)
     if tool is not None:
-        pieces = json_pieces(_arguments(tool.parameters, voice))
-    elif wish.form is not None and wish.form.type in ("json_object", "json_schema"):
-        pieces = json_pieces(_structured(wish.form, voice))
+        pieces = json_pieces(_arguments(tool.parameters, generator))
+    elif options.output_format is not None and options.output_format.type in ("json_object", "json_schema"):
+        pieces = json_pieces(_structured(options.output_format, generator))
     else:
-        pieces = voice.pieces(min(max(habits.output_tokens, wish.floor), limit + 1))
+        pieces = generator.pieces(min(max(defaults.output_tokens, options.tokens_min), limit + 1))
     cut = len(pieces) > limit
     return GenerationRequest(
         model=body.model,
         stream=bool(body.stream),
-        include_usage=bool(options and options.include_usage),
+        include_usage=bool(stream_options and stream_options.include_usage),
         prompt_tokens=tokens_of(prompt),
         pieces=pieces[:limit],
         finish_reason="length" if cut else "tool_calls" if tool is not None else "stop",
@@ -260,9 +269,9 @@ def _ask(body: _Body, prompt: bytes, wish: _Wish, habits: OutputHabits) -> Gener
     )
 
 
-def _tool(body: _Body, answered: bool) -> _Function | None:
-    """The tool that the answer calls, if it calls one: asked for by `tool_choice`, and not just answered."""
-    if not body.tools or body.tool_choice in (None, "none") or (answered and body.tool_choice == "auto"):
+def _tool(body: _Body, tool_answered: bool) -> _Function | None:
+    """The tool that the response calls: one that `tool_choice` selects and that has no result yet."""
+    if not body.tools or body.tool_choice in (None, "none") or (tool_answered and body.tool_choice == "auto"):
         return None
     tools = [tool.flat() for tool in body.tools if tool.type == "function"]
     name = ""
@@ -274,17 +283,17 @@ def _tool(body: _Body, answered: bool) -> _Function | None:
     return chosen[0]
 
 
-def _arguments(parameters: Schema, voice: TextGenerator) -> object:
-    return matching(parameters, voice) if parameters.properties else {}
+def _arguments(parameters: Schema, generator: TextGenerator) -> object:
+    return generate_value(parameters, generator) if parameters.properties else {}
 
 
-def _structured(form: _Format, voice: TextGenerator) -> object:
-    schema = form.schema or (form.json_schema.schema if form.json_schema else None)
-    if form.type == "json_schema" and schema is not None:
-        return matching(schema, voice)
-    return {"answer": " ".join(voice.word(index) for index in range(8))}
+def _structured(output_format: _Format, generator: TextGenerator) -> object:
+    schema = output_format.schema or (output_format.json_schema.schema if output_format.json_schema else None)
+    if output_format.type == "json_schema" and schema is not None:
+        return generate_value(schema, generator)
+    return {"answer": " ".join(generator.word(index) for index in range(8))}
 
 
-def answer_id(prefix: str, number: int, body: bytes) -> str:
+def response_id(prefix: str, number: int, body: bytes) -> str:
     """An id that is the same in every run with the same requests."""
     return f"{prefix}-{zlib.crc32(body):08x}{number:08x}"

@@ -1,4 +1,4 @@
-"""The server around a simulated engine: HTTP at protocol level, one timer for all answers."""
+"""The HTTP server of a simulated engine: an asyncio protocol, and one timer for all responses."""
 
 import asyncio
 import time
@@ -8,17 +8,17 @@ from collections.abc import Callable
 import httptools
 import msgspec
 
-from fleetgate.engine.batch import NEVER_S, Batch, Sequence, Speeds
+from fleetgate.engine.batch import NEVER_S, Batch, Speeds, TokenSequence
 from fleetgate.engine.metrics import EngineCounts, llamacpp_metrics, vllm_metrics
 from fleetgate.engine.request_parser import (
     GenerationRequest,
     InvalidRequest,
-    OutputHabits,
-    answer_id,
+    OutputDefaults,
     read_chat,
     read_completion,
     read_embedding,
     read_response,
+    response_id,
 )
 from fleetgate.engine.response_formats import (
     ChatFormat,
@@ -29,8 +29,8 @@ from fleetgate.engine.response_formats import (
 )
 
 BODY_BYTES_MAX = 32 * 1024 * 1024
-PIPELINE_MAX = 64  # requests that may wait on one connection behind the one being answered
-_TICK_S = 0.001  # the event loop's timers count whole milliseconds
+PIPELINE_MAX = 64  # requests that may wait on one connection behind the current one
+_TICK_S = 0.001  # the timers of the event loop have a resolution of 1 ms
 _JSON_TYPE = b"application/json"
 _REASONS = {
     200: b"OK",
@@ -46,11 +46,11 @@ _ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: 
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How one simulated engine behaves."""
+    """The settings of one simulated engine."""
 
     models: tuple[str, ...] = ("sim",)
     speeds: Speeds = Speeds()
-    habits: OutputHabits = OutputHabits()
+    defaults: OutputDefaults = OutputDefaults()
     slots: int = 32
     queue_max: int = 1024
     style: str = "vllm"
@@ -62,7 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRefusal(Exception):
-    """A request that gets an error for an answer."""
+    """A request is refused with an error response."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -72,10 +72,10 @@ class EngineRefusal(Exception):
         self.param = param
 
 
-_Made = tuple[
-    Callable[[bytes, OutputHabits], GenerationRequest], Callable[[GenerationRequest, str, int], ResponseFormat], str
+_Operation = tuple[
+    Callable[[bytes, OutputDefaults], GenerationRequest], Callable[[GenerationRequest, str, int], ResponseFormat], str
 ]
-_GENERATING: dict[bytes, _Made] = {
+_GENERATING: dict[bytes, _Operation] = {
     b"/v1/chat/completions": (read_chat, ChatFormat, "chatcmpl"),
     b"/v1/completions": (read_completion, CompletionFormat, "cmpl"),
     b"/v1/responses": (read_response, ResponsesFormat, "resp"),
@@ -84,7 +84,7 @@ _GETS = (b"/v1/models", b"/health", b"/metrics")
 
 
 class EngineServer:
-    """One simulated engine: its batch, its counts and the timer that drives every answer."""
+    """One simulated engine: its batch, its counters and the timer that drives every response."""
 
     def __init__(self, config: EngineConfig, loop: asyncio.AbstractEventLoop) -> None:
         self.config = config
@@ -94,35 +94,35 @@ class EngineServer:
         self.ready_at_s = loop.time() + config.startup_s
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = NEVER_S
-        self._answers = 0
+        self._responses = 0
 
-    def number(self) -> int:
-        """The next number for an answer's id."""
-        self._answers += 1
-        return self._answers
+    def next_number(self) -> int:
+        """The next number for the id of a response."""
+        self._responses += 1
+        return self._responses
 
     @property
     def ready(self) -> bool:
-        """The start-up time is over."""
+        """True once the start-up time is over."""
         return self.loop.time() >= self.ready_at_s
 
-    def submit(self, answer: "EngineResponse") -> bool:
-        """Begin an answer, or say no because the queue is full."""
-        taken = self.batch.submit(answer, self.loop.time())
-        if taken:
-            self.turn()
-        return taken
+    def submit(self, response: "EngineResponse") -> bool:
+        """Begin a response; false if the queue is full."""
+        accepted = self.batch.submit(response, self.loop.time())
+        if accepted:
+            self.advance()
+        return accepted
 
-    def cancel(self, answer: "EngineResponse") -> None:
-        """Give up an answer whose client is gone."""
+    def cancel(self, response: "EngineResponse") -> None:
+        """Cancel a response whose client disconnected."""
         self.counts.disconnects += 1
-        self.batch.cancel(answer, self.loop.time())
+        self.batch.cancel(response, self.loop.time())
         self._arm()
 
-    def turn(self) -> None:
-        """Do what is due and set the timer for what comes next."""
-        for answer in self.batch.advance(self.loop.time()):
-            answer.tell()
+    def advance(self) -> None:
+        """Do the work that is due, and set the timer for the next token."""
+        for response in self.batch.advance(self.loop.time()):
+            response.write_tokens()
         self._arm()
 
     def _arm(self) -> None:
@@ -134,46 +134,46 @@ class EngineServer:
             self._timer = None
         self._timer_s = next_s
         if next_s != NEVER_S:
-            # Rounded up: a timer that fires before the step is due would only be set again.
+            # Rounded up, because a timer that fires before the step is due must be set again.
             delay_s = max(_TICK_S, (int((next_s - self.loop.time()) / _TICK_S) + 1) * _TICK_S)
             self._timer = self.loop.call_later(delay_s, self._fire)
 
     def _fire(self) -> None:
         self._timer = None
         self._timer_s = NEVER_S
-        self.turn()
+        self.advance()
 
 
-class EngineResponse(Sequence):
+class EngineResponse(TokenSequence):
     """A sequence that writes its tokens to a connection."""
 
-    __slots__ = ("_ask", "_connection", "_reply")
+    __slots__ = ("_connection", "_format", "_request")
 
-    def __init__(self, ask: GenerationRequest, reply: ResponseFormat, connection: "Connection") -> None:
-        super().__init__(ask.prompt_tokens, len(ask.pieces))
-        self._ask = ask
-        self._reply = reply
+    def __init__(self, request: GenerationRequest, format_: ResponseFormat, connection: "Connection") -> None:
+        super().__init__(request.prompt_tokens, len(request.pieces))
+        self._request = request
+        self._format = format_
         self._connection = connection
 
-    def tell(self) -> None:
-        """Write what is new; a stream's events go out in one write for each step."""
-        if self._ask.stream:
-            self._tell_stream()
+    def write_tokens(self) -> None:
+        """Write the new tokens; the events of a step are one write."""
+        if self._request.stream:
+            self._write_events()
         elif self.finished:
-            self._connection.engine.counts.finished(self._ask.finish_reason)
-            self._connection.respond(200, self._reply.whole())
+            self._connection.engine.counts.finished(self._request.finish_reason)
+            self._connection.respond(200, self._format.whole())
 
-    def _tell_stream(self) -> None:
-        connection, event = self._connection, self._reply.event
+    def _write_events(self) -> None:
+        connection, event = self._connection, self._format.event
         parts = []
-        if self.told == 0:
+        if self.sent == 0:
             connection.begin_stream()
-            parts.append(self._reply.first())
-        parts += [event(piece) for piece in self._ask.pieces[self.told : self.made]]
-        self.told = self.made
+            parts.append(self._format.first())
+        parts += [event(piece) for piece in self._request.pieces[self.sent : self.made]]
+        self.sent = self.made
         if self.finished:
-            connection.engine.counts.finished(self._ask.finish_reason)
-            parts.append(self._reply.last())
+            connection.engine.counts.finished(self._request.finish_reason)
+            parts.append(self._format.last())
         connection.write_chunks([part for part in parts if part])
         if self.finished:
             connection.end_stream()
@@ -192,7 +192,7 @@ class _Request:
 
 
 class Connection(asyncio.Protocol):
-    """One client connection; requests on it are answered in order."""
+    """One client connection; its requests are served in order."""
 
     def __init__(self, engine: EngineServer) -> None:
         self.engine = engine
@@ -203,7 +203,7 @@ class Connection(asyncio.Protocol):
         self._bytes = 0
         self._queue: deque[_Request] = deque()
         self._current: _Request | None = None
-        self._answer: EngineResponse | None = None
+        self._response: EngineResponse | None = None
         self._region = b"x-engine-region: %b\r\n" % engine.config.region.encode() if engine.config.region else b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -212,9 +212,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._queue.clear()
-        answer, self._answer = self._answer, None
-        if answer is not None and not answer.finished:
-            self.engine.cancel(answer)
+        response, self._response = self._response, None
+        if response is not None and not response.finished:
+            self.engine.cancel(response)
         elif self._current is not None:
             self.engine.counts.disconnects += 1
 
@@ -222,13 +222,15 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
-            raise  # a bug of ours, not of the client
+            raise  # a bug of this server, not of the client
         except httptools.HttpParserUpgrade:
-            self._fail(EngineRefusal(400, "this server speaks HTTP/1.1 only; do not ask for an upgrade", "bad_request"))
+            self._fail(
+                EngineRefusal(400, "this server supports only HTTP/1.1; do not request an upgrade", "bad_request")
+            )
         except httptools.HttpParserError as error:
             self._fail(EngineRefusal(400, f"the request is not HTTP/1.1: {error}", "bad_request"))
 
-    # --- the parser's calls ---
+    # --- callbacks of the parser ---
 
     def on_message_begin(self) -> None:
         self._request = _Request()
@@ -267,7 +269,7 @@ class Connection(asyncio.Protocol):
         else:
             self._begin(request)
 
-    # --- answering ---
+    # --- responding ---
 
     def _begin(self, request: _Request) -> None:
         self._current = request
@@ -288,27 +290,27 @@ class Connection(asyncio.Protocol):
 
     def _route(self, request: _Request) -> None:
         path = request.path.partition(b"?")[0]
-        made = _GENERATING.get(path)
-        if made is None and path != b"/v1/embeddings" and path not in _GETS:
-            raise EngineRefusal(404, f"there is no {path.decode(errors='replace')} here", "unknown_path")
-        wanted = b"GET" if path in _GETS else b"POST"
-        if request.method != wanted and not (wanted == b"GET" and request.method == b"HEAD"):
-            raise EngineRefusal(405, f"use {wanted.decode()} here", "method_not_allowed")
+        operation = _GENERATING.get(path)
+        if operation is None and path != b"/v1/embeddings" and path not in _GETS:
+            raise EngineRefusal(404, f"the path {path.decode(errors='replace')} does not exist", "unknown_path")
+        method = b"GET" if path in _GETS else b"POST"
+        if request.method != method and not (method == b"GET" and request.method == b"HEAD"):
+            raise EngineRefusal(405, f"use {method.decode()} here", "method_not_allowed")
         if path in _GETS:
             self._get(path)
             return
-        self._check_may_work(request)
-        if made is None:
+        self._check_access(request)
+        if operation is None:
             self._embed(request)
         else:
-            self._generate(request, made)
+            self._generate(request, operation)
 
-    def _check_may_work(self, request: _Request) -> None:
+    def _check_access(self, request: _Request) -> None:
         config = self.engine.config
         if config.api_key and request.authorization != b"Bearer " + config.api_key.encode():
             raise EngineRefusal(401, "the API key is missing or wrong", "invalid_api_key")
         if not self.engine.ready:
-            raise EngineRefusal(503, "the model is being loaded; try again soon", "loading")
+            raise EngineRefusal(503, "the model is loading; try again soon", "loading")
 
     def _get(self, path: bytes) -> None:
         engine = self.engine
@@ -322,7 +324,7 @@ class Connection(asyncio.Protocol):
         elif engine.ready:
             self.respond(200, b'{"status":"ok"}')
         else:
-            raise EngineRefusal(503, "the model is being loaded; try again soon", "loading")
+            raise EngineRefusal(503, "the model is loading; try again soon", "loading")
 
     @property
     def _models(self) -> tuple[str, ...]:
@@ -330,25 +332,26 @@ class Connection(asyncio.Protocol):
 
     def _check_model(self, name: str) -> None:
         if name not in self._models:
-            raise EngineRefusal(404, f"the model {name!r} does not exist here", "model_not_found", "model")
+            raise EngineRefusal(404, f"the model {name!r} does not exist", "model_not_found", "model")
 
     def _embed(self, request: _Request) -> None:
-        ask = read_embedding(request.body)
-        self._check_model(ask.model)
-        self.engine.batch.prompt_tokens_total += ask.prompt_tokens
-        self.respond(200, embeddings_body(ask, self.engine.config.habits.seed))
+        embedding = read_embedding(request.body)
+        self._check_model(embedding.model)
+        self.engine.batch.prompt_tokens_total += embedding.prompt_tokens
+        self.respond(200, embeddings_body(embedding, self.engine.config.defaults.seed))
 
-    def _generate(self, request: _Request, made: _Made) -> None:
-        read, reply, prefix = made
-        ask = read(request.body, self.engine.config.habits)
-        self._check_model(ask.model)
-        name = answer_id(prefix, self.engine.number(), request.body)
-        answer = self._answer = EngineResponse(ask, reply(ask, name, int(time.time())), self)
-        if not self.engine.submit(answer):
-            self._answer = None
+    def _generate(self, request: _Request, operation: _Operation) -> None:
+        read, make_format, prefix = operation
+        generation = read(request.body, self.engine.config.defaults)
+        self._check_model(generation.model)
+        name = response_id(prefix, self.engine.next_number(), request.body)
+        response = EngineResponse(generation, make_format(generation, name, int(time.time())), self)
+        self._response = response
+        if not self.engine.submit(response):
+            self._response = None
             self.engine.counts.refusals += 1
             status = 503 if self.engine.config.style == "llamacpp" else 429
-            raise EngineRefusal(status, "every slot is taken and the queue is full; try again soon", "queue_full")
+            raise EngineRefusal(status, "every slot is in use and the queue is full; try again soon", "queue_full")
 
     def _refuse(self, refusal: EngineRefusal) -> None:
         kind = _ERROR_TYPES.get(refusal.status, "rate_limit_error" if refusal.status == 429 else "server_error")
@@ -356,7 +359,7 @@ class Connection(asyncio.Protocol):
         self.respond(refusal.status, msgspec.json.encode({"error": detail}))
 
     def _fail(self, refusal: EngineRefusal) -> None:
-        """Answer what cannot be understood and close: the connection's framing is lost."""
+        """Respond to invalid HTTP and close: the framing of the connection is lost."""
         self._queue.clear()
         if self._transport is None:
             return
@@ -376,7 +379,7 @@ class Connection(asyncio.Protocol):
         return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (status, _REASONS[status], self._region, close, rest)
 
     def respond(self, status: int, body: bytes, kind: bytes = _JSON_TYPE) -> None:
-        """Write a whole answer and go on to the next request of the connection."""
+        """Write a whole response, and start the next request of the connection."""
         if self._transport is None:
             return
         head = self._head(status, b"content-type: %b\r\ncontent-length: %d\r\n" % (kind, len(body)))
@@ -391,23 +394,23 @@ class Connection(asyncio.Protocol):
             self._transport.write(self._head(200, rest + b"transfer-encoding: chunked\r\n"))
 
     def write_chunks(self, parts: list[bytes]) -> None:
-        """Write events, each as a chunk of its own."""
+        """Write events, one chunk each."""
         if self._transport is not None:
             self._transport.write(b"".join([b"%x\r\n%b\r\n" % (len(part), part) for part in parts]))
 
     def end_stream(self) -> None:
-        """Write the end of a stream and go on to the next request of the connection."""
+        """Write the end of a stream, and start the next request of the connection."""
         if self._transport is not None:
             self._transport.write(b"0\r\n\r\n")
             self._done()
 
     def _done(self) -> None:
-        request, self._current, self._answer = self._current, None, None
+        request, self._current, self._response = self._current, None, None
         if self._transport is None:
             return
         if request is not None and not request.keep_alive:
             self._transport.close()
         elif self._queue:
-            # Not called directly: a long pipeline must not become a deep stack.
+            # Through the loop, so that a long pipeline does not build a deep stack.
             self._current = self._queue.popleft()
             self.engine.loop.call_soon(self._begin, self._current)

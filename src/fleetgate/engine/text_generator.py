@@ -1,4 +1,4 @@
-"""What a simulated engine says: the same prompt always gets the same answer, on every engine with the same seed."""
+"""Text of a simulated engine: a prompt gets the same text on every engine with the same seed."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _PIECE_CHARS = 4  # a token of JSON text, as tokens of prompts are counted
 
 
 class TextGenerator:
-    """A source of words for one prompt. Shape: `seed` and `prompt` alone decide what it says."""
+    """A source of words for one prompt. Shape: the words depend only on `seed` and `prompt`."""
 
     __slots__ = ("_digest",)
 
@@ -30,15 +30,15 @@ class TextGenerator:
         self._digest = hashlib.blake2b(prompt, digest_size=64, key=b"%d" % seed).digest()
 
     def number(self, index: int) -> int:
-        """The index-th number of this voice."""
+        """The number at an index."""
         return self._digest[index & 63] * 7 + self._digest[(index >> 6) & 63] * 3 + index
 
     def word(self, index: int) -> str:
-        """The index-th word of this voice."""
+        """The word at an index."""
         return WORDS[self.number(index) % len(WORDS)]
 
     def pieces(self, tokens: int) -> list[str]:
-        """So many tokens of text: a word each, all but the first with a space before it."""
+        """Tokens of text: one word each, all but the first with a leading space."""
         word = self.word
         return [word(0), *(" " + word(index) for index in range(1, tokens))] if tokens else []
 
@@ -50,6 +50,6 @@ class TextGenerator:
 
 
 def json_pieces(value: object) -> list[str]:
-    """A JSON text cut into tokens."""
+    """A value as JSON, cut into tokens."""
     text = json.dumps(value, ensure_ascii=False)
     return [text[at : at + _PIECE_CHARS] for at in range(0, len(text), _PIECE_CHARS)]

@@ -1,1 +1,1 @@
-"""What processes hand one another: formats and shared memory, whatever carries them."""
+"""What processes exchange: file formats and the layout of shared memory."""

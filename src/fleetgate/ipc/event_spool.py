@@ -1,4 +1,4 @@
-"""Events on their way from workers to the control process: a file, so that neither needs the other to be alive."""
+"""Events on their way to the control process. They wait in a file, so that it need not run when they are added."""
 
 import fcntl
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 
 SPOOL = "events.spool"
-HELD_MAX = 100
+PENDING_MAX = 100
 LOCK_TRIES = 10
-LOCK_PAUSE_S = 0.0005  # others hold it for 20 µs
-BYTES_MAX = 1024 * 1024  # while nobody takes them; later ones are dropped, for a disk is worth more
+LOCK_PAUSE_S = 0.0005  # a holder keeps the lock for 20 µs
+BYTES_MAX = 1024 * 1024  # while the control process is away; later Events are dropped, to spare the disk
 
 
 class EventRecord(msgspec.Struct, frozen=True):
-    """What happened to which resource, as one sentence."""
+    """An Event of one resource. Shape: `message` is one sentence."""
 
     kind: str
     name: str
@@ -28,39 +28,37 @@ _decode = msgspec.json.Decoder(EventRecord).decode
 
 
 class EventSpool:
-    """Append in any worker, take in the control process. A lock in the file keeps the two apart.
+    """Workers and the supervisor add Events; the control process takes them. A lock on the file separates the two.
 
-    To add nobody waits for it more than a moment: a control process that was stopped may hold it for ever.
-    Cost: 20 µs to add; for what is rare, never for requests.
+    `add` waits 5 ms for the lock at most, because a control process that was stopped (SIGSTOP) may hold it.
+
+    Cost: 20 µs to add, so it is for rare Events and not for one in each request.
     """
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / SPOOL
-        self._held: deque[bytes] = deque(maxlen=HELD_MAX)
+        self._pending: deque[bytes] = deque(maxlen=PENDING_MAX)
 
-    def add(self, happened: EventRecord) -> None:
-        """Keep one Event until the control process takes it; a full or unwritable disk drops it.
-
-        While somebody else has the lock it is held here, and goes out with the next one.
-        """
-        self._held.append(_encode(happened) + b"\n")
+    def add(self, event: EventRecord) -> None:
+        """Add an Event. If the file is locked, it waits in memory for the next call; a full disk drops it."""
+        self._pending.append(_encode(event) + b"\n")
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         except OSError:
             return
         try:
-            if not _locked_soon(fd):
+            if not _try_lock(fd):
                 return
             if os.fstat(fd).st_size < BYTES_MAX:
-                os.write(fd, b"".join(self._held))
-            self._held.clear()
+                os.write(fd, b"".join(self._pending))
+            self._pending.clear()
         except OSError:
             return
         finally:
             os.close(fd)
 
     def take(self) -> list[EventRecord]:
-        """Everything that was added since the last time; lines that a crash cut short are left out."""
+        """Return the Events added since the last call, without lines that a crash left incomplete."""
         if not self._path.exists():
             return []
         fd = os.open(self._path, os.O_RDWR)
@@ -70,16 +68,16 @@ class EventSpool:
             os.ftruncate(fd, 0)
         finally:
             os.close(fd)
-        taken = []
+        events = []
         for line in data.splitlines():
             try:
-                taken.append(_decode(line))
+                events.append(_decode(line))
             except msgspec.DecodeError:
                 continue
-        return taken
+        return events
 
 
-def _locked_soon(fd: int) -> bool:
+def _try_lock(fd: int) -> bool:
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

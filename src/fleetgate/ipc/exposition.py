@@ -1,9 +1,9 @@
 """Metrics read from shared memory, and the text of `/metrics` in the formats of Prometheus and OpenMetrics."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
@@ -11,13 +11,64 @@ from fleetgate.ipc.metrics_table import BOUNDS_US, METRICS, Kind, Metric, bound_
 
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-_NAME = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?", re.DOTALL)
-_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
-_ESCAPE = re.compile(r"\\(.)")
-_UNESCAPED = {"n": "\n", "\\": "\\", '"': '"'}
+_ESCAPED = {"n": "\n", "\\": "\\", '"': '"'}
 Labels = tuple[tuple[str, str], ...]
 # Workers keep only the buckets that have observations. PromQL adds up buckets of equal bounds, so all are written.
 BOUNDS_S = tuple(float(bound_label(step)) for step in range(len(BOUNDS_US)))
+
+
+class Series(NamedTuple):
+    """One metric series: the metric's name and its labels."""
+
+    metric: str
+    labels: dict[str, str]
+
+
+def parse_series_name(name: str) -> Series:
+    """The metric and the labels of a series name: the inverse of `series_name`.
+
+    Raises: `ValueError` if the text is not a series name.
+    Cost: 3 µs; a reader parses each name once.
+    """
+    metric, brace, rest = name.partition("{")
+    labels: dict[str, str] = {}
+    if not brace:
+        return Series(metric, labels)
+    at = 0
+    while at < len(rest):
+        end = rest.index('="', at)
+        key, at = rest[at:end], end + 2
+        value, at = _read_value(rest, at)
+        labels[key] = value
+        if rest[at : at + 1] == ",":
+            at += 1
+        elif rest[at:] == "}":
+            return Series(metric, labels)
+        else:
+            break
+    raise ValueError(f"series name {name!r} does not end in a closing brace")
+
+
+def _read_value(text: str, at: int) -> tuple[str, int]:
+    """A label value that starts at `at`, unescaped, and the position after its closing quote."""
+    parts = []
+    while True:
+        end = text.index('"', at)
+        escape = text.find("\\", at, end)
+        if escape < 0:
+            parts.append(text[at:end])
+            return "".join(parts), end + 1
+        parts.append(text[at:escape])
+        parts.append(_ESCAPED.get(text[escape + 1], text[escape + 1]))
+        at = escape + 2
+
+
+def series_name(name: str, labels: dict[str, str]) -> str:
+    """The exposition name. Label values come from resources and enums, never from a request."""
+    if not labels:
+        return name
+    parts = (f'{key}="{_escape(value, True)}"' for key, value in labels.items())
+    return f"{name}{{{','.join(parts)}}}"
 
 
 class HistogramSeries(msgspec.Struct):
@@ -85,7 +136,7 @@ def read_series(totals: Mapping[str, int]) -> MetricSeries:
     """Counters and histograms from the series of all workers."""
     series = MetricSeries({}, {})
     for name, value in totals.items():
-        metric, labels = parse_name(name)
+        metric, labels = _parsed(name)
         if metric.endswith("_bucket"):
             bound = dict(labels).get("le", "+Inf")
             rest = tuple(pair for pair in labels if pair[0] != "le")
@@ -98,17 +149,12 @@ def read_series(totals: Mapping[str, int]) -> MetricSeries:
 
 
 @lru_cache(maxsize=65_536)
-def parse_name(name: str) -> tuple[str, Labels]:
-    """Name and labels of a series."""
-    match = _NAME.fullmatch(name)
-    if match is None:
+def _parsed(name: str) -> tuple[str, Labels]:
+    try:
+        series = parse_series_name(name)
+    except ValueError:  # not ours
         return name, ()
-    labels: list[tuple[str, str]] = _LABEL.findall(match[2] or "")
-    return match[1], tuple((label, _unescape(value)) for label, value in labels)
-
-
-def _unescape(text: str) -> str:
-    return _ESCAPE.sub(lambda match: _UNESCAPED.get(match[1], match[1]), text)
+    return series.metric, tuple(series.labels.items())
 
 
 def _histogram(series: MetricSeries, metric: str, labels: Labels) -> HistogramSeries:

@@ -1,22 +1,36 @@
-"""How a machine stands, read off the board: ready or not, and what is not as it should be though traffic goes on."""
+"""The state of a machine, read from shared memory: its Snapshot, and what is degraded while it still serves."""
+
+from enum import IntFlag
 
 import msgspec
 
 from fleetgate.ipc.shared_memory import ControlPlaneCell, SharedMemory, WorkerCell
-from fleetgate.ipc.shortage import OverloadBits
 
-SILENT_S_MAX = 5.0  # the control plane tells that it lives twice a second; a busy machine may keep it from that
-LAG_SHOWN_S = 10.0  # a scrape or a look every few seconds must not miss it
-STILL_S = 1.0  # twenty sweeps
-_SHORT_OF = {
+SILENT_S_MAX = 5.0  # the control process writes its heartbeat twice a second; a busy machine may delay it
+LAG_SHOWN_S = 10.0  # a reader that polls every few seconds must not miss it
+STUCK_S = 1.0  # twenty ticks of a worker
+
+
+class OverloadBits(IntFlag):
+    """What a worker is short of: the bits of `WorkerCell.SHORT`. While one is set, part of the new work is refused."""
+
+    MEMORY = 1
+    CONNECTIONS = 2
+    BODIES = 4
+
+
+_SHORTAGES = {
     OverloadBits.MEMORY: "memory: part of the new requests get 503",
-    OverloadBits.CONNECTIONS: "connections or descriptors: idle ones close, new ones may get 503",
-    OverloadBits.BODIES: "room for request bodies: large ones may get 503",
+    OverloadBits.CONNECTIONS: "connections or descriptors: idle connections close, new ones may get 503",
+    OverloadBits.BODIES: "memory for request bodies: large ones may get 503",
 }
 
 
 class MachineStatus(msgspec.Struct, frozen=True):
-    """Units: `age_s` since the Snapshot in use was made, `silent_s` since the control plane was heard; -1 for never."""
+    """The newest Snapshot in use, and what is degraded.
+
+    Units: `age_s` since the Snapshot was made, `control_plane_silent_s` since the last heartbeat; -1 for never.
+    """
 
     version: int
     age_s: float
@@ -24,48 +38,51 @@ class MachineStatus(msgspec.Struct, frozen=True):
     degraded: tuple[str, ...]
 
 
-def machine_status(board: SharedMemory, now_s: float, epoch_s: float) -> MachineStatus:
-    """The view of the machine: `now_s` is its monotonic clock, `epoch_s` the calendar's."""
-    live = running_workers(board)
-    versions = {worker: board.get(worker, WorkerCell.SNAPSHOT_VERSION) for worker in live}
+def machine_status(memory: SharedMemory, now_s: float, epoch_s: float) -> MachineStatus:
+    """Return the state of the machine. Units: `now_s` of the monotonic clock, `epoch_s` since the epoch."""
+    live = running_workers(memory)
+    versions = {worker: memory.get(worker, WorkerCell.SNAPSHOT_VERSION) for worker in live}
     newest = max(live, key=lambda worker: versions[worker], default=0)
     version = versions.get(newest, 0)
-    age_s = max(0.0, epoch_s - board.get(newest, WorkerCell.SNAPSHOT_AT_MS) / 1000) if version else -1.0
-    heard_ms = board.control_plane[ControlPlaneCell.HEARTBEAT_MS]
-    silent_s = max(0.0, now_s - heard_ms / 1000) if heard_ms else -1.0
+    age_s = max(0.0, epoch_s - memory.get(newest, WorkerCell.SNAPSHOT_AT_MS) / 1000) if version else -1.0
+    heartbeat_ms = memory.control_plane[ControlPlaneCell.HEARTBEAT_MS]
+    silent_s = max(0.0, now_s - heartbeat_ms / 1000) if heartbeat_ms else -1.0
     degraded = [
-        f"worker {worker} uses Snapshot {versions[worker]}, because with Snapshot {given_up} more requests failed"
+        f"worker {worker} uses Snapshot {versions[worker]}, because more requests failed with Snapshot {rolled_back}"
         for worker in live
-        if (given_up := board.get(worker, WorkerCell.SNAPSHOT_RETURNED)) > versions[worker]
+        if (rolled_back := memory.get(worker, WorkerCell.SNAPSHOT_RETURNED)) > versions[worker]
     ]
     degraded += [
         f"worker {worker} is not running"
-        for worker in range(board.workers)
-        if worker not in live and board.get(worker, WorkerCell.STARTS)
+        for worker in range(memory.workers)
+        if worker not in live and memory.get(worker, WorkerCell.STARTS)
     ]
     for worker in live:
-        degraded += overload_reasons(board, worker, now_s)
+        degraded += overload_reasons(memory, worker, now_s)
     if version and not 0 <= silent_s <= SILENT_S_MAX:
-        heard = f"was not heard for {silent_s:.0f} s" if heard_ms else "was not heard since the start"
-        degraded.append(f"the control plane {heard}; traffic goes on with Snapshot {version}, {age_s:.0f} s old")
+        silence = f"for {silent_s:.0f} s" if heartbeat_ms else "since the start"
+        degraded.append(
+            f"no heartbeat of the control plane {silence}; workers serve from Snapshot {version}, {age_s:.0f} s old"
+        )
     return MachineStatus(version, age_s, silent_s, tuple(degraded))
 
 
-def overload_reasons(board: SharedMemory, worker: int, now_s: float) -> list[str]:
-    """What a worker suffers from while it still serves, in sentences; none of it takes readiness away."""
+def overload_reasons(memory: SharedMemory, worker: int, now_s: float) -> list[str]:
+    """Return what limits a worker that still serves, in sentences. None of it makes the machine unready."""
     sentences = []
-    still_s = now_s - board.get(worker, WorkerCell.HEARTBEAT_MS) / 1000
-    if still_s > STILL_S:
-        sentences.append(f"worker {worker} has not moved for {still_s:.1f} s")
-    if now_s - board.get(worker, WorkerCell.LAG_AT_MS) / 1000 < LAG_SHOWN_S:
-        sentences.append(f"worker {worker} stood still for {board.get(worker, WorkerCell.LAG_MS)} ms")
-    if board.get(worker, WorkerCell.JOURNAL_SHORT):
-        lost = board.get(worker, WorkerCell.ROWS_LOST)
-        sentences.append(f"worker {worker} keeps accounts in memory, because the disk takes none; {lost} rows lost")
-    short = OverloadBits(board.get(worker, WorkerCell.SHORT))
-    return sentences + [f"worker {worker} is short of {what}" for each, what in _SHORT_OF.items() if each in short]
+    stuck_s = now_s - memory.get(worker, WorkerCell.HEARTBEAT_MS) / 1000
+    if stuck_s > STUCK_S:
+        sentences.append(f"worker {worker} has not answered for {stuck_s:.1f} s: its event loop is blocked")
+    if now_s - memory.get(worker, WorkerCell.LAG_AT_MS) / 1000 < LAG_SHOWN_S:
+        lag_ms = memory.get(worker, WorkerCell.LAG_MS)
+        sentences.append(f"the event loop of worker {worker} was blocked for {lag_ms} ms")
+    if memory.get(worker, WorkerCell.JOURNAL_SHORT):
+        lost = memory.get(worker, WorkerCell.ROWS_LOST)
+        sentences.append(f"worker {worker} keeps usage rows in memory, because the disk refuses them; {lost} rows lost")
+    short = OverloadBits(memory.get(worker, WorkerCell.SHORT))
+    return sentences + [f"worker {worker} is short of {what}" for bit, what in _SHORTAGES.items() if bit in short]
 
 
-def running_workers(board: SharedMemory) -> list[int]:
-    """The workers that there are now."""
-    return [worker for worker in range(board.workers) if board.get(worker, WorkerCell.PID)]
+def running_workers(memory: SharedMemory) -> list[int]:
+    """Return the columns in which a worker runs."""
+    return [worker for worker in range(memory.workers) if memory.get(worker, WorkerCell.PID)]

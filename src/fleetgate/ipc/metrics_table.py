@@ -49,7 +49,7 @@ class Metric(NamedTuple):
     unit: str
     help: str
     listener: Listener = Listener.API
-    copy_of: str = ""  # the metric whose values it repeats under another name
+    copy_of: str = ""  # the metric that it repeats under another name
 
     @property
     def family(self) -> str:
@@ -115,7 +115,7 @@ _ROWS = (
     _counter(
         "fleetgate_estimated_tokens_total",
         ("kind",),
-        "Tokens estimated before the answer, of requests whose engine reported usage, by kind: prompt, output.",
+        "Tokens estimated before the answer, of requests with usage from the engine, by kind: prompt, output.",
         "tokens",
     ),
     _counter(

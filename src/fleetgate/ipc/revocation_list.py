@@ -1,7 +1,7 @@
-"""Keys revoked on one machine without its control plane: a signed list that workers read for themselves.
+"""Keys revoked on one machine without its control plane: a signed list that its workers read.
 
-The way out for when a key has leaked and the control plane cannot be reached. The control process takes what is listed
-into the store as soon as it is back, and only then off the list. FAULTS.md row 65.
+It is for a leaked key while the control plane cannot be reached. When the control process is back, it copies the
+revocations into the store and then removes them from the list (faults.md row 65).
 """
 
 import fcntl
@@ -19,7 +19,7 @@ FORM = b"fleetgate-revoked 1 "
 
 
 class Revocation(msgspec.Struct, frozen=True):
-    """One key that is good for nothing any more. Units: `at_s` since the epoch."""
+    """A revoked key. Units: `at_s` since the epoch. Shape: `by` is the operator's user name."""
 
     id: str
     name: str
@@ -32,9 +32,11 @@ _decode = msgspec.json.Decoder(tuple[Revocation, ...]).decode
 
 
 def read_revoked(path: Path, key: bytes) -> tuple[Revocation, ...]:
-    """What is listed. Shape: `key` is the public one.
+    """Read the list; it is empty if the file is missing.
 
-    Raises: `SignatureInvalid` for a list that is damaged or somebody else's, `OSError`.
+    Shape: `key` is the public key.
+
+    Raises: `SignatureInvalid` for a list that is damaged or signed with another key; `OSError`.
     """
     try:
         data = path.read_bytes()
@@ -47,17 +49,17 @@ def read_revoked(path: Path, key: bytes) -> tuple[Revocation, ...]:
 
 
 def revoke(path: Path, signing_key: bytes, revocation: Revocation) -> None:
-    """Put a key on the list. Raises: `OSError`; `SignatureInvalid` where the list that is there cannot be trusted."""
-    _change(path, signing_key, lambda listed: (*(one for one in listed if one.id != revocation.id), revocation))
+    """Add a key to the list. Raises: `SignatureInvalid` if the list on disk is not valid; `OSError`."""
+    _change(path, signing_key, lambda listed: (*(other for other in listed if other.id != revocation.id), revocation))
 
 
 def remove_revocation(path: Path, signing_key: bytes, ids: Collection[str]) -> None:
-    """Take keys off the list that the store knows of now. Raises: as `revoke`."""
-    _change(path, signing_key, lambda listed: tuple(one for one in listed if one.id not in ids))
+    """Remove keys that the store has by now. Raises: as `revoke`."""
+    _change(path, signing_key, lambda listed: tuple(revocation for revocation in listed if revocation.id not in ids))
 
 
 def _change(path: Path, signing_key: bytes, change: Callable[[tuple[Revocation, ...]], tuple[Revocation, ...]]) -> None:
-    """Replace the list whole; a lock keeps the command and the control process apart."""
+    """Replace the file at once; a lock separates the command from the control process."""
     lock = os.open(path.with_name(f"{path.name}.lock"), os.O_WRONLY | os.O_CREAT, 0o600)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Sealed secrets: AES-256-GCM under the data directory's key, bound to the name they are sealed for."""
+"""Sealed secrets: AES-256-GCM with the key of the data directory, each bound to the name of its resource."""
 
 import base64
 import binascii
@@ -8,7 +8,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 KEY_BYTES = 32
-_NONCE_BYTES = 12  # 96 bits, the size GCM is specified for; random, as far fewer than 2 ** 32 secrets are ever sealed
+_NONCE_BYTES = 12  # 96 bits, as GCM specifies; random, because far fewer than 2 ** 32 secrets are ever sealed
 _PREFIX = "v1."
 
 
@@ -17,21 +17,22 @@ class UnsealFailed(ValueError):
 
 
 def seal(value: str, key: bytes, aad: str) -> str:
-    """Seal a secret for one name (`aad`); the same name is needed to open it."""
+    """Seal a secret for a name (`aad`); `unseal` needs the same name."""
     nonce = os.urandom(_NONCE_BYTES)
     sealed = AESGCM(key).encrypt(nonce, value.encode(), aad.encode())
     return _PREFIX + base64.urlsafe_b64encode(nonce + sealed).decode()
 
 
 def unseal(sealed: str, key: bytes, aad: str) -> str:
-    """Open what `seal` made.
+    """Return the secret that `seal` sealed.
 
     Raises: `UnsealFailed` for damaged text, another key or another name.
     """
     if not sealed.startswith(_PREFIX):
-        raise UnsealFailed(f"the sealed secret of {aad} is not in a known form")
+        raise UnsealFailed(f"the sealed secret of {aad} has an unknown form; set the Secret again")
     try:
         data = base64.b64decode(sealed[len(_PREFIX) :], altchars=b"-_", validate=True)
         return AESGCM(key).decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], aad.encode()).decode()
     except (binascii.Error, InvalidTag, ValueError) as error:
-        raise UnsealFailed(f"the secret of {aad} does not open with this data directory's seal.key") from error
+        reason = "was sealed with another key than seal.key of this data directory"
+        raise UnsealFailed(f"the secret of {aad} {reason}; set the Secret again") from error

@@ -1,8 +1,8 @@
-"""The board: one block of shared memory on which the processes of a machine write what the others must see.
+"""One block of shared memory, through which the processes of a machine see one another's state.
 
-Every cell is a signed 64-bit integer with exactly one writer, so no lock is needed to read it. A worker writes its own
-column; the worker that holds the prober's lock writes the signals; the supervisor clears the column of a dead worker.
-The module is pure: the shell opens the memory and hands it in.
+Every cell is a signed 64-bit integer with exactly one writer, so readers need no lock. A worker writes its own column;
+the worker that holds the health check lock writes the signals; the supervisor clears the column of a dead worker.
+This module only arranges the cells: the caller opens the memory.
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,13 @@ from fleetgate.core.admission.work_ledger import WORK_CELLS, WorkCell
 from fleetgate.core.model import DEPLOYMENTS_MAX, ENDPOINTS_MAX, GATEWAYS_MAX
 
 WORKERS_MAX = 64
-COLUMNS_MAX = 2 * WORKERS_MAX  # workers that are replaced hold theirs until their last answer has ended
-SERIES_MAX = 4096  # counters and histogram cells of one worker; more label sets fall into `other`
+COLUMNS_MAX = 2 * WORKERS_MAX  # during an upgrade, old workers keep their columns until their last response ends
+SERIES_MAX = 4096  # counters and histogram cells of one worker; further label sets are counted as `other`
 SERIES_NAMES_BYTES = 512 * 1024
-# Histogram buckets end at powers of two microseconds, because `int.bit_length` finds them in 0.1 µs: 0.5 ms to 268 s.
-BUCKET_FIRST_BIT = 9
-BUCKET_LAST_BIT = 28
-
-
-def bucket_bound(bit: int) -> str:
-    """The upper bound of a bucket as its label says it, in seconds."""
-    return "+Inf" if bit > BUCKET_LAST_BIT else f"{(1 << bit) / 1e6:.6g}"
 
 
 class WorkerCell(IntEnum):
-    """The cells a worker keeps about itself."""
+    """The cells of a worker's own state."""
 
     PID = 0
     HEARTBEAT_MS = 1
@@ -40,30 +32,30 @@ class WorkerCell(IntEnum):
     SERIES_COUNT = 7
     NAMES_BYTES = 8
     STARTS = 9
-    DUTY = 10  # written by the supervisor: whether a process runs in this column, or is about to
-    SHARES = 11  # this worker counts with every column, not only with those of its own generation
-    LAG_MS = 13  # the last time its loop stood still: for how long, and when
+    DUTY = 10  # 1 while a process runs in this column or is about to; the supervisor writes it
+    SHARES = 11  # 1 if this worker counts the load of all columns, not only of its own generation's
+    LAG_MS = 13  # for how long its event loop was blocked last time; `LAG_AT_MS` is when
     LAG_AT_MS = 14
-    SHORT = 15  # bits: memory, connections, bodies
-    SNAPSHOT_TRYING = 16  # the version on trial here; it outlives the worker, so that one that kills workers is known
-    SNAPSHOT_PROVEN = 17  # the version that others may follow to
-    SNAPSHOT_RETURNED = 18  # the version that was given up for the last good one, 0 for none
-    JOURNAL_SHORT = 19  # accounts wait in memory, because the disk does not take them
-    ROWS_LOST = 20  # accounts that found no room there either
+    SHORT = 15  # `machine_status.OverloadBits`
+    SNAPSHOT_TRYING = 16  # the version on trial; it stays when the worker dies, so that a deadly version is known
+    SNAPSHOT_PROVEN = 17  # the newest version that other workers may use
+    SNAPSHOT_RETURNED = 18  # the version that was rolled back to the last good one, 0 for none
+    JOURNAL_SHORT = 19  # 1 while usage rows wait in memory because the disk refuses them
+    ROWS_LOST = 20  # usage rows dropped because that memory was full
 
 
 WORKER_CELLS = 24
 
 
 class ControlPlaneCell(IntEnum):
-    """What is known of the control plane, kept by whoever speaks for it on this machine."""
+    """The cells of the control process. The supervisor clears `CONFIGURED` before it replaces that process."""
 
     HEARTBEAT_MS = 0
-    CONFIGURED = 1  # the file that `up` was given is applied; from then on what the store has goes before it
+    CONFIGURED = 1  # 1 once the file of `up --config` is applied; a restarted control process then uses the store
 
 
-PLANE_CELLS = 4
-_OF_THE_LIVING = (
+CONTROL_CELLS = 4
+_CLEARED_AT_DEATH = (
     WorkerCell.PID,
     WorkerCell.ACCEPTING,
     WorkerCell.CONNECTIONS,
@@ -75,7 +67,7 @@ _OF_THE_LIVING = (
 
 
 class EndpointSignal(IntEnum):
-    """The cells the prober keeps about one Endpoint. `SEEN_MS` 0 means never probed."""
+    """The cells of one Endpoint's health checks. `SEEN_MS` is 0 before the first one."""
 
     UP = 0
     SEEN_MS = 1
@@ -84,16 +76,16 @@ class EndpointSignal(IntEnum):
     KV_PERMILLE = 4
     LOAD_SEEN_MS = 5
     RTT_US = 6
-    FOREIGN = 7  # requests at the engine that did not come through here
-    PREFILL = 8  # 1 where it was seen to go on with what another had begun, 2 where it does not, 0 not known
-    TOKENS = 9  # whose token ids it was seen to give and take: a mark that others with the same have too; 1 none
+    FOREIGN = 7  # requests at the engine that came from other clients than this gateway
+    PREFILL = 8  # 1: it can resume a response that another began; 2: it cannot; 0: not known
+    TOKENS = 9  # a checksum, equal for engines that accept one another's token ids; 1: it returns or accepts none
 
 
 SIGNAL_CELLS = 10
 
 
 class DeploymentCounter(IntEnum):
-    """What a worker counts of a Deployment for the correction of its limit; they only rise."""
+    """What a worker counts about a Deployment to correct its limit; the counters only rise."""
 
     ENDED = 0
     TTFT_LATE = 1
@@ -105,20 +97,20 @@ TALLY_CELLS = 4
 
 
 class LearnedCell(IntEnum):
-    """What the prober's worker has learned of a Deployment for all workers. 0 in `SEEN_MS` means nothing yet."""
+    """What was learned about a Deployment, for all workers. `SEEN_MS` is 0 before the first correction."""
 
     SEEN_MS = 0
     LIMIT = 1  # requests; 0 for none
     MARGIN_PERMILLE = 2
     MILLIUNITS = 3
-    OF = 4  # a mark of what it was learned of: a Deployment that was changed starts anew
+    OF = 4  # a checksum of the Deployment it was learned from: a changed Deployment starts anew
 
 
 LEARNED_CELLS = 5
 
 
 def layout() -> str:
-    """A mark of how this version lays the block out: only processes with the same one may share a block."""
+    """Return a checksum of this version's layout. Only processes with an equal one can share a block."""
     enums = (WorkerCell, EndpointSignal, WorkCell, DeploymentCounter, LearnedCell)
     members = [[(cell.name, int(cell)) for cell in enum] for enum in enums]
     sizes = (WORKER_CELLS, SIGNAL_CELLS, WORK_CELLS, TALLY_CELLS, LEARNED_CELLS, SERIES_MAX, SERIES_NAMES_BYTES)
@@ -127,7 +119,7 @@ def layout() -> str:
 
 
 class LearnedLimits(NamedTuple):
-    """What was learned of a Deployment. Units: `limit` in requests, 0 for none; `milliunits` CU × 1,000."""
+    """What was learned about a Deployment. Units: `limit` in requests, 0 for none; `milliunits` in CU × 1,000."""
 
     limit: int
     margin_permille: int
@@ -135,11 +127,11 @@ class LearnedLimits(NamedTuple):
 
 
 class SharedMemory:
-    """Views on the shared block.
+    """Views of the shared block.
 
-    Shape: `workers` is the number of columns, twice that of the workers where they can be replaced while they run;
-    `buffer` is at least `Board.bytes_needed(workers)` long and zeroed at first use; all times are milliseconds of the
-    machine's monotonic clock, which its processes share.
+    Units: times in ms of the machine's monotonic clock, which all its processes share. Shape: `workers` is the number
+    of columns, twice the number of workers if upgrades are possible; `buffer` has at least `bytes_needed(workers)`
+    bytes, all 0 at first.
     """
 
     def __init__(self, buffer: memoryview, workers: int) -> None:
@@ -153,17 +145,18 @@ class SharedMemory:
         at = 0
         self.worker_cells = cells[at : (at := at + workers * WORKER_CELLS)]
         self.in_flight = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
-        self.ejected_until_ms = cells[at : (at := at + ENDPOINTS_MAX * workers)]  # [slot][worker]: `health.told_ms`
+        self.ejected_until_ms = cells[
+            at : (at := at + ENDPOINTS_MAX * workers)
+        ]  # [slot][worker]: as the circuit breaker encodes it
         self.retry_after_until_ms = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]
         self.waiting = cells[at : (at := at + GATEWAYS_MAX * workers)]  # [slot][worker]
         self.milliunits = cells[at : (at := at + DEPLOYMENTS_MAX * workers)]  # [slot][worker]: CU in flight, × 1,000
-        self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][Work]
-        self.deployment_counters = cells[
-            at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)
-        ]  # [slot][worker][Tally]
-        self.learned = cells[at : (at := at + DEPLOYMENTS_MAX * LEARNED_CELLS)]  # [slot][Learned]
-        self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]
-        self.control_plane = cells[at : (at := at + PLANE_CELLS)]  # [Plane]
+        self.work = cells[at : (at := at + ENDPOINTS_MAX * workers * WORK_CELLS)]  # [slot][worker][WorkCell]
+        # [slot][worker][DeploymentCounter]
+        self.deployment_counters = cells[at : (at := at + DEPLOYMENTS_MAX * workers * TALLY_CELLS)]
+        self.learned = cells[at : (at := at + DEPLOYMENTS_MAX * LEARNED_CELLS)]  # [slot][LearnedCell]
+        self.signals = cells[at : (at := at + ENDPOINTS_MAX * SIGNAL_CELLS)]  # [slot][EndpointSignal]
+        self.control_plane = cells[at : (at := at + CONTROL_CELLS)]  # [ControlPlaneCell]
         self.series = cells[at : at + workers * SERIES_MAX]
 
     @staticmethod
@@ -177,23 +170,23 @@ class SharedMemory:
             + GATEWAYS_MAX
             + SERIES_MAX
         )
-        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS + DEPLOYMENTS_MAX * LEARNED_CELLS + PLANE_CELLS
+        return workers * per_worker + ENDPOINTS_MAX * SIGNAL_CELLS + DEPLOYMENTS_MAX * LEARNED_CELLS + CONTROL_CELLS
 
     @classmethod
     def bytes_needed(cls, workers: int) -> int:
-        """The size of the block for so many workers."""
+        """Return the size of the block for a number of columns."""
         return cls._cell_count(workers) * 8 + workers * SERIES_NAMES_BYTES
 
     def get(self, worker: int, cell: WorkerCell) -> int:
-        """One cell of a worker's own row."""
+        """Return one cell of a worker's state."""
         return self.worker_cells[worker * WORKER_CELLS + cell]
 
     def set(self, worker: int, cell: WorkerCell, value: int) -> None:
-        """Write one cell of a worker's own row; only that worker (or, when it is dead, the supervisor) may."""
+        """Write one cell of a worker's state. Only that worker may, or the supervisor when it is dead."""
         self.worker_cells[worker * WORKER_CELLS + cell] = value
 
     def present(self) -> list[int]:
-        """The columns that a worker runs in, or is to run in again."""
+        """Return the columns in which a worker runs or will run again."""
         return [
             worker
             for worker in range(self.workers)
@@ -201,69 +194,69 @@ class SharedMemory:
         ]
 
     def signal(self, endpoint_slot: int, cell: EndpointSignal) -> int:
-        """One cell of what the prober knows about an Endpoint."""
+        """Return one cell of an Endpoint's health checks."""
         return self.signals[endpoint_slot * SIGNAL_CELLS + cell]
 
     def set_signal(self, endpoint_slot: int, cell: EndpointSignal, value: int) -> None:
-        """Write one cell about an Endpoint; only the prober may."""
+        """Write one cell of an Endpoint's health checks. Only the worker that runs them may."""
         self.signals[endpoint_slot * SIGNAL_CELLS + cell] = value
 
     def in_flight_total(self, slot: int) -> int:
-        """Requests in flight to a Deployment over all workers."""
+        """Return the requests in flight to a Deployment, from all workers."""
         at = slot * self.workers
         return sum(self.in_flight[at : at + self.workers])
 
     def waiting_total(self, gateway_slot: int) -> int:
-        """Requests that wait for room in a Gateway over all workers."""
+        """Return the requests in a Gateway's queue, in all workers."""
         at = gateway_slot * self.workers
         return sum(self.waiting[at : at + self.workers])
 
     def milliunits_total(self, slot: int) -> int:
-        """CU in flight to a Deployment over all workers, × 1,000."""
+        """Return the CU in flight to a Deployment from all workers, × 1,000."""
         at = slot * self.workers
         return sum(self.milliunits[at : at + self.workers])
 
     def work_total(self, endpoint_slot: int, cell: WorkCell) -> int:
-        """One measure of the token work at an Endpoint over all workers."""
+        """Return one measure of the token work at an Endpoint, from all workers."""
         at = endpoint_slot * self.workers * WORK_CELLS
         return sum(self.work[at : at + self.workers * WORK_CELLS][cell::WORK_CELLS])
 
     def learned_limits(self, slot: int) -> LearnedLimits | None:
-        """What was learned of a Deployment, None before the first look."""
+        """Return what was learned about a Deployment, None before the first correction."""
         at = slot * LEARNED_CELLS
         seen_ms, limit, margin_permille, milliunits, _ = self.learned[at : at + LEARNED_CELLS]
         return LearnedLimits(limit, margin_permille, milliunits) if seen_ms else None
 
     def ejected_until(self, endpoint_slot: int) -> int:
-        """What the worker told that keeps an Endpoint out for longest, in `health.told_ms`; 0 if none does."""
+        """Return the latest end of an Endpoint's ejection in any worker, encoded by the circuit breaker; 0 for none."""
         at = endpoint_slot * self.workers
         return max(self.ejected_until_ms[at : at + self.workers])
 
     def retry_after_until(self, slot: int) -> int:
-        """Until when the engine of a Deployment has asked any worker to be left alone, ms; 0 if it has not."""
+        """Return until when a Deployment gets no requests because of a Retry-After, ms; 0 for none."""
         at = slot * self.workers
         return max(self.retry_after_until_ms[at : at + self.workers])
 
     def clear_worker(self, worker: int) -> int:
-        """Give back what a dead worker held, and say how many requests that were. Its counters stay."""
-        swept = 0
+        """Free the reservations of a dead worker, and return their number. Its counters stay."""
+        freed = 0
         for slot in range(DEPLOYMENTS_MAX):
             at = slot * self.workers + worker
-            swept += self.in_flight[at]
+            freed += self.in_flight[at]
             self.in_flight[at] = self.milliunits[at] = self.retry_after_until_ms[at] = 0
         for slot in range(GATEWAYS_MAX):
             self.waiting[slot * self.workers + worker] = 0
         for slot in range(ENDPOINTS_MAX):
             at = slot * self.workers + worker
             self.ejected_until_ms[at] = 0
-            for kept in (WorkCell.PENDING_TOKENS, WorkCell.SEQUENCES, WorkCell.KV_TOKENS):
-                self.work[at * WORK_CELLS + kept] = 0
-        for cell in _OF_THE_LIVING:
+            for work_cell in (WorkCell.PENDING_TOKENS, WorkCell.SEQUENCES, WorkCell.KV_TOKENS):
+                self.work[at * WORK_CELLS + work_cell] = 0
+        for cell in _CLEARED_AT_DEATH:
             self.set(worker, cell, 0)
-        return swept
+        return freed
 
     def add_series(self, worker: int, name: str) -> int:
-        """Give a named series its cell in this worker's column and return the index into `series`, -1 if full.
+        """Give a series a cell in a worker's column, and return its index in `series`; -1 if the column is full.
 
         Shape: `name` is the exposition name with its labels, `fleetgate_requests_total{gateway="chat",...}`.
         """
@@ -274,13 +267,12 @@ class SharedMemory:
         at = worker * SERIES_NAMES_BYTES + used
         self._names[at : at + len(line)] = line
         self.set(worker, WorkerCell.NAMES_BYTES, used + len(line))
-        self.set(
-            worker, WorkerCell.SERIES_COUNT, count + 1
-        )  # last, so that a reader never sees a cell without its name
+        # Last, so that a reader never sees a cell without its name.
+        self.set(worker, WorkerCell.SERIES_COUNT, count + 1)
         return worker * SERIES_MAX + count
 
     def series_of(self, worker: int) -> Iterator[tuple[str, int]]:
-        """The named series of one worker with the index of each in `series`."""
+        """Yield the name of every series of a worker and its index in `series`."""
         count, used = self.get(worker, WorkerCell.SERIES_COUNT), self.get(worker, WorkerCell.NAMES_BYTES)
         at = worker * SERIES_NAMES_BYTES
         names = bytes(self._names[at : at + used]).decode().splitlines()
@@ -288,7 +280,7 @@ class SharedMemory:
             yield name, worker * SERIES_MAX + index
 
     def series_totals(self) -> dict[str, int]:
-        """Every series summed over the workers."""
+        """Return the sum of every series over all workers."""
         totals: dict[str, int] = {}
         for worker in range(self.workers):
             for name, index in self.series_of(worker):

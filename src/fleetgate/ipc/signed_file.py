@@ -1,4 +1,4 @@
-"""Signed files: Ed25519 over the whole of it, so that a proxy takes only what its control plane wrote."""
+"""Signed files: an Ed25519 signature over the whole file, so that a proxy accepts only what its control plane wrote."""
 
 import base64
 import binascii
@@ -6,21 +6,21 @@ import binascii
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-# The names in the data directory, for those who write them and those who read them.
+# File names in the data directory.
 SNAPSHOT = "snapshot"
 LAST_GOOD = "snapshot.good"
 PUBLIC_KEY = "signing.pub"
-# What is signed begins with this, so that a signature made for another purpose or form is never good for this one.
+# The signature covers this prefix too, so a signature made for another purpose or format does not fit.
 FORM = b"fleetgate-snapshot 1 "
 _HEAD_BYTES_MAX = 200
 
 
 class SignatureInvalid(ValueError):
-    """The bytes are not what the holder of the signing key wrote; the text says in what way."""
+    """The bytes were not written with the signing key; the text says what is wrong."""
 
 
 def public_key(signing_key: bytes) -> bytes:
-    """The half that proxies hold.
+    """Return the public key of a signing key; proxies hold it.
 
     Raises: `ValueError` for a key of another length.
     """
@@ -28,13 +28,13 @@ def public_key(signing_key: bytes) -> bytes:
 
 
 def sign(payload: bytes, signing_key: bytes, form: bytes = FORM) -> bytes:
-    """A file of one line, form and signature, and then the payload."""
+    """Return a signed file: one line with form and signature, then the payload."""
     signature = Ed25519PrivateKey.from_private_bytes(signing_key).sign(form + payload)
     return form + base64.b64encode(signature) + b"\n" + payload
 
 
 def verified(data: bytes, public_key: bytes, form: bytes = FORM) -> bytes:
-    """The payload of what `sign` made with the other half of this key.
+    """Check a file that `sign` made, and return its payload.
 
     Raises: `SignatureInvalid`. Cost: 0.1 ms, and 1 ms a megabyte.
     """
@@ -49,7 +49,7 @@ def verified(data: bytes, public_key: bytes, form: bytes = FORM) -> bytes:
         text = data[len(form) : end]
         signature = base64.b64decode(text, validate=True)
         if base64.b64encode(signature) != text:
-            raise SignatureInvalid("its signature is damaged")  # the last letter has bits that decoding leaves out
+            raise SignatureInvalid("its signature is damaged")  # base64 ignores some bits of the last letter
         payload = data[end + 1 :]
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, form + payload)
     except binascii.Error:

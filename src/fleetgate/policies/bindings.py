@@ -1,58 +1,58 @@
-"""The values that expressions read, as plain values that the CEL library takes."""
+"""The values that expressions read, as plain values for the CEL library."""
 
 from fleetgate.core.model import Deployment, Gateway, Key
 from fleetgate.core.routing.policy_decision import RequestAttributes
 from fleetgate.policies.evaluator import EvaluationFailed
-from fleetgate.policies.schema import Leaf
+from fleetgate.policies.schema import Selector
 
-ITEMS_MAX = 256  # handing over an item costs 2 to 10 µs, and clients choose how many there are
+ITEMS_MAX = 256  # the client chooses the number of items, and passing one to CEL costs 2 to 10 µs
 _SCALARS = frozenset({str, int, float, bool, type(None)})
-_CONTAINER: dict[str, object] = {}  # equal to no text or number, and no larger than it
+_CONTAINER: dict[str, object] = {}  # stands for a list or object: not equal to, nor ordered with, text or numbers
 
 
-def of_gateway(leaf: Leaf, gateway: Gateway) -> object:
+def of_gateway(selector: Selector, gateway: Gateway) -> object:
     """A value of the Gateway. Raises: `EvaluationFailed`."""
-    return _used(leaf, getattr(gateway, leaf.field))
+    return _convert(selector, getattr(gateway, selector.field))
 
 
-def of_deployment(leaf: Leaf, deployment: Deployment) -> object:
+def of_deployment(selector: Selector, deployment: Deployment) -> object:
     """A value of a Deployment. Raises: `EvaluationFailed`."""
-    match leaf.field:
+    match selector.field:
         case "labels":
-            return _used(leaf, deployment.labels.get(str(leaf.path[0]), ""))
+            return _convert(selector, deployment.labels.get(str(selector.path[0]), ""))
         case "models":
             models = sorted(deployment.models)
-            return models if leaf.use == "value" else _used(leaf, models)
+            return models if selector.use == "value" else _convert(selector, models)
         case "tier":
-            return _used(leaf, deployment.tier.value)
+            return _convert(selector, deployment.tier.value)
         case "usd_per_hour" | "usd_per_mtok_input" | "usd_per_mtok_output":
-            return _used(leaf, getattr(deployment.price, leaf.field))
-    return _used(leaf, getattr(deployment, leaf.field))
+            return _convert(selector, getattr(deployment.price, selector.field))
+    return _convert(selector, getattr(deployment, selector.field))
 
 
-def of_key(leaf: Leaf, key: Key) -> object:
+def of_key(selector: Selector, key: Key) -> object:
     """A value of the client's key. Raises: `EvaluationFailed`."""
-    return _used(leaf, key.labels.get(str(leaf.path[0]), "") if leaf.field == "labels" else key.name)
+    return _convert(selector, key.labels.get(str(selector.path[0]), "") if selector.field == "labels" else key.name)
 
 
-def of_request(leaf: Leaf, facts: RequestAttributes) -> object:
+def of_request(selector: Selector, attributes: RequestAttributes) -> object:
     """A value of the request. Raises: `EvaluationFailed`."""
-    match leaf.field:
+    match selector.field:
         case "headers":
-            return _used(leaf, facts.headers.get(str(leaf.path[0]), ""))
+            return _convert(selector, attributes.headers.get(str(selector.path[0]), ""))
         case "body":
-            return _used(leaf, facts.body.get(leaf.path))
-    return _used(leaf, getattr(facts, leaf.field))
+            return _convert(selector, attributes.body.get(selector.path))
+    return _convert(selector, getattr(attributes, selector.field))
 
 
-def _used(leaf: Leaf, value: object) -> object:
-    match leaf.use:
+def _convert(selector: Selector, value: object) -> object:
+    match selector.use:
         case "has":
             return value is not None and value != ""
         case "size":
             return _size(value)
         case "items":
-            return _items(value, leaf.fields)
+            return _items(value, selector.fields)
     return _scalar(value)
 
 
@@ -77,7 +77,7 @@ def _items(value: object, fields: tuple[str, ...]) -> list[object]:
             raise EvaluationFailed(f"a list has more than {ITEMS_MAX} items")
         case list():
             return [_item(item, fields) for item in value]
-    raise EvaluationFailed("a value is no list")
+    raise EvaluationFailed("a value is not a list")
 
 
 def _item(item: object, fields: tuple[str, ...]) -> object:

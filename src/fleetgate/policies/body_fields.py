@@ -1,4 +1,4 @@
-"""Reads out of a JSON body only what policies name."""
+"""Reads only the fields of a JSON body that policies name."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,9 +10,9 @@ from fleetgate.protocols.json_members import InvalidBody
 
 
 class BodyReader:
-    """Reads a fixed set of paths; made once per Snapshot.
+    """Reads a fixed set of paths; created once per Snapshot.
 
-    Cost: below 1 µs at 1 KiB where only top-level scalars are named; what lies under a named top-level key is decoded.
+    Cost: below 1 µs at 1 KiB if only top-level scalars are named; a named top-level value is decoded whole.
     """
 
     def __init__(self, paths: Collection[BodyPath]) -> None:
@@ -24,7 +24,7 @@ class BodyReader:
         self._decode = msgspec.json.Decoder(shape).decode
 
     def read(self, body: bytes) -> dict[BodyPath, object]:
-        """The values of the paths that are there.
+        """The values of the paths that exist.
 
         Raises: `InvalidBody` for what cannot be read.
         """

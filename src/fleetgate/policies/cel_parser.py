@@ -1,4 +1,4 @@
-"""CEL text into a tree with places: the part of the language that can be checked before it runs."""
+"""Parser for the part of CEL whose types can be checked before evaluation; every node has its offset in the text."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 CHARS_MAX = 1024
-NODES_MAX = 128  # with the depth, what bounds the cost of an evaluation; long conditions are better as two policies
+NODES_MAX = 128  # with DEPTH_MAX it bounds the cost of an evaluation; a longer condition can be two policies
 DEPTH_MAX = 24
 
 _TOKEN = re.compile(
@@ -14,7 +14,7 @@ _TOKEN = re.compile(
     |(?P<text>[rR]?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'))
     |(?P<number>(?:0x[0-9a-fA-F]+|\d+\.\d+(?:[eE][+-]?\d+)?|\d+(?:[eE][+-]?\d+)?)(?![\w.]))
     |(?P<name>[A-Za-z_][A-Za-z0-9_]*)
-    |(?P<mark>&&|\|\||[=!<>]=|[-+*/%<>!?:.,()\[\]])""",
+    |(?P<symbol>&&|\|\||[=!<>]=|[-+*/%<>!?:.,()\[\]])""",
     re.VERBOSE,
 )
 _LEVELS: tuple[frozenset[str], ...] = (
@@ -31,25 +31,25 @@ _RESERVED = frozenset(
 
 
 class CelError(Exception):
-    """What is wrong with an expression, where, and how to mend it. Shape: `at` counts characters from 0."""
+    """An error in an expression with its position and a fix. Shape: `offset` counts characters from 0."""
 
-    def __init__(self, at: int, message: str, fix: str) -> None:
+    def __init__(self, offset: int, message: str, fix: str) -> None:
         super().__init__(f"{message}; {fix}")
-        self.at = at
+        self.offset = offset
         self.message = message
         self.fix = fix
 
-    def place(self, source: str) -> str:
-        """`column 9`, with the line where there are several; both count from 1."""
-        line = source.count("\n", 0, self.at) + 1
-        column = self.at - (source.rfind("\n", 0, self.at) + 1) + 1
+    def position(self, source: str) -> str:
+        """`column 9`, or `line 2 column 9` if the text has several lines; both count from 1."""
+        line = source.count("\n", 0, self.offset) + 1
+        column = self.offset - (source.rfind("\n", 0, self.offset) + 1) + 1
         return f"line {line} column {column}" if "\n" in source else f"column {column}"
 
 
 class ConstantNode(msgspec.Struct, frozen=True):
-    """A literal. Shape: `type` is CEL's name for its type, `text` as it was written."""
+    """A literal. Shape: `type` is CEL's name of its type, `text` its source text."""
 
-    at: int
+    offset: int
     type: str
     text: str
 
@@ -57,22 +57,22 @@ class ConstantNode(msgspec.Struct, frozen=True):
 class NameNode(msgspec.Struct, frozen=True):
     """A variable."""
 
-    at: int
+    offset: int
     name: str
 
 
 class FieldNode(msgspec.Struct, frozen=True):
-    """`base.name`; `at` is the place of the name."""
+    """`base.name`; `offset` is that of the name."""
 
-    at: int
+    offset: int
     base: "Node"
     name: str
 
 
 class IndexNode(msgspec.Struct, frozen=True):
-    """`base[key]`; `at` is the place of the key."""
+    """`base[key]`; `offset` is that of the key."""
 
-    at: int
+    offset: int
     base: "Node"
     key: "Node"
 
@@ -80,40 +80,40 @@ class IndexNode(msgspec.Struct, frozen=True):
 class UnaryNode(msgspec.Struct, frozen=True):
     """`!value` or `-value`."""
 
-    at: int
-    mark: str
+    offset: int
+    operator: str
     value: "Node"
 
 
 class BinaryNode(msgspec.Struct, frozen=True):
-    """`left mark right`; `at` is the place of the mark."""
+    """`left operator right`; `offset` is that of the operator."""
 
-    at: int
-    mark: str
+    offset: int
+    operator: str
     left: "Node"
     right: "Node"
 
 
 class ConditionalNode(msgspec.Struct, frozen=True):
-    """`test ? yes : no`."""
+    """`condition ? if_true : if_false`."""
 
-    at: int
-    test: "Node"
-    yes: "Node"
-    no: "Node"
+    offset: int
+    condition: "Node"
+    if_true: "Node"
+    if_false: "Node"
 
 
 class ListNode(msgspec.Struct, frozen=True):
     """`[1, 2]`."""
 
-    at: int
+    offset: int
     items: "tuple[Node, ...]"
 
 
 class CallNode(msgspec.Struct, frozen=True):
-    """`name(args)` or `receiver.name(args)`; `at` is the place of the name."""
+    """`name(args)` or `receiver.name(args)`; `offset` is that of the name."""
 
-    at: int
+    offset: int
     name: str
     receiver: "Node | None"
     args: "tuple[Node, ...]"
@@ -123,36 +123,36 @@ Node = ConstantNode | NameNode | FieldNode | IndexNode | UnaryNode | BinaryNode 
 
 
 class _Token(msgspec.Struct, frozen=True):
-    kind: str  # text, number, name, mark or end
+    kind: str  # text, number, name, symbol or end
     text: str
-    at: int
+    offset: int
 
 
 def parse(source: str) -> Node:
-    """Read an expression.
+    """Parse an expression.
 
-    Raises: `CelError` with the place.
+    Raises: `CelError`.
     """
     if len(source) > CHARS_MAX:
         fix = f"use at most {CHARS_MAX} characters, or write two policies"
         raise CelError(CHARS_MAX, f"the expression has {len(source)} characters", fix)
-    return _Reader(source).whole()
+    return _Parser(source).parse()
 
 
 def _tokens(source: str) -> Sequence[_Token]:
     found = []
-    at = 0
-    while at < len(source):
-        match = _TOKEN.match(source, at)
+    offset = 0
+    while offset < len(source):
+        match = _TOKEN.match(source, offset)
         if match is None or match.lastgroup is None:
-            raise CelError(at, f"{source[at]!r} cannot stand here", _why_not(source[at]))
+            raise CelError(offset, f"{source[offset]!r} is not allowed here", _fix_for(source[offset]))
         if match.lastgroup != "space":
-            found.append(_Token(match.lastgroup, match[0], at))
-        at = match.end()
+            found.append(_Token(match.lastgroup, match[0], offset))
+        offset = match.end()
     return (*found, _Token("end", "the end", len(source)))
 
 
-def _why_not(char: str) -> str:
+def _fix_for(char: str) -> str:
     match char:
         case '"' | "'":
             return "close the text with the same quote on the same line"
@@ -161,14 +161,14 @@ def _why_not(char: str) -> str:
         case "&" | "|":
             return "write && for and, || for or"
         case "{" | "}":
-            return "maps cannot be written in a policy; compare single fields"
+            return "a policy cannot contain a map; compare single fields"
         case _ if char.isdigit():
             return "write a number like 10, 0.5 or 1e6"
     return "remove it"
 
 
-class _Reader:
-    """A recursive descent over the tokens; each method reads one level of the grammar."""
+class _Parser:
+    """A recursive descent over the tokens; each method reads one level of the cel_parser."""
 
     def __init__(self, source: str) -> None:
         self._tokens = _tokens(source)
@@ -176,8 +176,8 @@ class _Reader:
         self._nodes = 0
         self._depth = 0
 
-    def whole(self) -> Node:
-        """All of it."""
+    def parse(self) -> Node:
+        """Parse the whole text."""
         node = self._expression()
         if self._peek.kind != "end":
             raise self._unexpected("write && or || between two conditions")
@@ -192,40 +192,42 @@ class _Reader:
         self._next += token.kind != "end"
         return token
 
-    def _skip(self, mark: str) -> bool:
+    def _skip(self, symbol: str) -> bool:
         token = self._peek
-        found = token.kind == "mark" and token.text == mark
+        found = token.kind == "symbol" and token.text == symbol
         self._next += found
         return found
 
-    def _expect(self, mark: str, opened: str) -> None:
-        if not self._skip(mark):
-            raise self._unexpected(f"{opened} needs `{mark}` here")
+    def _expect(self, symbol: str, opened: str) -> None:
+        if not self._skip(symbol):
+            raise self._unexpected(f"{opened} needs `{symbol}` here")
 
     def _unexpected(self, fix: str) -> CelError:
         token = self._peek
         if token.kind == "end":
-            return CelError(token.at, "the expression is not complete", fix)
-        return CelError(token.at, f"`{token.text[:40]}` cannot stand here", fix)
+            return CelError(token.offset, "the expression is not complete", fix)
+        return CelError(token.offset, f"`{token.text[:40]}` is not allowed here", fix)
 
     def _count(self, node: Node) -> Node:
         self._nodes += 1
         if self._nodes > NODES_MAX:
             raise CelError(
-                node.at, "the expression is too long", f"use at most {NODES_MAX} names, values and operators"
+                node.offset, "the expression is too long", f"use at most {NODES_MAX} names, values and operators"
             )
         return node
 
     def _expression(self) -> Node:
         self._depth += 1
         if self._depth > DEPTH_MAX:
-            raise CelError(self._peek.at, f"this is nested more than {DEPTH_MAX} deep", "write it as several policies")
+            raise CelError(
+                self._peek.offset, f"the nesting is more than {DEPTH_MAX} deep", "write it as several policies"
+            )
         node = self._level(0)
-        at = self._peek.at
+        offset = self._peek.offset
         if self._skip("?"):
-            yes = self._level(0)
+            if_true = self._level(0)
             self._expect(":", "`?`")
-            node = self._count(ConditionalNode(at, node, yes, self._expression()))
+            node = self._count(ConditionalNode(offset, node, if_true, self._expression()))
         self._depth -= 1
         return node
 
@@ -233,19 +235,21 @@ class _Reader:
         if level == len(_LEVELS):
             return self._unary()
         node = self._level(level + 1)
-        while self._peek.kind in ("mark", "name") and self._peek.text in _LEVELS[level]:
-            mark = self._take()
-            node = self._count(BinaryNode(mark.at, mark.text, node, self._level(level + 1)))
+        while self._peek.kind in ("symbol", "name") and self._peek.text in _LEVELS[level]:
+            operator = self._take()
+            node = self._count(BinaryNode(operator.offset, operator.text, node, self._level(level + 1)))
         return node
 
     def _unary(self) -> Node:
         token = self._peek
-        if token.kind == "mark" and token.text in "!-":
+        if token.kind == "symbol" and token.text in "!-":
             self._take()
             self._depth += 1
             if self._depth > DEPTH_MAX:
-                raise CelError(token.at, f"this is nested more than {DEPTH_MAX} deep", f"remove some `{token.text}`")
-            node = self._count(UnaryNode(token.at, token.text, self._unary()))
+                raise CelError(
+                    token.offset, f"the nesting is more than {DEPTH_MAX} deep", f"remove some `{token.text}`"
+                )
+            node = self._count(UnaryNode(token.offset, token.text, self._unary()))
             self._depth -= 1
             return node
         return self._member(self._primary())
@@ -253,14 +257,14 @@ class _Reader:
     def _member(self, node: Node) -> Node:
         while True:
             if self._skip("."):
-                name = self._identifier("after the dot comes the name of a field or function")
+                name = self._identifier("write the name of a field or function after the dot")
                 if self._skip("("):
-                    node = self._count(CallNode(name.at, name.text, node, self._list(")", f"`{name.text}(`")))
+                    node = self._count(CallNode(name.offset, name.text, node, self._list(")", f"`{name.text}(`")))
                 else:
-                    node = self._count(FieldNode(name.at, node, name.text))
+                    node = self._count(FieldNode(name.offset, node, name.text))
             elif self._skip("["):
-                at = self._peek.at
-                node = self._count(IndexNode(at, node, self._expression()))
+                offset = self._peek.offset
+                node = self._count(IndexNode(offset, node, self._expression()))
                 self._expect("]", "`[`")
             else:
                 return node
@@ -274,26 +278,26 @@ class _Reader:
         token = self._take()
         match token.kind, token.text:
             case "text", _:
-                return self._count(ConstantNode(token.at, "string", token.text))
+                return self._count(ConstantNode(token.offset, "string", token.text))
             case "number", number:
                 whole = number.startswith("0x") or number.isdigit()
-                return self._count(ConstantNode(token.at, "int" if whole else "double", number))
+                return self._count(ConstantNode(token.offset, "int" if whole else "double", number))
             case "name", "true" | "false":
-                return self._count(ConstantNode(token.at, "bool", token.text))
+                return self._count(ConstantNode(token.offset, "bool", token.text))
             case "name", "null":
-                return self._count(ConstantNode(token.at, "null", token.text))
+                return self._count(ConstantNode(token.offset, "null", token.text))
             case "name", name if name not in _RESERVED:
                 if self._skip("("):
-                    return self._count(CallNode(token.at, name, None, self._list(")", f"`{name}(`")))
-                return self._count(NameNode(token.at, name))
-            case "mark", "(":
+                    return self._count(CallNode(token.offset, name, None, self._list(")", f"`{name}(`")))
+                return self._count(NameNode(token.offset, name))
+            case "symbol", "(":
                 node = self._expression()
                 self._expect(")", "`(`")
                 return node
-            case "mark", "[":
-                return self._count(ListNode(token.at, self._list("]", "`[`")))
+            case "symbol", "[":
+                return self._count(ListNode(token.offset, self._list("]", "`[`")))
         self._next -= token.kind != "end"
-        raise self._unexpected("a value is missing: a name, a number, a text in quotes or `(`")
+        raise self._unexpected("a value is missing here: write a name, a number, a text in quotes or `(`")
 
     def _list(self, end: str, opened: str) -> tuple[Node, ...]:
         items: list[Node] = []

@@ -1,4 +1,4 @@
-"""One condition over the Deployments of a Gateway, evaluated as early as what it reads is known."""
+"""One condition over the Deployments of a Gateway, evaluated as soon as the values that it reads are known."""
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
@@ -6,44 +6,44 @@ from typing import NamedTuple
 
 from fleetgate.core.model import Deployment, Gateway, Key
 from fleetgate.core.routing.policy_decision import RequestAttributes
-from fleetgate.policies import bindings as values
-from fleetgate.policies import evaluator as engine
+from fleetgate.policies import bindings, evaluator
 from fleetgate.policies.evaluator import EvaluationFailed
 from fleetgate.policies.type_checker import Expression
 
-# Texts of headers and bodies repeat: models, tiers, teams; and a pattern is compiled at every evaluation, for 30 µs.
-# Numbers are not remembered: they hardly repeat, and 1, 1.0 and true are one key of a dict but three values of CEL.
-_REMEMBERED_MAX = 1000
-_REMEMBERED_CHARS_MAX = 64
+# Outcomes are cached by texts of headers and bodies: these repeat (models, tiers, teams), and the library compiles a
+# pattern at every evaluation, which costs 30 µs. Numbers are not cached: they rarely repeat, and 1, 1.0 and true are
+# one key of a dict but three values of CEL.
+_CACHED_MAX = 1000
+_CACHED_CHARS_MAX = 64
 
 
 class EvaluationStage(IntEnum):
-    """When everything that a condition reads is known."""
+    """The earliest time at which every value that a condition reads is known."""
 
     SNAPSHOT = 0
     KEY = 1
     REQUEST = 2
 
 
-class TermOutcome(NamedTuple):
-    """For which Deployments, by slot, a condition holds, for which it could not be evaluated, and why."""
+class ConditionOutcome(NamedTuple):
+    """The Deployments, by slot, that match a condition, those for which it could not be evaluated, and the reason."""
 
-    holds: frozenset[int]
+    matched: frozenset[int]
     failed: frozenset[int] = frozenset()
     reason: str = ""
 
 
-class Term:
+class CompiledCondition:
     """A compiled condition.
 
-    Deployments that look the same to it are asked about once: a rule on regions costs one evaluation a region.
+    Deployments with equal values are evaluated once: a condition on regions costs one evaluation per region.
     """
 
     def __init__(self, expression: Expression, gateway: Gateway, deployments: Sequence[Deployment]) -> None:
-        self._program = engine.compile_text(expression.text)
-        leaves = expression.leaves
-        self._of_key = [(name, leaf) for name, leaf in leaves if leaf.root == "key"]
-        self._of_request = [(name, leaf) for name, leaf in leaves if leaf.root == "request"]
+        self._program = evaluator.compile_expression(expression.text)
+        selectors = expression.selectors
+        self._of_key = [(name, selector) for name, selector in selectors if selector.root == "key"]
+        self._of_request = [(name, selector) for name, selector in selectors if selector.root == "request"]
         self.stage = (
             EvaluationStage.REQUEST
             if self._of_request
@@ -51,68 +51,71 @@ class Term:
             if self._of_key
             else EvaluationStage.SNAPSHOT
         )
-        fixed = {name: values.of_gateway(leaf, gateway) for name, leaf in leaves if leaf.root == "gateway"}
-        own = [(name, leaf) for name, leaf in leaves if leaf.root == "deployment"]
-        alike: dict[str, tuple[dict[str, object], list[int]]] = {}
+        of_gateway = {
+            name: bindings.of_gateway(selector, gateway) for name, selector in selectors if selector.root == "gateway"
+        }
+        of_deployment = [(name, selector) for name, selector in selectors if selector.root == "deployment"]
+        groups: dict[str, tuple[dict[str, object], list[int]]] = {}
         for deployment in deployments:
-            seen = {**fixed, **{name: values.of_deployment(leaf, deployment) for name, leaf in own}}
-            alike.setdefault(repr(seen), (seen, []))[1].append(deployment.slot)
-        self._groups = [(seen, frozenset(slots)) for seen, slots in alike.values()]
+            values = {name: bindings.of_deployment(selector, deployment) for name, selector in of_deployment}
+            values = {**of_gateway, **values}
+            groups.setdefault(repr(values), (values, []))[1].append(deployment.slot)
+        self._groups = [(values, frozenset(slots)) for values, slots in groups.values()]
         self._all = frozenset(deployment.slot for deployment in deployments)
-        self._remembered: dict[tuple[object, ...], TermOutcome] = {}
+        self._cache: dict[tuple[object, ...], ConditionOutcome] = {}
 
-    def at_key(self, key: Key) -> TermOutcome:
-        """The outcome of a condition that reads nothing of the request."""
+    def at_key(self, key: Key) -> ConditionOutcome:
+        """The outcome of a condition that reads no value of the request."""
         return self._outcome(self.key_values(key))
 
     def key_values(self, key: Key) -> dict[str, object]:
-        """What it reads of the key."""
-        return {name: values.of_key(leaf, key) for name, leaf in self._of_key}
+        """The values that it reads of the key."""
+        return {name: bindings.of_key(selector, key) for name, selector in self._of_key}
 
-    def at_request(self, facts: RequestAttributes, known: Mapping[str, object]) -> TermOutcome:
-        """The outcome for one request; `known` is `key_values` of its key."""
+    def at_request(self, attributes: RequestAttributes, key_values: Mapping[str, object]) -> ConditionOutcome:
+        """The outcome for one request; `key_values` are those of its key."""
         try:
-            read = {name: values.of_request(leaf, facts) for name, leaf in self._of_request}
+            values = {name: bindings.of_request(selector, attributes) for name, selector in self._of_request}
         except EvaluationFailed as failed:
-            return TermOutcome(frozenset(), self._all, failed.reason)
-        if known:
-            return self._outcome({**known, **read})
-        texts = tuple(read.values())
-        if not all(type(text) is str and len(text) <= _REMEMBERED_CHARS_MAX for text in texts):
-            return self._outcome(read)
-        outcome = self._remembered.get(texts)
+            return ConditionOutcome(frozenset(), self._all, failed.reason)
+        if key_values:
+            return self._outcome({**key_values, **values})
+        texts = tuple(values.values())
+        if not all(type(text) is str and len(text) <= _CACHED_CHARS_MAX for text in texts):
+            return self._outcome(values)
+        outcome = self._cache.get(texts)
         if outcome is None:
-            outcome = self._outcome(read)
-            if len(self._remembered) >= _REMEMBERED_MAX:
-                self._remembered.clear()
-            self._remembered[texts] = outcome
+            outcome = self._outcome(values)
+            if len(self._cache) >= _CACHED_MAX:
+                self._cache.clear()
+            self._cache[texts] = outcome
         return outcome
 
-    def _outcome(self, read: dict[str, object]) -> TermOutcome:
-        holds: list[frozenset[int]] = []
+    def _outcome(self, values: dict[str, object]) -> ConditionOutcome:
+        matched: list[frozenset[int]] = []
         failed: list[frozenset[int]] = []
         reason = ""
-        for own, slots in self._groups:
+        for fixed, slots in self._groups:
             try:
-                if engine.holds(self._program, {**own, **read} if own else read):
-                    holds.append(slots)
+                if evaluator.evaluate_condition(self._program, {**fixed, **values} if fixed else values):
+                    matched.append(slots)
             except EvaluationFailed as failure:
                 failed.append(slots)
                 reason = failure.reason
-        return TermOutcome(_union(holds), _union(failed), reason)
+        return ConditionOutcome(_union(matched), _union(failed), reason)
 
 
 def _union(parts: list[frozenset[int]]) -> frozenset[int]:
     return parts[0] if len(parts) == 1 else frozenset().union(*parts)
 
 
-Bound = Callable[[RequestAttributes], TermOutcome]
+BoundCondition = Callable[[RequestAttributes], ConditionOutcome]
 
 
-def bind(term: Term, key: Key) -> Bound:
+def bind(condition: CompiledCondition, key: Key) -> BoundCondition:
     """A condition for the requests of one key."""
-    if term.stage < EvaluationStage.REQUEST:
-        outcome = term.at_key(key)
-        return lambda facts: outcome
-    known = term.key_values(key)
-    return lambda facts: term.at_request(facts, known)
+    if condition.stage < EvaluationStage.REQUEST:
+        outcome = condition.at_key(key)
+        return lambda attributes: outcome
+    key_values = condition.key_values(key)
+    return lambda attributes: condition.at_request(attributes, key_values)

@@ -1,6 +1,6 @@
-"""Strategies and policies that other packages bring through entry points.
+"""Strategies and policies that other packages provide through entry points.
 
-They run in our processes with all our rights: they are trusted code, and nothing of them is bounded but exceptions.
+They are trusted code: they run in the processes of Fleetgate with all rights, and only their exceptions are caught.
 """
 
 from importlib import metadata
@@ -9,21 +9,21 @@ from typing import Any
 from fleetgate.core.routing import strategies
 from fleetgate.core.routing.policy_decision import PythonPolicy
 
-STRATEGIES = "fleetgate.strategies"  # name -> a module (or object) with `order` and perhaps `lead`
-POLICIES = "fleetgate.policies"  # name -> a function of Facts, Key and Deployments that gives a Judgement
+STRATEGIES = "fleetgate.strategies"  # name -> a module or object with `order` and, optionally, `lead`
+POLICIES = "fleetgate.policies"  # name -> a `PythonPolicy`
 
 
 class NoSuchPolicy(Exception):
-    """No package that is installed brings a Python policy of this name."""
+    """No installed package provides a Python policy of this name."""
 
 
 _policies: dict[str, PythonPolicy] = {}
 
 
 def load() -> tuple[str, ...]:
-    """Find and register every plug-in that is installed; a second call finds what is new.
+    """Find and register every installed plug-in; a second call adds new ones.
 
-    The answer is a sentence for each that cannot be used: for the log, and an Event where there is a store.
+    Shape: one sentence for each plug-in that cannot be used, for the log and an Event.
     """
     problems = []
     for group, register in ((STRATEGIES, strategies.register), (POLICIES, register_policy)):
@@ -31,21 +31,21 @@ def load() -> tuple[str, ...]:
             try:
                 plugin: Any = point.load()
                 register(point.name, plugin)
-            except Exception as error:  # importing somebody else's code may raise anything; we start without it
+            except Exception as error:  # code of another package may raise anything; start without it
                 problems.append(f"plug-in {point.name} of {group} ({point.value}) cannot be used: {error}")
     return tuple(problems)
 
 
 def register_policy(name: str, policy: PythonPolicy) -> None:
-    """Make a policy in Python known. Raises: `ValueError` when it is no function or the name is taken."""
+    """Register a policy in Python. Raises: `ValueError` if it is not a function or the name is taken."""
     if not callable(policy):
-        raise ValueError("it is not a function of facts, key and deployments")
+        raise ValueError("it is not a function of request attributes, key and deployments")
     if _policies.setdefault(name, policy) is not policy:
-        raise ValueError(f"another Python policy is called {name}; rename one of them")
+        raise ValueError(f"another Python policy has the name {name}; rename one of them")
 
 
 def names() -> tuple[str, ...]:
-    """The Python policies there are, in alphabetical order."""
+    """The names of the registered Python policies, in alphabetical order."""
     return tuple(sorted(_policies))
 
 

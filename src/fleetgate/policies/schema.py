@@ -1,4 +1,4 @@
-"""What policies can speak of: the variables, their fields and types."""
+"""The variables of policies, with their fields and types."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,24 +8,24 @@ import msgspec
 from fleetgate.core.routing.policy_decision import BodyPath
 
 
-class Type(msgspec.Struct, frozen=True):
-    """A type of CEL. Shape: `name` is CEL's; `nullable` says that it may be absent; `item` is a list's element type."""
+class CelType(msgspec.Struct, frozen=True):
+    """A type of CEL. Shape: `name` is CEL's; `nullable` if the value may be absent; `item` is a list's element type."""
 
     name: str
     nullable: bool = False
     item: str = ""
 
 
-BOOL, INT, DOUBLE, STRING = Type("bool"), Type("int"), Type("double"), Type("string")
-NULL = Type("null", nullable=True)
-ANY = Type("dyn", nullable=True)  # a value of a body: its type shows when the request is there
-STRINGS = Type("list", item="string")
-ITEMS = Type("list", item="dyn")
-PRICE = Type("double", nullable=True)
-LABELS = Type("map", item="string")
-BODY = Type("map", item="dyn")
+BOOL, INT, DOUBLE, STRING = CelType("bool"), CelType("int"), CelType("double"), CelType("string")
+NULL = CelType("null", nullable=True)
+ANY = CelType("dyn", nullable=True)  # a value of a body: its type is known only for a request
+STRINGS = CelType("list", item="string")
+ITEMS = CelType("list", item="dyn")
+PRICE = CelType("double", nullable=True)
+LABELS = CelType("map", item="string")
+BODY = CelType("map", item="dyn")
 
-VARIABLES: dict[str, dict[str, Type]] = {
+VARIABLES: dict[str, dict[str, CelType]] = {
     "request": {
         "model": STRING,
         "path": STRING,
@@ -53,15 +53,15 @@ VARIABLES: dict[str, dict[str, Type]] = {
     "gateway": {"name": STRING, "domain": STRING},
 }
 
-# What carries a secret: a rule speaks of `key` instead, so that no log or error can ever show one.
+# Headers that carry secrets. A policy uses `key` instead, so that no log or error can show a secret.
 SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "x-api-key", "api-key", "cookie"})
 
 
-class Leaf(msgspec.Struct, frozen=True):
+class Selector(msgspec.Struct, frozen=True):
     """A value that an expression reads.
 
-    Shape: `path` is what follows `root.field`; `use` is how it is read: `value`, `size`, `has` or `items`; `fields`
-    are those of each item that are read.
+    Shape: `path` follows `root.field`; `use` is `value`, `size`, `has` or `items`; `fields` are the fields read of
+    each item.
     """
 
     root: str
@@ -71,8 +71,8 @@ class Leaf(msgspec.Struct, frozen=True):
     fields: tuple[str, ...] = ()
 
     @property
-    def shown(self) -> str:
-        """As it is written in a policy."""
+    def text(self) -> str:
+        """The selector as it is written in a policy."""
         text = f"{self.root}.{self.field}"
         for step in self.path:
             match step:
@@ -83,16 +83,16 @@ class Leaf(msgspec.Struct, frozen=True):
         return text
 
 
-def near(word: str, known: Iterable[str], else_: str = "", begin: str = "") -> str:
-    """The fix for a word that is not known: the nearest one, else `else_` or all of them."""
+def suggestion(word: str, known: Iterable[str], fallback: str = "", prefix: str = "") -> str:
+    """The fix for an unknown word: the nearest known one, otherwise `fallback` or the whole list."""
     known = sorted(known)
-    meant = get_close_matches(word, known, 1)
-    if meant:
-        return f"did you mean `{begin}{meant[0]}`?"
-    return else_ or f"use one of: {', '.join(begin + one for one in known)}"
+    close = get_close_matches(word, known, 1)
+    if close:
+        return f"did you mean `{prefix}{close[0]}`?"
+    return fallback or f"use one of: {', '.join(prefix + one for one in known)}"
 
 
-_ARTICLES = {
+_DESCRIPTIONS = {
     "bool": "true or false",
     "int": "a whole number",
     "double": "a number",
@@ -104,6 +104,6 @@ _ARTICLES = {
 }
 
 
-def article(type_: Type) -> str:
-    """A type in words."""
-    return _ARTICLES[type_.name] + (" that may be absent" if type_ == PRICE else "")
+def describe(type_: CelType) -> str:
+    """A type in schema."""
+    return _DESCRIPTIONS[type_.name] + (" that may be absent" if type_ == PRICE else "")

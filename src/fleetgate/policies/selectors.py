@@ -1,101 +1,107 @@
-"""Paths in an expression: which value of the request, key, Deployment or Gateway `request.body.a["b"]` reads."""
+"""Selectors: the value of a request, key, Deployment or Gateway that a path like `request.body.a["b"]` reads."""
 
 import msgspec
 
 from fleetgate.core.routing.policy_decision import PathStep
-from fleetgate.policies import cel_parser as grammar
-from fleetgate.policies import evaluator as engine
-from fleetgate.policies import schema as words
+from fleetgate.policies import cel_parser, evaluator, schema
 from fleetgate.policies.cel_parser import CelError, Node
-from fleetgate.policies.schema import ANY, STRING, VARIABLES, Leaf, Type, article, near
+from fleetgate.policies.schema import ANY, STRING, VARIABLES, CelType, Selector, describe, suggestion
 
 STEPS_MAX = 8
 
 
-def leaf_of(node: Node, without: str, loop: str) -> Leaf | None:
-    """The value that a path reads; None where it is none or begins with `loop`, the variable of a macro.
+def selector_of(node: Node, forbidden: str, loop_variable: str) -> Selector | None:
+    """The selector of a path; None if the node is not a path or begins with the variable of a macro.
 
-    Raises: `CelError` where it begins with the variable `without` or leads nowhere.
+    Raises: `CelError` if the path begins with the variable `forbidden` or does not exist.
     """
     steps: list[tuple[int, PathStep | Node]] = []
     while True:
         match node:
-            case grammar.FieldNode():
-                steps.append((node.at, node.name))
+            case cel_parser.FieldNode():
+                steps.append((node.offset, node.name))
                 node = node.base
-            case grammar.IndexNode():
-                steps.append((node.at, node.key))
+            case cel_parser.IndexNode():
+                steps.append((node.offset, node.key))
                 node = node.base
-            case grammar.NameNode(name=name) if not loop or name != loop:
-                return _path(node, steps[::-1], without)
+            case cel_parser.NameNode(name=name) if not loop_variable or name != loop_variable:
+                return _path(node, steps[::-1], forbidden)
             case _:
                 return None
 
 
-def entry(leaf: Leaf, step: PathStep, at: int) -> Leaf:
-    """The entry of a map, or of a part of the body. Raises: `CelError`."""
-    type_ = type_of(leaf)
+def entry_of(selector: Selector, step: PathStep, offset: int) -> Selector:
+    """The selector of an entry of a map, or of a value in the body. Raises: `CelError`."""
+    type_ = type_of(selector)
     if type_.name == "list":
-        raise CelError(at, f"`{leaf.shown}` is a list", "use `in`, exists() or size()")
+        raise CelError(offset, f"`{selector.text}` is a list", "use `in`, exists() or size()")
     if type_.name not in ("map", "dyn"):
-        raise CelError(at, f"`{leaf.shown}` is {article(type_)} and has no fields", "use it as it is")
+        raise CelError(offset, f"`{selector.text}` is {describe(type_)} and has no fields", "use it as it is")
     if type(step) is int and type_.name == "map":
-        raise CelError(at, f"`{leaf.shown}` has names, not numbers", 'write a name in quotes: ["name"]')
-    if len(leaf.path) == STEPS_MAX:
-        raise CelError(at, f"the path has more than {STEPS_MAX} steps", "name a value nearer to the top")
-    if (leaf.root, leaf.field) == ("request", "headers"):
-        _check_header(str(step), at)
-    return msgspec.structs.replace(leaf, path=(*leaf.path, step))
+        raise CelError(offset, f"`{selector.text}` has names, not numbers, as keys", 'write a name in quotes: ["name"]')
+    if len(selector.path) == STEPS_MAX:
+        raise CelError(offset, f"the path has more than {STEPS_MAX} steps", "name a value nearer to the top")
+    if (selector.root, selector.field) == ("request", "headers"):
+        _check_header(str(step), offset)
+    return msgspec.structs.replace(selector, path=(*selector.path, step))
 
 
-def type_of(leaf: Leaf) -> Type:
-    """The type of a value as it is read."""
-    type_ = VARIABLES[leaf.root][leaf.field]
-    if not leaf.path:
+def type_of(selector: Selector) -> CelType:
+    """The type of the selected value."""
+    type_ = VARIABLES[selector.root][selector.field]
+    if not selector.path:
         return type_
     return ANY if type_.item == "dyn" else STRING
 
 
-def absentable(leaf: Leaf) -> bool:
+def may_be_absent(selector: Selector) -> bool:
     """Whether a value may be absent: an entry of labels, headers or body, or a price."""
-    return bool(leaf.path) or type_of(leaf).nullable
+    return bool(selector.path) or type_of(selector).nullable
 
 
-def _path(root: grammar.NameNode, steps: list[tuple[int, PathStep | Node]], without: str) -> Leaf:
-    if root.name == without:
-        message = f"`{root.name}` cannot be read where a policy prefers, sets or runs Python: that is for the request"
-        raise CelError(root.at, message, "use it with `require:` alone, or remove it")
+def _path(root: cel_parser.NameNode, steps: list[tuple[int, PathStep | Node]], forbidden: str) -> Selector:
+    if root.name == forbidden:
+        message = (
+            f"`{root.name}` is not available with `prefer:`, `set:` or `python:`: these apply to the whole request"
+        )
+        raise CelError(root.offset, message, "use it with `require:` alone, or remove it")
     if root.name not in VARIABLES:
-        fix = near(
+        fix = suggestion(
             root.name, VARIABLES, f'put text in quotes: "{root.name[:40]}"; variables are: {", ".join(VARIABLES)}'
         )
-        raise CelError(root.at, f"there is no variable `{root.name[:40]}`", fix)
+        raise CelError(root.offset, f"there is no variable `{root.name[:40]}`", fix)
     fields = VARIABLES[root.name]
     if not steps:
-        raise CelError(root.at, f"`{root.name}` cannot be used as a whole", f"name a field of it: {', '.join(fields)}")
-    named = [(at, _step(step)) for at, step in steps]
-    at, field = named[0]
+        raise CelError(
+            root.offset, f"`{root.name}` cannot be used as a whole", f"name a field of it: {', '.join(fields)}"
+        )
+    named = [(offset, _step(step)) for offset, step in steps]
+    offset, field = named[0]
     if type(field) is not str or field not in fields:
         message = f"there is no `{root.name}.{str(field)[:40]}`"
-        raise CelError(at, message, near(str(field), fields, begin=f"{root.name}."))
-    leaf = Leaf(root.name, field)
-    for at, step in named[1:]:
-        leaf = entry(leaf, step, at)
-    return leaf
+        raise CelError(offset, message, suggestion(str(field), fields, prefix=f"{root.name}."))
+    selector = Selector(root.name, field)
+    for offset, step in named[1:]:
+        selector = entry_of(selector, step, offset)
+    return selector
 
 
 def _step(step: PathStep | Node) -> PathStep:
     match step:
         case str() | int():
             return step
-        case grammar.ConstantNode(type="string" | "int"):
-            value: PathStep = engine.literal(step.text)
+        case cel_parser.ConstantNode(type="string" | "int"):
+            value: PathStep = evaluator.literal_value(step.text)
             return value
-    raise CelError(step.at, "an entry must be written out", 'write its name in quotes: ["name"]')
+    raise CelError(step.offset, "the key of an entry must be a literal", 'write its name in quotes: ["name"]')
 
 
-def _check_header(name: str, at: int) -> None:
-    if name.lower() in words.SECRET_HEADERS:
-        raise CelError(at, f"header {name} may hold a secret and is not shown to policies", "use `key.name` or a label")
+def _check_header(name: str, offset: int) -> None:
+    if name.lower() in schema.SECRET_HEADERS:
+        raise CelError(
+            offset, f"header {name} may contain a secret and is not available to policies", "use `key.name` or a label"
+        )
     if name != name.lower() or not name.isascii():
-        raise CelError(at, f"header names are in lower case, and this is {name[:60]!r}", f'write "{name.lower()[:60]}"')
+        raise CelError(
+            offset, f"header names are in lower case, but this is {name[:60]!r}", f'write "{name.lower()[:60]}"'
+        )

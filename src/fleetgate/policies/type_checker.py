@@ -1,150 +1,166 @@
-"""Types of a policy's expression, found before it runs, and the same expression over flat, always present values.
+"""Static type checker for expressions of policies; it rewrites them over flat values that are always present.
 
-Every value that an expression reads becomes one variable `v0`, `v1`, …, and what may be absent gets a default where a
-value is needed. So nothing absent can fail, and the proxy hands over no more than what is read.
+Every value that an expression reads becomes one variable `v0`, `v1`, …, and a value that may be absent gets a default.
+So an absent value cannot fail, and the proxy passes only the values that are read to CEL.
 """
 
 import re
 
 import msgspec
 
-from fleetgate.policies import cel_parser as grammar
-from fleetgate.policies import evaluator as engine
-from fleetgate.policies import schema as words
+from fleetgate.policies import cel_parser, evaluator, schema
 from fleetgate.policies.cel_parser import CelError, Node
 from fleetgate.policies.regex_limits import check_pattern
-from fleetgate.policies.schema import ANY, BOOL, DOUBLE, INT, NULL, STRING, VARIABLES, Leaf, Type, article, near
-from fleetgate.policies.selectors import absentable, entry, leaf_of, type_of
+from fleetgate.policies.schema import (
+    ANY,
+    BOOL,
+    DOUBLE,
+    INT,
+    NULL,
+    STRING,
+    VARIABLES,
+    CelType,
+    Selector,
+    describe,
+    suggestion,
+)
+from fleetgate.policies.selectors import entry_of, may_be_absent, selector_of, type_of
 
 _VARIABLE = re.compile(r"\bv\d+\b")
 _NUMBERS = frozenset({"int", "double", "dyn"})
-_CONVERTED = {"int": (INT, "0"), "double": (DOUBLE, "0.0"), "string": (STRING, '""')}
-_EMPTY = {"bool": "false", "string": '""', "list": "[]"}
-_TESTS = ("startsWith", "endsWith", "contains", "matches")
-_LOOPS = ("exists", "all", "exists_one")
-_METHODS = (*_TESTS, *_LOOPS, "size")
-_FUNCTIONS = ("size", "has", *_CONVERTED)
+_CONVERSIONS = {"int": (INT, "0"), "double": (DOUBLE, "0.0"), "string": (STRING, '""')}
+_DEFAULTS = {"bool": "false", "string": '""', "list": "[]"}
+_TEXT_METHODS = ("startsWith", "endsWith", "contains", "matches")
+_MACROS = ("exists", "all", "exists_one")
+_METHODS = (*_TEXT_METHODS, *_MACROS, "size")
+_FUNCTIONS = ("size", "has", *_CONVERSIONS)
 
 
 class Expression(msgspec.Struct, frozen=True):
-    """A checked expression. Shape: `text` is CEL over the variables that `leaves` names."""
+    """A checked expression. Shape: `text` is CEL over the variables that `selectors` names."""
 
     source: str
     text: str
-    leaves: tuple[tuple[str, Leaf], ...]
+    selectors: tuple[tuple[str, Selector], ...]
 
     def reads(self, root: str) -> bool:
-        """Whether it depends on a variable."""
-        return any(leaf.root == root for _, leaf in self.leaves)
+        """Whether it reads a variable."""
+        return any(selector.root == root for _, selector in self.selectors)
 
 
-class Typed(msgspec.Struct, frozen=True):
-    """A part of an expression: what it evaluates to and its text. `leaf` where it is a value that is read."""
+class TypedExpression(msgspec.Struct, frozen=True):
+    """A subexpression with its type and rewritten text; `selector` if it is a value that is read."""
 
-    type: Type
+    type: CelType
     text: str
-    leaf: Leaf | None = None
+    selector: Selector | None = None
     null: bool = False
 
 
-def check(source: str, without: str = "") -> Expression:
-    """Check that an expression is a condition over what is known; `without` names a variable that it may not read.
+def check(source: str, forbidden: str = "") -> Expression:
+    """Check that an expression is a condition over known variables; it may not read the variable `forbidden`.
 
     Raises: `CelError`.
     """
-    node = grammar.parse(source)
-    walk = _Walk(without)
-    text = walk.as_bool(node, "a condition")
+    node = cel_parser.parse(source)
+    checker = _Checker(forbidden)
+    text = checker.require_bool(node, "a condition")
     try:
-        engine.compile_text(source)
-        engine.compile_text(text)
+        evaluator.compile_expression(source)
+        evaluator.compile_expression(text)
     except ValueError as error:
         reason = str(error).partition("Syntax error: ")[2].partition("\n")[0] or "it is not valid CEL"
-        raise CelError(0, f"the expression cannot be read: {reason}", "correct it") from None
+        raise CelError(0, f"the expression cannot be read: {reason}", "correct the expression") from None
     read = set(_VARIABLE.findall(text))
-    return Expression(source, text, tuple((name, leaf) for leaf, name in walk.leaves.items() if name in read))
+    return Expression(
+        source, text, tuple((name, selector) for selector, name in checker.selectors.items() if name in read)
+    )
 
 
-class _Loop(msgspec.Struct):
-    """The variable of a macro; `fields` are those of each item that are read."""
+class _Macro(msgspec.Struct):
+    """The macro that encloses a subexpression, with its variable; `fields` are the fields read of each item."""
 
     name: str
     item: str
     fields: dict[str, None] = {}
 
 
-class _Walk:
-    def __init__(self, without: str) -> None:
-        self.leaves: dict[Leaf, str] = {}
-        self._without = without
-        self._loop: _Loop | None = None
+class _Checker:
+    def __init__(self, forbidden: str) -> None:
+        self.selectors: dict[Selector, str] = {}
+        self._forbidden = forbidden
+        self._macro: _Macro | None = None
 
-    # --- what is needed of a part ---
+    # --- required types ---
 
-    def as_bool(self, node: Node, where: str) -> str:
-        """A part that must be true or false."""
-        return self._needed(node, BOOL, f"{where} must be true or false", "compare it with something")
+    def require_bool(self, node: Node, where: str) -> str:
+        """The text of a subexpression that must be true or false."""
+        return self._require_type(node, BOOL, f"{where} must be true or false", "compare it with a value")
 
-    def _needed(self, node: Node, need: Type, message: str, fix: str) -> str:
+    def _require_type(self, node: Node, need: CelType, message: str, fix: str) -> str:
         typed = self.typed(node)
         if typed.type.name not in (need.name, "dyn"):
-            raise CelError(node.at, f"{message}, but this is {article(typed.type)}", fix)
+            raise CelError(node.offset, f"{message}, but this is {describe(typed.type)}", fix)
         if typed.type.nullable:
-            return f"({typed.text} == null ? {_EMPTY[need.name]} : {typed.text})"
+            return f"({typed.text} == null ? {_DEFAULTS[need.name]} : {typed.text})"
         return typed.text
 
-    # --- the kinds of parts ---
+    # --- kinds of subexpressions ---
 
-    def typed(self, node: Node) -> Typed:
-        """The type and text of a part."""
+    def typed(self, node: Node) -> TypedExpression:
+        """The type and text of a subexpression."""
         match node:
-            case grammar.ConstantNode():
-                return Typed(NULL if node.type == "null" else Type(node.type), node.text, null=node.type == "null")
-            case grammar.NameNode() | grammar.FieldNode() | grammar.IndexNode():
+            case cel_parser.ConstantNode():
+                return TypedExpression(
+                    NULL if node.type == "null" else CelType(node.type), node.text, null=node.type == "null"
+                )
+            case cel_parser.NameNode() | cel_parser.FieldNode() | cel_parser.IndexNode():
                 return self._read(node)
-            case grammar.UnaryNode():
+            case cel_parser.UnaryNode():
                 return self._unary(node)
-            case grammar.BinaryNode():
+            case cel_parser.BinaryNode():
                 return self._binary(node)
-            case grammar.ConditionalNode():
-                return self._choice(node)
-            case grammar.ListNode():
-                return self._items(node)
-            case grammar.CallNode():
+            case cel_parser.ConditionalNode():
+                return self._conditional(node)
+            case cel_parser.ListNode():
+                return self._list(node)
+            case cel_parser.CallNode():
                 return self._call(node)
 
-    def _unary(self, node: grammar.UnaryNode) -> Typed:
-        if node.mark == "!":
-            return Typed(BOOL, f"!{self.as_bool(node.value, 'what stands after `!`')}")
+    def _unary(self, node: cel_parser.UnaryNode) -> TypedExpression:
+        if node.operator == "!":
+            return TypedExpression(BOOL, f"!{self.require_bool(node.value, 'the operand of `!`')}")
         typed = self.typed(node.value)
-        _number(node.value, typed)
-        return Typed(typed.type, f"-({typed.text})")
+        _require_number(node.value, typed)
+        return TypedExpression(typed.type, f"-({typed.text})")
 
-    def _choice(self, node: grammar.ConditionalNode) -> Typed:
-        test = self.as_bool(node.test, "what stands before `?`")
-        yes, no = self.typed(node.yes), self.typed(node.no)
-        if yes.type.name != no.type.name and not {"dyn", "null"} & {yes.type.name, no.type.name}:
-            message = f"`?` gives {article(yes.type)} or {article(no.type)}"
-            raise CelError(node.at, message, "let both sides have the same type")
-        same = yes.type if yes.type.name == no.type.name else ANY
-        nullable = yes.type.nullable or no.type.nullable
-        return Typed(Type(same.name, nullable, same.item), f"({test} ? {yes.text} : {no.text})")
+    def _conditional(self, node: cel_parser.ConditionalNode) -> TypedExpression:
+        condition = self.require_bool(node.condition, "the condition before `?`")
+        if_true, if_false = self.typed(node.if_true), self.typed(node.if_false)
+        if if_true.type.name != if_false.type.name and not {"dyn", "null"} & {if_true.type.name, if_false.type.name}:
+            message = f"`?` results in {describe(if_true.type)} or {describe(if_false.type)}"
+            raise CelError(node.offset, message, "use values of the same type on both sides")
+        same = if_true.type if if_true.type.name == if_false.type.name else ANY
+        nullable = if_true.type.nullable or if_false.type.nullable
+        return TypedExpression(
+            CelType(same.name, nullable, same.item), f"({condition} ? {if_true.text} : {if_false.text})"
+        )
 
-    def _items(self, node: grammar.ListNode) -> Typed:
+    def _list(self, node: cel_parser.ListNode) -> TypedExpression:
         items = [self.typed(item) for item in node.items]
         kinds = {item.type.name for item in items}
         for item, part in zip(items, node.items, strict=True):
             if item.type.name == "list" or len(kinds) > 1:
-                raise CelError(part.at, f"this is {article(item.type)} in a list", "list values of one simple type")
+                raise CelError(part.offset, f"this is {describe(item.type)} in a list", "use values of one simple type")
         item_type = items[0].type.name if items else "dyn"
-        return Typed(Type("list", item=item_type), f"[{', '.join(item.text for item in items)}]")
+        return TypedExpression(CelType("list", item=item_type), f"[{', '.join(item.text for item in items)}]")
 
-    def _binary(self, node: grammar.BinaryNode) -> Typed:
-        match node.mark:
+    def _binary(self, node: cel_parser.BinaryNode) -> TypedExpression:
+        match node.operator:
             case "&&" | "||":
-                where = f"each side of `{node.mark}`"
-                left, right = self.as_bool(node.left, where), self.as_bool(node.right, where)
-                return Typed(BOOL, f"({left} {node.mark} {right})")
+                where = f"each side of `{node.operator}`"
+                left, right = self.require_bool(node.left, where), self.require_bool(node.right, where)
+                return TypedExpression(BOOL, f"({left} {node.operator} {right})")
             case "in":
                 return self._in(node)
             case "==" | "!=":
@@ -153,210 +169,220 @@ class _Walk:
                 return self._ordered(node)
         return self._arithmetic(node)
 
-    def _equal(self, node: grammar.BinaryNode) -> Typed:
+    def _equal(self, node: cel_parser.BinaryNode) -> TypedExpression:
         sides = [self.typed(node.left), self.typed(node.right)]
         for one, other in (sides, sides[::-1]):
             absent = other.null or other.text in ('""', "''")
-            if one.leaf is not None and absent and absentable(one.leaf):
-                text = self._has(one.leaf)
-                return Typed(BOOL, text if node.mark == "!=" else f"!{text}")
+            if one.selector is not None and absent and may_be_absent(one.selector):
+                text = self._has(one.selector)
+                return TypedExpression(BOOL, text if node.operator == "!=" else f"!{text}")
         left, right = (side.type.name for side in sides)
         alike = left == right or (left in _NUMBERS and right in _NUMBERS)
         dyn = "dyn" in (left, right) or (any(s.null for s in sides) and all(s.type.nullable for s in sides))
         if "list" in (left, right) or not (alike or dyn):
-            message = f"`{node.mark}` compares {article(sides[0].type)} with {article(sides[1].type)}"
-            raise CelError(node.at, message, _compare_fix(left, right))
+            message = f"`{node.operator}` compares {describe(sides[0].type)} with {describe(sides[1].type)}"
+            raise CelError(node.offset, message, _compare_fix(left, right))
         texts = [_text_or_empty(side, other) for side, other in (sides, sides[::-1])]
-        return Typed(BOOL, f"({texts[0]} {node.mark} {texts[1]})")
+        return TypedExpression(BOOL, f"({texts[0]} {node.operator} {texts[1]})")
 
-    def _ordered(self, node: grammar.BinaryNode) -> Typed:
+    def _ordered(self, node: cel_parser.BinaryNode) -> TypedExpression:
         left, right = self.typed(node.left), self.typed(node.right)
         names = {left.type.name, right.type.name}
         if not (names <= _NUMBERS or names <= {"string", "dyn"}):
-            message = f"`{node.mark}` compares {article(left.type)} with {article(right.type)}"
-            raise CelError(node.at, message, _compare_fix(left.type.name, right.type.name))
-        text = f"{left.text} {node.mark} {right.text}"
+            message = f"`{node.operator}` compares {describe(left.type)} with {describe(right.type)}"
+            raise CelError(node.offset, message, _compare_fix(left.type.name, right.type.name))
+        text = f"{left.text} {node.operator} {right.text}"
         present = [f"{side.text} != null" for side in (left, right) if side.type.nullable]
-        return Typed(BOOL, f"({' && '.join([*present, text])})")
+        return TypedExpression(BOOL, f"({' && '.join([*present, text])})")
 
-    def _arithmetic(self, node: grammar.BinaryNode) -> Typed:
+    def _arithmetic(self, node: cel_parser.BinaryNode) -> TypedExpression:
         left, right = self.typed(node.left), self.typed(node.right)
         for side, part in ((left, node.left), (right, node.right)):
-            if not (node.mark == "+" and side.type == STRING):
-                _number(part, side)
-        if left.type.name != right.type.name or (node.mark == "%" and left.type != INT):
-            message = f"`{node.mark}` joins {article(left.type)} and {article(right.type)}"
-            raise CelError(node.at, message, "convert one of them with int(), double() or string()")
-        return Typed(left.type, f"({left.text} {node.mark} {right.text})")
+            if not (node.operator == "+" and side.type == STRING):
+                _require_number(part, side)
+        if left.type.name != right.type.name or (node.operator == "%" and left.type != INT):
+            message = f"`{node.operator}` joins {describe(left.type)} and {describe(right.type)}"
+            raise CelError(node.offset, message, "convert one of them with int(), double() or string()")
+        return TypedExpression(left.type, f"({left.text} {node.operator} {right.text})")
 
-    def _in(self, node: grammar.BinaryNode) -> Typed:
+    def _in(self, node: cel_parser.BinaryNode) -> TypedExpression:
         named = self._map_entry(node)
         if named is not None:
-            return Typed(BOOL, self._has(named))
-        left, right = self.typed(node.left), self._range(node.right, "`in`")
+            return TypedExpression(BOOL, self._has(named))
+        left, right = self.typed(node.left), self._list_operand(node.right, "`in`")
         item = right.type.item
         if left.type.name == "list":
-            raise CelError(node.left.at, "a list cannot be in a list", "ask for one value")
+            raise CelError(node.left.offset, "a list cannot be in a list", "test one value")
         if "dyn" not in (left.type.name, item) and left.type.name != item and not left.null:
-            message = f"this is {article(left.type)}, but the list has {item} values"
-            raise CelError(node.left.at, message, _compare_fix(left.type.name, item))
+            message = f"this is {describe(left.type)}, but the list has {item} values"
+            raise CelError(node.left.offset, message, _compare_fix(left.type.name, item))
         found = f'({left.text} == null ? "" : {left.text})' if left.type == ANY and item == "string" else left.text
-        return Typed(BOOL, f"({found} in {right.text or self._items_of(right.leaf)})")
+        return TypedExpression(BOOL, f"({found} in {right.text or self._items_of(right.selector)})")
 
-    def _map_entry(self, node: grammar.BinaryNode) -> Leaf | None:
-        """The entry that `"name" in key.labels` asks for."""
-        leaf = self._names(node.right)
-        if leaf is None or leaf.path or VARIABLES[leaf.root][leaf.field].name != "map":
+    def _map_entry(self, node: cel_parser.BinaryNode) -> Selector | None:
+        """The selector of the entry that `"name" in key.labels` tests."""
+        selector = self._selector(node.right)
+        if selector is None or selector.path or VARIABLES[selector.root][selector.field].name != "map":
             return None
         match node.left:
-            case grammar.ConstantNode(type="string"):
-                return entry(leaf, engine.literal(node.left.text), node.left.at)
-        raise CelError(node.left.at, f"the entry of `{leaf.shown}` is not written out", 'write it in quotes: "name"')
+            case cel_parser.ConstantNode(type="string"):
+                return entry_of(selector, evaluator.literal_value(node.left.text), node.left.offset)
+        raise CelError(
+            node.left.offset, f"the entry of `{selector.text}` must be a literal", 'write it in quotes: "name"'
+        )
 
-    def _range(self, node: Node, where: str) -> Typed:
-        """A part that must be a list. One in the body has no text yet: that depends on what is read of each item."""
-        leaf = self._names(node)
-        if leaf is not None and leaf.root == "request" and leaf.field == "body":
-            return Typed(words.ITEMS, "", leaf)
+    def _list_operand(self, node: Node, where: str) -> TypedExpression:
+        """A subexpression that must be a list. A list in the body has no text yet: that depends on the fields read."""
+        selector = self._selector(node)
+        if selector is not None and selector.root == "request" and selector.field == "body":
+            return TypedExpression(schema.ITEMS, "", selector)
         typed = self.typed(node)
         if typed.type.name != "list":
-            raise CelError(node.at, f"{where} needs a list, but this is {article(typed.type)}", "give a list")
+            raise CelError(node.offset, f"{where} needs a list, but this is {describe(typed.type)}", "use a list")
         return typed
 
-    def _items_of(self, leaf: Leaf | None, fields: tuple[str, ...] = ()) -> str:
-        """A list in the body: of each item no more than these fields is handed over."""
-        assert leaf is not None
-        return self._variable(msgspec.structs.replace(leaf, use="items", fields=fields))
+    def _items_of(self, selector: Selector | None, fields: tuple[str, ...] = ()) -> str:
+        """The variable of a list in the body; only these fields of each item are passed to CEL."""
+        assert selector is not None
+        return self._variable(msgspec.structs.replace(selector, use="items", fields=fields))
 
     # --- functions ---
 
-    def _call(self, node: grammar.CallNode) -> Typed:
+    def _call(self, node: cel_parser.CallNode) -> TypedExpression:
         known = _FUNCTIONS if node.receiver is None else _METHODS
         if node.name not in known:
-            begin = "" if node.receiver is None else "."
-            raise CelError(node.at, f"there is no function `{node.name[:40]}`", near(node.name, known, begin=begin))
-        wanted = 2 if node.name in _LOOPS else 0 if node.receiver is not None and node.name == "size" else 1
-        if len(node.args) != wanted:
-            message = f"`{node.name}` has {len(node.args)} values in its brackets"
-            raise CelError(node.at, message, f"give {wanted or 'none'}")
-        if node.receiver is None and node.name in _CONVERTED:
-            return self._converted(node.name, node.args[0])
+            prefix = "" if node.receiver is None else "."
+            raise CelError(
+                node.offset, f"there is no function `{node.name[:40]}`", suggestion(node.name, known, prefix=prefix)
+            )
+        expected = 2 if node.name in _MACROS else 0 if node.receiver is not None and node.name == "size" else 1
+        if len(node.args) != expected:
+            message = f"`{node.name}` has {len(node.args)} arguments"
+            raise CelError(node.offset, message, f"give {expected or 'none'}")
+        if node.receiver is None and node.name in _CONVERSIONS:
+            return self._conversion(node.name, node.args[0])
         if node.name == "has":
-            return Typed(BOOL, self._present(node.args[0]))
+            return TypedExpression(BOOL, self._presence(node.args[0]))
         if node.name == "size":
             return self._size(node.args[0] if node.receiver is None else node.receiver)
         assert node.receiver is not None
-        if node.name in _LOOPS:
-            return self._macro(node, node.receiver)
-        return self._text_test(node, node.receiver)
+        if node.name in _MACROS:
+            return self._comprehension(node, node.receiver)
+        return self._text_function(node, node.receiver)
 
-    def _text_test(self, node: grammar.CallNode, receiver: Node) -> Typed:
+    def _text_function(self, node: cel_parser.CallNode, receiver: Node) -> TypedExpression:
         where = f"`{node.name}` reads text"
-        subject = self._needed(receiver, STRING, where, "convert it with string()")
-        argument = self._needed(node.args[0], STRING, where, "write it in quotes")
+        subject = self._require_type(receiver, STRING, where, "convert it with string()")
+        argument = self._require_type(node.args[0], STRING, where, "write it in quotes")
         if node.name == "matches":
             check_pattern(node.args[0])
-        return Typed(BOOL, f"{subject}.{node.name}({argument})")
+        return TypedExpression(BOOL, f"{subject}.{node.name}({argument})")
 
-    def _converted(self, name: str, value: Node) -> Typed:
-        to, empty = _CONVERTED[name]
+    def _conversion(self, name: str, value: Node) -> TypedExpression:
+        to, empty = _CONVERSIONS[name]
         typed = self.typed(value)
         if typed.type.name == "list" or (typed.type.name == "bool" and name != "string"):
-            raise CelError(value.at, f"{name}() cannot convert {article(typed.type)}", "give a number or text")
+            raise CelError(value.offset, f"{name}() cannot convert {describe(typed.type)}", "give a number or text")
         if typed.null:
-            raise CelError(value.at, f"{name}() of null says nothing", "remove it")
+            raise CelError(value.offset, f"{name}() of null is constant", "remove it")
         text = f"{name}({typed.text})"
         if name != "string" and typed.type.name in ("string", "dyn"):
             text = f'({typed.text} == "" ? {empty} : {text})'
         if typed.type.nullable:
             text = f"({typed.text} == null ? {empty} : {text})"
-        return Typed(to, text)
+        return TypedExpression(to, text)
 
-    def _present(self, node: Node) -> str:
-        leaf = self._names(node)
-        if leaf is None:
+    def _presence(self, node: Node) -> str:
+        selector = self._selector(node)
+        if selector is None:
             typed = self.typed(node)
-            if self._loop is None or not typed.type.nullable:
-                raise CelError(node.at, "has() asks for an entry", "name one, like has(key.labels.team)")
+            if self._macro is None or not typed.type.nullable:
+                raise CelError(node.offset, "has() needs an entry", "name one, like has(key.labels.team)")
             return f"({typed.text} != null)"
-        if not leaf.path and VARIABLES[leaf.root][leaf.field].name == "map":
-            raise CelError(node.at, f"`{leaf.shown}` is always there", "name an entry of it")
-        return self._has(leaf)
+        if not selector.path and VARIABLES[selector.root][selector.field].name == "map":
+            raise CelError(node.offset, f"`{selector.text}` is always present", "name an entry of it")
+        return self._has(selector)
 
-    def _has(self, leaf: Leaf) -> str:
-        return self._variable(msgspec.structs.replace(leaf, use="has"))
+    def _has(self, selector: Selector) -> str:
+        return self._variable(msgspec.structs.replace(selector, use="has"))
 
-    def _size(self, node: Node) -> Typed:
-        leaf = self._names(node)
-        type_ = type_of(leaf) if leaf is not None else Type("")
-        if leaf is None or type_.name not in ("string", "list", "dyn"):
-            raise CelError(node.at, "size() counts text or lists of a request, key or Deployment", "give one of them")
-        return Typed(INT, self._variable(msgspec.structs.replace(leaf, use="size")))
+    def _size(self, node: Node) -> TypedExpression:
+        selector = self._selector(node)
+        type_ = type_of(selector) if selector is not None else CelType("")
+        if selector is None or type_.name not in ("string", "list", "dyn"):
+            raise CelError(
+                node.offset, "size() counts text or lists of a request, key or Deployment", "use one of them"
+            )
+        return TypedExpression(INT, self._variable(msgspec.structs.replace(selector, use="size")))
 
-    def _macro(self, node: grammar.CallNode, receiver: Node) -> Typed:
-        if self._loop is not None:
-            raise CelError(node.at, f"`{node.name}` stands inside another", "use one; nested ones cost too much")
-        source = self._range(receiver, f"`{node.name}`")
+    def _comprehension(self, node: cel_parser.CallNode, receiver: Node) -> TypedExpression:
+        if self._macro is not None:
+            raise CelError(node.offset, f"`{node.name}` is inside another", "use one; nested ones cost too much")
+        source = self._list_operand(receiver, f"`{node.name}`")
         match node.args[0]:
-            case grammar.NameNode(name=name) if name not in VARIABLES:
-                self._loop = _Loop(name, source.type.item)
+            case cel_parser.NameNode(name=name) if name not in VARIABLES:
+                self._macro = _Macro(name, source.type.item)
             case other:
-                raise CelError(other.at, "this is no name for each item", "write a new name first, like exists(m, …)")
-        condition = self.as_bool(node.args[1], f"the condition of `{node.name}`")
-        fields, self._loop = tuple(sorted(self._loop.fields)), None
-        text = source.text or self._items_of(source.leaf, fields)
-        return Typed(BOOL, f"{text}.{node.name}(x, {condition})")
+                raise CelError(
+                    other.offset, "this is not a new name for the items", "write a new name first, like exists(m, …)"
+                )
+        condition = self.require_bool(node.args[1], f"the condition of `{node.name}`")
+        fields, self._macro = tuple(sorted(self._macro.fields)), None
+        text = source.text or self._items_of(source.selector, fields)
+        return TypedExpression(BOOL, f"{text}.{node.name}(x, {condition})")
 
-    # --- what is read ---
+    # --- values that are read ---
 
-    def _read(self, node: grammar.NameNode | grammar.FieldNode | grammar.IndexNode) -> Typed:
-        leaf = self._names(node)
-        if leaf is not None:
-            type_ = type_of(leaf)
+    def _read(self, node: cel_parser.NameNode | cel_parser.FieldNode | cel_parser.IndexNode) -> TypedExpression:
+        selector = self._selector(node)
+        if selector is not None:
+            type_ = type_of(selector)
             if type_.name == "map":
-                fix = f'name an entry of it, like {leaf.shown}["name"]'
-                raise CelError(node.at, f"`{leaf.shown}` cannot be used as a whole", fix)
-            return Typed(type_, self._variable(leaf), leaf)
+                fix = f'name an entry of it, like {selector.text}["name"]'
+                raise CelError(node.offset, f"`{selector.text}` cannot be used as a whole", fix)
+            return TypedExpression(type_, self._variable(selector), selector)
         match node:
-            case grammar.NameNode():
-                assert self._loop is not None
-                return Typed(ANY if self._loop.item == "dyn" else Type(self._loop.item), "x")
-            case grammar.FieldNode(base=grammar.NameNode(name=name)) if (
-                self._loop is not None and name == self._loop.name
+            case cel_parser.NameNode():
+                assert self._macro is not None
+                return TypedExpression(ANY if self._macro.item == "dyn" else CelType(self._macro.item), "x")
+            case cel_parser.FieldNode(base=cel_parser.NameNode(name=name)) if (
+                self._macro is not None and name == self._macro.name
             ):
-                if self._loop.item != "dyn":
-                    raise CelError(node.at, f"`{name}` is {self._loop.item} and has no fields", f"use `{name}` itself")
-                self._loop.fields[node.name] = None
-                return Typed(ANY, f"x.{node.name}")
+                if self._macro.item != "dyn":
+                    raise CelError(
+                        node.offset, f"`{name}` is {self._macro.item} and has no fields", f"use `{name}` itself"
+                    )
+                self._macro.fields[node.name] = None
+                return TypedExpression(ANY, f"x.{node.name}")
         message = "only a field of a variable, label, header or body can be read"
-        raise CelError(node.at, message, "name the whole path, and for items of a list use exists()")
+        raise CelError(node.offset, message, "name the whole path, and for items of a list use exists()")
 
-    def _names(self, node: Node) -> Leaf | None:
-        """The value that a path reads; None where it does not begin with a variable of `VARIABLES`."""
-        return leaf_of(node, self._without, self._loop.name if self._loop is not None else "")
+    def _selector(self, node: Node) -> Selector | None:
+        """The selector of a path; None if it does not begin with a variable of `VARIABLES`."""
+        return selector_of(node, self._forbidden, self._macro.name if self._macro is not None else "")
 
-    def _variable(self, leaf: Leaf) -> str:
-        return self.leaves.setdefault(leaf, f"v{len(self.leaves)}")
+    def _variable(self, selector: Selector) -> str:
+        return self.selectors.setdefault(selector, f"v{len(self.selectors)}")
 
 
-def _text_or_empty(side: Typed, other: Typed) -> str:
-    """What is absent is equal to an empty text."""
+def _text_or_empty(side: TypedExpression, other: TypedExpression) -> str:
+    """The text of one side of a comparison; an absent value equals an empty text."""
     if side.type == ANY and other.type == STRING:
         return f'({side.text} == null ? "" : {side.text})'
     return side.text
 
 
-def _number(node: Node, typed: Typed) -> None:
+def _require_number(node: Node, typed: TypedExpression) -> None:
     if typed.type.name not in ("int", "double") or typed.type.nullable:
         fix = "convert it with int() or double()"
-        raise CelError(node.at, f"a number is needed, but this is {article(typed.type)}", fix)
+        raise CelError(node.offset, f"a number is needed, but this is {describe(typed.type)}", fix)
 
 
 def _compare_fix(left: str, right: str) -> str:
     if "list" in (left, right):
-        return "ask with `in` or exists()"
+        return "test it with `in` or exists()"
     if "string" in (left, right) and {"int", "double"} & {left, right}:
-        return "write the number without quotes, or convert with int() or string()"
+        return "write the number forbidden quotes, or convert with int() or string()"
     if "null" in (left, right):
-        return "remove it: this is never absent"
+        return "remove the comparison: this is never absent"
     return "compare values of one type"

@@ -1,1 +1,1 @@
-"""The kinds of place that can run replicas, one file each."""
+"""Providers: the kinds of Cluster that can run replicas, one file each."""

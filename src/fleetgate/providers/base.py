@@ -1,7 +1,7 @@
-"""The provider seam: a provider starts, stops and lists the replicas of managed Deployments in one kind of place.
+"""The interface of providers. A provider starts, stops and lists the replicas of managed Deployments.
 
-One file in this folder adds one. It has a `NAME` and a function `make(settings: Settings) -> Provider`; `discover`
-finds it, and the conformance suite tests it.
+One file in this folder adds a provider. It has a `NAME` and a function `make(settings: Settings) -> Provider`;
+`discover` finds it, and the conformance suite tests it.
 """
 
 import hashlib
@@ -18,27 +18,30 @@ import fleetgate.providers
 
 
 class ProviderError(Exception):
-    """A provider could not do what it was asked; the text is a sentence for the Event log."""
+    """A provider failed; the text is a sentence for an Event."""
 
 
 class NotNow(ProviderError):
-    """No room or no stock at the moment: another place, or later, may do."""
+    """No capacity at the moment: another Cluster, or a later try, may succeed."""
 
 
 class BadSpec(ProviderError):
-    """The operator's mistake: it will fail again until the Deployment is changed."""
+    """The Deployment is wrong: a start fails again until it is changed."""
 
 
 class Denied(ProviderError):
-    """The place refused our credentials."""
+    """The Cluster refused Fleetgate's credentials."""
 
 
 class Broken(ProviderError):
-    """The place itself does not answer, or answers nonsense."""
+    """The Cluster does not answer, or its answer makes no sense."""
 
 
 class ReplicaWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replica runs. Shape: `{port}` in command, args and env values is the replica's port; `port` 0 is any."""
+    """What a replica runs.
+
+    Shape: `{port}` in command, args and env values stands for the replica's port; `port` 0 lets the provider choose.
+    """
 
     image: str = ""
     command: tuple[str, ...] = ()
@@ -49,12 +52,12 @@ class ReplicaWorkload(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fingerprint(self) -> str:
-        """A short name for exactly this workload: a replica that runs another one is out of date."""
+        """A hash of this workload. A replica with another one is out of date."""
         return hashlib.blake2b(msgspec.json.encode(self, order="deterministic"), digest_size=8).hexdigest()
 
 
 class ManagedDeployment(msgspec.Struct, frozen=True, kw_only=True):
-    """A Deployment whose replicas we keep running."""
+    """A Deployment whose replicas Fleetgate runs."""
 
     name: str
     cluster: str
@@ -65,7 +68,7 @@ class ManagedDeployment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica to start. Shape: `id` is a DNS label, unique among all replicas that run."""
+    """One replica to start. Shape: `id` is a DNS label, unique among all running replicas."""
 
     id: str
     deployment: str
@@ -75,19 +78,19 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaState(StrEnum):
-    """How far a replica is."""
+    """The state of a replica."""
 
     STARTING = "starting"
     READY = "ready"
     STOPPING = "stopping"
-    FAILED = "failed"  # it ended by itself; `because` says how
+    FAILED = "failed"  # it exited without a stop; `because` says how
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica as its provider sees it.
+    """A replica as its provider reports it.
 
-    Shape: `url` is the base an SDK would be given, with its `/v1`; `ref` is the provider's own name for it;
-    `fingerprint` is that of the Workload it runs.
+    Shape: `url` is the base URL for an SDK, with its `/v1`; `ref` is the provider's own name for the replica;
+    `fingerprint` is that of the workload it runs.
     """
 
     id: str
@@ -100,26 +103,26 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Provider(Protocol):
-    """One kind of place. Every method raises only the four errors above."""
+    """One kind of Cluster. Every method raises only the four subclasses of `ProviderError`."""
 
     @property
     def name(self) -> str:
-        """The word a Cluster's `provider:` says."""
+        """The value of `provider:` in a Cluster."""
 
     async def start(self, spec: ReplicaSpec) -> Replica:
         """Start a replica and return before it is ready."""
 
     async def stop(self, replica: Replica) -> None:
-        """Stop a replica and forget it; one that is gone already is no error."""
+        """Stop a replica and forget it. It is no error if the replica is gone already."""
 
     async def list(self) -> Sequence[Replica]:
-        """Every replica that runs or has failed, also those that an earlier process of ours started."""
+        """List every replica that runs or has failed, also those that an earlier control process started."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a provider may need from the process it lives in.
+    """What a provider gets from the control process.
 
-    Shape: `life_fd` is the read end of a pipe that ends when the supervisor does, -1 where there is none.
+    Shape: `life_fd` is the read end of a pipe that closes when the supervisor exits; -1 without a supervisor.
     """
 
     data_dir: Path
@@ -130,7 +133,7 @@ Factory = Callable[[Settings], Provider]
 
 
 def discover() -> Mapping[str, Factory]:
-    """Every provider in this folder, by name."""
+    """Find every provider in this folder, by name."""
     found: dict[str, Factory] = {}
     for file in pkgutil.iter_modules(fleetgate.providers.__path__):
         module = importlib.import_module(f"{fleetgate.providers.__name__}.{file.name}")

@@ -1,4 +1,4 @@
-"""Provider `external`: Endpoints that somebody else runs; there is nothing to start, stop or list."""
+"""Provider `external`: Endpoints that Fleetgate does not run, so it has none to start, stop or list."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,22 @@ NAME = "external"
 
 
 class ExternalProvider:
-    """The provider of Deployments that are a URL."""
+    """The provider of Deployments with a `url:`."""
 
     name = NAME
 
     async def start(self, spec: ReplicaSpec) -> Replica:
-        """Refuse: an external Deployment is given by its address."""
-        raise BadSpec(f"{spec.deployment}: provider external starts nothing; give `url:` instead of `workload:`")
+        """Refuse. Raises: `BadSpec`."""
+        raise BadSpec(f"{spec.deployment}: provider external cannot run a workload; give `url:` instead of `workload:`")
 
     async def stop(self, replica: Replica) -> None:
-        """Do nothing: what was never started is stopped."""
+        """Do nothing: there is no replica to stop."""
 
     async def list(self) -> Sequence[Replica]:
-        """Nothing is ever ours."""
+        """Return nothing: no replica is Fleetgate's own."""
         return ()
 
 
 def make(settings: Settings) -> ExternalProvider:
-    """The provider; it needs no settings."""
+    """Make the provider; it needs no settings."""
     return ExternalProvider()

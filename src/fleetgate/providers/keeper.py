@@ -1,4 +1,4 @@
-"""Old name of `fleetgate.providers.local_shim`, which a running control process of an earlier version still starts."""
+"""The earlier name of `fleetgate.providers.local_shim`; a control process of an earlier version still starts it."""
 
 from fleetgate.providers.local_shim import main
 

@@ -1,7 +1,7 @@
-"""The keeper: a small process that runs one engine of provider `local` and ends it when nobody wants it any more.
+"""A small process that runs one engine of provider `local`, and ends it on a stop or when the supervisor exits.
 
-It outlives the control process that started it, so that engines go on while that one restarts, and it ends its engine
-when the supervisor is gone. It restarts nothing: what happened is in its state file, and the reconciler decides.
+It outlives the control process that started it, so engines run on while the control process restarts. It does not
+restart an engine that failed: it writes what happened into its state file, and the reconciler decides.
 """
 
 import contextlib
@@ -18,12 +18,15 @@ from typing import Any
 
 TERM_GRACE_S = 5.0
 LOG_BYTES_MAX = 8 * 1024 * 1024
-_LOG_LOOK_S = 10.0
+_LOG_CHECK_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
 def process_start(pid: int) -> int:
-    """When a process began, in the kernel's ticks; 0 when there is none. With the pid it names a process for good."""
+    """Return when a process started; 0 if it does not run. Pid and start together identify a process.
+
+    Units: kernel ticks.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -33,7 +36,7 @@ def process_start(pid: int) -> int:
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Replace a state file whole, readable by its owner only."""
+    """Replace a state file at once; only its owner can read it."""
     draft = path.with_suffix(".tmp")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump(state, file)
@@ -41,13 +44,13 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def signal_group(pid: int, number: int) -> None:
-    """Signal a process group, which may be gone."""
+    """Send a signal to a process group; it is no error if the group is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)
 
 
 def die_with_parent(number: int) -> None:
-    """Ask the kernel for a signal when the parent ends, however it ends; where it cannot, do nothing."""
+    """Let the kernel send this process a signal when its parent ends; do nothing if the kernel cannot."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
@@ -55,7 +58,7 @@ def die_with_parent(number: int) -> None:
 class LocalShim:
     """Runs one engine.
 
-    Shape: `job` has `state` (the fields that the state file keeps), `state_file`, `log_file`, `argv`, `env`, `life_fd`.
+    Shape: `job` has `state` (the fields of the state file), `state_file`, `log_file`, `argv`, `env`, `life_fd`.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -70,15 +73,15 @@ class LocalShim:
         os.set_blocking(self._wake_fd, False)
         os.set_blocking(wake_write_fd, False)
         signal.set_wakeup_fd(wake_write_fd)
-        self._asked_to_stop = False
+        self._stop_requested = False
         signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes the poll
         signal.signal(signal.SIGTERM, self._on_term)
 
     def _on_term(self, *_: object) -> None:
-        self._asked_to_stop = True
+        self._stop_requested = True
 
     def run(self) -> None:
-        """Start the engine, wait until it ends or must end, and leave the state behind."""
+        """Start the engine, wait until it exits or must end, and write its last state."""
         self._state |= {"keeper_pid": os.getpid(), "keeper_start": process_start(os.getpid())}
         try:
             engine = subprocess.Popen(  # noqa: S603 - the operator's own command
@@ -88,7 +91,7 @@ class LocalShim:
                 stdout=self._log_fd,
                 stderr=self._log_fd,
                 start_new_session=True,
-                # Only for a keeper killed by force; every other end of it ends the engine in order.
+                # For a shim that is killed by force; in every other case the shim ends the engine itself.
                 preexec_fn=lambda: die_with_parent(signal.SIGKILL),
             )
         except OSError as error:
@@ -101,29 +104,29 @@ class LocalShim:
             self._end(engine)
             self._state_file.unlink(missing_ok=True)
         else:
-            signal_group(engine.pid, signal.SIGKILL)  # what it left behind
-            self._write(ended=_how_it_ended(engine.returncode), exit_code=engine.returncode)
+            signal_group(engine.pid, signal.SIGKILL)  # processes that it left running
+            self._write(ended=_exit_sentence(engine.returncode), exit_code=engine.returncode)
 
-    def _write(self, **news: object) -> None:
-        self._state |= news
-        # A data directory that was removed under us must not stop the engine's end.
+    def _write(self, **changes: object) -> None:
+        self._state |= changes
+        # A data directory that was removed meanwhile must not prevent the engine's end.
         with contextlib.suppress(FileNotFoundError):
             write_state(self._state_file, self._state)
 
     def _wait(self, engine: subprocess.Popen[bytes]) -> None:
-        """Return when the engine has ended, the supervisor is gone, or somebody asks to stop."""
+        """Return when the engine has exited, the supervisor has exited, or a stop is requested."""
         poll = select.poll()
         poll.register(self._wake_fd, select.POLLIN)
         if self._life_fd >= 0:
             poll.register(self._life_fd, select.POLLIN)
-        while engine.poll() is None and not self._asked_to_stop:
-            for fd, _ in poll.poll(_LOG_LOOK_S * 1000):
+        while engine.poll() is None and not self._stop_requested:
+            for fd, _ in poll.poll(_LOG_CHECK_S * 1000):
                 if fd == self._life_fd and not os.read(fd, 1):
                     return
                 if fd == self._wake_fd:
                     os.read(fd, 4096)
             if os.fstat(self._log_fd).st_size > LOG_BYTES_MAX:
-                os.ftruncate(self._log_fd, 0)  # both write by appending, so the next line is the first
+                os.ftruncate(self._log_fd, 0)  # both streams append, so the next line is the first
 
     def _end(self, engine: subprocess.Popen[bytes]) -> None:
         signal_group(engine.pid, signal.SIGTERM)
@@ -135,17 +138,17 @@ class LocalShim:
         engine.wait()
 
 
-def _how_it_ended(code: int) -> str:
+def _exit_sentence(code: int) -> str:
     if code >= 0:
-        return f"it ended by itself with exit code {code}"
+        return f"the engine exited with code {code}"
     try:
-        return f"it was ended by {signal.Signals(-code).name}"
+        return f"the engine was ended by {signal.Signals(-code).name}"
     except ValueError:
-        return f"it was ended by signal {-code}"
+        return f"the engine was ended by signal {-code}"
 
 
 def main() -> None:
-    """Run one engine, as the JSON on standard input says."""
+    """Run the engine that the JSON on standard input describes."""
     LocalShim(json.load(sys.stdin)).run()
 
 

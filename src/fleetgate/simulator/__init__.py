@@ -1,1 +1,1 @@
-"""Trace simulation: engines and a network with a simulated clock around the production core."""
+"""Trace simulation: the production core with simulated engines, network and clock."""

@@ -1,4 +1,4 @@
-"""`fleetgate simulate` behind its flags: reads the trace, runs every strategy with a progress bar, reports."""
+"""`fleetgate simulate` after its flags are parsed: read the trace, run every strategy, print the report."""
 
 import importlib.util
 import sys
@@ -15,7 +15,7 @@ from fleetgate.core.model import Snapshot
 from fleetgate.simulator.faults import BadFault, check_name, parse_fault
 from fleetgate.simulator.fleet import BadFleet, UnclearGateway, fleet_of
 from fleetgate.simulator.region_phases import BadPhase, parse_phases
-from fleetgate.simulator.report import json_text, print_tables
+from fleetgate.simulator.report.tables import json_text, print_tables
 from fleetgate.simulator.simulation import (
     NotPossible,
     Simulation,
@@ -29,15 +29,15 @@ PLOT_SUFFIXES = (".svg", ".png")
 
 
 class WrongUsage(Exception):
-    """Flags that cannot be meant; the text names the flag and the fix."""
+    """The flags are invalid; the message names the flag and the fix."""
 
 
 class SimulationFailed(Exception):
-    """The simulation could not be done; the text says why."""
+    """The simulation could not run; the message gives the reason."""
 
 
 class SimulateOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags. Shape: 0 and empty mean not given."""
+    """The values of the flags. Shape: 0 and empty mean not set."""
 
     trace: Path
     gateway: str = ""
@@ -53,42 +53,42 @@ class SimulateOptions(msgspec.Struct, frozen=True, kw_only=True):
     plot: Path | None = None
 
 
-def check(ask: SimulateOptions) -> None:
-    """Refuse what can be refused before anything is read. Raises: `WrongUsage`, `SimulationFailed`."""
-    if ask.load is not None and ask.rate_rps is not None:
-        raise WrongUsage("--load and --rate both say how much comes; give one of them")
-    for flag, value in (("--load", ask.load), ("--rate", ask.rate_rps)):
+def check(options: SimulateOptions) -> None:
+    """Check the flags before any file is read. Raises: `WrongUsage`, `SimulationFailed`."""
+    if options.load is not None and options.rate_rps is not None:
+        raise WrongUsage("--load and --rate both set the load; give one of them")
+    for flag, value in (("--load", options.load), ("--rate", options.rate_rps)):
         if value is not None and not 0.0 < value < 1e6:
             raise WrongUsage(f"{flag} {value:g} is not a number above 0")
-    for flag, count in (("--proxies", ask.proxies), ("--limit", ask.limit)):
+    for flag, count in (("--proxies", options.proxies), ("--limit", options.limit)):
         if count < 0:
             raise WrongUsage(f"{flag} {count} is below 0")
-    for name in ask.strategies:
+    for name in options.strategies:
         if name not in known_strategies():
             close = get_close_matches(name, known_strategies(), n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise WrongUsage(f"--strategy {name!r} is not known; {hint}there are: {', '.join(known_strategies())}")
-    if ask.plot is not None:
-        if ask.plot.suffix not in PLOT_SUFFIXES:
-            raise WrongUsage(f"--plot {ask.plot} must end in {' or '.join(PLOT_SUFFIXES)}")
-        if not ask.plot.absolute().parent.is_dir():
-            raise WrongUsage(f"--plot {ask.plot}: there is no such folder; create it first")
+            raise WrongUsage(f"--strategy {name!r} is not known; {hint}use one of: {', '.join(known_strategies())}")
+    if options.plot is not None:
+        if options.plot.suffix not in PLOT_SUFFIXES:
+            raise WrongUsage(f"--plot {options.plot} must end in {' or '.join(PLOT_SUFFIXES)}")
+        if not options.plot.absolute().parent.is_dir():
+            raise WrongUsage(f"--plot {options.plot}: there is no such folder; create it")
         if importlib.util.find_spec("matplotlib") is None:
             raise SimulationFailed("--plot needs matplotlib; install it with `pip install 'fleetgate[plot]'`")
 
 
-def simulate(ask: SimulateOptions, snapshot: Snapshot) -> None:
-    """Run and report, on standard output. Raises: `WrongUsage`, `SimulationFailed`."""
+def simulate(options: SimulateOptions, snapshot: Snapshot) -> None:
+    """Run every strategy and print the report on standard output. Raises: `WrongUsage`, `SimulationFailed`."""
     try:
-        fleet = fleet_of(snapshot, ask.gateway)
+        fleet = fleet_of(snapshot, options.gateway)
         setting = SimulationSetting(
-            strategies=ask.strategies or (fleet.gateway.strategy,),
-            load=ask.load,
-            rate_rps=ask.rate_rps,
-            seed=ask.seed,
-            proxies=ask.proxies,
-            phases=parse_phases(ask.region_phase),
-            faults=tuple(parse_fault(mark) for mark in ask.faults),
+            strategies=options.strategies or (fleet.gateway.strategy,),
+            load=options.load,
+            rate_rps=options.rate_rps,
+            seed=options.seed,
+            proxies=options.proxies,
+            phases=parse_phases(options.region_phase),
+            faults=tuple(parse_fault(text) for text in options.faults),
         )
         for fault in setting.faults:
             check_name(fault, fleet)
@@ -97,8 +97,8 @@ def simulate(ask: SimulateOptions, snapshot: Snapshot) -> None:
     except BadFleet as error:
         raise SimulationFailed(str(error)) from None
     try:
-        trace = read_trace(ask.trace, ask.limit)
-        with _bar() as bar:
+        trace = read_trace(options.trace, options.limit)
+        with _progress_bar() as bar:
             task = bar.add_task("capacity")
             simulation = Simulation(
                 fleet, trace, setting, _warn, lambda name: bar.update(task, description=f"capacity of {name}")
@@ -108,12 +108,12 @@ def simulate(ask: SimulateOptions, snapshot: Snapshot) -> None:
     except (BadTrace, NotPossible) as error:
         raise SimulationFailed(str(error)) from None
     scores = [outcome.score for outcome in outcomes]
-    if ask.json:
+    if options.json:
         sys.stdout.write(json_text(scores))
     else:
         print_tables(fleet, trace, simulation.capacities, scores)
-    if ask.plot is not None:
-        _draw(ask.plot, simulation, outcomes)
+    if options.plot is not None:
+        _draw(options.plot, simulation, outcomes)
 
 
 def _run(simulation: Simulation, strategy: str, bar: Progress, total: int) -> SimulationOutcome:
@@ -122,11 +122,11 @@ def _run(simulation: Simulation, strategy: str, bar: Progress, total: int) -> Si
 
 
 def _draw(path: Path, simulation: Simulation, outcomes: Sequence[SimulationOutcome]) -> None:
-    # Imported here: it takes a second, and most never draw.
-    from fleetgate.simulator.plot import draw
+    # Imported here: matplotlib takes a second to import, and most runs draw no plot.
+    from fleetgate.simulator.report.plot import draw
 
     draw(path, simulation.fleet, simulation.work, {outcome.score.strategy: outcome.arrivals for outcome in outcomes})
-    sys.stderr.write(f"{path} drawn\n")
+    sys.stderr.write(f"wrote {path}\n")
 
 
 def _warn(sentence: str) -> None:
@@ -134,7 +134,7 @@ def _warn(sentence: str) -> None:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def _progress_bar() -> Iterator[Progress]:
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),

@@ -1,39 +1,39 @@
-"""A fleet out of a Snapshot: every replica an engine of its own, with its round trips to every proxy."""
+"""The simulated fleet of a Snapshot: one engine for each replica, with its round trips to every proxy."""
 
 from collections.abc import Sequence
 
 import msgspec
 
 from fleetgate.core.model import Deployment, Endpoint, Gateway, Slo, Snapshot
-from fleetgate.simulator.region_rtt import Rtts
-from fleetgate.simulator.replica import SimulatedReplica
-from fleetgate.simulator.world import SimulatedEngine
+from fleetgate.simulator.region_rtt import RegionRtts
+from fleetgate.simulator.serving.replica import SimulatedReplica
+from fleetgate.simulator.serving.world import SimulatedEngine
 
-MODEL = "*"  # a trace names no model: every Deployment of the Gateway serves it
+MODEL = "*"  # a trace names no model, so every Deployment of the Gateway serves this one
 
 
 class BadFleet(Exception):
-    """The fleet cannot be simulated; the text says what to add."""
+    """The fleet cannot be simulated; the message says what to add."""
 
 
 class UnclearGateway(BadFleet):
-    """It is not clear which Gateway is meant; `--gateway` says it."""
+    """The file has several Gateways, or none of the given name; `--gateway` selects one."""
 
 
 class SimulatedFleet(msgspec.Struct, frozen=True):
-    """What is simulated: one Gateway, and its Deployments with one Endpoint for each replica."""
+    """One Gateway, and its Deployments with one Endpoint for each replica."""
 
     gateway: Gateway
     deployments: tuple[Deployment, ...]
 
     @property
     def slo(self) -> Slo:
-        """What requests are judged by; the defaults where the Gateway has none."""
+        """The Gateway's SLO, or the defaults."""
         return self.gateway.slo or Slo()
 
     @property
     def snapshot(self) -> Snapshot:
-        """The fleet as a proxy would be given it."""
+        """The fleet as a proxy receives it."""
         return Snapshot(version=1, made_at_s=0.0, gateways=(self.gateway,), deployments=self.deployments)
 
     def deployment(self, name: str) -> Deployment | None:
@@ -42,23 +42,27 @@ class SimulatedFleet(msgspec.Struct, frozen=True):
 
 
 def fleet_of(snapshot: Snapshot, gateway: str = "") -> SimulatedFleet:
-    """Take one Gateway and its Deployments out of a Snapshot.
+    """One Gateway of a Snapshot with its Deployments.
 
-    Raises: `UnclearGateway`; `BadFleet` when there is none, or a Deployment's speed is not known.
+    Raises: `UnclearGateway`; `BadFleet` if there is no Gateway, or a Deployment has no Profile.
     """
     names = [known.name for known in snapshot.gateways]
     chosen = [known for known in snapshot.gateways if gateway in ("", known.name)]
     if not names:
         raise BadFleet("the fleet has no Gateway; add `kind: Gateway` that lists the Deployments as upstreams")
     if len(chosen) != 1:
-        what = f"--gateway {gateway!r} is none of them" if gateway else "one is simulated; say which with --gateway"
-        raise UnclearGateway(f"{what}; the fleet has: {', '.join(names)}")
+        problem = (
+            f"--gateway {gateway!r} is not in the fleet"
+            if gateway
+            else "only one Gateway is simulated; select it with --gateway"
+        )
+        raise UnclearGateway(f"{problem}; the fleet has: {', '.join(names)}")
     listed = {upstream.deployment for upstream in chosen[0].upstreams}
     deployments, slot = [], 0
     for index, deployment in enumerate(d for d in snapshot.deployments if d.name in listed):
         if deployment.profile is None:
             raise BadFleet(
-                f"Deployment {deployment.name} has no Profile, so nobody knows how fast it is; "
+                f"Deployment {deployment.name} has no Profile, so its speed is not known; "
                 "add `kind: Profile` and name it in `profile:` (or run `fleetgate calibrate`)"
             )
         count = max(1, sum(endpoint.engines for endpoint in deployment.endpoints))
@@ -70,8 +74,8 @@ def fleet_of(snapshot: Snapshot, gateway: str = "") -> SimulatedFleet:
     return SimulatedFleet(chosen[0], tuple(deployments))
 
 
-def engines_of(fleet: SimulatedFleet, proxy_regions: Sequence[str], rtts: Rtts) -> list[SimulatedEngine]:
-    """Fresh engines for one run, in the order of their Endpoints' slots."""
+def engines_of(fleet: SimulatedFleet, proxy_regions: Sequence[str], rtts: RegionRtts) -> list[SimulatedEngine]:
+    """New engines for one run, in the order of their Endpoints' slots."""
     engines = []
     for deployment in fleet.deployments:
         assert deployment.profile is not None

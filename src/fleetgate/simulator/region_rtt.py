@@ -1,4 +1,4 @@
-"""Round-trip times between regions, from published measurements. `data/README.md` says whose."""
+"""Round-trip times between regions, from published measurements. Source: data/README.md."""
 
 import csv
 import re
@@ -21,26 +21,26 @@ def _table() -> dict[tuple[str, str], float]:
 
 @cache
 def _nearest() -> dict[str, str]:
-    """Region names of any cloud, with and without their number, and the measured region next to each."""
+    """The nearest measured region for region names of any cloud, with and without their number."""
     known = {name: name for pair in _table() for name in pair}
     known |= {name.replace("-", ""): name for name in known}
     rows = csv.DictReader((files("fleetgate.simulator") / "data" / "regions.csv").read_text().splitlines())
-    loose: dict[str, str] = {}
+    without_number: dict[str, str] = {}
     for row in rows:
         known.setdefault(row["region"], row["nearest"])
-        loose.setdefault(_NUMBER.sub("", row["region"]), row["nearest"])
-    return {**loose, **known}
+        without_number.setdefault(_NUMBER.sub("", row["region"]), row["nearest"])
+    return {**without_number, **known}
 
 
-class Rtts:
-    """Looks pairs up; of a region that it does not know it tells `warn` once and takes 0 s."""
+class RegionRtts:
+    """Looks up round-trip times; it warns once about each unknown region and takes 0 s for it."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._warned: set[str] = set()
 
     def between_s(self, one: str, other: str) -> float:
-        """The median round trip between two regions; 0 inside one, and to or from an unknown one."""
+        """The median round trip between two regions; 0 inside a region, and for an unknown one."""
         if one == other or not one or not other:
             return 0.0
         near = [self._find(name) for name in (one, other)]
@@ -48,12 +48,12 @@ class Rtts:
             return 0.0
         return _table().get((near[0], near[1]), 0.0)
 
-    def spelt(self, region: str, homes: Sequence[str]) -> str:
-        """A region as Deployments spell the same place: `us-east-1` for `us-east` where that is theirs."""
-        if not region or region in homes:
+    def match(self, region: str, known: Sequence[str]) -> str:
+        """The name among `known` for the same region: `us-east-1` for `us-east`; otherwise the region itself."""
+        if not region or region in known:
             return region
-        place = _nearest().get(region.lower())
-        return next((home for home in homes if place and _nearest().get(home.lower()) == place), region)
+        nearest = _nearest().get(region.lower())
+        return next((name for name in known if nearest and _nearest().get(name.lower()) == nearest), region)
 
     def _find(self, region: str) -> str | None:
         found = _nearest().get(region.lower())

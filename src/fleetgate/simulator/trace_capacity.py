@@ -1,7 +1,8 @@
-"""Capacity for a trace: the largest steady rate of its own mix that one replica serves inside the SLO, times replicas.
+"""Capacity for a trace: the largest steady rate of its mix that one replica serves inside the SLO, times replicas.
 
-Each Deployment is measured alone. Only shapes that an idle replica serves in 0.9 of the SLO take part.
-Source: DESIGN.md section 7; the share and the spacing of arrivals as in ALGORITHMS.md section 9.
+Each Deployment is measured alone with evenly spaced arrivals, so a router that refuses the most expensive requests can
+exceed this capacity. A rate counts as served if 95 % of the requests are inside the SLO. Only shapes that an idle
+replica serves in 0.9 of the SLO are used.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,14 +12,14 @@ from random import Random
 from fleetgate.core.capacity.units import ttft_target_s
 from fleetgate.core.model import Profile, Slo
 from fleetgate.simulator.fleet import SimulatedFleet
-from fleetgate.simulator.replica import ReplicaJob, SimulatedReplica
-from fleetgate.simulator.world import Arrival
+from fleetgate.simulator.serving.replica import ReplicaJob, SimulatedReplica
+from fleetgate.simulator.serving.world import Arrival
 
 INSIDE_SHARE_MIN = 0.95
 IDLE_SHARE_MAX = 0.9
-SHAPES_MAX = 1500  # of the trace, drawn by seed: the rate then moves by less than 2 % from seed to seed
+SHAPES_MAX = 1500  # sampled from the trace by seed; the rate then differs by less than 2 % between seeds
 RATE_PRECISION = 0.01
-OUTPUT_WEIGHT = 8.0  # prompt tokens that an output token weighs in a request's work
+OUTPUT_WEIGHT = 8.0  # the work of an output token, in prompt tokens
 
 
 def work_of(arrivals: Sequence[Arrival]) -> list[float]:
@@ -29,19 +30,19 @@ def work_of(arrivals: Sequence[Arrival]) -> list[float]:
 
 
 def fastest_idle_s(fleet: SimulatedFleet, prompt_tokens: int) -> float:
-    """TTFT of the fleet's fastest replica when idle: no target asks for more."""
+    """TTFT of the fleet's fastest replica when idle; no TTFT target is below it."""
     return min(idle_ttft_s(d.profile, prompt_tokens) for d in fleet.deployments if d.profile is not None)
 
 
 def idle_ttft_s(profile: Profile, prompt_tokens: int) -> float:
-    """TTFT in an idle replica, without the network."""
+    """TTFT of an idle replica, without the network."""
     return prompt_tokens / profile.prefill_tokens_per_s
 
 
 def capacities_rps(
     fleet: SimulatedFleet, arrivals: Sequence[Arrival], seed: int, progress: Callable[[str], None] = lambda name: None
 ) -> dict[str, float]:
-    """Requests a second of the trace's mix that each Deployment serves, by name; 0 where it is too slow for all."""
+    """Requests/s of the trace's mix that each Deployment serves, by name; 0 if it is too slow for every request."""
     shapes = Random(seed).sample(list(arrivals), min(len(arrivals), SHAPES_MAX))
     measured: dict[Profile, float] = {}
     found = {}
@@ -69,15 +70,15 @@ def _replica_rps(profile: Profile, fleet: SimulatedFleet, shapes: Sequence[Arriv
     if not fitting:
         return 0.0
 
-    def carries(rate_rps: float) -> bool:
+    def serves(rate_rps: float) -> bool:
         return inside_share(profile, slo, fitting, rate_rps) >= INSIDE_SHARE_MIN
 
     low, high = 0.0, 0.5
-    while carries(high) and high < 1e4:
+    while serves(high) and high < 1e4:
         low, high = high, high * 2.0
     while high - low > RATE_PRECISION * high:
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if carries(middle) else (low, middle)
+        low, high = (middle, high) if serves(middle) else (low, middle)
     return low
 
 
@@ -101,10 +102,10 @@ def inside_share(profile: Profile, slo: Slo, shapes: Sequence[tuple[Arrival, flo
             if not replica.idle:
                 heappush(heap, (replica.ends_s, replica.version))
             for job in firsts:
-                first_s[job.identity] = at_s
+                first_s[job.index] = at_s
             for job in ended:
-                _, sent_s, target_s = jobs.pop(job.identity)
-                began_s = first_s.pop(job.identity)
+                _, sent_s, target_s = jobs.pop(job.index)
+                began_s = first_s.pop(job.index)
                 tpot_s = (at_s - began_s) / max(1, job.output_tokens - 1)
                 good += began_s - sent_s <= target_s and tpot_s <= slo.tpot_s
         return good

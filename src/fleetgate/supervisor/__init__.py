@@ -1,1 +1,1 @@
-"""What `fleetgate up` runs: opens sockets and memory, starts, restarts and upgrades the other processes."""
+"""`fleetgate up`: opens sockets and shared memory; starts, restarts and upgrades the other processes."""

@@ -7,24 +7,27 @@ import msgspec
 
 
 class ChildProcess(msgspec.Struct, kw_only=True):
-    """One process to keep running. Shape: `env` is added to the supervisor's own; `fds` are inherited."""
+    """One process to keep running.
+
+    Units: `started_s` and `start_at_s` on the monotonic clock. Shape: `env` is added to the supervisor's own
+    environment; `fds` are inherited.
+    """
 
     name: str
     argv: list[str]
     env: dict[str, str]
     fds: list[int]
-    worker: int = -1  # the board's column, -1 for a process that has none
-    essential: bool = False  # its first start must succeed, or nothing runs
-    stop_last: bool = False
+    worker: int = -1  # its column in shared memory, -1 if it has none
+    essential: bool = False  # if its first start fails, `fleetgate up` exits with its exit code
     process: subprocess.Popen[bytes] | None = None
     started_s: float = 0.0
     restarts_in_a_row: int = 0
     start_at_s: float = 0.0
-    beat: int = 0  # a worker's heartbeat at the last look
-    still: int = 0  # looks since it changed
-    renewing: bool = False  # it was asked to end, to be started again at once
+    heartbeat: int = 0  # a worker's heartbeat at the last poll
+    polls_without_heartbeat: int = 0
+    restart_on_exit: bool = False  # the supervisor ended it, and starts it again without a pause
 
 
 def python_child(module: str, variable: str, config: bytes) -> tuple[list[str], dict[str, str]]:
-    """The command and environment of one of our own processes."""
+    """Return the command and the added environment of one of Fleetgate's own processes."""
     return [sys.executable, "-m", module], {variable: config.decode()}

@@ -1,4 +1,4 @@
-"""What `fleetgate up` opens and starts: sockets, shared memory, workers and the control process, under a supervisor."""
+"""`fleetgate up`: opens sockets and shared memory, and runs workers and the control process under a supervisor."""
 
 import fcntl
 import ipaddress
@@ -20,26 +20,19 @@ from fleetgate.policies import plugins
 from fleetgate.proxy.worker.config import ENV as WORKER_ENV
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.supervisor.child_process import ChildProcess, python_child
+from fleetgate.supervisor.listeners import CannotStart, open_listener, open_listeners, split_address
 from fleetgate.supervisor.rolling_upgrade import UpgradeHooks
-from fleetgate.supervisor.supervisor import (
-    CannotStart,
-    Supervisor,
-    open_listener,
-    open_listeners,
-    say_json,
-    shared_memory,
-    split_address,
-)
+from fleetgate.supervisor.supervisor import Supervisor, create_shared_memory, write_log
 
 LOCK = "up.lock"
 GENERATIONS = 2  # of workers: those that serve, and those that they replace
 WAIT_S_MAX = 3600.0  # no service manager waits for longer before it kills
-LB_GRACE_S = 5.0  # how long load balancers in front may go on sending after readiness fell
+LB_GRACE_S = 5.0  # a load balancer in front may send requests for this long after readiness fell
 PRIVATE_RANGES = ["127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What `fleetgate up` was told."""
+    """The flags of `fleetgate up`."""
 
     config: Path | None
     data_dir: Path
@@ -65,9 +58,9 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OpenedSockets(msgspec.Struct, frozen=True):
-    """What children inherit: descriptors, by use."""
+    """The descriptors that children inherit."""
 
-    board: int
+    memory: int
     listeners: list[int]
     tls_listeners: list[int]
     api: int
@@ -77,7 +70,7 @@ class OpenedSockets(msgspec.Struct, frozen=True):
 
 
 def is_loopback(address: str, flag: str) -> bool:
-    """Whether only this machine can reach a listener."""
+    """Return whether only this machine can reach a listener."""
     host, _ = split_address(address, flag)
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -86,32 +79,34 @@ def is_loopback(address: str, flag: str) -> bool:
 
 
 def check_options(options: UpOptions) -> None:
-    """Refuse combinations that would be unsafe or cannot work.
+    """Refuse flags that are unsafe together or cannot work.
 
-    Raises: `CannotStart` naming the flag and the fix.
+    Raises: `CannotStart`, which names the flag and the fix.
     """
     if options.auth not in ("keys", "none"):
-        raise CannotStart(f"--auth {options.auth!r} is neither `keys` nor `none`")
+        raise CannotStart(f"--auth {options.auth!r} is unknown; give `keys` or `none`")
     for address, flag in ((options.listen, "--listen"), (options.tls_listen, "--tls-listen")):
         if address and options.auth == "none" and not is_loopback(address, flag):
             raise CannotStart(
-                f"--auth none lets anybody use your GPUs, so it is for loopback only, and {flag} is {address}; "
+                f"--auth none accepts requests without a key, so it needs a loopback address, and {flag} is {address}; "
                 "use 127.0.0.1 or leave --auth none out"
             )
     if not 1 <= options.workers <= WORKERS_MAX:
-        raise CannotStart(f"--workers {options.workers} is not from 1 to {WORKERS_MAX}")
+        raise CannotStart(f"--workers {options.workers} is out of range; give 1 to {WORKERS_MAX}")
     if bool(options.tls_listen) != bool(options.tls):
-        raise CannotStart("--tls-listen and --tls belong together; give --tls dev or --tls CERT,KEY")
+        raise CannotStart(
+            "--tls-listen and --tls need each other; give --tls-listen HOST:PORT and --tls dev or --tls CERT,KEY"
+        )
     for flag, seconds in (("--lb-grace-s", options.lb_grace_s), ("--grace-s", options.grace_s)):
         if seconds > WAIT_S_MAX:
-            raise CannotStart(f"{flag} {seconds} is longer than an hour; give at most {WAIT_S_MAX:.0f}")
+            raise CannotStart(f"{flag} {seconds} is over an hour; give at most {WAIT_S_MAX:.0f}")
     if options.max_stale_s == inf:
-        raise CannotStart("--max-stale-s inf is no number of seconds; 0 is for ever")
+        raise CannotStart("--max-stale-s inf is not a number of seconds; give 0 for no limit")
     for text in options.egress_allow:
         try:
             ipaddress.ip_network(text)
         except ValueError:
-            raise CannotStart(f"--egress-allow {text!r} is not a CIDR such as 10.0.0.0/8") from None
+            raise CannotStart(f"--egress-allow {text!r} is not a CIDR; write it like 10.0.0.0/8") from None
     if options.access_log not in ("-", "off"):
         check_writable("--access-log", Path(options.access_log), "choose another path, `-` or `off`")
     if options.record is not None:
@@ -119,7 +114,7 @@ def check_options(options: UpOptions) -> None:
 
 
 def check_writable(flag: str, path: Path, fix: str) -> None:
-    """Open a file for appending once. Raises: `CannotStart` naming the flag and the fix."""
+    """Open a file for appending once. Raises: `CannotStart`, which names the flag and the fix."""
     try:
         with path.open("ab"):
             pass
@@ -128,27 +123,27 @@ def check_writable(flag: str, path: Path, fix: str) -> None:
 
 
 def certificate_files(tls: str) -> tuple[str, str]:
-    """The two paths of `--tls CERT,KEY`; empty for none and for `dev`.
+    """Split `--tls CERT,KEY` into two paths; both are empty without `--tls` and for `dev`.
 
-    Raises: `CannotStart`.
+    Raises: `CannotStart`, which names the flag and the fix.
     """
     if tls in ("", "dev"):
         return "", ""
     cert, comma, key = tls.partition(",")
     if not comma:
-        raise CannotStart(f"--tls {tls!r} is neither `dev` nor two paths CERT,KEY")
+        raise CannotStart(f"--tls {tls!r} is not known; give `dev` or two paths CERT,KEY")
     for path in (cert, key):
         if not Path(path).is_file():
-            raise CannotStart(f"--tls names {path}, which is not a file")
+            raise CannotStart(f"--tls: {path} is not a file; give the path of a PEM file")
     return cert, key
 
 
 def run_up(options: UpOptions) -> int:
-    """Open everything, start the processes, and keep them running until told to stop.
+    """Open sockets and memory, and run the processes until a signal stops them. Return the exit code.
 
     Raises: `CannotStart`.
     """
-    # Imported here: validation, store and cryptography take half a second that other commands need not wait for.
+    # Imported here: validation, store and cryptography take half a second, which no other command must wait for.
     from fleetgate.control.resources.config_file import check_file
     from fleetgate.proxy.downstream.server_tls import development_authority
 
@@ -156,10 +151,10 @@ def run_up(options: UpOptions) -> int:
     files = certificate_files(options.tls)
     try:
         open_data_dir(options.data_dir)
-        held = hold(options.data_dir)
+        lock_fd = lock_data_dir(options.data_dir)
     except DataDirUnusable as error:
         raise CannotStart(str(error)) from None
-    plugins.load()  # the control process tells of those that cannot be used
+    plugins.load()  # the control process reports plugins that cannot be used
     if options.config is not None:
         mistakes = check_file(str(options.config), options.data_dir)
         if mistakes:
@@ -171,14 +166,14 @@ def run_up(options: UpOptions) -> int:
     api = open_listener(options.api_listen, "--api-listen")
     ops = open_listener(options.ops_listen, "--ops-listen") if options.ops_listen else None
     columns = GENERATIONS * options.workers
-    board_fd, board = shared_memory(columns)
-    life_read, life_write = os.pipe()  # only the supervisor keeps the write end, so its death is an end of file
+    memory_fd, memory = create_shared_memory(columns)
+    life_read, life_write = os.pipe()  # only the supervisor has the write end, so its death is an end of file
     wake = [os.pipe() for _ in range(columns)]
     for pair in wake:
         os.set_blocking(pair[0], False)
         os.set_blocking(pair[1], False)
     opened = OpenedSockets(
-        board=board_fd,
+        memory=memory_fd,
         listeners=[listener.fileno() for listener in listeners],
         tls_listeners=[listener.fileno() for listener in tls_listeners],
         api=api.fileno(),
@@ -192,44 +187,46 @@ def run_up(options: UpOptions) -> int:
         return [worker_child(first + index, options, opened, files) for index in range(options.workers)]
 
     children = [*workers_of(0), control_child(options, opened)]
-    announce(options, listeners[0].getsockname()[1], api.getsockname()[1])
+    print_addresses(options, listeners[0].getsockname()[1], api.getsockname()[1])
     try:
         grace_s = options.grace_s + max(options.lb_grace_s, LB_GRACE_S)
-        renewal = UpgradeHooks(workers_of, partial(tell, EventSpool(options.data_dir)))
-        return Supervisor(children, board, grace_s, say_json, renewal, [*listeners, *tls_listeners]).run()
+        hooks = UpgradeHooks(workers_of, partial(emit_event, EventSpool(options.data_dir)))
+        return Supervisor(children, memory, grace_s, write_log, hooks, [*listeners, *tls_listeners]).run()
     finally:
         os.close(life_write)
-        os.close(held)
+        os.close(lock_fd)
 
 
-def hold(data_dir: Path) -> int:
-    """Hold the data directory for as long as this process lives; the kernel lets go of it however it ends.
+def lock_data_dir(data_dir: Path) -> int:
+    """Lock the data directory for the life of this process; the kernel frees the lock when the process ends.
 
-    Raises: `CannotStart` where another has it, for its workers and ours would count the same places; `DataDirUnusable`.
+    Two supervisors on one directory would count the same reservations twice.
+
+    Raises: `CannotStart` if another process has the lock; `DataDirUnusable`.
     """
     try:
-        held = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        lock_fd = os.open(data_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise DataDirUnusable(unusable_sentence(data_dir, error)) from error
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(held)
+        os.close(lock_fd)
         raise CannotStart(
-            f"the data directory {data_dir} is in use by another `fleetgate up`; stop that one or give another "
-            "directory with --data-dir"
+            f"the data directory {data_dir} is in use by another `fleetgate up`; stop it, or give another directory "
+            "with --data-dir"
         ) from None
-    return held
+    return lock_fd
 
 
-def tell(spool: EventSpool, sentence: str) -> None:
+def emit_event(spool: EventSpool, sentence: str) -> None:
     """Log what the supervisor did, and make it an Event."""
-    say_json(sentence)
+    write_log(sentence)
     spool.add(EventRecord("Worker", "all", sentence[:1].upper() + sentence[1:] + "."))
 
 
 def worker_child(column: int, options: UpOptions, opened: OpenedSockets, files: tuple[str, str]) -> ChildProcess:
-    """One worker with its column on the board, to be started by the supervisor."""
+    """Return the worker of a column of the shared memory, for the supervisor to start."""
     loopback = is_loopback(options.listen, "--listen")
     index = column % options.workers  # both generations accept from the same sockets
     config = WorkerConfig(
@@ -238,7 +235,7 @@ def worker_child(column: int, options: UpOptions, opened: OpenedSockets, files: 
         serving=options.workers,
         layout=layout(),
         data_dir=str(options.data_dir),
-        board_fd=opened.board,
+        board_fd=opened.memory,
         listen_fd=opened.listeners[index],
         tls_listen_fd=opened.tls_listeners[index] if opened.tls_listeners else -1,
         tls_cert=files[0],
@@ -267,7 +264,7 @@ def worker_child(column: int, options: UpOptions, opened: OpenedSockets, files: 
 
 
 def control_child(options: UpOptions, opened: OpenedSockets) -> ChildProcess:
-    """The control process, to be started by the supervisor."""
+    """Return the control process, for the supervisor to start."""
     default_ranges = PRIVATE_RANGES if is_loopback(options.api_listen, "--api-listen") else []
     config = ControlConfig(
         data_dir=str(options.data_dir),
@@ -276,7 +273,7 @@ def control_child(options: UpOptions, opened: OpenedSockets) -> ChildProcess:
         api_listen=options.api_listen,
         listen=options.listen,
         tls_listen=options.tls_listen,
-        board_fd=opened.board,
+        board_fd=opened.memory,
         workers=GENERATIONS * options.workers,
         serving=options.workers,
         auth=options.auth,
@@ -286,19 +283,18 @@ def control_child(options: UpOptions, opened: OpenedSockets) -> ChildProcess:
         supervised=True,
     )
     argv, env = python_child("fleetgate.control.process", CONTROL_ENV, msgspec.json.encode(config))
-    fds = [opened.api, opened.board, opened.life]
-    return ChildProcess(
-        name="control", argv=argv, env=env, fds=fds, essential=not serves_without(options.data_dir), stop_last=True
-    )
+    fds = [opened.api, opened.memory, opened.life]
+    essential = not has_last_good(options.data_dir)
+    return ChildProcess(name="control process", argv=argv, env=env, fds=fds, essential=essential)
 
 
-def serves_without(data_dir: Path) -> bool:
-    """Whether the workers have something to serve from although the control process cannot start."""
+def has_last_good(data_dir: Path) -> bool:
+    """Return whether workers can serve from a Snapshot on disk if the control process does not start."""
     return (data_dir / LAST_GOOD).exists()
 
 
-def announce(options: UpOptions, port: int, api_port: int) -> None:
-    """Say where everything is."""
+def print_addresses(options: UpOptions, port: int, api_port: int) -> None:
+    """Print the addresses of the endpoint and the console on standard error."""
     host, _ = split_address(options.listen, "--listen")
     api_host, _ = split_address(options.api_listen, "--api-listen")
     lines = [
@@ -310,6 +306,6 @@ def announce(options: UpOptions, port: int, api_port: int) -> None:
     if options.tls == "dev":
         lines.append(f"dev CA      {options.data_dir / 'tls' / 'dev-ca.pem'}")
     if options.auth == "none":
-        lines.append("client keys are off (--auth none): anybody on this machine may use the endpoint")
+        lines.append("client keys are off (--auth none): every process on this machine can use the endpoint")
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetgate.ipc.series_names import Series, parse_series_name
-from fleetgate.proxy.telemetry.metrics import series_name
+from fleetgate.ipc.exposition import Series, parse_series_name, series_name
 
 METRICS = st.from_regex(r"[a-z_]{1,20}", fullmatch=True)
 LABELS = st.dictionaries(st.from_regex(r"[a-z_]{1,10}", fullmatch=True), st.text(max_size=20), max_size=4)

@@ -11,8 +11,8 @@ from fleetgate.control.api.errors import ErrorAnswer
 from fleetgate.control.context import Control
 from fleetgate.control.snapshot import profiles
 from fleetgate.control.snapshot.endpoint_status import endpoint_up
-from fleetgate.control.telemetry.series import MetricSeries, read_series
 from fleetgate.core.model import Deployment, Gateway, Snapshot
+from fleetgate.ipc.exposition import MetricSeries, read_series
 from fleetgate.ipc.shared_memory import LEARNED_CELLS, EndpointSignal, LearnedCell, SharedMemory, WorkerCell
 
 REQUESTS = "fleetgate_requests_total"

@@ -26,7 +26,7 @@ def check_condition(source: str, without: str = "") -> str:
     try:
         checking.check(source, without)
     except CelError as mistake:
-        refuse_field(f"at {mistake.place(source)}: {mistake.message}", mistake.fix)
+        refuse_field(f"at {mistake.position(source)}: {mistake.message}", mistake.fix)
     return source
 
 

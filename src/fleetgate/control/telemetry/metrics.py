@@ -1,192 +1,109 @@
-"""The board as Prometheus metrics, put together when it is scraped."""
+"""`/metrics` of the control process: everything in shared memory, read when it is scraped."""
 
 import time
-from collections.abc import Iterable
-from typing import Any
-
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
-from prometheus_client.registry import Collector
+from collections.abc import Iterator
 
 from fleetgate.control.context import Control
 from fleetgate.control.snapshot.endpoint_status import endpoint_up
-from fleetgate.control.telemetry.overload_metrics import gauges, usage_gauges
-from fleetgate.control.telemetry.series import Labels, MetricSeries, read_series
+from fleetgate.control.telemetry.log import LOG
+from fleetgate.control.telemetry.overload_metrics import journal_metrics, shortage_metrics
 from fleetgate.core.admission.work_ledger import WorkCell
-from fleetgate.core.model import Snapshot
+from fleetgate.core.model import Deployment, Snapshot
 from fleetgate.core.usage_record import JOURNAL
+from fleetgate.ipc.exposition import Family, exposition_text, read_series, series_families
+from fleetgate.ipc.machine_status import running_workers
 from fleetgate.ipc.shared_memory import EndpointSignal, SharedMemory, WorkerCell
 
-_HELP = {
-    "fleetgate_requests": "Requests by how they ended.",
-    "fleetgate_attempt_failures": "Attempts at an Endpoint that failed, by class.",
-    "fleetgate_tokens": "Tokens as the engines reported them.",
-    "fleetgate_ttft_seconds": "Seconds from a request's arrival to its first content event.",
-    "fleetgate_tpot_seconds": "Seconds per output token after the first.",
-    "fleetgate_request_duration_seconds": "Seconds from a request's arrival to its end.",
-    "fleetgate_ttft_prediction_error_seconds": "Seconds by which a predicted TTFT was off, either way.",
-    "fleetgate_estimated_tokens": "Tokens as estimated before the answer, of requests whose engine then told them.",
-    "fleetgate_token_error": "Tokens by which those estimates were off, either way.",
-    "fleetgate_unavailable": "Requests answered 503, which are a part of those refused.",
-    "fleetgate_internal_errors": "Mistakes of a worker's own; its log tells where.",
-    "fleetgate_loop_lags": "How often a worker's loop stood still for more than 250 ms.",
-    "fleetgate_loop_lag_milliseconds": "For how long in all.",
-    "fleetgate_injected_faults": "Requests struck by a fault that somebody injected.",
-    "fleetgate_series_overflow": "Observations whose series found no room and were not kept apart.",
-}
-# The same histograms under the names of OpenTelemetry's conventions for generative AI, as Prometheus writes them.
-_GEN_AI = {
-    "fleetgate_ttft_seconds": "gen_ai_server_time_to_first_token_seconds",
-    "fleetgate_tpot_seconds": "gen_ai_server_time_per_output_token_seconds",
-    "fleetgate_request_duration_seconds": "gen_ai_server_request_duration_seconds",
-}
 
-
-def exposition(control: Control) -> bytes:
+def exposition(control: Control, openmetrics: bool) -> str:
     """The text of `/metrics`."""
-    registry = CollectorRegistry()
-    registry.register(_BoardCollector(control))
-    return generate_latest(registry)
+    return exposition_text(families(control), openmetrics)
 
 
-class _BoardCollector(Collector):
-    """Reads the board at each scrape."""
-
-    def __init__(self, control: Control) -> None:
-        self._control = control
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: the names are only known when the board is read."""
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        """Every metric."""
-        board, snapshot = self._control.shared_memory, self._control.publisher.current
-        if board is not None:
-            series = read_series(board.series_totals())
-            yield from _counters(series)
-            yield from _histograms(series)
-            yield from _workers(board)
-            yield from gauges(board)
-            yield from usage_gauges(board, self._control.data_dir.path / JOURNAL)
-        if snapshot is not None:
-            age = GaugeMetricFamily("fleetgate_snapshot_age_seconds", "Seconds since the Snapshot was made.")
-            age.add_metric([], max(0.0, time.time() - snapshot.made_at_s))
-            yield age
-        if board is not None and snapshot is not None:
-            yield from _gauges(board, snapshot)
+def families(control: Control) -> Iterator[Family]:
+    """Every metric."""
+    shared_memory, snapshot = control.shared_memory, control.publisher.current
+    if shared_memory is not None:
+        totals = shared_memory.series_totals()
+        if LOG.dropped:
+            totals['fleetgate_log_lines_dropped_total{log="control"}'] = LOG.dropped
+        yield from series_families(read_series(totals))
+        yield from _worker_metrics(shared_memory)
+        yield shortage_metrics(shared_memory)
+        yield from journal_metrics(shared_memory, control.data_dir.path / JOURNAL)
+    if snapshot is not None:
+        yield Family("fleetgate_snapshot_age_seconds").add((), max(0.0, time.time() - snapshot.made_at_s))
+    if shared_memory is not None and snapshot is not None:
+        queue = Family("fleetgate_queue")
+        for gateway in snapshot.gateways:
+            queue.add((gateway.name,), shared_memory.waiting_total(gateway.slot))
+        yield queue
+        yield from _deployment_metrics(shared_memory, snapshot)
+        yield from _endpoint_metrics(shared_memory, snapshot)
 
 
-def _counters(series: MetricSeries) -> Iterable[Metric]:
-    for metric, cells in sorted(series.counters.items()):
-        base = metric.removesuffix("_total")
-        for names, rows in _by_label_names(cells):
-            family = CounterMetricFamily(base, _HELP.get(base, base), labels=names)
-            for values, count in rows:
-                family.add_metric(values, count)
-            yield family
-
-
-def _histograms(series: MetricSeries) -> Iterable[Metric]:
-    for metric, cells in sorted(series.histograms.items()):
-        for names, rows in _by_label_names(cells):
-            families = [HistogramMetricFamily(metric, _HELP.get(metric, metric), labels=names)]
-            if metric in _GEN_AI:
-                families.append(HistogramMetricFamily(_GEN_AI[metric], _HELP.get(metric, metric), labels=names))
-            for values, histogram in rows:
-                buckets = [(_bound(bound), count) for bound, count in histogram.cumulated()]
-                for family in families:
-                    family.add_metric(values, buckets, histogram.sum_s)
-            yield from families
-
-
-def _by_label_names(cells: dict[Labels, Any]) -> list[tuple[list[str], list[tuple[list[str], Any]]]]:
-    """A family has one set of label names; series of a metric that differ in them make several."""
-    groups: dict[tuple[str, ...], list[tuple[list[str], Any]]] = {}
-    for labels, value in sorted(cells.items()):
-        names = tuple(name for name, _ in labels)
-        groups.setdefault(names, []).append(([text for _, text in labels], value))
-    return [(list(names), rows) for names, rows in groups.items()]
-
-
-def _bound(bound: float) -> str:
-    return "+Inf" if bound == float("inf") else f"{bound:.6g}"
-
-
-def _workers(board: SharedMemory) -> Iterable[Metric]:
-    live = [worker for worker in range(board.workers) if board.get(worker, WorkerCell.PID)]
-    yield GaugeMetricFamily("fleetgate_workers", "Workers that run.", value=len(live))
-    restarts = sum(max(0, board.get(worker, WorkerCell.STARTS) - 1) for worker in range(board.workers))
-    yield CounterMetricFamily("fleetgate_worker_restarts", "Workers started again after they ended.", value=restarts)
-    connections = GaugeMetricFamily("fleetgate_connections", "Client connections that are open.", labels=["worker"])
-    version = GaugeMetricFamily("fleetgate_snapshot_version", "The Snapshot a worker uses.", labels=["worker"])
-    for worker in live:
-        connections.add_metric([str(worker)], board.get(worker, WorkerCell.CONNECTIONS))
-        version.add_metric([str(worker)], board.get(worker, WorkerCell.SNAPSHOT_VERSION))
+def _worker_metrics(shared_memory: SharedMemory) -> Iterator[Family]:
+    running = running_workers(shared_memory)
+    starts = [shared_memory.get(worker, WorkerCell.STARTS) for worker in range(shared_memory.workers)]
+    yield Family("fleetgate_workers").add((), len(running))
+    yield Family("fleetgate_worker_restarts_total").add((), sum(max(0, count - 1) for count in starts))
+    connections, version = Family("fleetgate_connections"), Family("fleetgate_snapshot_version")
+    for worker in running:
+        connections.add((str(worker),), shared_memory.get(worker, WorkerCell.CONNECTIONS))
+        version.add((str(worker),), shared_memory.get(worker, WorkerCell.SNAPSHOT_VERSION))
     yield connections
     yield version
 
 
-def _gauges(board: SharedMemory, snapshot: Snapshot) -> Iterable[Metric]:
-    yield from _deployment_gauges(board, snapshot)
-    yield from _endpoint_gauges(board, snapshot)
-    queue = GaugeMetricFamily("fleetgate_queue", "Requests that wait for room.", labels=["gateway"])
-    for gateway in snapshot.gateways:
-        queue.add_metric([gateway.name], board.waiting_total(gateway.slot))
-    yield queue
-
-
-def _deployment_gauges(board: SharedMemory, snapshot: Snapshot) -> Iterable[Metric]:
-    """What a Deployment takes and has: as learned, until then as written."""
-
-    def gauge(name: str, told: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily(name, told, labels=["deployment", "region"])
-
-    in_flight = gauge("fleetgate_in_flight", "Requests in flight to a Deployment.")
-    limit = gauge("fleetgate_limit", "Requests a Deployment may have, as learned or written; absent without a limit.")
-    units = gauge("fleetgate_units", "CU of a Deployment, as written, from its Profile at the pace of now, or learned.")
-    margin = gauge("fleetgate_margin", "Share of the TPOT target that is used; where room is predicted.")
-    held = gauge("fleetgate_units_in_flight", "Cost in CU of the requests in flight; where room is predicted.")
+def _deployment_metrics(shared_memory: SharedMemory, snapshot: Snapshot) -> Iterator[Family]:
+    """Load and capacity of Deployments: learned if known, else configured."""
+    in_flight, limit = Family("fleetgate_in_flight"), Family("fleetgate_limit")
+    units, margin, held = (
+        Family(name) for name in ("fleetgate_units", "fleetgate_margin", "fleetgate_units_in_flight")
+    )
     for deployment in snapshot.deployments:
-        where = [deployment.name, deployment.region]
-        in_flight.add_metric(where, board.in_flight_total(deployment.slot))
-        learned = board.learned_limits(deployment.slot)
+        labels = deployment.name, deployment.region
+        in_flight.add(labels, shared_memory.in_flight_total(deployment.slot))
+        learned = shared_memory.learned_limits(deployment.slot)
         limit_now = learned.limit if learned is not None else deployment.concurrency_max
         if limit_now:
-            limit.add_metric(where, limit_now)
+            limit.add(labels, limit_now)
         if learned is not None:
-            units.add_metric(where, learned.milliunits / 1000)
+            units.add(labels, learned.milliunits / 1000)
         if deployment.profile is not None:
-            held.add_metric(where, board.milliunits_total(deployment.slot) / 1000)
+            held.add(labels, shared_memory.milliunits_total(deployment.slot) / 1000)
             if learned is not None:
-                margin.add_metric(where, learned.margin_permille / 1000)
-    return [in_flight, limit, units, margin, held]
+                margin.add(labels, learned.margin_permille / 1000)
+    yield from (in_flight, limit, units, margin, held)
 
 
-def _endpoint_gauges(board: SharedMemory, snapshot: Snapshot) -> Iterable[Metric]:
-    at = ["deployment", "endpoint"]
-    up = GaugeMetricFamily("fleetgate_endpoint_up", "Whether an Endpoint answers its probe.", labels=at)
-    running = GaugeMetricFamily("fleetgate_engine_running", "Requests the engine says it runs.", labels=at)
-    waiting = GaugeMetricFamily("fleetgate_engine_waiting", "Requests the engine says wait in it.", labels=at)
-    kv = GaugeMetricFamily("fleetgate_engine_kv_ratio", "Share of the engine's KV cache in use.", labels=at)
-    prefill = GaugeMetricFamily(
-        "fleetgate_endpoint_prefill",
-        "Whether an engine was seen to go on with what another had begun: 1 yes, 2 no, 0 not known.",
-        labels=at,
-    )
-    work = GaugeMetricFamily(
-        "fleetgate_work_tokens", "Token work that was sent to an Endpoint and has not ended.", labels=[*at, "kind"]
-    )
+_ENDPOINT_METRICS = (
+    "fleetgate_endpoint_up",
+    "fleetgate_endpoint_prefill",
+    "fleetgate_engine_running",
+    "fleetgate_engine_waiting",
+    "fleetgate_engine_kv_ratio",
+    "fleetgate_work_tokens",
+)
+
+
+def _endpoint_metrics(shared_memory: SharedMemory, snapshot: Snapshot) -> Iterator[Family]:
+    made = {name: Family(name) for name in _ENDPOINT_METRICS}
     for deployment in snapshot.deployments:
-        for endpoint in deployment.endpoints:
-            which = [deployment.name, f"{endpoint.origin}{endpoint.base_path}"]
-            up.add_metric(which, int(endpoint_up(board, endpoint.slot)))
-            prefill.add_metric(which, board.signal(endpoint.slot, EndpointSignal.PREFILL))
-            if board.signal(endpoint.slot, EndpointSignal.LOAD_SEEN_MS):
-                running.add_metric(which, board.signal(endpoint.slot, EndpointSignal.RUNNING))
-                waiting.add_metric(which, board.signal(endpoint.slot, EndpointSignal.WAITING))
-                kv.add_metric(which, board.signal(endpoint.slot, EndpointSignal.KV_PERMILLE) / 1000)
-            work.add_metric([*which, "pending"], board.work_total(endpoint.slot, WorkCell.PENDING_TOKENS))
-            work.add_metric([*which, "kv"], board.work_total(endpoint.slot, WorkCell.KV_TOKENS))
-    return [up, prefill, running, waiting, kv, work]
+        _add_endpoints(made, shared_memory, deployment)
+    yield from made.values()
+
+
+def _add_endpoints(made: dict[str, Family], shared_memory: SharedMemory, deployment: Deployment) -> None:
+    for endpoint in deployment.endpoints:
+        labels = deployment.name, f"{endpoint.origin}{endpoint.base_path}"
+        slot, signal = endpoint.slot, shared_memory.signal
+        made["fleetgate_endpoint_up"].add(labels, int(endpoint_up(shared_memory, slot)))
+        made["fleetgate_endpoint_prefill"].add(labels, signal(slot, EndpointSignal.PREFILL))
+        if signal(slot, EndpointSignal.LOAD_SEEN_MS):
+            made["fleetgate_engine_running"].add(labels, signal(slot, EndpointSignal.RUNNING))
+            made["fleetgate_engine_waiting"].add(labels, signal(slot, EndpointSignal.WAITING))
+            made["fleetgate_engine_kv_ratio"].add(labels, signal(slot, EndpointSignal.KV_PERMILLE) / 1000)
+        work = made["fleetgate_work_tokens"]
+        work.add((*labels, "pending"), shared_memory.work_total(slot, WorkCell.PENDING_TOKENS))
+        work.add((*labels, "kv"), shared_memory.work_total(slot, WorkCell.KV_TOKENS))

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from math import inf
 
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
 from fleetgate.proxy.downstream.connection_limits import ConnectionLimits
@@ -23,9 +24,9 @@ LINGER_S = 1.0
 PIPELINED_BYTES_MAX = 64 * 1024
 WRITE_BUFFER_BYTES_MAX = 256 * 1024  # faults.md row 5
 UNREAD_MAX_S = 60.0  # without the client taking a byte; faults.md row 5
-TOO_MANY_OF_KEY = "this API key has as many connections open as it may (--key-connections-max); reuse them"
+TOO_MANY_OF_KEY = errors.TOO_MANY_CONNECTIONS_OF_KEY.filled()
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_TOO_LARGE = f"the request body is over {http1.BODY_BYTES_MAX // (1024 * 1024)} MiB"
+_TOO_LARGE = errors.BODY_TOO_LARGE.filled(mib=http1.BODY_BYTES_MAX // (1024 * 1024))
 
 
 class ConnectionServices:
@@ -179,8 +180,8 @@ class ClientConnection(asyncio.Protocol):
         data = http1.without_empty_lines(data)
         end = data.find(http1.HEAD_END)
         if (len(data) if end < 0 else end) > http1.HEAD_BYTES_MAX:
-            message = f"header over {http1.HEAD_BYTES_MAX} bytes"
-            self._reject_and_close(RequestRejected(431, "invalid_request", message))
+            too_large = errors.HEAD_TOO_LARGE.filled(bytes_max=http1.HEAD_BYTES_MAX)
+            self._reject_and_close(RequestRejected(*too_large))
             return
         if end < 0:
             if data and not self._buffer:  # the first head's time runs since the connection was made
@@ -212,7 +213,7 @@ class ClientConnection(asyncio.Protocol):
                 self._reject_and_close(rejected, no_body=parsed.method == b"HEAD")
             return
         if not services.limits.admits_key(self, context.key.name):
-            refusal = RequestRejected(429, "rate_limited", TOO_MANY_OF_KEY, extra=context.response_headers)
+            refusal = RequestRejected(*TOO_MANY_OF_KEY, extra=context.response_headers)
             self._reject_and_close(refusal)
             return
         is_lasting = not (context.key.expires_s or context.key.require_fresh_s)
@@ -222,7 +223,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin(self, context: RequestContext, length: int, chunks: ChunkedBody | None, rest: bytes) -> None:
         if length > http1.BODY_BYTES_MAX:
-            self._reject_and_close(RequestRejected(413, "invalid_request", _TOO_LARGE))
+            self._reject_and_close(RequestRejected(*_TOO_LARGE))
             return
         limits = self._services.limits
         if limits.shed_share and limits.sheds():
@@ -267,7 +268,7 @@ class ClientConnection(asyncio.Protocol):
         if body.is_chunked and not self._hold_body(more_bytes):
             return
         if body.received_bytes > http1.BODY_BYTES_MAX:
-            self._reject_and_close(RequestRejected(413, "invalid_request", _TOO_LARGE))
+            self._reject_and_close(RequestRejected(*_TOO_LARGE))
             return
         if not body.is_whole:
             return
@@ -476,7 +477,7 @@ class ClientConnection(asyncio.Protocol):
             self.closing = True
             self._transport.close()
         else:
-            self._reject_and_close(RequestRejected(408, "invalid_request", "the request did not arrive in time"))
+            self._reject_and_close(RequestRejected(*errors.REQUEST_TOO_SLOW.filled()))
 
     def next_read_deadline_s(self, now_s: float) -> float:
         """Abort if the client has read nothing since the last call; until when it may read on.

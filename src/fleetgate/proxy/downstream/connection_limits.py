@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.listener import Listener
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
@@ -16,8 +17,6 @@ IP_CONNECTIONS_MAX = 512  # of one public address in one worker; proxies and off
 BODY_SHARE = 0.25  # of the memory there is, over all workers
 BODY_BUDGET_BYTES_MIN = http1.BODY_BYTES_MAX + 4 * 1024 * 1024  # the largest body must have room
 LINGERING_MAX = 64  # a refused connection is told so, unless that many are being told already
-_OVERLOADED = "the gateway is short of memory or connections; try again shortly, requests in flight continue"
-_TOO_MANY_OF_ADDRESS = "this address has as many connections open as it may (--ip-connections-max); reuse them"
 _RETRY = b"retry-after: 1\r\nretry-after-ms: 1000\r\nx-should-retry: true\r\n"
 
 
@@ -138,7 +137,7 @@ class ConnectionLimits:
         limit = self._ip_max if self._ip_max > 0 else IP_CONNECTIONS_MAX
         if count <= limit or (self._ip_max < 0 and not _is_public(address)):
             return None
-        return self._refuse(client, RequestRejected(429, "rate_limited", _TOO_MANY_OF_ADDRESS, extra=_RETRY))
+        return self._refuse(client, RequestRejected(*errors.TOO_MANY_CONNECTIONS_OF_ADDRESS.filled(), extra=_RETRY))
 
     def _refuse(self, client: LimitedConnection, rejected: RequestRejected) -> RequestRejected:
         self._refused += 1
@@ -174,7 +173,7 @@ class ConnectionLimits:
 
     def overloaded(self) -> RequestRejected:
         """The refusal of requests that are shed."""
-        return RequestRejected(503, "overloaded", _OVERLOADED, extra=_RETRY)
+        return RequestRejected(*errors.OVERLOADED.filled(), extra=_RETRY)
 
     def apply(self, state: OverloadState) -> None:
         """Follow the overload manager. Four times a second."""

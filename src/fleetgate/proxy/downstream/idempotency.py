@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from fleetgate.protocols import error_codes as errors
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
 from fleetgate.proxy.overload.notices import OperatorNotices
 from fleetgate.proxy.request.request_context import FinalResponse, RequestContext
@@ -106,8 +107,7 @@ class IdempotencyStore:
         """
         name = context.idempotency_key
         if len(name) > NAME_BYTES_MAX or not name.isascii():
-            message = f"Idempotency-Key has 1 to {NAME_BYTES_MAX} ASCII characters"
-            raise RequestRejected(400, "invalid_request", message)
+            raise RequestRejected(*errors.INVALID_IDEMPOTENCY_KEY.filled(bytes_max=NAME_BYTES_MAX))
         owner = f"{context.gateway.spec.name}\0{context.key.id or context.key.name}\0".encode()
         path = self._directory / sha256(owner + name).hexdigest()
         try:
@@ -125,26 +125,23 @@ class IdempotencyStore:
 def _claim(path: Path, fingerprint: str) -> IdempotencyClaim | IdempotentReplay:
     fd = _open(path)
     if fd < 0:
-        raise RequestRejected(409, "invalid_request", _BUSY, extra=b"retry-after: 1\r\n")
+        raise RequestRejected(*errors.IDEMPOTENCY_KEY_BUSY.filled(), extra=b"retry-after: 1\r\n")
     try:
         found = _read(fd)
         if found is None:
             return IdempotencyClaim(os.dup(fd), path, fingerprint)
         kept, answer = found
         if kept.print != fingerprint:
-            raise RequestRejected(422, "invalid_request", _OTHER)
+            raise RequestRejected(*errors.IDEMPOTENCY_KEY_REUSED.filled())
         if kept.state == WHOLE:
             return IdempotentReplay(kept.headers, answer)
-        raise RequestRejected(409, "invalid_request", _STREAM if kept.state == STREAM else _LARGE, extra=_FOR_GOOD)
+        error = errors.IDEMPOTENCY_KEY_OF_A_STREAM if kept.state == STREAM else errors.IDEMPOTENCY_KEY_TOO_LARGE
+        raise RequestRejected(*error.filled(kib=ANSWER_BYTES_MAX // 1024), extra=_FOR_GOOD)
     finally:
         os.close(fd)
 
 
 _FOR_GOOD = b"x-should-retry: false\r\n"  # the official SDKs would ask twice more
-_BUSY = "a request with this Idempotency-Key is being answered; ask again when it has ended"
-_OTHER = "this Idempotency-Key was used for another request in the last 24 hours; give each request its own"
-_STREAM = "a stream with this Idempotency-Key was answered whole, and streams are not kept; use a new key to ask again"
-_LARGE = f"the answer with this Idempotency-Key is over {ANSWER_BYTES_MAX // 1024} KiB and was not kept; use a new key"
 
 
 def _open(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
@@ -10,7 +11,7 @@ from fleetgate.proxy.request.response_heads import CLOSE, ResponseDefaults
 from fleetgate.proxy.telemetry.access_log import AccessLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 
-INTERNAL_ERROR = "internal error; search the gateway log for this x-request-id"
+INTERNAL_ERROR = errors.INTERNAL_ERROR.message
 
 
 class LocalResponder:

@@ -6,6 +6,7 @@ from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.log import Level
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.messages import RequestInfo
 from fleetgate.proxy.downstream.policy_notices import PolicyNotices
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
@@ -43,11 +44,11 @@ class PolicyFilter:
             },
             body=gateway.body_reader.read(body) if policies.needs_body else {},
         )
-        decision = policies.judge(attributes, context.key)
+        decision = policies.evaluate(attributes, context.key)
         if decision.notes:
             self._notify(gateway.spec.name, decision.notes)
         if decision.denied_by:
-            raise RequestRejected(403, "policy_denied", decision.denial)
+            raise RequestRejected(*errors.POLICY_DENIED.filled(reason=decision.denial))
         return decision
 
     def _notify(self, gateway: str, notes: tuple[str, ...]) -> None:

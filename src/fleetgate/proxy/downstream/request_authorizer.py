@@ -4,8 +4,10 @@ import ipaddress
 import time
 from collections.abc import Callable, Sequence
 
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.protocols.http1 import RequestHead
+from fleetgate.protocols.response_headers import EXPOSED_HEADERS
 from fleetgate.proxy.downstream.authenticator import Authenticator, may_use
 from fleetgate.proxy.downstream.request_rejected import RequestRejected
 from fleetgate.proxy.request.request_context import RequestContext
@@ -53,20 +55,16 @@ class RequestAuthorizer:
             raise RequestRejected(204, "options", "", extra=allow + cors)
         key = self._authenticator.find(protocol.authorization_of(head.headers), table)
         if key is None or (key.expires_s and key.expires_s <= time.time()):
-            reason = "has expired" if key is not None else "is missing or not known"
+            reason = "has expired" if key is not None else "is missing or unknown"
             if key is None and self._validity.stale:
-                reason = "cannot be checked: the control plane has been away for longer than --max-stale-s"
-            message = f"the API key {reason}; send `{protocol.CREDENTIAL_HINT}`"
-            raise RequestRejected(401, "invalid_api_key", message, extra=cors)
+                reason = "cannot be checked: the control plane was silent for longer than --max-stale-s"
+            rejection = errors.INVALID_API_KEY.filled(reason=reason, hint=protocol.CREDENTIAL_HINT)
+            raise RequestRejected(*rejection, extra=cors)
         if key.require_fresh_s and self._validity.silent_s(self._clock()) > key.require_fresh_s:
-            message = (
-                f"this API key needs a control plane that was heard from within {key.require_fresh_s:g} s "
-                "(`require_fresh_s`), and it was not"
-            )
-            raise RequestRejected(503, "no_deployment_available", message, extra=cors + b"retry-after: 5\r\n")
+            rejection = errors.KEY_NOT_FRESH.filled(seconds=key.require_fresh_s)
+            raise RequestRejected(*rejection, extra=cors + b"retry-after: 5\r\n")
         if not may_use(key, gateway.spec):
-            message = f"this API key may not use the Gateway {gateway.spec.name}"
-            raise RequestRejected(403, "policy_denied", message, extra=cors)
+            raise RequestRejected(*errors.GATEWAY_NOT_ALLOWED.filled(gateway=gateway.spec.name), extra=cors)
         _check_path(head, cors, protocol)
         return RequestContext(head, table, gateway, key, cors)
 
@@ -80,13 +78,11 @@ class RequestAuthorizer:
                 b"access-control-allow-origin: %b\r\nvary: origin\r\n"
                 b"access-control-allow-methods: GET, POST, OPTIONS\r\n"
                 b"access-control-allow-headers: authorization, content-type\r\n"
-                b"access-control-expose-headers: x-request-id, x-fleetgate-deployment, x-fleetgate-region, "
-                b"x-fleetgate-attempts\r\n" % origin
+                b"access-control-expose-headers: %b\r\n" % (origin, EXPOSED_HEADERS)
             )
         is_own = origin.partition(b"://")[2] == head.host
         if not self._needs_keys and not is_own:
-            message = "requests from web pages of another origin need --cors ORIGIN while --auth is none"
-            raise RequestRejected(403, "policy_denied", message)
+            raise RequestRejected(*errors.ORIGIN_NOT_ALLOWED.filled())
         return b""
 
 
@@ -94,19 +90,19 @@ def _check_path(head: RequestHead, cors: bytes, protocol: ClientProtocol) -> Non
     methods = protocol.methods_of(head.path)
     if not methods:
         path = head.path.decode("ascii", "replace")
-        message = f"no such path: {path[:200]}; this Gateway speaks the {protocol.TITLE}"
-        raise RequestRejected(404, "unknown_path", message, extra=cors)
+        rejection = errors.UNKNOWN_PATH.filled(path=path[:200], protocol=protocol.TITLE)
+        raise RequestRejected(*rejection, extra=cors)
     if head.method not in methods.split(b", "):
         allow = b"allow: %b\r\n" % methods
         method, known = head.method.decode(), methods.decode()
-        message = f"{method} is not possible here; use {known}"
-        raise RequestRejected(405, "invalid_request", message, extra=allow + cors)
+        rejection = errors.METHOD_NOT_ALLOWED.filled(method=method, allowed=known)
+        raise RequestRejected(*rejection, extra=allow + cors)
     encoding = head.headers.get(b"content-encoding", b"").strip().lower()
     if encoding not in (b"", b"identity"):
         # Never decompressed: a small body may become a very large one. faults.md row 39.
         shown = encoding.decode("ascii", "replace")[:40]
-        message = f"content-encoding {shown!r} is not taken here; send the body uncompressed, without that header"
-        raise RequestRejected(415, "invalid_request", message, extra=b"accept-encoding: identity\r\n" + cors)
+        rejection = errors.BODY_COMPRESSED.filled(encoding=shown)
+        raise RequestRejected(*rejection, extra=b"accept-encoding: identity\r\n" + cors)
 
 
 def _gateway_of(host: bytes, table: RoutingTable) -> GatewayState:
@@ -118,7 +114,7 @@ def _gateway_of(host: bytes, table: RoutingTable) -> GatewayState:
         return table.default_gateway
     known = "set `default: true` on one Gateway" if _is_address(name) else "use <name>.<domain> of a Gateway"
     shown = name.decode("ascii", "replace")[:200]
-    raise RequestRejected(404, "gateway_not_found", f"no Gateway answers at {shown or 'an empty Host'}; {known}")
+    raise RequestRejected(*errors.GATEWAY_NOT_FOUND.filled(host=shown or "an empty Host", fix=known))
 
 
 def _is_address(host: bytes) -> bool:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from fleetgate.core.routing.policy_decision import ALLOWED
+from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.json_members import InvalidBody
 from fleetgate.proxy.downstream.idempotency import IdempotencyStore, IdempotentReplay
 from fleetgate.proxy.downstream.policy_filter import PolicyFilter
@@ -39,7 +40,7 @@ class RequestIntake:
             info = context.protocol.parse_request(body)
             route = context.gateway.routes.get(info.model)
             if route is None or (context.key.models and info.model not in context.key.models):
-                raise RequestRejected(404, "model_not_found", _no_model(info.model, context), "model")
+                raise RequestRejected(*_no_model(info.model, context), "model")
             decision, claim = ALLOWED, None
             if not context.gateway.policies.is_empty:
                 decision = self._policies.evaluate(context, info, body)
@@ -62,14 +63,14 @@ def _models(context: RequestContext) -> LocalResponse:
     models, key = context.gateway.routes, context.key
     allowed = [model for model in models if not key.models or model in key.models]
     if name and name not in allowed:
-        raise RequestRejected(404, "model_not_found", _no_model(name, context), "model")
+        raise RequestRejected(*_no_model(name, context), "model")
     owners = dict.fromkeys(allowed, "fleetgate")
     body = protocol.model_body(name, "fleetgate") if name else protocol.models_body(owners)
     return LocalResponse(200, body, JSON + context.response_headers, "")
 
 
-def _no_model(name: str, context: RequestContext) -> str:
+def _no_model(name: str, context: RequestContext) -> tuple[int, str, str]:
     models, key = sorted(context.gateway.routes), context.key
     known = [model for model in models if not key.models or model in key.models]
     shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-    return f"the model {name[:200]!r} does not exist here or this key may not use it; there are: {shown or 'none'}"
+    return errors.MODEL_UNKNOWN.filled(model=name[:200], available=shown or "none")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from fleetgate.ipc.shortage import OverloadBits
+from fleetgate.ipc.machine_status import OverloadBits
 from fleetgate.proxy.overload.memory_pressure import MemoryPressure
 
 TIGHT, SURPLUS, FULL = 0.85, 0.95, 1.0  # of the connections allowed: close idle ones, refuse new ones, accept none

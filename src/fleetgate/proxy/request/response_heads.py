@@ -16,21 +16,6 @@ _OK = status_line(200)
 JSON = b"content-type: application/json\r\n"
 CLOSE = b"connection: close\r\n"
 
-MESSAGES = {
-    "no_deployment_available": "no Deployment that serves this model is up; try again shortly",
-    "queue_full": "every Deployment that serves this model is full and the queue is too; try again after Retry-After",
-    "capacity_exhausted": "every Deployment that serves this model is full; try again after Retry-After",
-    "upstream_error": "every Deployment that was tried failed before it began to answer",
-    "upstream_auth_error": "the Gateway's own credential was refused upstream; its operator must renew it",
-    "upstream_tls_error": "no upstream could be reached over TLS that verifies",
-    "upstream_timeout": "no Deployment began to answer in time",
-    "poison_request": "this request ended the engine that served it, twice; it is not tried again",
-    "model_not_found": "no Deployment behind this Gateway has this model at this path now",
-    "invalid_api_key": "the API key was revoked while this request was running; any answer above is incomplete",
-    "shutting_down": "this gateway had to stop before the answer was whole; any answer above is incomplete",
-    "upstream_interrupted": "the Deployment that was answering was lost; the answer above is incomplete",
-}
-
 
 class ResponseDefaults:
     """What every answer of a worker has in common.

@@ -3,6 +3,7 @@
 from fleetgate.core.exchange import Refuse
 from fleetgate.protocols import http1
 from fleetgate.protocols.clients.base import ClientProtocol
+from fleetgate.protocols.error_codes import MESSAGES
 from fleetgate.proxy.request import response_heads
 from fleetgate.proxy.request.ports import ClientStream
 from fleetgate.proxy.request.request_context import RequestContext
@@ -58,7 +59,7 @@ class ResponseWriter:
 
     def write_error(self, code: str) -> None:
         """Send an error inside the stream."""
-        self.write_event(self._context.protocol.error_event(code, response_heads.MESSAGES[code]))
+        self.write_event(self._context.protocol.error_event(code, MESSAGES[code]))
 
     def write_relayed_head(
         self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
@@ -105,7 +106,7 @@ class ResponseWriter:
 
     def refusal(self, attempts: int, refuse: Refuse) -> bytes:
         """The bytes of an error of ours in place of an answer."""
-        body = self._context.protocol.error_body(refuse.status, refuse.code, response_heads.MESSAGES[refuse.code])
+        body = self._context.protocol.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
         return response_heads.refusal(self._meta(attempts), refuse, self._context.protocol.ERROR_TYPE, body)
 
     def _meta(self, attempts: int) -> ResponseMeta:

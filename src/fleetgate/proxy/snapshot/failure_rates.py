@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from fleetgate.core.canary_analysis import AttemptCounts
 from fleetgate.core.exchange import Outcome
-from fleetgate.ipc.series_names import Series, parse_series_name
+from fleetgate.ipc.exposition import Series, parse_series_name
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 
 _FAILURES = (Outcome.FAILED, Outcome.INTERRUPTED)

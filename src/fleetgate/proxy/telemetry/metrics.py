@@ -1,24 +1,13 @@
 """Counters and histograms as integers in shared memory."""
 
+from fleetgate.ipc.exposition import series_name
 from fleetgate.ipc.metrics_table import OCTAVE_PARTS, bound_label, metric_of, other_labels, step_of
 from fleetgate.ipc.shared_memory import SERIES_MAX, SERIES_NAMES_BYTES, SharedMemory, WorkerCell
 
 _BITS = 64  # microseconds of 292,000 years
-# Kept free for label sets whose resource names are "other": three histograms of 78 buckets and about 150 counters.
+# Kept free for label sets with the resource name "other": three histograms of 78 buckets and about 150 counters.
 OTHER_SERIES = 512
 _OTHER_BYTES = OTHER_SERIES * 128
-
-
-def series_name(name: str, labels: dict[str, str]) -> str:
-    """The exposition name. Label values come from resources and enums, never from a request."""
-    if not labels:
-        return name
-    parts = (f'{key}="{_escape(value)}"' for key, value in labels.items())
-    return f"{name}{{{','.join(parts)}}}"
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 class WorkerMetrics:

@@ -245,3 +245,4 @@ class DataPlane:
             if dropped:
                 message = f"--record: the disk was too slow, {dropped} records were not written"
                 self._machine.log.write(Level.WARNING, "worker", message)
+        self._machine.log.drain()

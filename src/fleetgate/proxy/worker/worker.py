@@ -54,13 +54,13 @@ class WorkerProcess:
         ledger = Ledger(self.shared, config.index, self._locks.lock, self._locks.unlock)
         self.generations = Generations(self.shared, config.index, config.serving or config.workers, ledger)
         self.config = config
-        self._log = Log(worker=config.index)
+        self.log = Log(worker=config.index)
         self._spool = EventSpool(data_dir)
         self._machine = MachineParts(
             config=config,
             shared=self.shared,
             ledger=ledger,
-            log=self._log,
+            log=self.log,
             spool=self._spool,
             try_prober_lock=lambda: self._locks.try_lock(PROBER_LOCK),
         )
@@ -192,7 +192,7 @@ class WorkerProcess:
     def _warn_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
         if self.plane.prober.is_prober and (message := tls.alarm(time.time())):  # one worker tells for all
             self._spool.add(EventRecord("Certificate", "client-listener", message))
-            self._log.warning("worker", message)
+            self.log.warning("worker", message)
 
 
 def main() -> None:
@@ -202,4 +202,6 @@ def main() -> None:
         sys.stderr.write("this version has another layout of shared memory; restart `fleetgate up` to change to it\n")
         sys.exit(EXIT_OTHER_LAYOUT)
     plugins.load()  # the control process tells of those that cannot be used
-    uvloop.run(WorkerProcess(config).run())
+    worker = WorkerProcess(config)
+    worker.log.take_over()
+    uvloop.run(worker.run())

@@ -1,1 +1,1 @@
-"""`fleetgate replay`: recorded decisions taken again, and compared with what another file would decide."""
+"""`fleetgate replay`: take recorded decisions again, and compare them with those of another fleet file."""

@@ -1,4 +1,4 @@
-"""`fleetgate replay` behind its flags: reads records with a progress bar, takes the decisions again, reports."""
+"""`fleetgate replay` after its flags are parsed: read records, take the decisions again, print the report."""
 
 import json
 import sys
@@ -15,18 +15,24 @@ from rich.text import Text
 from fleetgate.core.model import Snapshot
 from fleetgate.core.routing.decision_record import Record, RecordedDecision, decode_record
 from fleetgate.simulator.replay.compare import Comparison, RecordedRoutes, Reproduction, against_json
-from fleetgate.simulator.replay.counterfactual import Arrivals, CounterfactualPair, ModelledDeployment, simulate_pairs
+from fleetgate.simulator.replay.counterfactual import (
+    CounterfactualPair,
+    ModelledFleet,
+    RecordedArrivals,
+    simulate_pairs,
+)
 
-BROKEN_TOLD_MAX = 20  # one by one; all are counted
+BROKEN_SHOWN_MAX = 20  # lines with a warning each; all are counted
 PROGRESS_EVERY = 2_000  # lines
+PIPE_WIDTH = 200  # for output that is not a terminal, so that no cell is cut
 
 
 class ReplayFailed(Exception):
-    """Nothing could be replayed; the text says why."""
+    """Nothing could be replayed; the message gives the reason."""
 
 
 class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags. Shape: `region` None takes what each record says."""
+    """The values of the flags. Shape: `region` None means the region of each record."""
 
     records: tuple[Path, ...]
     fleet: Snapshot
@@ -35,8 +41,8 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     json: bool = False
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a replay found. The fields' names are the keys of `-o json`."""
+class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of a replay. The fields' names are the keys of `-o json`."""
 
     decisions: int
     reproduced: int
@@ -47,57 +53,58 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     against: dict[str, object] | None
 
 
-def replay(ask: ReplayOptions) -> None:
-    """Replay and report, on standard output. Raises: `ReplayFailed`."""
-    reader = RecordReader(ask.records)
-    lanes = RecordedRoutes(ask.fleet)
-    reproduction = Reproduction(lanes, ask.region)
-    against = Comparison(RecordedRoutes(ask.against), lanes, ask.region) if ask.against is not None else None
-    arrivals = Arrivals(ask.region)
+def replay(options: ReplayOptions) -> None:
+    """Replay the records and print the report on standard output. Raises: `ReplayFailed`."""
+    reader = RecordReader(options.records)
+    routes = RecordedRoutes(options.fleet)
+    reproduction = Reproduction(routes, options.region)
+    against = (
+        Comparison(RecordedRoutes(options.against), routes, options.region) if options.against is not None else None
+    )
+    arrivals = RecordedArrivals(options.region)
     for line, record in reader.read():
         match record:
             case RecordedDecision():
-                reproduction.see(line, record)
+                reproduction.add(line, record)
                 if against is not None:
-                    against.see(record)
+                    against.add(record)
             case ended:
                 if against is not None:
-                    against.ended(ended.id)
-                    arrivals.see(ended)
+                    against.request_ended(ended.id)
+                    arrivals.add(ended)
     if not reproduction.decisions:
         raise ReplayFailed(
-            f"no decision could be read from {', '.join(map(str, ask.records))}; "
+            f"no decision could be read from {', '.join(map(str, options.records))}; "
             "give a file that `fleetgate up --record FILE` wrote"
         )
     pairs: list[CounterfactualPair] = []
-    why_not: list[str] = []
-    if against is not None and ask.against is not None:
+    not_simulated: list[str] = []
+    if against is not None and options.against is not None:
         against.finish()
-        told: list[str] = []
-        pairs, why_not = simulate_pairs(arrivals, ask.fleet, ask.against, told.append)
-        for sentence in dict.fromkeys(told):  # both fleets know the same regions
+        warnings: list[str] = []
+        pairs, not_simulated = simulate_pairs(arrivals, options.fleet, options.against, warnings.append)
+        for sentence in dict.fromkeys(warnings):  # both fleets cause the same warnings
             _warn(sentence)
-    report = Report(
+    report = ReplayReport(
         decisions=reproduction.decisions,
         reproduced=reproduction.reproduced,
         reproduced_share=reproduction.share,
         outrun=reproduction.outrun,
         broken_lines=reader.broken,
         differences=[msgspec.to_builtins(difference) for difference in reproduction.differences],
-        against=against_json(against, pairs, why_not) if against is not None else None,
+        against=against_json(against, pairs, not_simulated) if against is not None else None,
     )
-    if ask.json:
+    if options.json:
         sys.stdout.write(json.dumps(msgspec.to_builtins(report), indent=2) + "\n")
-    else:
-        _print(Console(width=None if sys.stdout.isatty() else 200, highlight=False), reproduction, reader.broken)
-        if against is not None:
-            _print_against(
-                Console(width=None if sys.stdout.isatty() else 200, highlight=False), against, pairs, why_not
-            )
+        return
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    _print_reproduction(console, reproduction, reader.broken)
+    if against is not None:
+        _print_against(console, against, pairs, not_simulated)
 
 
 class RecordReader:
-    """Reads files of records line by line; what is no record is told, counted and left out."""
+    """Reads files of records line by line; a line that is not a record is counted, reported and skipped."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.broken = 0
@@ -120,19 +127,19 @@ class RecordReader:
                     raise ReplayFailed(f"{path} cannot be read: {error.strerror}") from None
 
     def _lines(self, path: Path, progress: Callable[[float], None]) -> Iterator[tuple[int, Record]]:
-        since_bytes = 0
+        pending_bytes = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                since_bytes += len(line)
+                pending_bytes += len(line)
                 if number % PROGRESS_EVERY == 0:
-                    progress(since_bytes)
-                    since_bytes = 0
+                    progress(pending_bytes)
+                    pending_bytes = 0
                 try:
                     record = decode_record(line)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     self.broken += 1
-                    if self.broken <= BROKEN_TOLD_MAX:
-                        _warn(f"{path} line {number} is no record and is left out: {error}")
+                    if self.broken <= BROKEN_SHOWN_MAX:
+                        _warn(f"{path} line {number} is not a record and is skipped: {error}")
                     continue
                 yield number, record
 
@@ -141,17 +148,17 @@ def _warn(sentence: str) -> None:
     sys.stderr.write(f"warning: {sentence}\n")
 
 
-def _print(console: Console, reproduction: Reproduction, broken: int) -> None:
-    """How many decisions came out as they did, and the first that did not."""
+def _print_reproduction(console: Console, reproduction: Reproduction, broken: int) -> None:
+    """Print how many decisions were reproduced, and the first that were not."""
     count, same = reproduction.decisions, reproduction.reproduced
     console.print(f"{same:,} of {count:,} decisions reproduced ({_percent(reproduction.share)})", markup=False)
     if reproduction.outrun:
         console.print(
-            f"in {reproduction.outrun:,} of them another worker took the last place of the first choice in between",
+            f"in {reproduction.outrun:,} of them another worker took the last slot of the first choice first",
             markup=False,
         )
     if broken:
-        console.print(f"{broken:,} lines were no records and are left out", markup=False)
+        console.print(f"{broken:,} lines were not records and were skipped", markup=False)
     if not reproduction.differences:
         return
     rows = [
@@ -164,14 +171,14 @@ def _print(console: Console, reproduction: Reproduction, broken: int) -> None:
 
 
 def _print_against(
-    console: Console, against: Comparison, pairs: Sequence[CounterfactualPair], why_not: Sequence[str]
+    console: Console, against: Comparison, pairs: Sequence[CounterfactualPair], not_simulated: Sequence[str]
 ) -> None:
-    """What the other file would change: first exactly, for the load as it was; then as the simulator models it."""
+    """Print the changes by the other file: first exactly, for the recorded load; then as the simulator models them."""
     before, after = against.before, against.after
     share = against.changed / against.decisions if against.decisions else 0.0
     console.print(
-        f"\nExact, each decision by itself with the load as it was: {against.changed:,} of {against.decisions:,} "
-        f"({_percent(share)}) would go elsewhere",
+        f"\nExact, each decision alone with the recorded load: {against.changed:,} of {against.decisions:,} "
+        f"({_percent(share)}) would choose another Deployment",
         markup=False,
     )
     rows = [
@@ -183,22 +190,22 @@ def _print_against(
     console.print(_table(("", "before", "after"), rows))
     if against.not_judged:
         console.print(
-            f"not judged, for no record tells how they stood: {', '.join(sorted(against.not_judged))}", markup=False
+            f"not judged, because no record has their load: {', '.join(sorted(against.not_judged))}", markup=False
         )
     for pair in pairs:
         console.print(
-            f"\nModelled, {pair.requests:,} arrivals of model {pair.model} in Gateway {pair.gateway} played to both "
-            "fleets by their Profiles, nothing cached",
+            f"\nModelled, {pair.requests:,} arrivals of model {pair.model} in Gateway {pair.gateway} simulated on both "
+            "fleets by their Profiles, without prefix caches",
             markup=False,
         )
-        fields = [name for name in ModelledDeployment.__struct_fields__]
+        fields = ModelledFleet.__struct_fields__
         cells = [(name.replace("_", " "), _cell(pair.before, name), _cell(pair.after, name)) for name in fields]
         console.print(_table(("", "before", "after"), cells))
-    for sentence in why_not:
+    for sentence in not_simulated:
         console.print(f"not modelled: {sentence}", markup=False)
 
 
-def _cell(modelled: ModelledDeployment, name: str) -> str:
+def _cell(modelled: ModelledFleet, name: str) -> str:
     value = getattr(modelled, name)
     return value if type(value) is str else _figure(value, 3)
 

@@ -1,4 +1,4 @@
-"""Recorded arrivals played to two fleets on paper: what moved load does to everything that comes after it."""
+"""Recorded arrivals simulated on two fleets: load that moves changes every decision after it."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,14 +7,14 @@ import msgspec
 from fleetgate.core.model import Gateway, Snapshot, Upstream
 from fleetgate.core.routing.decision_record import RecordedEnd
 from fleetgate.simulator.fleet import BadFleet, SimulatedFleet, fleet_of
+from fleetgate.simulator.serving.world import Arrival
 from fleetgate.simulator.simulation import NotPossible, Simulation, SimulationSetting
-from fleetgate.simulator.world import Arrival
 
-ARRIVALS_MIN = 2  # with one there is no rate
+ARRIVALS_MIN = 2  # one arrival has no rate
 
 
-class ModelledDeployment(msgspec.Struct, frozen=True, kw_only=True):
-    """How a fleet does with the recorded arrivals, by the simulator. Units: `goodput_rps` of requests in the SLO."""
+class ModelledFleet(msgspec.Struct, frozen=True, kw_only=True):
+    """The simulated result of a fleet for the recorded arrivals. Units: `goodput_rps` of requests inside the SLO."""
 
     strategy: str
     goodput_rps: float
@@ -32,20 +32,20 @@ class CounterfactualPair(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
     model: str
     requests: int
-    before: ModelledDeployment
-    after: ModelledDeployment
+    before: ModelledFleet
+    after: ModelledFleet
 
 
-class Arrivals:
-    """Collects what came, by Gateway and model."""
+class RecordedArrivals:
+    """Collects arrivals by Gateway and model."""
 
     def __init__(self, region: str | None) -> None:
-        self.lanes: dict[tuple[str, str], list[Arrival]] = {}
+        self.by_route: dict[tuple[str, str], list[Arrival]] = {}
         self._region = region
 
-    def see(self, ended: RecordedEnd) -> None:
-        """A request that ended came so long before."""
-        arrivals = self.lanes.setdefault((ended.gateway, ended.model), [])
+    def add(self, ended: RecordedEnd) -> None:
+        """Add the arrival of a request that ended."""
+        arrivals = self.by_route.setdefault((ended.gateway, ended.model), [])
         arrivals.append(
             Arrival(
                 index=len(arrivals),
@@ -59,27 +59,27 @@ class Arrivals:
 
 
 def simulate_pairs(
-    arrivals: Arrivals, before: Snapshot, after: Snapshot, warn: Callable[[str], None]
+    arrivals: RecordedArrivals, before: Snapshot, after: Snapshot, warn: Callable[[str], None]
 ) -> tuple[list[CounterfactualPair], list[str]]:
-    """Play each Gateway and model to both fleets; sentences say which cannot be, and why."""
+    """Simulate each Gateway and model on both fleets; also returns a sentence for each that cannot be simulated."""
     pairs: list[CounterfactualPair] = []
-    why_not: list[str] = []
-    for (gateway, model), came in sorted(arrivals.lanes.items()):
-        if len(came) < ARRIVALS_MIN:
-            why_not.append(f"Gateway {gateway}, model {model}: {len(came)} request has no rate")
+    not_simulated: list[str] = []
+    for (gateway, model), recorded in sorted(arrivals.by_route.items()):
+        if len(recorded) < ARRIVALS_MIN:
+            not_simulated.append(f"Gateway {gateway}, model {model}: {len(recorded)} request has no rate")
             continue
-        came.sort(key=lambda arrival: arrival.at_s)
+        recorded.sort(key=lambda arrival: arrival.at_s)
         try:
-            was, would = (_run(_fleet(snapshot, gateway, model), came, warn) for snapshot in (before, after))
+            old, new = (_run(_fleet(snapshot, gateway, model), recorded, warn) for snapshot in (before, after))
         except (BadFleet, NotPossible) as error:
-            why_not.append(f"Gateway {gateway}, model {model}: {error}")
+            not_simulated.append(f"Gateway {gateway}, model {model}: {error}")
             continue
-        pairs.append(CounterfactualPair(gateway=gateway, model=model, requests=len(came), before=was, after=would))
-    return pairs, why_not
+        pairs.append(CounterfactualPair(gateway=gateway, model=model, requests=len(recorded), before=old, after=new))
+    return pairs, not_simulated
 
 
 def _fleet(snapshot: Snapshot, name: str, model: str) -> SimulatedFleet:
-    """One Gateway with only the upstreams that serve a model, for the simulator knows but one."""
+    """One Gateway with only the upstreams that serve a model, because the simulator has only one model."""
     gateway = next((gateway for gateway in snapshot.gateways if gateway.name == name), None)
     serving = {deployment.name for deployment in snapshot.deployments if model in deployment.models}
     upstreams = _serving(gateway, serving)
@@ -93,11 +93,11 @@ def _serving(gateway: Gateway | None, names: set[str]) -> tuple[Upstream, ...]:
     return tuple(u for u in gateway.upstreams if u.deployment in names) if gateway is not None else ()
 
 
-def _run(fleet: SimulatedFleet, came: Sequence[Arrival], warn: Callable[[str], None]) -> ModelledDeployment:
+def _run(fleet: SimulatedFleet, arrivals: Sequence[Arrival], warn: Callable[[str], None]) -> ModelledFleet:
     strategy = fleet.gateway.strategy
-    simulation = Simulation(fleet, came, SimulationSetting(strategies=(strategy,)), warn)
+    simulation = Simulation(fleet, arrivals, SimulationSetting(strategies=(strategy,)), warn)
     score = simulation.run(strategy).score
-    return ModelledDeployment(
+    return ModelledFleet(
         strategy=strategy,
         goodput_rps=round(score.goodput_ratio * simulation.capacity_rps, 4),
         slo_ttft_share=score.slo_ttft_share,

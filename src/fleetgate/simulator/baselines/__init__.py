@@ -1,0 +1,1 @@
+"""Balancers to compare with: simple ones, as other products run them, and an oracle."""
