@@ -12,7 +12,7 @@ from fleetgate.proxy.downstream.client_connection import ClientConnection
 from fleetgate.proxy.transport.memory_network import MemoryListener, MemoryNetwork, RemoteEnd, SimulatedLoop
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.worker import WorkerProcess
-from fleetgate.supervisor.supervisor import shared_memory
+from fleetgate.supervisor.supervisor import create_shared_memory
 from tests.conformance.transport_rig import BODY, DONE, FINISH, ROLE, STREAM_HEAD, chunked, content, streamed, whole
 from tests.loopback.rig import deployment, gateway
 
@@ -25,7 +25,7 @@ class Plane:
     def __init__(self, data_dir: Path) -> None:
         for name, key in (("seal.key", b"s" * 32), ("pepper", b"p" * 32), ("signing.pub", public_key(b"k" * 32))):
             (data_dir / name).write_bytes(key)
-        board_fd, self.board = shared_memory(1)
+        board_fd, self.board = create_shared_memory(1)
         config = WorkerConfig(
             index=0, workers=1, data_dir=str(data_dir), board_fd=board_fd, listen_fd=-1, auth="none", access_log="off"
         )
