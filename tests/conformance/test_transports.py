@@ -249,6 +249,18 @@ async def pause_stops_reading(rig: Rig) -> None:
     assert not got.response.paused
 
 
+async def pause_holds_for_a_connection_that_is_being_made(rig: Rig) -> None:
+    got = rig.send(STREAM)
+    assert got.response is not None
+    got.response.pause()
+    engine = await rig.engine()
+    engine.send(STREAM_HEAD + chunked(content("a")))
+    await rig.world.turns()
+    assert got.reports == ["connected"] and got.response.paused
+    got.response.resume()
+    await rig.until(lambda: got.written)
+
+
 async def a_stream_that_lacks_only_its_end_can_be_finished(rig: Rig) -> None:
     got = rig.send(STREAM)
     engine = await rig.engine()
@@ -300,6 +312,7 @@ RULES = [
     a_body_too_large_to_hold_is_passed_on,
     a_listener_may_cancel_at_the_first_content,
     pause_stops_reading,
+    pause_holds_for_a_connection_that_is_being_made,
     a_stream_that_lacks_only_its_end_can_be_finished,
     a_refused_dial_is_reported,
     a_connection_that_comes_too_late_is_kept,

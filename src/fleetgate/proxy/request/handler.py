@@ -165,6 +165,8 @@ class RequestHandler:
         if not attempts.send(now_s):
             return self._lost(AttemptFailed(Failure.UNREACHABLE, sent=False))
         self.deadline_s = now_s + attempts.first_event_s()
+        if self.resume_state is not None and self.client.is_behind:
+            self.pause()
         return None
 
     def _send_beside(self) -> bool:

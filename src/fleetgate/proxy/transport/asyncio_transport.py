@@ -75,6 +75,8 @@ class AsyncioTransport:
             listener.on_connected(response)
             if not response.over:
                 connection.carry(response, request)
+                if response.paused:
+                    connection.transport.pause_reading()
 
 
 def make(network: Network, spawn: Spawn) -> AsyncioTransport:

@@ -12,7 +12,7 @@ from fleetgate.protocols.http1 import HEAD_END, status_line
 from fleetgate.proxy.transport.connection_pool import ConnectionPool, FaultInjector, ResponseReader, UpstreamConnection
 from fleetgate.proxy.transport.network import Network
 
-CUT_BYTES_MAX = 2_000  # some ten events into a stream
+CUT_BYTES_MAX = 2_000  # about ten events of a stream
 _BODY = b'{"error":{"message":"a fault was injected here","type":"server_error","param":null,"code":null}}'
 
 

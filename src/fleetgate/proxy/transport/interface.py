@@ -128,7 +128,7 @@ class UpstreamResponse(Protocol):
         """Close the connection at once, which frees the engine's slot. Nothing is reported afterwards."""
 
     def pause(self) -> None:
-        """Stop reading from the connection; without one nothing happens."""
+        """Stop reading from the connection, or from the one that is being made."""
 
     def resume(self) -> None:
         """Read from the connection again."""

@@ -141,7 +141,9 @@ class CountedBytes(bytes):
         self._look(len(total))
         return CountedBytes(total, self.work)
 
-    def __radd__(self, other: bytes) -> "CountedBytes":
+    def __radd__(self, other: Any) -> Any:
+        if not isinstance(other, bytes):  # a `bytearray` stays one
+            return NotImplemented
         total = other + bytes(self)
         self._look(len(total))
         return CountedBytes(total, self.work)

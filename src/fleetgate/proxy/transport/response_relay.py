@@ -158,15 +158,16 @@ class ResponseRelay:
             self.connection = None
 
     def pause(self) -> None:
-        """Stop reading from the connection."""
-        if self.connection is not None:
+        """Stop reading from the connection, or from the one that is being made."""
+        if not self.over:
             self.paused = True
-            self.connection.transport.pause_reading()
+            if self.connection is not None:
+                self.connection.transport.pause_reading()
 
     def resume(self) -> None:
         """Read from the connection again."""
+        self.paused = False
         if self.connection is not None:
-            self.paused = False
             self.connection.transport.resume_reading()
 
     # --- head ---

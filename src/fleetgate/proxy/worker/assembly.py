@@ -57,7 +57,7 @@ from fleetgate.proxy.telemetry.access_log import AccessLog
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from fleetgate.proxy.telemetry.request_metrics import RequestMetricsCache
-from fleetgate.proxy.transport.network import SocketNetwork
+from fleetgate.proxy.transport.network import Network, SocketNetwork
 from fleetgate.proxy.worker.activation import TableActivator
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.drain import Drain
@@ -83,12 +83,12 @@ class MachineParts(msgspec.Struct, frozen=True):
 class DataPlane:
     """The services of one worker, made in the loop that will run them."""
 
-    def __init__(self, machine: MachineParts, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, machine: MachineParts, loop: asyncio.AbstractEventLoop, network: Network | None = None) -> None:
         config, shared = machine.config, machine.shared
         self._machine = machine
         self._clock = loop.time
         self._data_dir = Path(config.data_dir)
-        self._network = SocketNetwork(loop)
+        self._network = network or SocketNetwork(loop)
         self._tasks, self._ids = Tasks(loop), RequestIds()
         self._estimates = TokenEstimates()
         self.metrics = WorkerMetrics(shared, config.index)

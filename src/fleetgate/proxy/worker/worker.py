@@ -30,6 +30,7 @@ from fleetgate.proxy.downstream.server_tls import DevelopmentTls, ServerTls
 from fleetgate.proxy.overload.watchdog import Watchdog
 from fleetgate.proxy.telemetry.ops_server import HEAD_BYTES_MAX, OpsServer
 from fleetgate.proxy.transport import tcp_info
+from fleetgate.proxy.transport.network import Network
 from fleetgate.proxy.worker.assembly import DataPlane, MachineParts
 from fleetgate.proxy.worker.config import ENV, RETIRE, WorkerConfig
 from fleetgate.proxy.worker.drain import AT_ONCE, RETIRED, DrainPolicy, stopping
@@ -78,9 +79,9 @@ class WorkerProcess:
         directory = Path(self.config.data_dir) / "tls"
         return DevelopmentTls(directory, lambda name: name.encode() in self.plane.active.current.gateways)
 
-    def start_plane(self, loop: asyncio.AbstractEventLoop) -> DataPlane:
-        """Make the services that will run in this loop."""
-        plane = self.plane = DataPlane(self._machine, loop)
+    def start_plane(self, loop: asyncio.AbstractEventLoop, network: Network | None = None) -> DataPlane:
+        """Make the services that will run in this loop, and dial through `network`, by default through sockets."""
+        plane = self.plane = DataPlane(self._machine, loop, network)
         self.generations.follow(plane.registry.count_with)
         plane.journal.begin(loop)
         return plane

@@ -340,6 +340,9 @@ class TestCounting:
         assert counted.count(other, at, end) == data.count(other, at, end)
         assert counted + other == data + other and other + counted == other + data
         assert operator.contains(counted, other) == operator.contains(data, other)
+        grown = bytearray(other)
+        grown += counted
+        assert type(grown) is bytearray and grown == other + data
         assert isinstance(counted[at:end], CountedBytes) and isinstance(other + counted, CountedBytes)
         assert bytes(counted) == data and b"%b" % counted == data and b"".join([counted, counted]) == data * 2
 
