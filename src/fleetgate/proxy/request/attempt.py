@@ -36,33 +36,33 @@ class AttemptServices(msgspec.Struct, frozen=True):
     registry: RequestRegistry
 
 
-class Attempt:
-    """One try at one Endpoint, from its reservation to its settlement.
+class CarriedRequest(msgspec.Struct):
+    """What an attempt carries. Shape: `resume` if another Deployment has begun the answer."""
+
+    id: bytes
+    received: ReceivedRequest
+    resume: Resume | None
+    listener: ResponseListener
+
+
+class Attempt(msgspec.Struct, eq=False):
+    """One try at one Endpoint, from its reservation to its settlement. A Struct, so that making one costs no call.
 
     Shape: `reservation` is None where the route's lead took the request; `id` is its id in the usage journal, empty
     before it is sent and after it was accounted for; `on_trial` marks an attempt that shows whether an ejected Endpoint
     is healthy again.
     """
 
-    # Class attributes are the defaults: setting each costs.
+    services: AttemptServices
+    route: ModelRouteState
+    deployment: DeploymentState
+    reservation: Reservation | None
     endpoint: EndpointState | None = None
     response: UpstreamResponse | None = None
-    id = b""
-    on_trial = False
-    sent_s = 0.0
-    _settled = False
-
-    def __init__(
-        self,
-        services: AttemptServices,
-        route: ModelRouteState,
-        deployment: DeploymentState,
-        reservation: Reservation | None,
-    ) -> None:
-        self._services = services
-        self.route = route
-        self.deployment = deployment
-        self.reservation = reservation
+    id: bytes = b""
+    on_trial: bool = False
+    sent_s: float = 0.0
+    settled: bool = False
 
     def choose_endpoint(self, now_s: float, failed: tuple[EndpointState, ...]) -> EndpointState | None:
         """The Endpoint that the scheduler chose, or, if it has just become unhealthy, another of the Deployment."""
@@ -76,37 +76,32 @@ class Attempt:
                 reservation.move(endpoint.spec.slot)
         return endpoint
 
-    def occupy(self, endpoint: EndpointState, now_s: float) -> None:
-        """Count the attempt at its Endpoint. Called once, before it is sent."""
+    def send(self, endpoint: EndpointState, attempt_id: bytes, carried: "CarriedRequest", now_s: float) -> None:
+        """Occupy the Endpoint and send the request there, for the first time."""
         self.endpoint = endpoint
         self.sent_s = now_s
         endpoint.in_flight += 1
         if endpoint.health is not HEALTHY and endpoint.health.breaker is not BreakerState.CLOSED:
-            self.on_trial = self._services.active.current.begin_trial(endpoint, now_s)
+            self.on_trial = self.services.active.current.begin_trial(endpoint, now_s)
+        self.id = attempt_id
+        self.transmit(carried)
 
-    def send(
-        self,
-        request_id: bytes,
-        received: ReceivedRequest,
-        resume: Resume | None,
-        listener: ResponseListener,
-        fresh: bool = False,
-    ) -> None:
-        """Send the request, on a kept connection or, where there is none or it must be `fresh`, on a new one."""
-        endpoint, deployment, route = self.endpoint, self.deployment, self.route
+    def transmit(self, carried: "CarriedRequest", fresh: bool = False) -> None:
+        """Write the request on a kept connection or, where there is none or it must be `fresh`, on a new one."""
+        endpoint, deployment, route, received = self.endpoint, self.deployment, self.route, carried.received
         assert endpoint is not None
-        expected = expected_response(received, route, deployment, resume)
-        request = request_bytes(request_id, received, (deployment, endpoint), resume, expected.hide_usage)
+        expected = expected_response(received, route, deployment, carried.resume)
+        request = request_bytes(carried, deployment, endpoint, expected.hide_usage)
         timeout_s = route.gateway.spec.resilience.connect_timeout_s
-        self.response = self._services.transport.send(
-            endpoint.pool, request, expected, listener, connect_timeout_s=timeout_s, fresh=fresh
+        self.response = self.services.transport.send(
+            endpoint.pool, request, expected, carried.listener, connect_timeout_s=timeout_s, fresh=fresh
         )
 
     def show_content(self, now_s: float) -> None:
         """It brought content: a trial need not last until the end of a long answer."""
         if self.on_trial and self.endpoint is not None:
             self.on_trial = False
-            self._services.active.current.end_trial(self.endpoint, now_s, True)
+            self.services.active.current.end_trial(self.endpoint, now_s, True)
 
     def cancel(self) -> None:
         """Close its connection: the answer is not wanted any more."""
@@ -115,10 +110,10 @@ class Attempt:
 
     def settle(self, now_s: float) -> None:
         """Give its slot back; once, on every path."""
-        if self._settled:
+        if self.settled:
             return
-        self._settled = True
-        services, endpoint = self._services, self.endpoint
+        self.settled = True
+        services, endpoint = self.services, self.endpoint
         if endpoint is not None:
             endpoint.in_flight -= 1
             if self.on_trial:
@@ -155,25 +150,22 @@ def expected_response(
 
 
 def request_bytes(
-    request_id: bytes,
-    received: ReceivedRequest,
-    to: tuple[DeploymentState, EndpointState],
-    resume: Resume | None,
-    add_usage: bool,
+    carried: CarriedRequest, deployment: DeploymentState, endpoint: EndpointState, add_usage: bool
 ) -> tuple[bytes, ...]:
     """The request as this Endpoint gets it: with its name for the model and, for a resumed answer, what was said."""
-    deployment, endpoint = to
-    info, body, path = received.info, received.body, received.context.path
+    received, resume = carried.received, carried.resume
+    info, body, context = received.info, received.body, received.context
+    path = context.path
     if resume is not None:
         path = resume.path(path)
         body = resume.body(body, deployment.spec.engine)
     upstream_name = deployment.upstream_names[info.model]
     if add_usage or upstream_name != info.model:
-        body = received.context.protocol.rewrite(body, info, upstream_name, add_usage)
+        body = context.protocol.rewrite(body, info, upstream_name, add_usage)
     head = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-        deployment.request_heads[endpoint.spec.slot][received.context.protocol][path],
-        received.context.forwarded_headers,
-        request_id,
+        deployment.request_heads[endpoint.spec.slot][context.protocol][path],
+        context.forwarded_headers,
+        carried.id,
         len(body),
     )
     return (head + body,) if len(body) < ONE_WRITE_BYTES_MAX else (head, body)

@@ -12,13 +12,13 @@ from fleetgate.ipc.shared_memory import DeploymentCounter
 from fleetgate.proxy.health.passive_health import FailedAttempt, PassiveHealthChecker
 from fleetgate.proxy.health.poison_detector import PoisonDetector
 from fleetgate.proxy.request import deadlines
-from fleetgate.proxy.request.attempt import Attempt, AttemptServices
+from fleetgate.proxy.request.attempt import Attempt, AttemptServices, CarriedRequest
 from fleetgate.proxy.request.outcome import OutcomeRecorder
 from fleetgate.proxy.request.placement import RETRY_AFTER_IN_PLACE_MAX_S, PlacedRequest
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.reservation import CapacityAccounts
 from fleetgate.proxy.request.resume import Resume
-from fleetgate.proxy.request.usage import HEDGED
+from fleetgate.proxy.request.usage import HEDGED, UsageRecorder
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
@@ -40,12 +40,6 @@ class AttemptEffects(msgspec.Struct, frozen=True):
 
 class AttemptOwner(Protocol):
     """The request that attempts belong to. It hears of the one that answers."""
-
-    resume_state: Resume | None
-
-    @property
-    def write(self) -> Callable[[bytes], None]:
-        """Sends payload to the client."""
 
     def on_content(self, response: UpstreamResponse) -> None:
         """The first content is here."""
@@ -69,114 +63,124 @@ class AttemptOwner(Protocol):
         """One of two attempts was given up before it was sent; `is_adopted` if the second goes on alone."""
 
 
-class AttemptSet:
-    """One request's attempts, and the listener of their answers.
+class AttemptSet(msgspec.Struct, eq=False):
+    """One request's attempts, and the listener of their answers. A Struct, so that making one costs no call.
 
     Shape: `current` is the one in hand, `hedge` a second one beside it; `last` is the latest, which stays for the
     records after it was settled; `count` counts those that were sent; `failed` are Endpoints that failed this request;
-    `was_read` says that the client has been sent content.
+    `was_read` says that the client has been sent content. `write`, `now_s` and `on_ended` are the owner's and the
+    clock's own functions, so that no call stands between.
     """
 
-    # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
+    services: AttemptServices
+    effects: AttemptEffects
+    id: bytes
+    received: ReceivedRequest
+    usage: UsageRecorder
+    owner: AttemptOwner
+    write: Callable[[bytes], None]
+    now_s: Callable[[], float]
+    on_ended: Callable[[UpstreamResponse, bytes], None]
     current: Attempt | None = None
     hedge: Attempt | None = None
     last: Attempt | None = None
+    resume: Resume | None = None  # once the answer broke off and is resumed elsewhere
     failed: tuple[EndpointState, ...] = ()
-    count = 0
-    was_read = False
-    _given_up: tuple[Attempt, ...] = ()  # before they had a connection; its failure is still worth knowing
-    _stale_endpoint: EndpointState | None = None  # where a kept connection was closed before the request got there
-    _dialling: Mapping[UpstreamResponse, Attempt] = {}  # without a connection yet, given up or not
-    _deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with the request: whether each is down
-
-    def __init__(
-        self,
-        services: AttemptServices,
-        effects: AttemptEffects,
-        request_id: bytes,
-        received: ReceivedRequest,
-        owner: AttemptOwner,
-    ) -> None:
-        self._services = services
-        self._effects = effects
-        self._id = request_id
-        self._received = received
-        self._owner: AttemptOwner = owner
-        self.write = owner.write  # called for each streamed event: no call in between
-        self.usage = effects.outcomes.usage_recorder(received)
+    count: int = 0
+    was_read: bool = False
+    stale_endpoint: EndpointState | None = None  # where a kept connection was closed before the request got there
+    dialling: Mapping[UpstreamResponse, Attempt] = {}  # without a connection yet, given up or not
+    deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with the request: whether each is down
 
     # --- sending ---
 
     def reserve(self, route: ModelRouteState, deployment: DeploymentState, placed: PlacedRequest | None) -> None:
         """A slot was reserved for the next attempt."""
         reservation = placed.reservation if placed is not None else None
-        self.current = self.last = Attempt(self._services, route, deployment, reservation)
+        self.current = self.last = Attempt(self.services, route, deployment, reservation)
 
-    def send(self, now_s: float) -> bool:
-        """Send the current attempt; False if its Deployment has no healthy Endpoint any more."""
+    def send(self, now_s: float) -> float:
+        """Send the current attempt. Returns how long it may take to its first event, 0 if no Endpoint is healthy."""
         attempt = self.current
         assert attempt is not None, "a slot is reserved before anything is sent"
-        endpoint = attempt.choose_endpoint(now_s, self.failed)
+        reservation, deployment, received = attempt.reservation, attempt.deployment, self.received
         self.count += 1
+        if reservation is None:
+            endpoint, predicted_s = deployment.choose_endpoint(now_s, self.failed), None
+        else:
+            endpoint, predicted_s = attempt.choose_endpoint(now_s, self.failed), reservation.predicted_ttft_s
         if endpoint is None:
-            return False
-        self._start(attempt, endpoint, now_s)
-        return True
+            return 0.0
+        self._start(attempt, endpoint, self.resume, now_s)
+        return deadlines.first_event_s(received.info.stream, len(received.body), deployment, predicted_s)
 
     def send_beside(self, route: ModelRouteState, placed: PlacedRequest, endpoint: EndpointState, now_s: float) -> None:
         """Send a second attempt beside the current one."""
         self.count += 1
-        self.hedge = Attempt(self._services, route, placed.deployment, placed.reservation)
-        self._start(self.hedge, endpoint, now_s)
+        self.hedge = Attempt(self.services, route, placed.deployment, placed.reservation)
+        self._start(self.hedge, endpoint, None, now_s)
 
-    def _start(self, attempt: Attempt, endpoint: EndpointState, now_s: float) -> None:
-        attempt.occupy(endpoint, now_s)
-        attempt.id = b"%b-%d" % (self._id, self.count)
-        self.usage.begin(attempt.deployment, attempt.id)
-        attempt.send(self._id, self._received, self._owner.resume_state, self)
+    def _start(self, attempt: Attempt, endpoint: EndpointState, resume: Resume | None, now_s: float) -> None:
+        attempt_id = b"%b-%d" % (self.id, self.count)
+        self.usage.begin(attempt.deployment, attempt_id)
+        attempt.send(endpoint, attempt_id, CarriedRequest(self.id, self.received, resume, self), now_s)
         if attempt.response is not None and not attempt.response.is_connected:
             self._begin_dial(attempt, attempt.response)
 
     def _begin_dial(self, attempt: Attempt, response: UpstreamResponse) -> None:
         """A dial that fails is reported also after its attempt was given up, or its request has ended."""
-        self._dialling = {**self._dialling, response: attempt}
+        self.dialling = {**self.dialling, response: attempt}
 
     def _end_dial(self, response: UpstreamResponse) -> None:
-        self._dialling = {other: attempt for other, attempt in self._dialling.items() if other is not response}
+        self.dialling = {other: attempt for other, attempt in self.dialling.items() if other is not response}
+
+    def first_event_s(self) -> float:
+        """How long the attempt in hand, which was the second of two, may take to its first event."""
+        current, received = self.current, self.received
+        assert current is not None, "it was just adopted"
+        predicted_s = current.reservation.predicted_ttft_s if current.reservation is not None else None
+        return deadlines.first_event_s(received.info.stream, len(received.body), current.deployment, predicted_s)
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether the client reads a stream that an attempt answers."""
+        response = self.current.response if self.current is not None else None
+        return self.resume is not None or (response is not None and response.stream)
+
+    def mark_resumable(self, event: AttemptFailed, attempt: Attempt, now_s: float) -> AttemptFailed:
+        """The same loss, with whether the answer that is half-way out can be resumed elsewhere."""
+        response, body = attempt.response, self.received.body
+        if response is None or response.finish_seen:
+            return event  # nothing is missing behind an end: a resuming engine would say more
+        if self.resume is None and response.transcript is not None:
+            failed = (*self.failed, attempt.endpoint) if attempt.endpoint is not None else self.failed
+            self.resume = Resume.of(self.received, response, attempt.route, failed, now_s)
+        if self.resume is None or not self.resume.is_possible(body):
+            return event
+        self.resume.broke_off(response.event_count, now_s)
+        return msgspec.structs.replace(event, resumable=True)
 
     def _find(self, response: UpstreamResponse) -> Attempt | None:
         """The attempt whose answer this is."""
-        for attempt in (self.current, self.hedge, self.last, *self._given_up):
+        for attempt in (self.current, self.hedge, self.last):
             if attempt is not None and attempt.response is response:
                 return attempt
         return None
 
-    def first_event_s(self) -> float:
-        """How long the current attempt may take to its first event."""
-        attempt, received = self.current, self._received
-        assert attempt is not None, "it was just sent"
-        reservation = attempt.reservation
-        predicted_s = reservation.predicted_ttft_s if reservation is not None else None
-        return deadlines.first_event_s(received.info.stream, len(received.body), attempt.deployment, predicted_s)
-
     # --- what the transport reports ---
     # Each of these is an entry from the event loop: an internal error ends this request alone. faults.md row 75.
-
-    def now_s(self) -> float:
-        """The worker's clock."""
-        return self._services.clock()
 
     def on_dial_slow(self, response: UpstreamResponse) -> None:
         """An attempt has no connection yet, and should have: another Deployment may be nearer."""
         try:
             if self.current is None or response is not self.current.response or self.hedge is not None:
                 return
-            self._owner.on_dial_slow()
+            self.owner.on_dial_slow()
             hedge = self.hedge
             if hedge is not None and hedge.response is not None and hedge.response.is_connected:
                 self.on_connected(hedge.response)
         except Exception as error:
-            self._owner.on_internal_error(error)
+            self.owner.on_internal_error(error)
 
     def on_connected(self, response: UpstreamResponse) -> None:
         """One of two attempts has its connection: give up the other, if it has none and so was not sent."""
@@ -187,12 +191,12 @@ class AttemptSet:
                 return
             if response is current.response and not hedge.response.is_connected:
                 self.end_hedge(self.now_s())
-                self._owner.on_one_given_up(False)
+                self.owner.on_one_given_up(False)
             elif response is hedge.response and not current.response.is_connected:
                 self.adopt_hedge(self.now_s())
-                self._owner.on_one_given_up(True)
+                self.owner.on_one_given_up(True)
         except Exception as error:
-            self._owner.on_internal_error(error)
+            self.owner.on_internal_error(error)
 
     def on_first(self, response: UpstreamResponse) -> None:
         """One attempt brings the first content: it answers, and the other is cancelled."""
@@ -202,23 +206,23 @@ class AttemptSet:
                     self.adopt_hedge(self.now_s())
                 else:
                     self.end_hedge(self.now_s())
-            self._owner.on_content(response)
+            self.owner.on_content(response)
         except Exception as error:
-            self._owner.on_internal_error(error)
+            self.owner.on_internal_error(error)
 
     def on_failed(self, response: UpstreamResponse, event: AttemptFailed) -> None:
         """An attempt is lost."""
         try:
             hedge = self.hedge
             if hedge is None or response is not hedge.response:
-                self._owner.on_lost(event)
+                self.owner.on_lost(event)
                 return
             self.hedge = None  # the first one still runs, so the core need not hear of it
             self._blame(hedge, event.failure)
             self._account(hedge, event.failure.value.encode(), False)
             hedge.settle(self.now_s())
         except Exception as error:
-            self._owner.on_internal_error(error)
+            self.owner.on_internal_error(error)
 
     def on_stale(self, response: UpstreamResponse) -> None:
         """A kept connection was closed before the request got there: send it once more, on a new one."""
@@ -226,18 +230,19 @@ class AttemptSet:
             attempt = self._find(response)
             assert attempt is not None, "an attempt that is reported is in hand"
             if attempt is self.current:
-                self._stale_endpoint = attempt.endpoint
+                self.stale_endpoint = attempt.endpoint
             attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
-            attempt.send(self._id, self._received, self._owner.resume_state, self, fresh=True)
+            carried = CarriedRequest(self.id, self.received, self.resume, self)
+            attempt.transmit(carried, fresh=True)
             if attempt.response is not None:
                 self._begin_dial(attempt, attempt.response)
         except Exception as error:
-            self._owner.on_internal_error(error)
+            self.owner.on_internal_error(error)
 
     def on_not_connected(self, response: UpstreamResponse, failure: Failure, reason: str) -> None:
         """An attempt could not be sent. One that was given up meanwhile tells of its Endpoint all the same."""
         try:
-            attempt, effects = self._dialling.get(response), self._effects
+            attempt, effects = self.dialling.get(response), self.effects
             self._end_dial(response)
             if attempt is not None:
                 effects.outcomes.not_connected(attempt.deployment, reason, self.now_s())
@@ -247,14 +252,7 @@ class AttemptSet:
             if not response.over:
                 self.on_failed(response, AttemptFailed(failure, sent=False))
         except Exception as error:
-            self._owner.on_internal_error(error)
-
-    def on_ended(self, response: UpstreamResponse, tail: bytes) -> None:
-        """The answer ended well."""
-        try:
-            self._owner.on_answered(response, tail)
-        except Exception as error:
-            self._owner.on_internal_error(error)
+            self.owner.on_internal_error(error)
 
     # --- two attempts ---
 
@@ -272,8 +270,6 @@ class AttemptSet:
             self._give_up(hedge, False, now_s)
 
     def _give_up(self, attempt: Attempt, was_read: bool, now_s: float) -> None:
-        if attempt.response is not None and not attempt.response.is_connected:
-            self._given_up = (*self._given_up, attempt)
         attempt.cancel()
         self._account(attempt, HEDGED, was_read)
         attempt.settle(now_s)
@@ -282,7 +278,7 @@ class AttemptSet:
 
     def count_failure(self, attempt: Attempt, event: AttemptFailed) -> None:
         """Count a lost attempt, and respect how long a full engine asks to be left alone."""
-        effects, deployment = self._effects, attempt.deployment
+        effects, deployment = self.effects, attempt.deployment
         effects.outcomes.attempt_failed(attempt.route, deployment, event.failure)
         if event.failure is _FULL:
             effects.accounts.count(deployment.slot, _REFUSED)
@@ -301,16 +297,11 @@ class AttemptSet:
         if self.current is not None:
             self._account(self.current, how, self.was_read)
 
-    def settle(self, now_s: float) -> None:
+    def end(self, now_s: float) -> None:
         """The request has ended: give the current slot back."""
         attempt, self.current = self.current, None
         if attempt is not None:
             attempt.settle(now_s)
-
-    def release(self) -> None:
-        """Let go of what the ended request's records needed, so that an answer's bytes do not outlive it."""
-        self.last = None
-        del self._owner, self.write  # each leads back here
 
     def cancel(self) -> None:
         """Close the current attempt's connection."""
@@ -322,8 +313,8 @@ class AttemptSet:
         endpoint = attempt.endpoint
         if endpoint is None:
             return
-        failed = FailedAttempt(endpoint, failure, attempt.route, self._received.context.path)
-        self.failed = (*self.failed, endpoint, *self._effects.health.report_failure(failed))
+        failed = FailedAttempt(endpoint, failure, attempt.route, self.received.context.path)
+        self.failed = (*self.failed, endpoint, *self.effects.health.report_failure(failed))
 
     def _account(self, attempt: Attempt, how: bytes, was_read: bool) -> None:
         attempt_id, attempt.id = attempt.id, b""
@@ -337,21 +328,21 @@ class AttemptSet:
 
         Each suspicious loss starts a probe of its Endpoint.
         """
-        endpoint, response, services = attempt.endpoint, attempt.response, self._services
+        endpoint, response, services = attempt.endpoint, attempt.response, self.services
         if event.failure not in (_BROKEN, _UNREACHABLE) or self.was_read or endpoint is None:
             return False
         if event.failure is _BROKEN:
             reset = event.sent and response is not None and response.status < BAD_REQUEST
         else:  # closed at once, so that it looked like a connection kept too long; then refused
-            reset = self._stale_endpoint is endpoint
-        if not reset or endpoint in self._deaths:
+            reset = self.stale_endpoint is endpoint
+        if not reset or endpoint in self.deaths:
             return False
-        others, without_content = services.registry.others_at(endpoint, self._owner)
-        task = self._effects.poison.probe_if_suspicious(endpoint, others, without_content)
+        others, without_content = services.registry.others_at(endpoint, self.owner)
+        task = self.effects.poison.probe_if_suspicious(endpoint, others, without_content)
         if task is None:
             return False
-        self._deaths = {**self._deaths, endpoint: task}
-        if not is_poison(len(self._deaths)):
+        self.deaths = {**self.deaths, endpoint: task}
+        if not is_poison(len(self.deaths)):
             return False
         services.spawn(self._await_verdict(event))
         return True
@@ -359,6 +350,6 @@ class AttemptSet:
     async def _await_verdict(self, event: AttemptFailed) -> None:
         """Report the loss when it is known whether the engines are down."""
         deployment = self.last.deployment if self.last is not None else None
-        if await self._effects.poison.is_poison(self._deaths, self._id, deployment):
+        if await self.effects.poison.is_poison(self.deaths, self.id, deployment):
             event = AttemptFailed(Failure.POISON)
-        self._owner.on_verdict(event)
+        self.owner.on_verdict(event)

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import msgspec
-
 from fleetgate.core import exchange as moves
 from fleetgate.core.exchange import AttemptFailed, Command, Event, Exchange, Failure, NotPicked, Outcome, Refuse, State
 from fleetgate.core.health.circuit_breaker import HEALTHY, Signal
@@ -16,11 +14,12 @@ from fleetgate.proxy.request.placement import QUEUE_FULL
 from fleetgate.proxy.request.ports import ClientStream
 from fleetgate.proxy.request.progress import ProgressMonitor
 from fleetgate.proxy.request.request_context import ReceivedRequest
-from fleetgate.proxy.request.reservation import ENDED
+from fleetgate.proxy.request.reservation import ENDED, PlacementRequest
 from fleetgate.proxy.request.response_writer import ResponseWriter
-from fleetgate.proxy.request.resume import Resume, transcript_for
+from fleetgate.proxy.request.resume import transcript_for
 from fleetgate.proxy.request.services import HandlerServices
 from fleetgate.proxy.request.slot_search import SlotSearch
+from fleetgate.proxy.request.usage import UsageRecorder
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.transport.interface import UpstreamResponse
 
@@ -35,7 +34,6 @@ class RequestHandler:
     """A request from its whole body to its last byte. Made for the client's connection, ended by `client.ended`."""
 
     # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
-    resume_state: Resume | None = None  # once its answer broke off and is resumed elsewhere
     search: SlotSearch | None = None  # for a slot, where the route's lead could not take it
     first_s = 0.0
     deadline_s = float("inf")
@@ -49,10 +47,14 @@ class RequestHandler:
         self.client = client
         self.received = received
         self.route = received.route
-        self.id = services.next_id()
-        self.writer = ResponseWriter(client, self.id, context, services.defaults)
-        self.write = self.writer.write
-        self.attempts = AttemptSet(services.attempts, services.effects, self.id, received, self)
+        self.id = request_id = next(services.ids)
+        self.writer = writer = ResponseWriter(client, request_id, context, services.defaults)
+        outcomes, route = self._outcomes, received.route
+        names, size = (context.key_json, route.log_names), len(received.body)
+        usage = UsageRecorder(outcomes.journal_add, names, outcomes.estimates, route.model, size)
+        write, ended, clock = writer.write, self.on_answered, self._clock
+        attempts, effects = services.attempts, services.effects
+        self.attempts = AttemptSet(attempts, effects, request_id, received, usage, self, write, clock, ended)
         resilience = received.route.gateway.spec.resilience
         self.exchange = Exchange(resilience.attempts_max, context.budget, context.client_retries)
 
@@ -78,26 +80,13 @@ class RequestHandler:
     @property
     def is_streaming(self) -> bool:
         """Whether an SSE comment may be sent to the client now."""
-        current = self.attempts.current
-        response = current.response if current is not None else None
-        is_stream = response is not None and response.stream
-        return bool(self.writer.early_attempts or self.resume_state is not None or is_stream)
+        return bool(self.writer.early_attempts or self.attempts.is_streaming)
 
     @property
     def endpoint(self) -> EndpointState | None:
         """Where its attempt runs."""
         current = self.attempts.current
         return current.endpoint if current is not None else None
-
-    @property
-    def has_content(self) -> bool:
-        """Whether its client has been sent content."""
-        return bool(self.first_s)
-
-    @property
-    def key_id(self) -> str:
-        """The id of its API key."""
-        return self.received.context.key.id
 
     # --- placement ---
 
@@ -110,29 +99,26 @@ class RequestHandler:
             if deployment is not None:
                 self.attempts.reserve(route, deployment, None)
                 return route.lead_picked
-        search = self._find_search()
-        placed = search.place(command.tried, self.attempts.failed, self.resume_state, self.now_s)
+        search = self.search or self._begin_search()
+        placed = search.place(route, command.tried, self.attempts.failed, self.attempts.resume, self.now_s)
         if isinstance(placed, NotPicked):
             return placed
-        search.leave_queue(self, served=True)
+        if search.entry is not None:
+            search.leave_queue(self, served=True)
         self.attempts.reserve(route, placed.deployment, placed)
         return moves.Picked(placed.candidate)
 
-    def _find_search(self) -> SlotSearch:
-        search, services = self.search, self._services
-        if search is None:
-            estimates = self._outcomes.estimates
-            search = self.search = SlotSearch(
-                services.placer, services.registry, self.id, self.received, estimates, self.started_s
-            )
-        search.follow(self.route)
-        return search
+    def _begin_search(self) -> SlotSearch:
+        services, received = self._services, self.received
+        request = PlacementRequest(received, self.route, self._outcomes.estimates)
+        self.search = SlotSearch(services.placer, services.registry, self.id, received, self.started_s, request)
+        return self.search
 
     def _wait(self, command: moves.Wait) -> Event | None:
-        search = self._find_search()
+        search = self.search or self._begin_search()
         if search.entry is not None:
             return None  # woken in vain: it keeps its place in the queue
-        refused = search.enqueue(self, self.resume_state, self.exchange.moves > 0, self.now_s)
+        refused = search.enqueue(self, self.attempts.resume, self.exchange.moves > 0, self.now_s)
         if search.entry is not None:
             self.deadline_s = search.entry.deadline_s
         return refused
@@ -162,16 +148,16 @@ class RequestHandler:
         attempts, now_s = self.attempts, self.now_s
         if self._monitor is not None:
             self._monitor.restart()
-        if not attempts.send(now_s):
+        first_event_s = attempts.send(now_s)
+        if not first_event_s:
             return self._lost(AttemptFailed(Failure.UNREACHABLE, sent=False))
-        self.deadline_s = now_s + attempts.first_event_s()
-        if self.resume_state is not None and self.client.is_behind:
-            self.pause()
+        self.deadline_s = now_s + first_event_s
         return None
 
     def _send_beside(self) -> bool:
         """Send a second attempt beside the first; False if no other Deployment has a slot."""
-        placed = self._find_search().place_beside(self.exchange.tried, self.now_s)
+        search = self.search or self._begin_search()
+        placed = search.place_beside(self.route, self.exchange.tried, self.now_s)
         if placed is None:
             return False
         slot, endpoint = placed
@@ -201,22 +187,28 @@ class RequestHandler:
 
     def on_content(self, response: UpstreamResponse) -> None:
         """The first content is here."""
-        self.report(CONTENT_OK if response.status == 200 else moves.Content(response.status))
+        event = CONTENT_OK if response.status == 200 else moves.Content(response.status)
+        self.now_s = now_s = self._clock()
+        self._run(self.exchange.receive(event, now_s))
 
     def on_answered(self, response: UpstreamResponse, tail: bytes) -> None:
-        """The answer ended well."""
-        attempt, effects = self.attempts.current, self._services.effects
-        assert attempt is not None, "an answer that ends belongs to the attempt in hand"
-        self.writer.tail += tail
-        endpoint = attempt.endpoint
-        if endpoint is not None and endpoint.health is not HEALTHY:  # success does not change a healthy Endpoint
-            effects.health.record(endpoint, Signal.WENT_WELL)
-        if attempt.reservation is not None:
-            request = self.search.request if self.search is not None else None
-            effects.outcomes.learn(self.received, self.route, request, attempt.reservation, response, self._clock())
-        else:
-            effects.accounts.count(attempt.deployment.slot, ENDED)
-        self.report(FINISHED)
+        """The answer ended well. An entry from the event loop: an internal error ends this request alone."""
+        try:
+            attempt, effects = self.attempts.current, self._services.effects
+            assert attempt is not None, "an answer that ends belongs to the attempt in hand"
+            self.writer.tail += tail
+            endpoint, now_s = attempt.endpoint, self._clock()
+            if endpoint is not None and endpoint.health is not HEALTHY:  # success does not change a healthy Endpoint
+                effects.health.record(endpoint, Signal.WENT_WELL)
+            if attempt.reservation is not None:
+                request = self.search.request if self.search is not None else None
+                effects.outcomes.learn(self.received, self.route, request, attempt.reservation, response, now_s)
+            else:
+                effects.accounts.count(attempt.deployment.slot, ENDED)
+            self.now_s = now_s
+            self._run(self.exchange.receive(FINISHED, now_s))
+        except Exception as error:
+            self.on_internal_error(error)
 
     # --- a lost attempt ---
 
@@ -235,12 +227,12 @@ class RequestHandler:
             return event
         attempts.count_failure(attempt, event)
         if self.first_s and event.failure is not Failure.MISMATCH:
-            event = self._resumable(event, attempt)
+            event = attempts.mark_resumable(event, attempt, now_s)
         attempts.lose(attempt, event.failure, now_s)
         if attempts.hedge is not None:
             self.exchange.failures = (*self.exchange.failures, event)
             attempts.adopt_hedge(now_s)
-            self.deadline_s = now_s + attempts.first_event_s()
+            self.deadline_s = now_s + self.attempts.first_event_s()
             return None
         if attempts.hold_back(event, attempt):
             self.deadline_s = float("inf")
@@ -251,19 +243,6 @@ class RequestHandler:
         """A loss that was held back: it is known now whether the engines ended because of this request."""
         if self.exchange.state is _TRYING:
             self.report(event)
-
-    def _resumable(self, event: AttemptFailed, attempt: Attempt) -> AttemptFailed:
-        """The same loss, with whether the answer that is half-way out can be resumed elsewhere."""
-        response, now_s, failed = attempt.response, self.now_s, self.attempts.failed
-        if response is None or response.finish_seen:
-            return event  # nothing is missing behind an end: a resuming engine would say more
-        if self.resume_state is None and response.transcript is not None:
-            failed = (*failed, attempt.endpoint) if attempt.endpoint is not None else failed
-            self.resume_state = Resume.of(self.received, response, self.route, failed, now_s)
-        if self.resume_state is None or not self.resume_state.is_possible(self.received.body):
-            return event
-        self.resume_state.broke_off(response.event_count, now_s)
-        return msgspec.structs.replace(event, resumable=True)
 
     # --- the answer ---
 
@@ -297,14 +276,14 @@ class RequestHandler:
         """Another Deployment has come to where the answer broke off; a comment names it to the client."""
         attempts, now_s = self.attempts, self.now_s
         attempt = attempts.current
-        assert attempt is not None and self.resume_state is not None, "a resumed answer has both"
+        assert attempt is not None and self.attempts.resume is not None, "a resumed answer has both"
         self.writer.name_deployment(attempt.deployment, attempts.count)
         self.deadline_s = now_s + deadlines.stall_s(attempt.deployment)
         if attempt.reservation is not None:
             attempt.reservation.resumed(now_s)
             self._services.registry.wake_soon()
         attempts.usage.resumed()
-        self._outcomes.resumed(self.route, str(self.resume_state.method))
+        self._outcomes.resumed(self.route, str(self.attempts.resume.method))
 
     def _refuse(self, command: Refuse) -> None:
         self._leave_queue()
@@ -312,8 +291,8 @@ class RequestHandler:
         if self.writer.early_attempts:
             self._break_off(command.code)
             return
-        self.write(self.writer.refusal(self.attempts.count, command))
-        self._end()
+        self.writer.write(self.writer.refusal(self.attempts.count, command))
+        self._finish()
 
     def _interrupt(self, command: moves.Interrupt) -> None:
         """Never a clean end of an unfinished answer: an error in the stream, then a close without the last chunk."""
@@ -326,12 +305,10 @@ class RequestHandler:
         if self.received.info.stream:
             self.writer.write_error(code)
         self.client.keep_alive = False
-        self._end()
+        self._finish()
 
-    def _finish(self, command: moves.Finish) -> None:
-        self._end()
-
-    def _end(self) -> None:
+    def _finish(self, command: moves.Finish | None = None) -> None:
+        """The request is over: settle, record, write the last bytes, and hand the connection back."""
         attempts, writer, now_s = self.attempts, self.writer, self.now_s
         if attempts.hedge is not None:
             attempts.end_hedge(now_s)
@@ -339,34 +316,32 @@ class RequestHandler:
         response = last.response if last is not None else None
         size_bytes = writer.written + len(writer.tail)  # the tail is written when the records are done
         attempt_id = current.id if current is not None else b""
-        if attempt_id or attempts.usage.has_pending_charge:
+        if attempt_id or attempts.usage.pending is not None:
             attempts.usage.end(attempt_id, response, outcome, size_bytes)
-        if current is not None:
-            attempts.settle(now_s)
+        attempts.end(now_s)
         if self.received.claim is not None:
             self.received.claim.end(final_response(last, outcome, size_bytes))
-        self.write(writer.tail)
+        self.writer.write(writer.tail)
         self._services.registry.in_flight.pop(self, None)
-        self._outcomes.record(self._summary(last, outcome))
-        attempts.release()
-        self.client.ended(now_s)
-
-    def _summary(self, last: Attempt | None, outcome: Outcome) -> RequestSummary:
-        return RequestSummary(
-            id=self.id,
-            received=self.received,
-            route=self.route,
-            outcome=outcome,
-            status=self.writer.status,
-            attempts=self.attempts.count,
-            resumes=self.exchange.resumes,
-            written_bytes=self.writer.written,
-            started_s=self.started_s,
-            first_s=self.first_s,
-            ended_s=self.now_s,
-            attempt=last,
-            placement_request=self.search.request if self.search is not None else None,
+        self._outcomes.record(
+            RequestSummary(
+                id=self.id,
+                received=self.received,
+                route=self.route,
+                outcome=outcome,
+                status=writer.status,
+                attempts=attempts.count,
+                resumes=self.exchange.resumes,
+                written_bytes=writer.written,
+                started_s=self.started_s,
+                first_s=self.first_s,
+                ended_s=now_s,
+                attempt=last,
+                placement_request=self.search.request if self.search is not None else None,
+            )
         )
+        del self.attempts  # which leads back here: only the cycle collector would free both
+        self.client.ended(now_s)
 
     # --- what ends it from outside ---
 
@@ -410,7 +385,7 @@ class RequestHandler:
             self.client_gone()
         except Exception:  # the error may come again here: what must not leak is the slot
             self.attempts.cancel()
-            self.attempts.settle(self._clock())
+            self.attempts.end(self._clock())
             self._services.registry.in_flight.pop(self, None)
         return self.received.info.stream and not self.received.context.raw
 
@@ -485,7 +460,7 @@ class RequestHandler:
             response = current.response
             if current.reservation is not None:
                 current.reservation.tick(response.event_count if first_s else -1, furthest, now_s)
-            if (response.stream or is_stream) and self.resume_state is None and not self.client.is_behind:
+            if (response.stream or is_stream) and self.attempts.resume is None and not self.client.is_behind:
                 size, is_first = len(self.received.body), attempts.count == 1
                 monitor.observe_speed(current, response, (first_s, now_s), size, is_first)
             if first_s and monitor.has_moved(response):

@@ -12,7 +12,7 @@ from fleetgate.ipc.log import Level
 from fleetgate.proxy.request.attempt import Attempt
 from fleetgate.proxy.request.request_context import FinalResponse, ReceivedRequest
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
-from fleetgate.proxy.request.usage import CountedResponse, UsageRecorder
+from fleetgate.proxy.request.usage import CountedResponse
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.telemetry.access_log import NO_DEPLOYMENT, OUTCOME_BYTES, REQUEST_LINE, AccessLog
@@ -64,17 +64,11 @@ class OutcomeRecorder:
         self._metrics = metrics
         self._access_log = access_log
         self._decisions = decisions
-        self._journal_add = journal.add
+        self.journal_add = journal.add
         self._cache = cache
         self._estimate_errors = {kind: TokenEstimateError(metrics, kind) for kind in ("prompt", "output")}
         self._trouble_s: dict[str, float] = {}
         self.estimates = estimates
-
-    def usage_recorder(self, received: ReceivedRequest) -> UsageRecorder:
-        """The recorder of a request's attempts."""
-        route = received.route
-        names = received.context.key_json, route.log_names
-        return UsageRecorder(self._journal_add, names, self.estimates, route.model, len(received.body))
 
     def attempt_failed(self, route: ModelRouteState, deployment: DeploymentState, failure: Failure) -> None:
         """Count an attempt that was lost."""
@@ -129,7 +123,9 @@ class OutcomeRecorder:
         deployment = attempt.deployment if attempt is not None else None
         response = attempt.response if attempt is not None else None
         first_s, ended_s = request.first_s, request.ended_s
-        metrics = self._metrics_of(route, deployment)
+        metrics = route.metrics.get(deployment.slot) if deployment is not None else None
+        if metrics is None:
+            metrics = self._other_metrics(route, deployment)
         cells[metrics.outcomes.get(outcome) or metrics.outcome(outcome)] += 1
         if request.status == 503:
             self._metrics.add("fleetgate_unavailable_total", {"gateway": route.gateway.spec.name})
@@ -152,14 +148,31 @@ class OutcomeRecorder:
                 cells[metrics.prompt_tokens] += prompt_tokens
                 cells[metrics.output_tokens] += output_tokens
         if self._access_log.on:
-            self._access_log.add(REQUEST_LINE % _access_row(request, prompt_tokens, output_tokens))
+            started_s = request.started_s
+            self._access_log.add(
+                REQUEST_LINE
+                % (
+                    int(time.time() * 1000),
+                    request.id,
+                    route.log_names,
+                    request.received.context.key_json,
+                    deployment.log_names if deployment is not None else NO_DEPLOYMENT,
+                    request.status,
+                    OUTCOME_BYTES[outcome],
+                    request.attempts,
+                    b"true" if request.received.info.stream else b"false",
+                    int((first_s - started_s) * 1e6) if first_s else 0,
+                    int((ended_s - started_s) * 1e6),
+                    request.written_bytes,
+                    prompt_tokens,
+                    output_tokens,
+                )
+            )
 
-    def _metrics_of(self, route: ModelRouteState, deployment: DeploymentState | None) -> RequestMetrics:
+    def _other_metrics(self, route: ModelRouteState, deployment: DeploymentState | None) -> RequestMetrics:
+        """The metrics of a request that no Deployment of this route answered."""
         if deployment is None:
             return self._cache.get(route.gateway.spec.name, "", "")
-        known = route.metrics.get(deployment.slot)
-        if known is not None:
-            return known
         return self._cache.get(route.gateway.spec.name, deployment.spec.name, deployment.spec.region)
 
     def _record_decision(self, decisions: DecisionLog, request: RequestSummary) -> None:
@@ -193,26 +206,6 @@ def identity_of(
     """The names by which a record tells a request."""
     gateway, key = route.gateway.spec.name, received.context.key.name
     return decisions.identity(request_id, gateway, route.model, key)
-
-
-def _access_row(request: RequestSummary, prompt_tokens: int, output_tokens: int) -> tuple[object, ...]:
-    started_s, first_s = request.started_s, request.first_s
-    return (
-        int(time.time() * 1000),
-        request.id,
-        request.route.log_names,
-        request.received.context.key_json,
-        request.attempt.deployment.log_names if request.attempt is not None else NO_DEPLOYMENT,
-        request.status,
-        OUTCOME_BYTES[request.outcome],
-        request.attempts,
-        b"true" if request.received.info.stream else b"false",
-        int((first_s - started_s) * 1e6) if first_s else 0,
-        int((request.ended_s - started_s) * 1e6),
-        request.written_bytes,
-        prompt_tokens,
-        output_tokens,
-    )
 
 
 def final_response(attempt: Attempt | None, outcome: Outcome, size_bytes: int) -> FinalResponse:

@@ -8,7 +8,7 @@ import msgspec
 from fleetgate.core.admission.ledger import Ledger
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.exchange import NotPicked, QueueFull, QueueTimeout
-from fleetgate.core.routing.route import Rejection, RejectionReason
+from fleetgate.core.routing.route import RejectionReason
 from fleetgate.core.routing.scheduler import Placement
 from fleetgate.core.routing.strategies import Candidate
 from fleetgate.proxy.request.outcome import identity_of
@@ -101,33 +101,26 @@ class Placer:
             first = route.queue.first()
             if first is not None and first.priority <= request.priority:
                 return NotPicked(RejectionReason.ALL_FULL)  # others wait already, and new requests queue behind them
+        accounts, decisions = self._accounts, self._decisions
         while True:
-            placed = self._schedule(query, now_s)
-            if isinstance(placed, PlacedRequest):
-                return placed
-            if placed not in NO_CANDIDATE or not self._panic.panic_pick(route, now_s, query.tried):
-                return NotPicked(placed)
-
-    def _schedule(self, query: PlacementQuery, now_s: float) -> PlacedRequest | RejectionReason:
-        route, accounts = query.route, self._accounts
-        tried = self._exhausted(query.tried, query.failed, now_s) if query.tried else []
-        if route.missing_models:
-            tried = [*tried, *route.slots_without_model(query.received.context.path, now_s)]
-        if query.resume is not None:
-            tried = [*tried, *query.resume.unfit_slots(route)]
-        asked = query.request.schedule_request(now_s - query.wants_since_s)
-        placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, tried)
-        if self._decisions is not None:
+            tried = self._exhausted(query.tried, query.failed, now_s) if query.tried else []
+            if route.missing_models:
+                tried = [*tried, *route.slots_without_model(query.received.context.path, now_s)]
+            if query.resume is not None:
+                tried = [*tried, *query.resume.unfit_slots(route)]
+            asked = request.schedule_request(now_s - query.wants_since_s)
+            placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, tried)
             considered = route.scheduler.last_decision
-        if self._decisions is not None and considered is not None:
-            identity = identity_of(self._decisions, query.request_id, query.received, route)
-            self._decisions.decided(identity, considered, asked, tried, placed)
-        if isinstance(placed, Rejection):
-            return route.explain(placed.reason, tried, query.wants_since_s, now_s)
-        route.affinity.record(query.request.prefix_chain, placed.reservation.endpoint_slot)
-        deployment = route.by_slot[placed.candidate.slot]
-        reservation = Reservation(accounts, placed, route.scheduler.has_slo, now_s)
-        return PlacedRequest(placed.candidate, deployment, reservation)
+            if decisions is not None and considered is not None:
+                identity = identity_of(decisions, query.request_id, query.received, route)
+                decisions.decided(identity, considered, asked, tried, placed)
+            if isinstance(placed, Placement):
+                route.affinity.record(request.prefix_chain, placed.reservation.endpoint_slot)
+                reservation = Reservation(accounts, placed, route.scheduler.has_slo, now_s)
+                return PlacedRequest(placed.candidate, route.by_slot[placed.candidate.slot], reservation)
+            reason = route.explain(placed.reason, tried, query.wants_since_s, now_s)
+            if reason not in NO_CANDIDATE or not self._panic.panic_pick(route, now_s, query.tried):
+                return NotPicked(reason)
 
     def place_beside(self, query: PlacementQuery, now_s: float) -> tuple[PlacedRequest, EndpointState] | None:
         """A slot at another Deployment for a second attempt beside the first, None if there is none."""

@@ -7,6 +7,7 @@ from typing import Protocol
 from fleetgate.core.admission.request_queue import QueueEntry
 from fleetgate.core.exchange import Refuse
 from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
+from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 
@@ -18,6 +19,9 @@ SILENT_S = 2.0  # a request that has waited this long at an Endpoint that its pr
 class RegisteredRequest(Protocol):
     """A request, as the registry uses it."""
 
+    received: ReceivedRequest
+    first_s: float  # when the client got its first content, 0 before it
+
     @property
     def route(self) -> ModelRouteState:
         """The route whose queue it waits in."""
@@ -25,14 +29,6 @@ class RegisteredRequest(Protocol):
     @property
     def endpoint(self) -> EndpointState | None:
         """Where its attempt runs, None without one."""
-
-    @property
-    def has_content(self) -> bool:
-        """Whether its client has been sent content."""
-
-    @property
-    def key_id(self) -> str:
-        """The id of its API key."""
 
     def on_internal_error(self, error: BaseException) -> None:
         """A bug of ours was met while it was handled."""
@@ -157,7 +153,7 @@ class RequestRegistry:
     def others_at(self, endpoint: EndpointState, request: object) -> tuple[int, int]:
         """Other requests at an Endpoint: how many there are, and how many of them have no content yet."""
         others = [one for one in self.in_flight if one.endpoint is endpoint and one is not request]
-        return len(others), sum(not one.has_content for one in others)
+        return len(others), sum(not one.first_s for one in others)
 
     def tick(self, now_s: float, furthest: dict[int, int] | None) -> None:
         """Every 50 ms: the deadlines of every request in flight. Shape: as `RegisteredRequest.tick`."""

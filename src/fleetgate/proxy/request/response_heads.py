@@ -12,7 +12,7 @@ from fleetgate.core.exchange import Refuse
 from fleetgate.protocols.http1 import status_line
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 
-_OK = status_line(200)
+OK = status_line(200)
 JSON = b"content-type: application/json\r\n"
 CLOSE = b"connection: close\r\n"
 
@@ -76,24 +76,8 @@ class RelayedResponse(Protocol):
         """What was held back before the commit point."""
 
 
-def relayed_head(meta: ResponseMeta, response: RelayedResponse, deployment: DeploymentState, length: int) -> bytes:
-    """The head of a relayed answer; `length` is -1 if its end is not known yet."""
-    if length >= 0:
-        framing = b"content-length: %d\r\n" % length
-    elif response.raw:
-        framing = b""
-    else:
-        framing = b"transfer-encoding: chunked\r\n"
-    return b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
-        _OK if response.status == 200 else status_line(response.status),
-        meta.date_line,
-        response.passed,
-        deployment.response_headers,
-        meta.client_headers,
-        framing,
-        meta.request_id,
-        meta.attempts,
-    )
+RELAYED_HEAD = b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 def early_head(meta: ResponseMeta, raw: bool, deployment: DeploymentState) -> bytes:
@@ -101,7 +85,7 @@ def early_head(meta: ResponseMeta, raw: bool, deployment: DeploymentState) -> by
     framing = b"" if raw else b"transfer-encoding: chunked\r\n"
     fields = deployment.response_headers + meta.client_headers + framing
     return b"%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
-        _OK,
+        OK,
         meta.date_line,
         b"content-type: text/event-stream; charset=utf-8\r\n",
         fields,

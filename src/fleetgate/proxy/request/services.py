@@ -1,6 +1,6 @@
 """What the handlers of one worker use. The worker makes it once."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import msgspec
 
@@ -14,7 +14,7 @@ from fleetgate.proxy.request.response_heads import ResponseDefaults
 class HandlerServices(msgspec.Struct, frozen=True):
     """Shape: `defaults` is what all answers share; the clock is in `attempts`."""
 
-    next_id: Callable[[], bytes]
+    ids: Iterator[bytes]
     defaults: ResponseDefaults
     placer: Placer
     registry: RequestRegistry

@@ -1,7 +1,8 @@
 """One request's search for a slot: what it needs, worked out once, and its entry in the queue."""
 
+import msgspec
+
 from fleetgate.core.admission.request_queue import QueueEntry
-from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.exchange import NotPicked, QueueFull, QueueTimeout
 from fleetgate.proxy.request.placement import PlacedRequest, PlacementQuery, Placer
 from fleetgate.proxy.request.registry import RegisteredRequest, RequestRegistry
@@ -12,48 +13,50 @@ from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 
 
-class SlotSearch:
-    """Made when the route's lead cannot take the request. Shape: `entry` is its place in the queue, None outside it."""
+class SlotSearch(msgspec.Struct, eq=False):
+    """Made when the route's lead cannot take the request. A Struct, so that making one costs no call.
 
-    __slots__ = ("_id", "_placer", "_received", "_registry", "_route", "_started_s", "entry", "request")
+    Shape: `entry` is its place in the queue, None outside it.
+    """
 
-    def __init__(
-        self,
-        placer: Placer,
-        registry: RequestRegistry,
-        request_id: bytes,
-        received: ReceivedRequest,
-        estimates: TokenEstimates,
-        started_s: float,
-    ) -> None:
-        self._placer = placer
-        self._registry = registry
-        self._id = request_id
-        self._received = received
-        self._route: ModelRouteState = received.route
-        self._started_s = started_s
-        self.request = PlacementRequest(received, received.route, estimates)
-        self.entry: QueueEntry | None = None
-
-    def follow(self, route: ModelRouteState) -> None:
-        """A new Snapshot has replaced the route."""
-        self._route = route
+    placer: Placer
+    registry: RequestRegistry
+    id: bytes
+    received: ReceivedRequest
+    started_s: float
+    request: PlacementRequest
+    entry: QueueEntry | None = None
 
     def place(
-        self, tried: tuple[int, ...], failed: tuple[EndpointState, ...], resume: Resume | None, now_s: float
+        self,
+        route: ModelRouteState,
+        tried: tuple[int, ...],
+        failed: tuple[EndpointState, ...],
+        resume: Resume | None,
+        now_s: float,
     ) -> PlacedRequest | NotPicked:
-        """Reserve a slot, and leave the queue with it."""
-        return self._placer.place(self._query(tried, failed, resume), now_s)
+        """Reserve a slot. Shape: `tried` and `failed` are Deployments (slots) and Endpoints that failed the request."""
+        wants_since_s = self.started_s if resume is None else resume.lost_s
+        is_queued = self.entry is not None
+        query = PlacementQuery(
+            self.request, self.id, self.received, route, wants_since_s, is_queued, tried, failed, resume
+        )
+        return self.placer.place(query, now_s)
 
-    def place_beside(self, tried: tuple[int, ...], now_s: float) -> tuple[PlacedRequest, EndpointState] | None:
+    def place_beside(
+        self, route: ModelRouteState, tried: tuple[int, ...], now_s: float
+    ) -> tuple[PlacedRequest, EndpointState] | None:
         """Reserve a slot elsewhere for a second attempt."""
-        return self._placer.place_beside(self._query(tried, (), None), now_s)
+        query = PlacementQuery(self.request, self.id, self.received, route, self.started_s, tried=tried)
+        return self.placer.place_beside(query, now_s)
 
     def enqueue(
         self, waiter: RegisteredRequest, resume: Resume | None, moved: bool, now_s: float
     ) -> QueueTimeout | QueueFull | None:
         """Wait in the queue; why not, if that would be in vain."""
-        entered = self._placer.enqueue(self._query((), (), resume), waiter, moved, now_s)
+        wants_since_s = self.started_s if resume is None else resume.lost_s
+        query = PlacementQuery(self.request, self.id, self.received, waiter.route, wants_since_s, resume=resume)
+        entered = self.placer.enqueue(query, waiter, moved, now_s)
         if not isinstance(entered, QueueEntry):
             return entered
         self.entry = entered
@@ -63,19 +66,4 @@ class SlotSearch:
         """Wait no longer."""
         entry, self.entry = self.entry, None
         if entry is not None:
-            self._registry.leave(entry, waiter, served)
-
-    def _query(
-        self, tried: tuple[int, ...], failed: tuple[EndpointState, ...], resume: Resume | None
-    ) -> PlacementQuery:
-        return PlacementQuery(
-            request=self.request,
-            request_id=self._id,
-            received=self._received,
-            route=self._route,
-            wants_since_s=self._started_s if resume is None else resume.lost_s,
-            is_queued=self.entry is not None,
-            tried=tried,
-            failed=failed,
-            resume=resume,
-        )
+            self.registry.leave(entry, waiter, served)

@@ -54,7 +54,7 @@ class TableActivator:
         """Requests in flight whose key is gone end if the key has `kill_streams`. faults.md row 64."""
         gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in table.keys}
         if gone:
-            for request in [one for one in self._registry.in_flight if one.key_id in gone]:
+            for request in [one for one in self._registry.in_flight if one.received.context.key.id in gone]:
                 request.terminate(revoked)
 
     def update_deployments(self, now_ms: int, every_second: bool = False) -> None:

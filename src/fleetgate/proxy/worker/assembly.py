@@ -62,7 +62,7 @@ from fleetgate.proxy.worker.activation import TableActivator
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.proxy.worker.drain import Drain
 from fleetgate.proxy.worker.error_boundary import ErrorBoundary
-from fleetgate.proxy.worker.services import RequestIds, Tasks
+from fleetgate.proxy.worker.services import Tasks, request_ids
 from fleetgate.proxy.worker.snapshots import WorkerSnapshots
 from fleetgate.proxy.worker.ticker import Ticked, Ticker
 
@@ -89,7 +89,7 @@ class DataPlane:
         self._clock = loop.time
         self._data_dir = Path(config.data_dir)
         self._network = network or SocketNetwork(loop)
-        self._tasks, self._ids = Tasks(loop), RequestIds()
+        self._tasks, self._ids = Tasks(loop), request_ids()
         self._estimates = TokenEstimates()
         self.metrics = WorkerMetrics(shared, config.index)
         self.boundary = ErrorBoundary(machine.log, self.metrics)
@@ -151,7 +151,7 @@ class DataPlane:
         )
         poison = PoisonDetector(self.active, self._network, events, clock)
         effects = AttemptEffects(self.health, poison, accounts, outcomes)
-        self.handler_services = HandlerServices(self._ids.next, self.defaults, placer, self.registry, attempts, effects)
+        self.handler_services = HandlerServices(self._ids, self.defaults, placer, self.registry, attempts, effects)
 
     def _make_connections(self) -> None:
         machine, config = self._machine, self._machine.config
@@ -166,7 +166,7 @@ class DataPlane:
             self.limits,
             RequestAuthorizer(self.active, Authenticator(pepper), self.validity, config.cors, needs_keys, self._clock),
             RequestIntake(policies, self.idempotency),
-            LocalResponder(self.defaults, self._ids.next, self.metrics, self.access_log),
+            LocalResponder(self.defaults, self._ids.__next__, self.metrics, self.access_log),
             partial(RequestHandler, self.handler_services),
             self.boundary.report,
         )

@@ -3,22 +3,14 @@
 import asyncio
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from itertools import count
 
 
-class RequestIds:
-    """Ids unique over workers, restarts and machines, without a system call for each."""
-
-    __slots__ = ("_count", "_prefix")
-
-    def __init__(self) -> None:
-        self._prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
-        self._count = 0
-
-    def next(self) -> bytes:
-        """The next id. Cost: 0.1 µs."""
-        self._count += 1
-        return b"%b%08x" % (self._prefix, self._count)
+def request_ids() -> Iterator[bytes]:
+    """Ids unique over workers, restarts and machines, without a system call or a Python call for each."""
+    prefix = b"req_%x%x%b" % (time.time_ns() // 1_000_000, os.getpid(), os.urandom(3).hex().encode())
+    return map((prefix + b"%08x").__mod__, count(1))
 
 
 class Tasks:
