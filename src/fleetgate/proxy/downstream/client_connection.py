@@ -141,7 +141,19 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            self._take(data)
+            if self.closing:
+                self._lingered_bytes += len(data)
+                if self._lingered_bytes > PIPELINED_BYTES_MAX:
+                    self._transport.abort()
+            elif self._body is not None:
+                self._more_body(self._body, data)
+            elif self._request is not None or self.is_behind:
+                self._buffer += data
+                if len(self._buffer) > PIPELINED_BYTES_MAX and not self._paused:
+                    self._paused = True
+                    self._transport.pause_reading()
+            else:
+                self._read_head(self._buffer + data if self._buffer else data)
         except Exception as error:  # faults.md row 75: logged with its place, answered, and only this client's matter
             self._on_error(error, b"")
 
@@ -151,21 +163,6 @@ class ClientConnection(asyncio.Protocol):
             call()
         except Exception as error:
             self._on_error(error, request_id)
-
-    def _take(self, data: bytes) -> None:
-        if self.closing:
-            self._lingered_bytes += len(data)
-            if self._lingered_bytes > PIPELINED_BYTES_MAX:
-                self._transport.abort()
-        elif self._body is not None:
-            self._more_body(self._body, data)
-        elif self._request is not None or self.is_behind:
-            self._buffer += data
-            if len(self._buffer) > PIPELINED_BYTES_MAX and not self._paused:
-                self._paused = True
-                self._transport.pause_reading()
-        else:
-            self._read_head(self._buffer + data if self._buffer else data)
 
     # --- a request comes in ---
 

@@ -10,6 +10,7 @@ from fleetgate.proxy.request.registry import RequestRegistry
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.reservation import Reservation
 from fleetgate.proxy.request.resume import Resume
+from fleetgate.proxy.request.usage import UsageRecorder
 from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
@@ -40,6 +41,7 @@ class CarriedRequest(msgspec.Struct):
     """What an attempt carries. Shape: `resume` if another Deployment has begun the answer."""
 
     id: bytes
+    number: int
     received: ReceivedRequest
     resume: Resume | None
     listener: ResponseListener
@@ -69,24 +71,25 @@ class Attempt(msgspec.Struct, eq=False):
         deployment, reservation = self.deployment, self.reservation
         if reservation is None:
             return deployment.choose_endpoint(now_s, failed)
-        endpoint = deployment.endpoint_at(reservation.endpoint_slot)
+        endpoint = deployment.endpoint_by_slot.get(reservation.endpoint_slot)
         if endpoint is None or endpoint in failed or endpoint.fitness(now_s) <= 0.0:
             endpoint = deployment.choose_endpoint(now_s, failed)
             if endpoint is not None:
                 reservation.move(endpoint.spec.slot)
         return endpoint
 
-    def send(self, endpoint: EndpointState, attempt_id: bytes, carried: "CarriedRequest", now_s: float) -> None:
-        """Occupy the Endpoint and send the request there, for the first time."""
+    def send(self, endpoint: EndpointState, usage: UsageRecorder, carried: CarriedRequest, now_s: float) -> None:
+        """Occupy the Endpoint and send the request there, for the first time. `carried.number` counts attempts."""
         self.endpoint = endpoint
         self.sent_s = now_s
         endpoint.in_flight += 1
         if endpoint.health is not HEALTHY and endpoint.health.breaker is not BreakerState.CLOSED:
             self.on_trial = self.services.active.current.begin_trial(endpoint, now_s)
-        self.id = attempt_id
+        self.id = b"%b-%d" % (carried.id, carried.number)
+        usage.begin(self.deployment, self.id)
         self.transmit(carried)
 
-    def transmit(self, carried: "CarriedRequest", fresh: bool = False) -> None:
+    def transmit(self, carried: CarriedRequest, fresh: bool = False) -> None:
         """Write the request on a kept connection or, where there is none or it must be `fresh`, on a new one."""
         endpoint, deployment, route, received = self.endpoint, self.deployment, self.route, carried.received
         assert endpoint is not None

@@ -111,19 +111,17 @@ class AttemptSet(msgspec.Struct, eq=False):
             endpoint, predicted_s = attempt.choose_endpoint(now_s, self.failed), reservation.predicted_ttft_s
         if endpoint is None:
             return 0.0
-        self._start(attempt, endpoint, self.resume, now_s)
+        carried = CarriedRequest(self.id, self.count, received, self.resume, self)
+        attempt.send(endpoint, self.usage, carried, now_s)
+        if attempt.response is not None and not attempt.response.is_connected:
+            self._begin_dial(attempt, attempt.response)
         return deadlines.first_event_s(received.info.stream, len(received.body), deployment, predicted_s)
 
     def send_beside(self, route: ModelRouteState, placed: PlacedRequest, endpoint: EndpointState, now_s: float) -> None:
         """Send a second attempt beside the current one."""
         self.count += 1
-        self.hedge = Attempt(self.services, route, placed.deployment, placed.reservation)
-        self._start(self.hedge, endpoint, None, now_s)
-
-    def _start(self, attempt: Attempt, endpoint: EndpointState, resume: Resume | None, now_s: float) -> None:
-        attempt_id = b"%b-%d" % (self.id, self.count)
-        self.usage.begin(attempt.deployment, attempt_id)
-        attempt.send(endpoint, attempt_id, CarriedRequest(self.id, self.received, resume, self), now_s)
+        attempt = self.hedge = Attempt(self.services, route, placed.deployment, placed.reservation)
+        attempt.send(endpoint, self.usage, CarriedRequest(self.id, self.count, self.received, None, self), now_s)
         if attempt.response is not None and not attempt.response.is_connected:
             self._begin_dial(attempt, attempt.response)
 
@@ -232,7 +230,7 @@ class AttemptSet(msgspec.Struct, eq=False):
             if attempt is self.current:
                 self.stale_endpoint = attempt.endpoint
             attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
-            carried = CarriedRequest(self.id, self.received, self.resume, self)
+            carried = CarriedRequest(self.id, self.count, self.received, self.resume, self)
             attempt.transmit(carried, fresh=True)
             if attempt.response is not None:
                 self._begin_dial(attempt, attempt.response)

@@ -94,7 +94,7 @@ class RequestHandler:
         services, route = self._services, self.route
         if route.table is not services.attempts.active.current:
             route = self.route = services.placer.current_route(route)
-        if not command.tried:
+        if route.lead is not None and not command.tried:
             deployment = services.placer.take_lead(route)
             if deployment is not None:
                 self.attempts.reserve(route, deployment, None)

@@ -130,7 +130,7 @@ class Placer:
         if not isinstance(placed, Placement):
             return None
         deployment = route.by_slot[placed.candidate.slot]
-        endpoint = deployment.endpoint_at(placed.reservation.endpoint_slot)
+        endpoint = deployment.endpoint_by_slot.get(placed.reservation.endpoint_slot)
         if endpoint is None or query.received.info.model not in deployment.upstream_names:
             accounts.work_ledger.settle(placed.reservation)
             return None

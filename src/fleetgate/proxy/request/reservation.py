@@ -75,33 +75,38 @@ class CapacityAccounts:
 
 
 class Reservation:
-    """A slot that a request holds. Cost: 3 µs over its life."""
+    """A slot that a request holds. Cost: 3 µs over its life.
 
-    __slots__ = ("_accounts", "_first_s", "_has_slo", "_placement", "_seen_tokens", "_sent_s", "_work")
+    Shape: `endpoint_slot` is the Endpoint that was chosen; `predicted_ttft_s` is None without a Profile.
+    """
+
+    __slots__ = (
+        "_accounts",
+        "_first_s",
+        "_has_slo",
+        "_placement",
+        "_seen_tokens",
+        "_sent_s",
+        "_work",
+        "endpoint_slot",
+        "predicted_ttft_s",
+    )
 
     def __init__(self, accounts: CapacityAccounts, placement: Placement, has_slo: bool, now_s: float) -> None:
         self._accounts = accounts
         self._has_slo = has_slo  # without an SLO no request is late
         self._placement = placement
         self._work: WorkReservation = placement.reservation
+        self.endpoint_slot = placement.reservation.endpoint_slot
+        self.predicted_ttft_s = placement.prediction.ttft_s if placement.prediction is not None else None
         self._sent_s = now_s
         self._first_s = 0.0
         self._seen_tokens = 0
 
-    @property
-    def endpoint_slot(self) -> int:
-        """The Endpoint that was chosen."""
-        return self._work.endpoint_slot
-
-    @property
-    def predicted_ttft_s(self) -> float | None:
-        """The predicted TTFT, None without a Profile."""
-        prediction = self._placement.prediction
-        return prediction.ttft_s if prediction is not None else None
-
     def move(self, endpoint_slot: int) -> None:
         """Another Endpoint of the same Deployment takes the request: the chosen one has become unhealthy."""
-        if endpoint_slot != self._work.endpoint_slot:
+        if endpoint_slot != self.endpoint_slot:
+            self.endpoint_slot = endpoint_slot
             self._work = self._accounts.work_ledger.move(self._work, endpoint_slot)
 
     def first_token(self, ttft_s: float, now_s: float) -> None:

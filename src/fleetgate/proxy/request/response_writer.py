@@ -73,17 +73,20 @@ class ResponseWriter(msgspec.Struct, eq=False):
             return
         if self.context.raw and not whole:
             self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
-        meta = self._meta(attempts)
+        defaults = self.defaults
+        if defaults.draining:
+            self.client.keep_alive = False
+        closing = b"" if self.client.keep_alive else response_heads.CLOSE
         if whole:
             framing = b"content-length: %d\r\n" % len(response.held[0])
         else:
             framing = b"" if self.context.raw else response_heads.CHUNKED
         head = response_heads.RELAYED_HEAD % (
             response_heads.OK if response.status == 200 else status_line(response.status),
-            meta.date_line,
+            defaults.date_line,
             response.passed,
             deployment.response_headers,
-            meta.client_headers,
+            self.context.response_headers + closing,
             framing,
             self.id,
             attempts,

@@ -26,6 +26,7 @@ class DeploymentState:
         self.spec = spec
         self.slot = spec.slot
         self.endpoints = endpoints
+        self.endpoint_by_slot = {endpoint.spec.slot: endpoint for endpoint in endpoints}
         self.health = 1.0  # the mean fitness of its Endpoints; each change of a breaker and each tick updates it
         self.limit = spec.concurrency_max  # the limit in force, 0 for none; updated with what is learned
         self.external_in_flight = 0  # requests at the engine from elsewhere; 0 if that is unknown or stale
@@ -120,10 +121,6 @@ class DeploymentState:
     def healthy_endpoints(self, now_s: float) -> list[EndpointState]:
         """Its Endpoints that may be tried now."""
         return [endpoint for endpoint in self.endpoints if endpoint.fitness(now_s) > 0.0]
-
-    def endpoint_at(self, slot: int) -> EndpointState | None:
-        """The Endpoint of a slot."""
-        return next((endpoint for endpoint in self.endpoints if endpoint.spec.slot == slot), None)
 
     def choose_endpoint(self, now_s: float, without: tuple[EndpointState, ...] = ()) -> EndpointState | None:
         """The healthy Endpoint with the fewest requests of this worker, leaving some out."""
