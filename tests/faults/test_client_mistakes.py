@@ -34,7 +34,7 @@ PLACES = {
     "the first content": (breaks(f"{HANDLER}.ACTIONS[{HANDLER}.moves.Commit]", "b'boom' in self.received.body"), False),
     "an event": (
         breaks(
-            "fleetgate.proxy.request.response_writer.ResponseWriter.write",
+            "fleetgate.proxy.request.response.writer.ResponseWriter.write",
             "b'tok' in a[0] and self.written and b'boom' in self.client.request.received.body",
         ),
         True,

@@ -11,7 +11,7 @@ from fleetgate.core.routing.policy_decision import ALLOWED, PolicyDecision, Pyth
 from fleetgate.policies import plugins
 from fleetgate.policies.body_fields import BodyReader
 from fleetgate.protocols.json_members import InvalidBody
-from fleetgate.proxy.downstream.policy_notices import PolicyNotices
+from fleetgate.proxy.downstream.policy_filter import PolicyNotices
 from tests.unit.policies.rig import BARE, LABELLED, compiled, key, policies, policy
 
 EU_STAYS = policy(when='key.labels.jurisdiction == "eu"', require='deployment.labels.jurisdiction == "eu"')

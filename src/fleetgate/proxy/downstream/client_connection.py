@@ -10,12 +10,11 @@ from fleetgate.protocols.http1 import ChunkedBody, HeadMemo, Malformed
 from fleetgate.proxy.downstream.connection_limits import ConnectionLimits
 from fleetgate.proxy.downstream.half_close import COMMENT, HalfCloseDetector, ResponseStart
 from fleetgate.proxy.downstream.incoming_body import IncomingBody
-from fleetgate.proxy.downstream.local_responses import LocalResponder
+from fleetgate.proxy.downstream.local_responses import DEFAULT_PROTOCOL, LocalResponder, RequestRejected
 from fleetgate.proxy.downstream.request_authorizer import RequestAuthorizer
 from fleetgate.proxy.downstream.request_intake import LocalResponse, RequestIntake
-from fleetgate.proxy.downstream.request_rejected import DEFAULT_PROTOCOL, RequestRejected
-from fleetgate.proxy.request.in_flight import InFlightRequest, RequestFactory
 from fleetgate.proxy.request.request_context import RequestContext
+from fleetgate.proxy.request.response.in_flight import InFlightRequest, RequestFactory
 from fleetgate.proxy.transport import tcp_info
 
 HEAD_WAIT_MAX_S = 10.0  # faults.md row 4

@@ -8,10 +8,10 @@ from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols import http1
 from fleetgate.proxy.downstream.listener import Listener
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.downstream.local_responses import RequestRejected
 from fleetgate.proxy.overload.notices import OperatorNotices
 from fleetgate.proxy.overload.overload_manager import SURPLUS, TIGHT, OverloadState
-from fleetgate.proxy.request.in_flight import InFlightRequest
+from fleetgate.proxy.request.response.in_flight import InFlightRequest
 
 IP_CONNECTIONS_MAX = 512  # of one public address in one worker; proxies and offices share one, so it is not small
 BODY_SHARE = 0.25  # of the memory there is, over all workers

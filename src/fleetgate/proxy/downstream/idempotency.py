@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from fleetgate.protocols import error_codes as errors
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.downstream.local_responses import RequestRejected
 from fleetgate.proxy.overload.notices import OperatorNotices
 from fleetgate.proxy.request.request_context import FinalResponse, RequestContext
 

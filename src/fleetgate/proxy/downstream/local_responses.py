@@ -2,16 +2,34 @@
 
 from collections.abc import Callable
 
+from fleetgate.protocols import clients, http1
 from fleetgate.protocols import error_codes as errors
-from fleetgate.protocols import http1
 from fleetgate.protocols.clients.base import ClientProtocol
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
-from fleetgate.proxy.request import response_heads
-from fleetgate.proxy.request.response_heads import CLOSE, ResponseDefaults
+from fleetgate.proxy.request.response import heads as response_heads
+from fleetgate.proxy.request.response.heads import CLOSE, ResponseDefaults
 from fleetgate.proxy.telemetry.access_log import AccessLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 
+DEFAULT_PROTOCOL = clients.find("openai")  # of errors before the Gateway is known
 INTERNAL_ERROR = errors.INTERNAL_ERROR.message
+
+
+class RequestRejected(Exception):
+    """The request ends here with an error of ours. Shape: `extra` are header lines."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None, extra: bytes = b"") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.extra = extra
+        self.protocol = DEFAULT_PROTOCOL  # the Gateway's, once it is known
+
+    def spoken_in(self, protocol: ClientProtocol) -> "RequestRejected":
+        """The same, written as this protocol writes errors."""
+        self.protocol = protocol
+        return self
 
 
 class LocalResponder:

@@ -1,6 +1,6 @@
 """What a Gateway's policies say of one request: asked once, after the model is known and before any limit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
@@ -8,8 +8,7 @@ from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.log import Level
 from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.messages import RequestInfo
-from fleetgate.proxy.downstream.policy_notices import PolicyNotices
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.downstream.local_responses import RequestRejected
 from fleetgate.proxy.request.request_context import RequestContext
 from fleetgate.proxy.telemetry.access_log import AccessLog
 
@@ -56,3 +55,22 @@ class PolicyFilter:
         for note in self._notices.fresh(notes, self._clock()):
             self._spool.add(EventRecord("Gateway", gateway, note))
             self._access_log.event(Level.WARNING, "policy_trouble", note, gateway=gateway)
+
+
+QUIET_S = 60.0
+
+
+class PolicyNotices:
+    """Lets each note through once a minute.
+
+    Notes name policies and reasons and nothing a client sent, so there are only as many as there are policies.
+    """
+
+    def __init__(self) -> None:
+        self._said_s: dict[str, float] = {}
+
+    def fresh(self, notes: Iterable[str], now_s: float) -> tuple[str, ...]:
+        """Those that were not let through within the last minute."""
+        found = tuple(note for note in notes if now_s - self._said_s.get(note, -QUIET_S) >= QUIET_S)
+        self._said_s.update(dict.fromkeys(found, now_s))
+        return found

@@ -9,7 +9,7 @@ from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.protocols.http1 import RequestHead
 from fleetgate.protocols.response_headers import EXPOSED_HEADERS
 from fleetgate.proxy.downstream.authenticator import Authenticator, may_use
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
+from fleetgate.proxy.downstream.local_responses import RequestRejected
 from fleetgate.proxy.request.request_context import RequestContext
 from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.model_route import GatewayState

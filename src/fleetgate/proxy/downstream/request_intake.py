@@ -6,10 +6,10 @@ from fleetgate.core.routing.policy_decision import ALLOWED
 from fleetgate.protocols import error_codes as errors
 from fleetgate.protocols.json_members import InvalidBody
 from fleetgate.proxy.downstream.idempotency import IdempotencyStore, IdempotentReplay
+from fleetgate.proxy.downstream.local_responses import RequestRejected
 from fleetgate.proxy.downstream.policy_filter import PolicyFilter
-from fleetgate.proxy.downstream.request_rejected import RequestRejected
 from fleetgate.proxy.request.request_context import ReceivedRequest, RequestContext
-from fleetgate.proxy.request.response_heads import JSON
+from fleetgate.proxy.request.response.heads import JSON
 
 
 class LocalResponse(NamedTuple):

@@ -8,17 +8,15 @@ from fleetgate.core.health.circuit_breaker import HEALTHY, Signal
 from fleetgate.proxy.request import deadlines
 from fleetgate.proxy.request.attempt import Attempt
 from fleetgate.proxy.request.attempts import AttemptSet
-from fleetgate.proxy.request.hedging import is_hedge_due
+from fleetgate.proxy.request.deadlines import ProgressMonitor, is_hedge_due
 from fleetgate.proxy.request.outcome import RequestSummary, final_response
-from fleetgate.proxy.request.placement import QUEUE_FULL
-from fleetgate.proxy.request.ports import ClientStream
-from fleetgate.proxy.request.progress import ProgressMonitor
+from fleetgate.proxy.request.placement import QUEUE_FULL, SlotSearch
 from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.request.reservation import ENDED, PlacementRequest
-from fleetgate.proxy.request.response_writer import ResponseWriter
+from fleetgate.proxy.request.response.client_stream import ClientStream
+from fleetgate.proxy.request.response.writer import ResponseWriter
 from fleetgate.proxy.request.resume import transcript_for
 from fleetgate.proxy.request.services import HandlerServices
-from fleetgate.proxy.request.slot_search import SlotSearch
 from fleetgate.proxy.request.usage import UsageRecorder
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.transport.interface import UpstreamResponse

@@ -8,7 +8,7 @@ from fleetgate.proxy.request.attempt import AttemptServices
 from fleetgate.proxy.request.attempts import AttemptEffects
 from fleetgate.proxy.request.placement import Placer
 from fleetgate.proxy.request.registry import RequestRegistry
-from fleetgate.proxy.request.response_heads import ResponseDefaults
+from fleetgate.proxy.request.response.heads import ResponseDefaults
 
 
 class HandlerServices(msgspec.Struct, frozen=True):

@@ -44,7 +44,7 @@ from fleetgate.proxy.request.outcome import OutcomeRecorder
 from fleetgate.proxy.request.placement import Placer
 from fleetgate.proxy.request.registry import RequestRegistry
 from fleetgate.proxy.request.reservation import CapacityAccounts
-from fleetgate.proxy.request.response_heads import ResponseDefaults
+from fleetgate.proxy.request.response.heads import ResponseDefaults
 from fleetgate.proxy.request.services import HandlerServices
 from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.capacity_tracker import CapacityTracker

@@ -14,7 +14,7 @@ from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.proxy.downstream.connection_limits import ConnectionLimits, LimitedConnection
 from fleetgate.proxy.downstream.listener import Listener
 from fleetgate.proxy.request.handler import SHUTTING_DOWN
-from fleetgate.proxy.request.response_heads import ResponseDefaults
+from fleetgate.proxy.request.response.heads import ResponseDefaults
 
 CHECK_S = 0.05
 HANDSHAKE_S = 0.5  # what was accepted may still be in its TLS handshake, where no connection object exists yet

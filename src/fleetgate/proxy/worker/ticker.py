@@ -15,7 +15,7 @@ from fleetgate.proxy.health.passive_health import PassiveHealthChecker
 from fleetgate.proxy.overload.notices import OperatorNotices
 from fleetgate.proxy.overload.overload_manager import OverloadManager
 from fleetgate.proxy.request.registry import RequestRegistry
-from fleetgate.proxy.request.response_heads import ResponseDefaults
+from fleetgate.proxy.request.response.heads import ResponseDefaults
 from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.capacity_tracker import CapacityTracker, limit_change_message
 from fleetgate.proxy.telemetry.access_log import AccessLog

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fleetgate.core.exchange import Refuse
-from fleetgate.proxy.request.ports import ClientStream
 from fleetgate.proxy.request.request_context import ReceivedRequest
-from fleetgate.proxy.request.response_writer import ResponseWriter
+from fleetgate.proxy.request.response.client_stream import ClientStream
+from fleetgate.proxy.request.response.writer import ResponseWriter
 
 
 class InFlightRequest(Protocol):

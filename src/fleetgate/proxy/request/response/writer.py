@@ -7,10 +7,10 @@ from fleetgate.protocols import http1
 from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.protocols.error_codes import MESSAGES
 from fleetgate.protocols.http1 import status_line
-from fleetgate.proxy.request import response_heads
-from fleetgate.proxy.request.ports import ClientStream
 from fleetgate.proxy.request.request_context import RequestContext
-from fleetgate.proxy.request.response_heads import ResponseDefaults, ResponseMeta
+from fleetgate.proxy.request.response import heads as response_heads
+from fleetgate.proxy.request.response.client_stream import ClientStream
+from fleetgate.proxy.request.response.heads import ResponseDefaults, ResponseMeta
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 
 KEEP_ALIVE = b": keep-alive\n\n"
