@@ -4,6 +4,8 @@ import signal
 
 import msgspec
 
+from fleetgate.proxy.transport import DEFAULT_TRANSPORT
+
 ENV = "FLEETGATE_WORKER"
 RETIRE = signal.SIGUSR2  # another worker has taken over: finish and end
 
@@ -19,7 +21,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     `connections_max` of one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max` of
     one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
     `body_budget_bytes` of all workers, 0 for a quarter of the memory. `max_stale_s` is how long keys are good without
-    the control plane, 0 for ever.
+    the control plane, 0 for ever. `transport` is a name in `fleetgate.proxy.transport`.
     """
 
     index: int
@@ -49,3 +51,4 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ip_connections_max: int = -1
     key_connections_max: int = -1
     body_budget_bytes: int = 0
+    transport: str = DEFAULT_TRANSPORT
