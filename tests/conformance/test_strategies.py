@@ -112,6 +112,9 @@ def test_an_unknown_strategy_is_a_clear_error() -> None:
         strategies.find("dice")
 
 
-def test_installed_strategies_still_read_the_prediction_by_its_old_name() -> None:
-    slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0)
-    assert CandidateState(0, 1.0, predicted=slow).fit is slow
+@pytest.mark.parametrize(("late", "delays"), [("", False), ("", True), ("ttft", False)])
+def test_installed_strategies_still_read_the_prediction_by_its_old_names(late: str, delays: bool) -> None:
+    slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late=late, delays_others=delays)
+    state = CandidateState(0, 1.0, predicted=slow)
+    assert state.fit is slow and slow.tight is delays
+    assert state.unwelcome is state.harms_slo is bool(late or delays)
