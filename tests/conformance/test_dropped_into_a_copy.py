@@ -100,7 +100,7 @@ def compact(value: object) -> bytes:
 
 
 def documents(walls: list[Wall], closed_port: int) -> list[dict[str, Any]]:
-    """Gateways of the toy protocol and of OpenAI's over the same engines, and one whose engine is not there."""
+    """Gateways of the toy protocol and of OpenAI's over the same engines, and one with an engine that is down."""
     models = [{"name": "m", "upstream_name": "engine-m"}]
     fields: dict[str, Any] = {"models": models, "credential": {"secret": "token"}}
     urls = [f"http://127.0.0.1:{port}/v1" for port in (walls[0].port, walls[1].port, closed_port)]

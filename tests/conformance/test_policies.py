@@ -75,7 +75,7 @@ def order(candidates: list[Candidate], load: Load, turn: Turn) -> Ranking:
     """As overflow."""
     assert all(isinstance(load[c.slot], Standing) and isinstance(c, Candidate) for c in candidates)
     for standing in map(load.get, (c.slot for c in candidates)):
-        assert standing.unwelcome is (standing.fit is not None and (standing.fit.tight or standing.late))
+        assert standing.unwelcome is bool(standing.fit and (standing.fit.tight or standing.late))
     built_in: Strategy = find("overflow")
     assert built_in is overflow.order and {"overflow", "least_cost", "capacity_round_robin"} <= set(names())
     assert callable(spread.order) and callable(least_cost.order)

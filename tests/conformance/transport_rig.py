@@ -191,7 +191,7 @@ class SocketEnd(asyncio.Protocol):
 
 
 class World(Protocol):
-    """A place where a transport meets engines."""
+    """A network with an engine, on which a transport runs."""
 
     network: Network
     port: int
