@@ -13,8 +13,8 @@ RETIRE = signal.SIGUSR2  # another worker has replaced this one: finish its requ
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's share of what the supervisor opened, as JSON in the environment variable `FLEETGATE_WORKER`.
 
-    Shape: `*_fd` are inherited descriptors, -1 for none; `wake_fds` are the write ends of the wake pipes of all workers,
-    in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is `keys` or
+    Shape: `*_fd` are inherited descriptors, -1 for none; `wake_fds` are the write ends of all workers' wake pipes, in
+    order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is `keys` or
     `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none. `workers` is the
     number of columns in shared memory and `serving` that of one generation (0: all); `layout` identifies the layout of
     shared memory, empty if it cannot differ.
