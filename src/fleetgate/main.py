@@ -17,6 +17,7 @@ from fleetgate.engine.command import SETTINGS as ENGINE_SETTINGS
 from fleetgate.engine.command import engine
 from fleetgate.manifests import Unreadable
 from fleetgate.policies import plugins
+from fleetgate.proxy.transport import DEFAULT_TRANSPORT
 from fleetgate.supervisor.listeners import CannotStart
 from fleetgate.supervisor.up import UpOptions, run_up
 
@@ -46,6 +47,7 @@ def up(
     ip_connections_max: flags.IpConnectionsMax = -1,
     key_connections_max: flags.KeyConnectionsMax = -1,
     body_budget_mib: flags.BodyBudgetMib = 0,
+    transport: flags.Transport = DEFAULT_TRANSPORT,
 ) -> None:
     """Run a whole Fleetgate on this machine: control plane, console and proxies.
 
@@ -73,6 +75,7 @@ def up(
         ip_connections_max=ip_connections_max,
         key_connections_max=key_connections_max,
         body_budget_mib=body_budget_mib,
+        transport=transport,
     )
     try:
         code = run_up(options)

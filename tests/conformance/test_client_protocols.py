@@ -162,17 +162,21 @@ def check_prompt_marks(protocol: ClientProtocol) -> None:
 def check_headers(protocol: ClientProtocol, headers: dict[bytes, bytes]) -> None:
     """A client's key is read, and neither it nor any framing is passed on."""
     assert protocol.authorization_of({}) == b""
-    assert protocol.authorization_of({b"authorization": b"Bearer k"}) == b"Bearer k"
+    name, _, value = protocol.CREDENTIAL_HINT.partition(": ")
+    key_field = name.lower().encode()
+    assert "<key>" in value, "the hint shows where the key goes"
+    assert protocol.authorization_of({key_field: value.replace("<key>", "k").encode()}) == b"Bearer k"
     assert protocol.credential_lines("") == b""
     assert b"secret" in protocol.credential_lines("secret") and protocol.credential_lines("secret").endswith(b"\r\n")
+    headers = {**headers, key_field: b"k"}
     for lines, hidden in (
-        (protocol.request_headers(headers), HIDDEN),
+        (protocol.request_headers(headers), [*HIDDEN, key_field]),
         (protocol.response_headers(headers), HIDDEN_ANSWERS),
     ):
         assert lines == b"" or lines.endswith(b"\r\n")
         for line in lines.split(b"\r\n")[:-1]:
-            name, _, value = line.partition(b": ")
-            assert headers[name] == value and name not in hidden and not name.startswith(b"x-fleetgate-")
+            field, _, text = line.partition(b": ")
+            assert headers[field] == text and field not in hidden and not field.startswith(b"x-fleetgate-")
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

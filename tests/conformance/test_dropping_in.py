@@ -32,7 +32,7 @@ def order(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     """Names in reverse."""
     return Ranking(sorted(candidates, key=lambda c: c.name, reverse=True), turn)
 '''
-ENGINE = '''"""An engine of somebody's own."""
+ENGINE = '''"""An engine of another package."""
 
 from fleetgate.protocols.engines import EngineSignals, metric_sum
 
@@ -41,7 +41,7 @@ METRICS_PATH = "/load"
 
 
 def read(metrics: bytes) -> EngineSignals:
-    """What it has to do."""
+    """The requests that it runs."""
     busy = metric_sum(metrics, b"mine:busy")
     return EngineSignals(running=None if busy is None else int(busy))
 '''
@@ -88,8 +88,8 @@ class TestDroppedIn:
             gateways=(gateway("a", "b", strategy="last_name"),),
             deployments=(deployment("a", 1, 0), deployment("b", 1, 1)),
         )
-        lane = model_routes(made.gateways[0], made, "")["m"]
-        decision = route(lane, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN)
+        found = model_routes(made.gateways[0], made, "")["m"]
+        decision = route(found, {0: CandidateState(0, 1.0), 1: CandidateState(0, 1.0)}, NO_TURN)
         assert isinstance(decision, Decision) and [c.name for c in decision.order] == ["b", "a"]
 
     def test_the_engine_conforms(self) -> None:

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fleetgate.core import policy
+from fleetgate.core import strategies as old_strategies
 from fleetgate.core.model import Deployment, Gateway, Key, Policy, Snapshot, Upstream
 from fleetgate.core.routing import strategies
 from fleetgate.core.routing.policy_decision import PolicyDecision, RequestAttributes
@@ -54,6 +56,63 @@ home = other_package:short_prompts_stay_home
 text = other_package:__doc__
 """
 
+# Every name that these modules had before they moved, as a package that was written then uses them.
+OLD_MODULE = '''"""A strategy and two policies that use all old names of the core."""
+
+from fleetgate.core import policy, strategies
+from fleetgate.core.policy import ALLOWED, BodyPath, Facts, Judgement, PathStep, PythonPolicy
+from fleetgate.core.strategies import (
+    NO_TURN, Candidate, Lead, Load, Plugin, Ranking, Standing, Strategy, Turn,
+    find, find_lead, least_cost, names, overflow, register,
+)
+from fleetgate.core.strategies import capacity_round_robin as spread
+
+HOME: BodyPath = ("metadata", "home")
+step: PathStep = HOME[0]
+
+
+def order(candidates: list[Candidate], load: Load, turn: Turn) -> Ranking:
+    """As overflow."""
+    assert all(isinstance(load[c.slot], Standing) and isinstance(c, Candidate) for c in candidates)
+    for standing in map(load.get, (c.slot for c in candidates)):
+        assert standing.unwelcome is bool(standing.fit and (standing.fit.tight or standing.late))
+    built_in: Strategy = find("overflow")
+    assert built_in is overflow.order and {"overflow", "least_cost", "capacity_round_robin"} <= set(names())
+    assert callable(spread.order) and callable(least_cost.order)
+    return Ranking(built_in(candidates, load, NO_TURN).order, turn or NO_TURN)
+
+
+lead: Lead = find_lead("overflow")
+
+
+class Again(Plugin):
+    """The same, registered by the package itself."""
+
+
+Again.order = staticmethod(order)
+Again.lead = staticmethod(lead)
+register("again", Again)
+
+
+def at_home(facts: Facts, key, deployments) -> Judgement:
+    """Requests whose body names a home stay there."""
+    assert type(facts) is Facts and policy.Facts is Facts and strategies.Ranking is Ranking
+    home = facts.body.get(HOME)
+    if home is None:
+        return ALLOWED
+    return Judgement(allowed=frozenset(d.slot for d in deployments if d.region == home))
+
+
+at_home.needs_body = (HOME,)
+typed: PythonPolicy = at_home
+'''
+OLD_ENTRY_POINTS = """[fleetgate.strategies]
+old = old_package
+
+[fleetgate.policies]
+at-home = old_package:typed
+"""
+
 
 def in_memory(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Ranking:
     """The highest slot first."""
@@ -64,17 +123,23 @@ def in_memory(candidates: Sequence[Candidate], load: Load, turn: Turn) -> Rankin
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
     """A package that is installed as far as Python can tell, and a strategy registered as an object."""
     site = tmp_path_factory.mktemp("site")
-    (site / "other_package.py").write_text(MODULE)
-    about = site / "other_package-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    for package, module, points in (
+        ("other_package", MODULE, ENTRY_POINTS),
+        ("old_package", OLD_MODULE, OLD_ENTRY_POINTS),
+    ):
+        (site / f"{package}.py").write_text(module)
+        about = site / f"{package}-1.0.dist-info"
+        about.mkdir()
+        name = package.replace("_", "-")
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(points)
     before = set(strategies._registered), set(plugins._policies)
     sys.path.insert(0, str(site))
     strategies.register("in-memory", SimpleNamespace(order=in_memory))
     yield plugins.load()
     sys.path.remove(str(site))
-    sys.modules.pop("other_package", None)
+    for package in ("other_package", "old_package"):
+        sys.modules.pop(package, None)
     for name in set(strategies._registered) - before[0]:
         del strategies._registered[name]
     for name in set(plugins._policies) - before[1]:
@@ -88,7 +153,7 @@ def clear() -> None:
 
 
 @pytest.mark.usefixtures("problems")
-@pytest.mark.parametrize("name", [*strategies.names(), "last-name", "in-memory"])
+@pytest.mark.parametrize("name", [*strategies.names(), "last-name", "in-memory", "old", "again"])
 class TestEveryStrategy:
     """One suite for strategies that are built in, installed or registered."""
 
@@ -119,7 +184,7 @@ def test_an_unusable_plug_in_is_reported_and_skipped(problems: tuple[str, ...]) 
 
 
 def test_loading_again_changes_nothing(problems: tuple[str, ...]) -> None:
-    assert plugins.load() == problems and plugins.names() == ("home",)
+    assert plugins.load() == problems and plugins.names() == ("at-home", "home")
 
 
 def test_a_name_is_unique(problems: tuple[str, ...]) -> None:
@@ -174,3 +239,27 @@ def test_a_policy_is_the_same_in_python_and_in_cel(form: str, prompt_tokens: int
     assert (decision.allowed if decision.allowed is not None else {0, 1, 2}) == slots
     assert decision.denied_by == ("" if slots else "home")
     assert set(decision.preferred) in (set(), slots)
+
+
+@pytest.mark.usefixtures("problems")
+@pytest.mark.parametrize(("home", "slots"), [(None, {0, 1, 2}), ("eu", {0, 2}), ("us", {1}), ("mars", set())])
+def test_a_policy_with_all_old_names_decides(home: str | None, slots: set[int]) -> None:
+    policies = CompiledPolicies.compile(gateway("old", Policy(name="at-home", python="at-home")), DEPLOYMENTS)
+    path = ("metadata", "home")
+    assert path in policies.needs_body
+    request = RequestAttributes(model="m", body={} if home is None else {path: home})
+    decision = policies.evaluate(request, Key(id="k", name="k", secret_hmac=""))
+    assert (decision.allowed if decision.allowed is not None else {0, 1, 2}) == slots
+    assert decision.denied_by == ("" if slots else "at-home")
+
+
+def test_the_old_modules_have_all_their_public_names() -> None:
+    """By the list at the last version in which they were the real ones."""
+    for module, wanted in {
+        policy: "ALLOWED BodyPath Facts Judgement PathStep PythonPolicy",
+        old_strategies: "Candidate Lead Load NO_TURN Plugin Ranking Standing Strategy Turn "
+        "find find_lead names register",
+    }.items():
+        for name in wanted.split():
+            assert name in module.__all__ and getattr(module, name) is not None
+            assert name in OLD_MODULE, "the package above uses it"

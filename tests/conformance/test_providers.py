@@ -1,4 +1,4 @@
-"""What every provider keeps, whatever the place: found by its file alone, four errors, adoption, stop that is final."""
+"""What every provider keeps: found by its file alone, four errors, adoption, a stop that is final."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ WORKLOAD = ReplicaWorkload(
 
 
 def spec(replica_id: str, workload: ReplicaWorkload = WORKLOAD) -> ReplicaSpec:
-    """A replica that any place can run."""
+    """A replica that every provider can run."""
     return ReplicaSpec(id=replica_id, deployment="m", cluster="here", region="eu", workload=workload)
 
 
@@ -47,7 +47,7 @@ async def until(provider: Provider, replica_id: str, state: ReplicaState | None)
 
 
 async def check_life(make: Factory, settings: Settings) -> bool:
-    """Start, ready, adoption by a second instance, stop; False when the place starts nothing at all."""
+    """Start, ready, adoption by a second instance, stop; False if the provider starts nothing."""
     provider = make(settings)
     assert not await provider.list()
     try:

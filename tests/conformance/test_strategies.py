@@ -17,7 +17,7 @@ Situation = tuple[tuple[Candidate, ...], dict[int, CandidateState], Turn]
 
 
 def fit_of(situation: Situation) -> list[Candidate]:
-    """Those that route hands to a strategy: up, and with a place."""
+    """The candidates that `route` gives to a strategy: up, and with capacity."""
     made, load, _ = situation
     return [c for c in made if has_place(load[c.slot])]
 
@@ -32,7 +32,7 @@ def check_answer(strategy: Strategy, situation: Situation) -> None:
     ranking = strategy(fit, load, turn)
     assert isinstance(ranking, Ranking)
     names = [candidate.name for candidate in ranking.order]
-    assert names, "somebody has room, so somebody is named"
+    assert names, "a candidate has capacity, so one must be named"
     assert len(set(names)) == len(names) and set(names) <= {candidate.name for candidate in fit}
     assert dict(turn) == given_turn and load == given_load, "what is given is not edited"
     again = strategy(fit, load, turn)
@@ -40,17 +40,17 @@ def check_answer(strategy: Strategy, situation: Situation) -> None:
 
 
 def check_order_of_writing(strategy: Strategy, situation: Situation) -> None:
-    """Whoever has the most room by a clear margin does not depend on who was written first."""
+    """The candidates named do not depend on the order in which the Deployments were written."""
     made, load, turn = situation
-    lane, turned = ModelRoute(made, strategy), ModelRoute(tuple(reversed(made)), strategy)
-    one, other = route(lane, load, turn), route(turned, load, turn)
+    forward, backward = ModelRoute(made, strategy), ModelRoute(tuple(reversed(made)), strategy)
+    one, other = route(forward, load, turn), route(backward, load, turn)
     assert type(one) is type(other)
     if isinstance(one, Decision) and isinstance(other, Decision):
         assert {c.name for c in one.order} == {c.name for c in other.order}
 
 
 def check_long_run(strategy: Strategy, made: tuple[Candidate, ...]) -> None:
-    """A thousand picks on idle Deployments: everybody may be left out, nobody is overfilled, memory stays bounded."""
+    """A thousand picks on idle Deployments: each may be left out, none gets more than its limit, `turn` stays small."""
     turn: Turn = NO_TURN
     in_flight = {candidate.slot: 0 for candidate in made}
     for step in range(1000):
@@ -76,7 +76,7 @@ class TestEveryStrategy:
         check_answer(strategies.find(name), situation)
 
     @given(situation=situations())
-    def test_it_does_not_care_who_was_written_first(self, name: str, situation: Situation) -> None:
+    def test_it_does_not_depend_on_the_order_of_writing(self, name: str, situation: Situation) -> None:
         check_order_of_writing(strategies.find(name), situation)
 
     @given(limits=st.lists(st.integers(0, 40), min_size=1, max_size=5))
@@ -112,6 +112,9 @@ def test_an_unknown_strategy_is_a_clear_error() -> None:
         strategies.find("dice")
 
 
-def test_installed_strategies_still_read_the_prediction_by_its_old_name() -> None:
-    slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0)
-    assert CandidateState(0, 1.0, predicted=slow).fit is slow
+@pytest.mark.parametrize(("late", "delays"), [("", False), ("", True), ("ttft", False)])
+def test_installed_strategies_still_read_the_prediction_by_its_old_names(late: str, delays: bool) -> None:
+    slow = LatencyPrediction(3, ttft_s=3.1, tpot_s=0.02, prefill_s=3.0, late=late, delays_others=delays)
+    state = CandidateState(0, 1.0, predicted=slow)
+    assert state.fit is slow and slow.tight is delays
+    assert state.unwelcome is state.harms_slo is bool(late or delays)

@@ -5,6 +5,7 @@ Each rule is checked on loopback sockets and on the in-memory network.
 
 import asyncio
 import inspect
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,10 @@ import pytest
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols.http1 import LAST_CHUNK
 from fleetgate.proxy import transport
+from fleetgate.proxy.transport import asyncio_transport
+from fleetgate.proxy.transport.interface import TransportModule
 from fleetgate.proxy.transport.response_relay import BODY_KEPT_BYTES_MAX
+from tests.conformance.toys import loud_transport
 from tests.conformance.transport_rig import (
     BODY,
     DONE,
@@ -35,30 +39,7 @@ from tests.conformance.transport_rig import (
     whole,
 )
 
-TOY = '''"""A transport that sends each request one turn of the loop later than the built-in one."""
-
-from fleetgate.proxy.transport.asyncio_transport import AsyncioTransport
-
-NAME = "toy"
-
-
-class ToyTransport(AsyncioTransport):
-    """It never uses a kept connection at once."""
-
-    def send(self, pool, request, expected, listener, **options):
-        """Send, and count."""
-        self.sent = self.sent + 1
-        return super().send(pool, request, expected, listener, **options)
-
-    __slots__ = ("sent",)
-
-
-def make(network, spawn):
-    """One of them."""
-    made = ToyTransport(network, spawn)
-    made.sent = 0
-    return made
-'''
+TYPED: tuple[TransportModule, ...] = (asyncio_transport, loud_transport)  # mypy compares them with the contract
 
 
 async def whole_answers_are_byte_exact(rig: Rig) -> None:
@@ -339,11 +320,11 @@ def test_it_keeps_the_rule(name: str, world: str, rule) -> None:  # type: ignore
 
 
 def test_a_transport_that_is_dropped_into_the_folder_is_found_and_conforms(tmp_path: Path) -> None:
-    (tmp_path / "toy_transport.py").write_text(TOY)
+    shutil.copy(loud_transport.__file__, tmp_path)
     with dropped_in(transport, str(tmp_path)):
-        assert transport.names() == ("asyncio", "toy")
-        toy = transport.find("toy")
-        check_shape(toy, "toy")
+        assert transport.names() == ("asyncio", "loud")
+        toy = transport.find("loud")
+        check_shape(toy, "loud")
         for rule in RULES:
             run(MemoryWorld(), toy, rule)
 
@@ -351,3 +332,10 @@ def test_a_transport_that_is_dropped_into_the_folder_is_found_and_conforms(tmp_p
 def test_an_unknown_transport_is_named() -> None:
     with pytest.raises(KeyError, match="no transport 'smoke'; there are: asyncio"):
         transport.find("smoke")
+
+
+@pytest.mark.parametrize("text", ['NAME = "mute"', "def make(network, spawn): ...", 'NAME = "m"\nmake = print', ""])
+def test_a_file_without_name_or_make_is_a_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mute_transport.py").write_text(text)
+    with dropped_in(transport, str(tmp_path)), pytest.raises(TypeError, match="transport mute does not define `NAME ="):
+        transport.find("mute")

@@ -194,7 +194,7 @@ class SocketEnd(asyncio.Protocol):
 
 
 class World(Protocol):
-    """A place where a transport meets engines."""
+    """A network with an engine, on which a transport runs."""
 
     network: Network
     port: int
@@ -233,6 +233,9 @@ class MemoryWorld:
         try:
             self.loop.run_until_complete(scene)
         finally:
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self.loop.run_until_complete(asyncio.sleep(0))
             self.loop.close()
 
 
@@ -283,6 +286,8 @@ class Rig:
         self._tasks: set[asyncio.Task[None]] = set()
         self._transport: Transport | None = None
         self._met = 0
+        self.sends = 0
+        self.raised: list[object] = []
         self.pool = self.pool_at(0)
 
     def pool_at(self, port: int) -> ConnectionPool:
@@ -292,7 +297,13 @@ class Rig:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.raised.append(error)
 
     def send(
         self,
@@ -307,6 +318,7 @@ class Rig:
             self._transport = self._module.make(self.world.network, self._spawn)
             self.pool = self.pool_at(self.world.port)
         listener = recorder or Recorder()
+        self.sends += 1
         listener.response = self._transport.send(
             pool or self.pool, (REQUEST,), expected, listener, connect_timeout_s=1.0, fresh=fresh
         )
@@ -346,8 +358,22 @@ class Rig:
 
 def run(world: World, module: ModuleType, scene: Callable[[Rig], Coroutine[None, None, None]]) -> None:
     """Run a scene with a transport in a world."""
-    rig = Rig(world, module)
-    world.run(scene(rig))
+    world.run(_watched(Rig(world, module), scene))
+
+
+async def _watched(rig: Rig, scene: Callable[[Rig], Coroutine[None, None, None]]) -> None:
+    """A scene, and what must hold at the end of each one.
+
+    A report that is not legal fails in a callback of the loop, which would only log it.
+    """
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: rig.raised.append(context.get("exception") or context["message"]))
+    await scene(rig)
+    await rig.world.turns()
+    assert not rig.raised, rig.raised
+    received = [bytes(engine.received) for engine in rig.world.connections]
+    assert all(data == REQUEST * data.count(REQUEST) for data in received), "the engine got other bytes"
+    assert sum(data.count(REQUEST) for data in received) <= rig.sends, "a request was sent twice"
 
 
 @contextmanager

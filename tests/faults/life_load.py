@@ -24,6 +24,7 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter
         self.opened = 0
+        self.local_port = 0
 
     async def ask(self, stream: bool, tokens: int) -> bytes:
         """One chat completion; its body. Raises: `Broken`."""
@@ -35,6 +36,7 @@ class Connection:
                 "127.0.0.1", self._port, ssl=self._tls, server_hostname=name
             )
             self._reader = reader
+            self.local_port = self._writer.get_extra_info("sockname")[1]
             self.opened += 1
         messages = [{"role": "user", "content": "Hello"}]
         body = json.dumps({"model": "m", "messages": messages, "max_tokens": tokens, "stream": stream}).encode()
@@ -76,6 +78,7 @@ class Load:
         self.stream_tokens = 30
         self.reconnects = False  # a new connection for each short request
         self.outcomes: Counter[str] = Counter()
+        self.lost: set[int] = set()  # the local ports of connections on which an answer was lost
         self.opened = 0
         self._stop = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -124,8 +127,11 @@ class Load:
                 got = await asyncio.wait_for(connection.ask(stream, self.stream_tokens if stream else 1), 40)
                 whole = not stream or (b'"finish_reason":"' in got and got.endswith(b"data: [DONE]\n\n"))
                 self.outcomes[kind if whole else f"{kind}: cut silently"] += 1
+                if not whole:
+                    self.lost.add(connection.local_port)
             except (TimeoutError, Broken, OSError, EOFError, ssl.SSLError, asyncio.LimitOverrunError) as error:
                 self.outcomes[f"{kind}: {type(error).__name__}: {error}"[:120]] += 1
+                self.lost.add(connection.local_port)
                 connection.close()
                 await asyncio.sleep(PAUSE_S)
             if not stream:

@@ -225,6 +225,7 @@ def test_mistakes_at_the_start_are_one_clear_sentence_each(tmp_path: Path, quick
             ("--egress-allow", "ten"): "--egress-allow",
             ("--listen", "nowhere"): "--listen",
             ("--grace-s", "inf"): "--grace-s",
+            ("--transport", "smoke"): "--transport",
             ("--data-dir", "/proc/nothing"): "/proc/nothing",
         }
         for flags, named in cases.items():

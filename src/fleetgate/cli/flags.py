@@ -54,3 +54,4 @@ Workers = Annotated[int, typer.Option(help="Worker processes; 0: one for each co
 Region = Annotated[str, typer.Option(help="Region of this machine, such as us-east; its Deployments are preferred.")]
 Tls = Annotated[str, typer.Option(help="`dev` for a development CA, or CERT.pem,KEY.pem; changed files are reloaded.")]
 Auth = Annotated[str, typer.Option(help="`keys`, or `none` to accept requests without a key (loopback only).")]
+Transport = Annotated[str, typer.Option(help="How workers reach Endpoints: a name in `proxy/transport`.", hidden=True)]

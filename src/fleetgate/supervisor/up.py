@@ -17,6 +17,7 @@ from fleetgate.ipc.event_spool import EventRecord, EventSpool
 from fleetgate.ipc.shared_memory import WORKERS_MAX, layout
 from fleetgate.ipc.signed_file import LAST_GOOD
 from fleetgate.policies import plugins
+from fleetgate.proxy import transport
 from fleetgate.proxy.worker.config import ENV as WORKER_ENV
 from fleetgate.proxy.worker.config import WorkerConfig
 from fleetgate.supervisor.child_process import ChildProcess, python_child
@@ -55,6 +56,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     ip_connections_max: int
     key_connections_max: int
     body_budget_mib: int
+    transport: str = transport.DEFAULT_TRANSPORT
 
 
 class OpenedSockets(msgspec.Struct, frozen=True):
@@ -107,6 +109,8 @@ def check_options(options: UpOptions) -> None:
             ipaddress.ip_network(text)
         except ValueError:
             raise CannotStart(f"--egress-allow {text!r} is not a CIDR; write it like 10.0.0.0/8") from None
+    if options.transport not in transport.names():
+        raise CannotStart(f"--transport {options.transport!r} is unknown; give one of: {', '.join(transport.names())}")
     if options.access_log not in ("-", "off"):
         check_writable("--access-log", Path(options.access_log), "choose another path, `-` or `off`")
     if options.record is not None:
@@ -256,6 +260,7 @@ def worker_child(column: int, options: UpOptions, opened: OpenedSockets, files: 
         ip_connections_max=options.ip_connections_max,
         key_connections_max=options.key_connections_max,
         body_budget_bytes=options.body_budget_mib << 20,
+        transport=options.transport,
     )
     fds = [config.board_fd, config.listen_fd, config.wake_fd, *config.wake_fds, config.life_fd]
     fds += [fd for fd in (config.tls_listen_fd, config.ops_listen_fd) if fd >= 0]

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from fleetgate.core.routing import strategies
+from fleetgate.protocols import clients
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _REGION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -25,6 +26,7 @@ LABEL_CHARS_MAX = 256
 HOST_CHARS_MAX = 253
 SECRET_CHARS_MAX = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}
+_PLANNED_PROTOCOLS = ("anthropic", "http")
 
 
 def refuse_field(message: str, fix: str) -> NoReturn:
@@ -169,10 +171,12 @@ def _strategy(value: str) -> str:
 
 
 def _protocol(value: str) -> str:
-    if value in ("anthropic", "http"):
-        refuse_field(f"protocol {value} comes in a later release", "use openai")
-    if value != "openai":
-        refuse_field(f"there is no protocol {value[:80]!r}", "use openai")
+    known = clients.names()
+    if value not in known:
+        fix = f"use {' or '.join(known)}"
+        if value in _PLANNED_PROTOCOLS:
+            refuse_field(f"protocol {value} comes in a later release", fix)
+        refuse_field(f"there is no protocol {value[:80]!r}", fix)
     return value
 
 

@@ -70,6 +70,11 @@ class LatencyPrediction(msgspec.Struct, frozen=True, gc=False):
     late: str = ""
     delays_others: bool = False
 
+    @property
+    def tight(self) -> bool:
+        """Old name of `delays_others`, which installed strategy plug-ins still read."""
+        return self.delays_others
+
 
 class CurrentProfile(msgspec.Struct, frozen=True, gc=False):
     """A Profile at the speed learned from streams, with the targets of an SLO less a margin.

@@ -5,6 +5,7 @@ import pkgutil
 from functools import cache
 from types import ModuleType
 
+DEFAULT_TRANSPORT = "asyncio"
 _SUFFIX = "_transport"
 
 
@@ -19,8 +20,13 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> ModuleType:
     """The module of a transport: `NAME` and `make(network, spawn)`, as `interface.TransportModule` says.
 
-    Raises: `KeyError` if there is none of this name.
+    Raises: `KeyError` if there is none of this name, `TypeError` if its file does not define both.
     """
     if name not in names():
         raise KeyError(f"no transport {name!r}; there are: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}{_SUFFIX}")
+    module = importlib.import_module(f"{__name__}.{name}{_SUFFIX}")
+    if getattr(module, "NAME", None) != name or not callable(getattr(module, "make", None)):
+        raise TypeError(
+            f'transport {name} does not define `NAME = "{name}"` and `make`; see proxy/transport/interface.py'
+        )
+    return module

@@ -67,8 +67,6 @@ from fleetgate.proxy.worker.services import Tasks, request_ids
 from fleetgate.proxy.worker.snapshots import WorkerSnapshots
 from fleetgate.proxy.worker.ticker import Ticked, Ticker
 
-TRANSPORT = transport.find("asyncio")  # imported at the start, not at the first request
-
 
 class MachineParts(msgspec.Struct, frozen=True):
     """What a worker shares with the other processes of its machine."""
@@ -145,7 +143,7 @@ class DataPlane:
         attempts = AttemptServices(
             clock,
             self._tasks.spawn,
-            TRANSPORT.make(self._network, self._tasks.spawn),
+            transport.find(config.transport).make(self._network, self._tasks.spawn),
             self.active,
             ledger,
             self.registry,

@@ -1,25 +1,27 @@
-"""What a worker is told when it is started."""
+"""The configuration that the supervisor gives a worker at its start."""
 
 import signal
 
 import msgspec
 
+from fleetgate.proxy.transport import DEFAULT_TRANSPORT
+
 ENV = "FLEETGATE_WORKER"
-RETIRE = signal.SIGUSR2  # another worker has taken over: finish and end
+RETIRE = signal.SIGUSR2  # another worker has replaced this one: finish its requests and exit
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's share of what the supervisor opened, as JSON in the environment variable `FLEETGATE_WORKER`.
 
-    Shape: `*_fd` are inherited descriptors, -1 where there is none; `wake_fds` are the write ends of every worker's
-    wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is
-    `keys` or `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none. `workers`
-    counts the board's columns and `serving` those of one generation (0: all); `layout` is the mark of how the board is
-    laid out, empty where that cannot differ.
-    `connections_max` of one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max` of
-    one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
-    `body_budget_bytes` of all workers, 0 for a quarter of the memory. `max_stale_s` is how long keys are good without
-    the control plane, 0 for ever.
+    Shape: `*_fd` are inherited descriptors, -1 for none; `wake_fds` are the write ends of all workers' wake pipes, in
+    order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is `keys` or
+    `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none. `workers` is the
+    number of columns in shared memory and `serving` that of one generation (0: all); `layout` identifies the layout of
+    shared memory, empty if it cannot differ.
+    `connections_max` limits one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max`
+    limit one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
+    `body_budget_bytes` limits all workers, 0 for a quarter of the memory. Keys are valid for `max_stale_s` without the
+    control plane, 0 for no limit. `transport` is a name in `fleetgate.proxy.transport`.
     """
 
     index: int
@@ -49,3 +51,4 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ip_connections_max: int = -1
     key_connections_max: int = -1
     body_budget_bytes: int = 0
+    transport: str = DEFAULT_TRANSPORT

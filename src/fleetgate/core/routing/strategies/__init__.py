@@ -87,6 +87,11 @@ class CandidateState(msgspec.Struct):
         prediction = self.prediction
         return prediction is not None and (prediction.delays_others or prediction.late != "")
 
+    @property
+    def unwelcome(self) -> bool:
+        """Old name of `harms_slo`, which installed strategy plug-ins still read."""
+        return self.harms_slo
+
 
 Load = Mapping[int, CandidateState]  # by Deployment slot
 
