@@ -344,7 +344,7 @@ class ClientConnection(asyncio.Protocol):
         return self._request
 
     @property
-    def peer_address(self) -> str:
+    def client_address(self) -> str:
         """The client's address, without its port."""
         return str((self._transport.get_extra_info("peername") or ("",))[0])
 

@@ -24,7 +24,7 @@ class LimitedConnection(Protocol):
     """A client's connection, as limits use it."""
 
     @property
-    def peer_address(self) -> str:
+    def client_address(self) -> str:
         """The client's address, without its port."""
 
     def abort(self) -> None:
@@ -132,7 +132,7 @@ class ConnectionLimits:
             return self._refuse(client, self.overloaded())
         if not self._ip_max:
             return None
-        address = self._address_of[client] = _network_of(client.peer_address)
+        address = self._address_of[client] = _network_of(client.client_address)
         count = self._by_address[address] = self._by_address.get(address, 0) + 1
         limit = self._ip_max if self._ip_max > 0 else IP_CONNECTIONS_MAX
         if count <= limit or (self._ip_max < 0 and not _is_public(address)):

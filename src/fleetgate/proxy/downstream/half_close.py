@@ -43,7 +43,7 @@ class ResponseStart:
 
 
 class HalfClosedClient(Protocol):
-    """A connection whose client has sent a FIN."""
+    """A connection after its client sent a FIN."""
 
     @property
     def is_response_due(self) -> bool:

@@ -183,8 +183,8 @@ class HealthChecker:
         shared.set_signal(slot, EndpointSignal.WAITING, UNKNOWN if signals.waiting is None else signals.waiting)
         kv_permille = UNKNOWN if signals.kv_ratio is None else int(signals.kv_ratio * 1000)
         shared.set_signal(slot, EndpointSignal.KV_PERMILLE, kv_permille)
-        # Requests from elsewhere at the same engine. This machine's requests are the larger count of before and after, so
-        # that a request that has just ended is not counted as external.
+        # Requests from elsewhere at the same engine. This machine's requests are the larger count of before and after:
+        # a request that has just ended is not external.
         own = max(own_before, shared.in_flight_total(deployment.slot))
         running = (signals.running or 0) + (signals.waiting or 0)
         external = max(0, running - own) if len(deployment.endpoints) == 1 else 0

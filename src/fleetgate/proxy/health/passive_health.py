@@ -190,7 +190,7 @@ class PassiveHealthChecker:
                 self._prove_credential(deployment, now_s)
 
     def _eject_slow(self, endpoint: EndpointState) -> None:
-        """Eject an Endpoint whose latency is an outlier if others can take its load.
+        """Eject an Endpoint with outlying latency if others can take its load.
 
         If all are slow, eject none: that is load, not a fault.
         """
@@ -226,7 +226,7 @@ class PassiveHealthChecker:
         if endpoint is None:
             return False
         endpoint.note_panic(now_s)
-        self.record(endpoint, Signal.EVERYBODY_OUT)
+        self.record(endpoint, Signal.ALL_EJECTED)
         return True
 
     def _panic(self, route: ModelRouteState, now_s: float) -> None:

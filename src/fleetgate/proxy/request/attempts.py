@@ -159,7 +159,7 @@ class AttemptSet(msgspec.Struct, eq=False):
         return msgspec.structs.replace(event, resumable=True)
 
     def _find(self, response: UpstreamResponse) -> Attempt | None:
-        """The attempt whose answer this is."""
+        """The attempt that this response belongs to."""
         for attempt in (self.current, self.hedge, self.last):
             if attempt is not None and attempt.response is response:
                 return attempt

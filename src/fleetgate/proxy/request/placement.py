@@ -24,7 +24,7 @@ from fleetgate.proxy.telemetry.decision_log import DecisionLog
 
 RETRY_AFTER_IN_PLACE_MAX_S = 2.0  # faults.md row 16: a request waits here for a Deployment only this long
 QUEUE_FULL = QueueFull()
-# A request whose candidates are gone fails, unless an ejected Endpoint proves healthier than thought.
+# Without a candidate left a request fails at once, unless an ejected Endpoint is due for a trial.
 NO_CANDIDATE = (RejectionReason.NONE_UP, RejectionReason.ALL_TRIED)
 
 

@@ -24,7 +24,7 @@ class RegisteredRequest(Protocol):
 
     @property
     def route(self) -> ModelRouteState:
-        """The route whose queue it waits in."""
+        """The route that it waits for."""
 
     @property
     def endpoint(self) -> EndpointState | None:
@@ -70,7 +70,7 @@ class RequestRegistry:
         self._call_soon = call_soon
         self._waiting: dict[QueueEntry, RegisteredRequest] = {}
         self.in_flight: dict[RegisteredRequest, None] = {}
-        self.other_workers: list[int] = []  # columns whose requests may wait for a slot of the same Deployments
+        self.other_workers: list[int] = []  # columns of workers with requests that may wait for the same Deployments
 
     def count_with(self, columns: range) -> None:
         """Requests of these workers may wait for a slot of the same Deployments."""

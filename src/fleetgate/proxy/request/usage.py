@@ -41,14 +41,14 @@ NOTHING = TokenUsage(0, 0, 1)
 
 
 class CountedResponse(Protocol):
-    """What is counted of an answer. Shape: `told` is what the engine of a resumed answer reports of its own part."""
+    """What is counted of a response. Shape: `own_usage` is what the engine of a resumed one reports of its part."""
 
     @property
     def usage(self) -> Usage | None:
         """Tokens of the whole answer, if they are known."""
 
     @property
-    def told(self) -> Usage | None:
+    def own_usage(self) -> Usage | None:
         """Tokens that a resuming engine reports."""
 
     @property
@@ -127,7 +127,7 @@ class UsageRecorder(msgspec.Struct, eq=False):
     def end(self, attempt_id: bytes, response: CountedResponse | None, outcome: Outcome, size_bytes: int) -> None:
         """The request is over, and so is the attempt if one was in hand; a pending charge is billed now."""
         pending = self.pending
-        usage = response.usage if response is not None and response.told is None else None
+        usage = response.usage if response is not None and response.own_usage is None else None
         if usage is not None and outcome is _OK and pending is None:  # as nearly all end; what follows says the same
             prompt, output = usage.prompt_tokens or usage.prompt, usage.completion_tokens or usage.output
             row = attempt_id, time() * 1000, b"ok", prompt, output, 1, prompt, output, size_bytes
@@ -155,9 +155,9 @@ class UsageRecorder(msgspec.Struct, eq=False):
         """What this engine worked. A resuming engine reads as its prompt what another had said."""
         if response is None:
             return TokenUsage(self._prompt_tokens(), 0, 0)
-        told = response.told or response.usage
-        if told is not None:
-            return TokenUsage(told.prompt, told.output, 1)
+        reported = response.own_usage or response.usage
+        if reported is not None:
+            return TokenUsage(reported.prompt, reported.output, 1)
         inherited = response.inherited
         output = response.event_count - inherited if response.stream else 0
         return TokenUsage(self._prompt_tokens() + inherited, output, 0)

@@ -53,7 +53,7 @@ class ActiveFaults(FaultInjector):
 
 
 class FaultyConnection(UpstreamConnection):
-    """A connection that returns an error, or whose response stops early. It is never used twice."""
+    """A connection that returns an error or only the beginning of a response. It is never used twice."""
 
     __slots__ = ("_fault", "_has_begun", "_left_bytes")
 

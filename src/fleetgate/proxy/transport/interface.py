@@ -89,7 +89,7 @@ class UpstreamResponse(Protocol):
         """The usage of the whole answer, once the engine has reported it."""
 
     @property
-    def told(self) -> Usage | None:
+    def own_usage(self) -> Usage | None:
         """Of a resumed stream: the usage that its own engine reported for its part."""
 
     @property

@@ -63,7 +63,7 @@ class ResponseRelay:
     finish_seen = False
     done_seen = False
     usage: Usage | None = None
-    told: Usage | None = None  # of a resumed stream: the usage that its own engine reported
+    own_usage: Usage | None = None  # of a resumed stream: the usage that its own engine reported
     inherited = 0  # events that another engine generated, and that this one got as its prompt
     transcript: Transcript | None = None  # of a stream that may be resumed
     choices: dict[int, bool] | None = None  # of a stream with several choices: those that began, and whether each ended
@@ -327,7 +327,7 @@ class ResponseRelay:
                 self._fail_by_error(data_of(event) or b"")
                 return
             if meaning is EventMeaning.DONE:
-                break  # an empty stream, whose request may still move
+                break  # an empty stream: the request may still move
             if meaning is EventMeaning.MALFORMED:
                 self.dropped += 1
                 continue

@@ -68,7 +68,7 @@ class ResumeRelay(ResponseRelay):
     def _splice(self, event: bytes, out: list[bytes]) -> None:
         meaning, usage = self._protocol.classify_event(event)
         if usage is not None:
-            self.told, self.usage = usage, self._splicer.counted(usage)
+            self.own_usage, self.usage = usage, self._splicer.counted(usage)
         match meaning:
             case EventMeaning.COMMENT:
                 return

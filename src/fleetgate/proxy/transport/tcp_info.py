@@ -52,7 +52,7 @@ def limit_unsent(listen_fd: int) -> None:
 
 
 def limit_unacknowledged(transport: asyncio.BaseTransport) -> None:
-    """Let the kernel end a connection whose peer acknowledges nothing; it is then lost like one that was reset."""
+    """Let the kernel end a connection if the other end acknowledges nothing; it is then lost as if it was reset."""
     connection = transport.get_extra_info("socket")
     if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD_MS_MAX)

@@ -34,7 +34,7 @@ class TableActivator:
         self._registry = registry
 
     def activate(self, table: RoutingTable, revoked: Refuse, clock: Callable[[], float]) -> None:
-        """Use a new table. Shape: `revoked` ends requests whose key is gone, if the key says so."""
+        """Use a new table. Shape: with `revoked`, requests with a revoked key end if the key has `kill_streams`."""
         waiting = self._registry.waiting
         before = self._active.replace(table)
         kept = set(table.endpoints.values())
@@ -51,14 +51,14 @@ class TableActivator:
             request.change_route()
 
     def _end_revoked(self, before: RoutingTable, table: RoutingTable, revoked: Refuse) -> None:
-        """Requests in flight whose key is gone end if the key has `kill_streams`. faults.md row 64."""
+        """End requests in flight with a revoked key, if the key has `kill_streams`. faults.md row 64."""
         gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in table.keys}
         if gone:
             for request in [one for one in self._registry.in_flight if one.received.context.key.id in gone]:
                 request.terminate(revoked)
 
     def update_deployments(self, now_ms: int, every_second: bool = False) -> None:
-        """Update what requests read of Deployments whose health or load changed; of all of them once a second."""
+        """Update the views of Deployments after changes of health or load; once a second of all Deployments."""
         for deployment in self._active.current.deployments.values():
             before = deployment.health, deployment.external_in_flight, deployment.paused
             if deployment.health < 1.0:

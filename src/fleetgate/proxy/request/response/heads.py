@@ -81,7 +81,7 @@ CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 def early_head(meta: ResponseMeta, raw: bool, deployment: DeploymentState) -> bytes:
-    """The head of a stream whose first event has not come; it names the attempt in hand."""
+    """The head of a stream before its first event; it names the current attempt."""
     framing = b"" if raw else b"transfer-encoding: chunked\r\n"
     fields = deployment.response_headers + meta.client_headers + framing
     return b"%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
