@@ -126,6 +126,9 @@ class Recorder:
         self._report("not connected", response)
         self.failure, self.reason = failure, reason
 
+    def on_internal_error(self, error: Exception) -> None:
+        raise error
+
     def write(self, data: bytes) -> None:
         assert self.reports and self.reports[-1] == "first", f"written after {self.reports}"
         self.written += data

@@ -22,7 +22,7 @@ os.dup2(write_end, 2)
 PATIENCE: dict[str, float | str] = {
     "fleetgate.pipe": f"exec({FILL_STDERR!r})",
     "fleetgate.ipc.log.LineWriter.__init__.__defaults__": "(2_000,)",  # the backlog of the process log
-    **breaks("fleetgate.protocols.clients.openai.read_request", "b'boom' in self"),
+    **breaks("fleetgate.protocols.clients.openai.parse_request", "b'boom' in self"),
 }
 DROPPED = 'fleetgate_log_lines_dropped_total{log="process"}'
 

@@ -230,6 +230,14 @@ class Exchange:
         self.tried = (*self.tried, candidate.slot)
         self.attempts_sent += 1
 
+    def record_move(self) -> None:
+        """Count a second attempt beside the current one as a move: it was sent because the first is late."""
+        self.moves += 1
+
+    def record_failure(self, event: AttemptFailed) -> None:
+        """Keep a lost attempt for the refusal, while another one goes on in its place."""
+        self.failures = (*self.failures, event)
+
     def record_unsent(self) -> None:
         """Uncount an attempt that was given up before its request was sent."""
         self.attempts_sent -= 1

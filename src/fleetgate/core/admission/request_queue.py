@@ -87,20 +87,20 @@ class RequestQueue:
     Cost: O(log n) to join, O(waiting keys) to find the first.
     """
 
-    __slots__ = ("_arrivals", "_bands", "_counters", "_length", "units")
+    __slots__ = ("_arrivals", "_bands", "_counters", "length", "units")
 
     def __init__(self) -> None:
         self._bands = {priority: _Band() for priority in Priority}
         self._counters: dict[str, float] = {}  # CU served to each key since it began to wait
         self._arrivals = 0
-        self._length = 0
+        self.length = 0
         self.units = 0.0  # of all waiting requests, in CU
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __bool__(self) -> bool:
-        return self._length > 0
+        return self.length > 0
 
     def join(self, entry: QueueEntry, ahead: bool = False) -> None:
         """Add a request. Shape: `ahead` puts it before those of its priority, for one that a failure moved here."""
@@ -113,7 +113,7 @@ class RequestQueue:
             self._start_counter(entry.key)
             heappush(band.by_key.setdefault(entry.key, []), item)
         band.length += 1
-        self._length += 1
+        self.length += 1
         self.units += entry.units
 
     def leave(self, entry: QueueEntry, served: bool = False) -> None:
@@ -122,11 +122,11 @@ class RequestQueue:
             return
         entry.removed = True
         self._bands[entry.priority].length -= 1
-        self._length -= 1
+        self.length -= 1
         self.units -= entry.units
         if served and entry.key in self._counters:
             self._counters[entry.key] += entry.units
-        if not self._length:  # the queue is empty, so no key is behind another
+        if not self.length:  # the queue is empty, so no key is behind another
             self._counters.clear()
             self._bands = {priority: _Band() for priority in Priority}
             self.units = 0.0

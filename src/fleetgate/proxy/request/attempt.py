@@ -100,6 +100,17 @@ class Attempt(msgspec.Struct, eq=False):
             endpoint.pool, request, expected, carried.listener, connect_timeout_s=timeout_s, fresh=fresh
         )
 
+    def send_again(self, usage: UsageRecorder, carried: CarriedRequest) -> None:
+        """Send it once more, on a new connection, as a new row of the journal."""
+        self.id = usage.begin_again(self.deployment, self.id)
+        self.transmit(carried, fresh=True)
+
+    def account(self, usage: UsageRecorder, how: bytes, was_read: bool) -> None:
+        """Close its row of the journal, once: `how` it ended, and whether the client read any of it."""
+        attempt_id, self.id = self.id, b""
+        if attempt_id:
+            usage.lost(attempt_id, self.response, how, was_read)
+
     def show_content(self, now_s: float) -> None:
         """It brought content: a trial need not last until the end of a long answer."""
         if self.on_trial and self.endpoint is not None:

@@ -2,6 +2,7 @@
 
 from asyncio import Task
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -204,6 +205,7 @@ class AttemptSet(msgspec.Struct, eq=False):
                     self.adopt_hedge(self.now_s())
                 else:
                     self.end_hedge(self.now_s())
+            self.was_read = True
             self.owner.on_content(response)
         except Exception as error:
             self.owner.on_internal_error(error)
@@ -217,7 +219,7 @@ class AttemptSet(msgspec.Struct, eq=False):
                 return
             self.hedge = None  # the first one still runs, so the core need not hear of it
             self._blame(hedge, event.failure)
-            self._account(hedge, event.failure.value.encode(), False)
+            hedge.account(self.usage, event.failure.value.encode(), False)
             hedge.settle(self.now_s())
         except Exception as error:
             self.owner.on_internal_error(error)
@@ -229,9 +231,8 @@ class AttemptSet(msgspec.Struct, eq=False):
             assert attempt is not None, "an attempt that is reported is in hand"
             if attempt is self.current:
                 self.stale_endpoint = attempt.endpoint
-            attempt.id = self.usage.begin_again(attempt.deployment, attempt.id)
             carried = CarriedRequest(self.id, self.count, self.received, self.resume, self)
-            attempt.transmit(carried, fresh=True)
+            attempt.send_again(self.usage, carried)
             if attempt.response is not None:
                 self._begin_dial(attempt, attempt.response)
         except Exception as error:
@@ -252,6 +253,10 @@ class AttemptSet(msgspec.Struct, eq=False):
         except Exception as error:
             self.owner.on_internal_error(error)
 
+    def on_internal_error(self, error: Exception) -> None:
+        """A bug was met while an answer was read."""
+        self.owner.on_internal_error(error)
+
     # --- two attempts ---
 
     def adopt_hedge(self, now_s: float) -> None:
@@ -269,7 +274,7 @@ class AttemptSet(msgspec.Struct, eq=False):
 
     def _give_up(self, attempt: Attempt, was_read: bool, now_s: float) -> None:
         attempt.cancel()
-        self._account(attempt, HEDGED, was_read)
+        attempt.account(self.usage, HEDGED, was_read)
         attempt.settle(now_s)
 
     # --- ends ---
@@ -286,14 +291,14 @@ class AttemptSet(msgspec.Struct, eq=False):
     def lose(self, attempt: Attempt, failure: Failure, now_s: float) -> None:
         """The current attempt is lost: tell health, charge it, and give its slot back."""
         self._blame(attempt, failure)
-        self._account(attempt, failure.value.encode(), self.was_read)
+        attempt.account(self.usage, failure.value.encode(), self.was_read)
         attempt.settle(now_s)
         self.current = None
 
     def charge(self, how: bytes) -> None:
         """Close the current attempt's usage; nothing more is charged for it."""
         if self.current is not None:
-            self._account(self.current, how, self.was_read)
+            self.current.account(self.usage, how, self.was_read)
 
     def end(self, now_s: float) -> None:
         """The request has ended: give the current slot back."""
@@ -306,6 +311,15 @@ class AttemptSet(msgspec.Struct, eq=False):
         if self.current is not None:
             self.current.cancel()
 
+    def abandon(self, now_s: float) -> None:
+        """The request failed in a bug: give every slot back, whatever else no longer works."""
+        for attempt in (self.current, self.hedge):
+            if attempt is not None:
+                attempt.settle(now_s)
+                with suppress(Exception):  # the error may come again here
+                    attempt.cancel()
+        self.current = self.hedge = None
+
     def _blame(self, attempt: Attempt, failure: Failure) -> None:
         """This request does not go to that Endpoint again, nor to those that would fail it for the same reason."""
         endpoint = attempt.endpoint
@@ -313,11 +327,6 @@ class AttemptSet(msgspec.Struct, eq=False):
             return
         failed = FailedAttempt(endpoint, failure, attempt.route, self.received.context.path)
         self.failed = (*self.failed, endpoint, *self.effects.health.report_failure(failed))
-
-    def _account(self, attempt: Attempt, how: bytes, was_read: bool) -> None:
-        attempt_id, attempt.id = attempt.id, b""
-        if attempt_id:
-            self.usage.lost(attempt_id, attempt.response, how, was_read)
 
     # --- engines that end with this request ---
 

@@ -1,6 +1,7 @@
 """One request in a worker. It reports what happened to its Exchange and does what the Exchange says."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from fleetgate.core import exchange as moves
 from fleetgate.core.exchange import AttemptFailed, Command, Event, Exchange, Failure, NotPicked, Outcome, Refuse, State
@@ -149,6 +150,8 @@ class RequestHandler:
         first_event_s = attempts.send(now_s)
         if not first_event_s:
             return self._lost(AttemptFailed(Failure.UNREACHABLE, sent=False))
+        if attempts.resume is not None and self.client.is_behind:
+            self.pause()  # what its client has not read of the first attempt is still held
         self.deadline_s = now_s + first_event_s
         return None
 
@@ -174,8 +177,8 @@ class RequestHandler:
         if exchange.state is not _TRYING or exchange.resumes:
             return
         self.now_s = now_s = self._clock()
-        if not exchange.moves or self.received.context.budget.take(now_s):
-            exchange.moves += self._send_beside()
+        if (not exchange.moves or self.received.context.budget.take(now_s)) and self._send_beside():
+            exchange.record_move()
 
     def on_one_given_up(self, is_adopted: bool) -> None:
         """One of two attempts was given up before it was sent, so it counts against no bound."""
@@ -194,7 +197,7 @@ class RequestHandler:
         try:
             attempt, effects = self.attempts.current, self._services.effects
             assert attempt is not None, "an answer that ends belongs to the attempt in hand"
-            self.writer.tail += tail
+            self.writer.append(tail)
             endpoint, now_s = attempt.endpoint, self._clock()
             if endpoint is not None and endpoint.health is not HEALTHY:  # success does not change a healthy Endpoint
                 effects.health.record(endpoint, Signal.WENT_WELL)
@@ -228,7 +231,7 @@ class RequestHandler:
             event = attempts.mark_resumable(event, attempt, now_s)
         attempts.lose(attempt, event.failure, now_s)
         if attempts.hedge is not None:
-            self.exchange.failures = (*self.exchange.failures, event)
+            self.exchange.record_failure(event)
             attempts.adopt_hedge(now_s)
             self.deadline_s = now_s + self.attempts.first_event_s()
             return None
@@ -250,7 +253,6 @@ class RequestHandler:
         assert attempt is not None and attempt.response is not None, "content came from the attempt in hand"
         response = attempt.response
         self.first_s = self.now_s
-        attempts.was_read = True
         self.writer.write_relayed_head(attempts.count, response, attempt.deployment)
         if not response.finish_seen or response.stream:
             self._relay(attempt, response)
@@ -285,12 +287,10 @@ class RequestHandler:
 
     def _refuse(self, command: Refuse) -> None:
         self._leave_queue()
-        self.writer.status = command.status
-        if self.writer.early_attempts:
+        if self.writer.refuse(self.attempts.count, command):
+            self._finish()
+        else:
             self._break_off(command.code)
-            return
-        self.writer.write(self.writer.refusal(self.attempts.count, command))
-        self._finish()
 
     def _interrupt(self, command: moves.Interrupt) -> None:
         """Never a clean end of an unfinished answer: an error in the stream, then a close without the last chunk."""
@@ -338,8 +338,8 @@ class RequestHandler:
                 placement_request=self.search.request if self.search is not None else None,
             )
         )
-        del self.attempts  # which leads back here: only the cycle collector would free both
         self.client.ended(now_s)
+        del self.attempts  # which leads back here: only the cycle collector would free both
 
     # --- what ends it from outside ---
 
@@ -358,8 +358,7 @@ class RequestHandler:
         self.client.keep_alive = False
         if not self.writer.written:
             self.attempts.charge(Outcome.REFUSED.value.encode())  # no client is billed for it
-            self.writer.status = why.status
-            self.writer.tail = self.writer.refusal(self.attempts.count, why)
+            self.writer.hold_refusal(self.attempts.count, why)
             self.client_gone(moves.ClientGone(Outcome.REFUSED))
             return
         if self.received.info.stream:
@@ -371,20 +370,21 @@ class RequestHandler:
     def on_internal_error(self, error: BaseException) -> None:
         """A bug of ours, met while this request was handled: log it, and end this request alone."""
         self._services.defaults.on_error(error, self.id)
-        self.client.fail(self.id)
+        if "attempts" in self.__dict__:  # else it has ended, and its client may be in its next request
+            self.client.fail(self.id)
 
     def fail(self) -> bool:
         """An internal error: cancel upstream and settle, whatever else no longer works.
 
         Returns whether the client reads a stream in which an error event may still be written.
         """
-        self.writer.tail = b""
-        try:
+        self.writer.discard()
+        with suppress(Exception):  # the error may come again here
             self.client_gone()
-        except Exception:  # the error may come again here: what must not leak is the slot
-            self.attempts.cancel()
-            self.attempts.end(self._clock())
+        attempts: AttemptSet | None = self.__dict__.pop("attempts", None)
+        if attempts is not None:  # the regular end was not reached: what must not leak is a slot
             self._services.registry.in_flight.pop(self, None)
+            attempts.abandon(self._clock())
         return self.received.info.stream and not self.received.context.raw
 
     # --- deadlines and ticks ---

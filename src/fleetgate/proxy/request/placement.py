@@ -87,7 +87,7 @@ class Placer:
     def take_lead(self, route: ModelRouteState) -> DeploymentState | None:
         """Reserve at the route's lead, without a decision; None if it has none or the lead has no slot."""
         lead = route.lead
-        if lead is None or route.queue:
+        if lead is None or route.queue.length:
             return None
         deployment = route.by_slot[lead.slot]
         if deployment.health < 1.0 or deployment.external_in_flight or deployment.paused:

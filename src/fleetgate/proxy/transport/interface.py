@@ -165,6 +165,9 @@ class ResponseListener(Protocol):
     def on_not_connected(self, response: UpstreamResponse, failure: Failure, reason: str) -> None:
         """No connection could be made; `response.over` tells whether the response was cancelled meanwhile."""
 
+    def on_internal_error(self, error: Exception) -> None:
+        """A bug was met while the response was read. It was cancelled, and nothing more is reported of it."""
+
     def write(self, data: bytes) -> None:
         """Send payload with its framing to the client."""
 

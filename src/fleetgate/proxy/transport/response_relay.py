@@ -114,9 +114,17 @@ class ResponseRelay:
                 self._pass_on(data)
         except (Malformed, EventTooLong):
             self._fail(Failure.BAD_OUTPUT)
+        except Exception as error:
+            self._end_by_bug(error)
 
     def on_lost(self, error: Exception | None) -> None:
         """The connection ended by itself."""
+        try:
+            self._lose(error)
+        except Exception as bug:
+            self._end_by_bug(bug)
+
+    def _lose(self, error: Exception | None) -> None:
         connection, self.connection = self.connection, None
         self.is_connected = False
         if self.over:
@@ -483,6 +491,11 @@ class ResponseRelay:
             else:
                 connection.drop()
         self.listener.on_ended(self, tail)
+
+    def _end_by_bug(self, error: Exception) -> None:
+        """End this request alone. No Endpoint is blamed: another one would meet the same bug. faults.md row 75."""
+        self.cancel()
+        self.listener.on_internal_error(error)
 
     def _fail(self, failure: Failure, wait_s: float = 0.0) -> None:
         self.cancel()

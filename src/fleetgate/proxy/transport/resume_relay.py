@@ -21,13 +21,6 @@ class ResumeRelay(ResponseRelay):
         self.inherited = resumed.inherited
         self._splicer = resumed.splicer
 
-    def on_data(self, data: bytes) -> None:
-        """Bytes came from the upstream."""
-        try:
-            super().on_data(data)
-        except Mismatch:
-            self._fail(Failure.MISMATCH)
-
     def _begin_body(self, head: ResponseHead, rest: bytes) -> None:
         if not head.event_stream:
             raise Malformed(502, "the continuation of a stream is not a stream")
@@ -45,6 +38,9 @@ class ResumeRelay(ResponseRelay):
         try:
             for event in self._events.feed(self._payload(data)):
                 self._splice(event, out)
+        except Mismatch:
+            self._fail(Failure.MISMATCH)
+            return
         except Malformed:
             if out and self._begin_passing():
                 self._write_events(out)

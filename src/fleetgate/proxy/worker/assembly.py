@@ -55,6 +55,7 @@ from fleetgate.proxy.snapshot.key_validity import KeyValidity
 from fleetgate.proxy.snapshot.snapshot_file import EMPTY
 from fleetgate.proxy.telemetry.access_log import AccessLog
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
+from fleetgate.proxy.telemetry.line_log import DroppedLines, LineLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from fleetgate.proxy.telemetry.request_metrics import RequestMetricsCache
 from fleetgate.proxy.transport.network import Network, SocketNetwork
@@ -202,6 +203,9 @@ class DataPlane:
         )
         self._activator = activator
         logs = (self.access_log, self.decisions.log) if self.decisions is not None else (self.access_log,)
+        watched: dict[str, LineLog | Log] = {"access": self.access_log, "process": machine.log}
+        if self.decisions is not None:
+            watched["record"] = self.decisions.log
         parts = Ticked(
             active=self.active,
             activator=activator,
@@ -214,6 +218,7 @@ class DataPlane:
             journal=self.journal,
             defaults=self.defaults,
             logs=logs,
+            dropped_lines=DroppedLines(self.metrics, watched),
         )
         told = (machine.spool, self.access_log)
         self.ticker = Ticker(parts, shared, config.index, told, self._is_prober, clock)

@@ -19,6 +19,7 @@ from fleetgate.proxy.request.response.heads import ResponseDefaults
 from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.capacity_tracker import CapacityTracker, limit_change_message
 from fleetgate.proxy.telemetry.access_log import AccessLog
+from fleetgate.proxy.telemetry.line_log import DroppedLines
 from fleetgate.proxy.transport.connection_pool import IDLE_MAX_S
 from fleetgate.proxy.worker.activation import TableActivator
 
@@ -48,6 +49,7 @@ class Ticked(msgspec.Struct, frozen=True):
     journal: UsageJournal
     defaults: ResponseDefaults
     logs: tuple[Flushed, ...]
+    dropped_lines: DroppedLines
 
 
 class Ticker:
@@ -109,6 +111,7 @@ class Ticker:
         parts.journal.check(now_s)
         self._shared.set(self._worker, WorkerCell.JOURNAL_SHORT, parts.journal.is_short)
         self._shared.set(self._worker, WorkerCell.ROWS_LOST, parts.journal.lost)
+        parts.dropped_lines.publish()
         for connection in parts.limits.connections:
             connection.tick(now_s)
         for endpoint in parts.active.current.endpoints.values():

@@ -118,8 +118,27 @@ class ResponseWriter(msgspec.Struct, eq=False):
         self.write_event(KEEP_ALIVE)
         return True
 
-    def refusal(self, attempts: int, refuse: Refuse) -> bytes:
-        """The bytes of an error of ours in place of an answer."""
+    def append(self, data: bytes) -> None:
+        """Hold the last bytes of the answer back until its slot is free again."""
+        self.tail += data
+
+    def discard(self) -> None:
+        """Drop what is held back."""
+        self.tail = b""
+
+    def refuse(self, attempts: int, refuse: Refuse) -> bool:
+        """Send an error of ours in place of an answer; False if a head went out already, and only an event can."""
+        self.status = refuse.status
+        if not self.early_attempts:
+            self.write(self._refusal(attempts, refuse))
+        return not self.early_attempts
+
+    def hold_refusal(self, attempts: int, refuse: Refuse) -> None:
+        """Hold an error of ours back until the slot of the attempt in hand is free again."""
+        self.status = refuse.status
+        self.tail = self._refusal(attempts, refuse)
+
+    def _refusal(self, attempts: int, refuse: Refuse) -> bytes:
         body = self.context.protocol.error_body(refuse.status, refuse.code, MESSAGES[refuse.code])
         return response_heads.refusal(self._meta(attempts), refuse, self.context.protocol.ERROR_TYPE, body)
 
