@@ -220,8 +220,8 @@ class DataPlane:
             logs=logs,
             dropped_lines=DroppedLines(self.metrics, watched),
         )
-        told = (machine.spool, self.access_log)
-        self.ticker = Ticker(parts, shared, config.index, told, self._is_prober, clock)
+        outputs = (machine.spool, self.access_log)
+        self.ticker = Ticker(parts, shared, config.index, outputs, self._is_prober, clock)
         self.drain = Drain(shared, config.index, self.limits, self.defaults, clock)
 
     def _is_prober(self) -> bool:

@@ -23,13 +23,13 @@ class WorkerSnapshots:
     def __init__(
         self,
         config: WorkerConfig,
-        told: tuple[Log, EventSpool],
+        outputs: tuple[Log, EventSpool],
         shared: SharedMemory,
         validity: KeyValidity,
         activate: Callable[[MakeTable], None],
         clock: Callable[[], float],
     ) -> None:
-        self._log, self._spool = told
+        self._log, self._spool = outputs
         self._validity = validity
         self._activate = activate
         self._clock = clock

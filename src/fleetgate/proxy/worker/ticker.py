@@ -60,14 +60,14 @@ class Ticker:
         parts: Ticked,
         shared: SharedMemory,
         worker: int,
-        told: tuple[EventSpool, AccessLog],
+        outputs: tuple[EventSpool, AccessLog],
         corrects_limits: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._parts = parts
         self._shared = shared
         self._worker = worker
-        self._spool, self._access_log = told
+        self._spool, self._access_log = outputs
         self._corrects_limits = corrects_limits
         self._clock = clock
         self._ticks = 0
