@@ -67,7 +67,7 @@ class ResponseRelay:
     inherited = 0  # events that another engine generated, and that this one got as its prompt
     transcript: Transcript | None = None  # of a stream that may be resumed
     choices: dict[int, bool] | None = None  # of a stream with several choices: those that began, and whether each ended
-    passed = b""  # header lines of the upstream that the client may see
+    passed = b""  # header lines of the upstream that the client may see. faults.md row 27
     _state = HEAD
     _buffer = b""
     _chunked: ChunkedBody | None = None
@@ -185,7 +185,9 @@ class ResponseRelay:
         known = memo.recall(data) if not self._buffer else None
         if known is not None:
             head, end, self._left = known
-            self.passed = memo.passed if memo.passed_by is self._protocol else self._passed(head.headers)
+            self.passed = (
+                memo.passed if memo.passed_by is self._protocol else self._protocol.response_headers(head.headers)
+            )
             self._begin_body(head, data[end:])
             return
         data = self._buffer + data if self._buffer else data
@@ -211,7 +213,7 @@ class ResponseRelay:
             self._fail(failure, retry_after_s(head.headers, time()))
             return b""
         memo.keep(head_bytes, head)
-        self.passed = memo.passed = self._passed(head.headers)
+        self.passed = memo.passed = self._protocol.response_headers(head.headers)
         memo.passed_by = self._protocol
         self._begin_body(head, rest)
         return b""
@@ -462,10 +464,6 @@ class ResponseRelay:
 
     def _named(self, event: bytes) -> bytes:
         return event if self._rename is None else self._protocol.rename_model(event, *self._rename)
-
-    def _passed(self, headers: dict[bytes, bytes]) -> bytes:
-        """The upstream's header lines that the client may see. faults.md row 27."""
-        return self._protocol.response_headers(headers)
 
     def _write_held(self) -> None:
         payload, self.held = self._named(b"".join(self.held)), []
