@@ -1,4 +1,4 @@
-"""What is written to one client: the head, relayed bytes, and events of our own."""
+"""Writes the response to one client: the head, relayed bytes, and the gateway's own events."""
 
 import msgspec
 
@@ -48,11 +48,11 @@ class ResponseWriter(msgspec.Struct, eq=False):
             self.client.fail(self.id)
 
     def frame(self, payload: bytes) -> bytes:
-        """A part of the body with the framing that this client reads."""
+        """Data with the framing for this client."""
         return payload if self.context.raw or not payload else http1.chunk(payload)
 
     def write_event(self, event: bytes) -> None:
-        """Send an event or comment of our own."""
+        """Send an event or comment of the gateway."""
         self.write(self.frame(event))
 
     def write_error(self, code: str) -> None:
@@ -62,17 +62,17 @@ class ResponseWriter(msgspec.Struct, eq=False):
     def write_relayed_head(
         self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
     ) -> None:
-        """Send the head of a relayed answer; a whole one is put into `tail` with its body."""
+        """Send the head of a relayed response; a complete one is put into `tail` with its body."""
         self.status = response.status
         whole = response.finish_seen and not response.stream
         if self.early_attempts:
             self.name_deployment(deployment, attempts)
-            if whole:  # the client has been told to read a stream
+            if whole:  # the client already got the head of a stream
                 self.tail = self.frame(self.context.protocol.event_of_body(response.held[0]))
                 self.tail += b"" if self.context.raw else http1.LAST_CHUNK
             return
         if self.context.raw and not whole:
-            self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
+            self.client.keep_alive = False  # for an HTTP/1.0 client only the close marks the end
         defaults = self.defaults
         if defaults.draining:
             self.client.keep_alive = False
@@ -97,7 +97,7 @@ class ResponseWriter(msgspec.Struct, eq=False):
             self.write(head)
 
     def name_deployment(self, deployment: DeploymentState, attempts: int) -> None:
-        """Name the Deployment that answers from here on, if the head named an earlier attempt."""
+        """Send a comment with the Deployment's name, if the head named an earlier attempt."""
         if attempts != self.early_attempts:
             self.write_event(response_heads.deployment_comment(deployment, attempts))
 
