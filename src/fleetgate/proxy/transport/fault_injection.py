@@ -88,7 +88,7 @@ class FaultyConnection(UpstreamConnection):
             reader, self.reader = self.reader, None
             self.transport.abort()
             if reader is not None:
-                reader.on_lost(ConnectionResetError("an injected fault cut the answer"))
+                reader.on_lost(ConnectionResetError("an injected fault cut the response"))
 
     def release(self, now_s: float) -> None:
         """Close: it must not carry another request."""

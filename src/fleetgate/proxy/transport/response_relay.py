@@ -1,4 +1,4 @@
-"""One attempt's response: read its head, hold back all before the first content, pass on the rest, judge the end.
+"""Relays the response of one attempt: holds back all before the first content, passes on the rest, checks the end.
 
 The fast path of a stream makes no object for an event: a read that is exactly one chunk with one plain content event is
 passed on as the same bytes object, once it is known to be JSON (0.3 µs).
@@ -21,7 +21,7 @@ from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 from fleetgate.proxy.transport.interface import ExpectedResponse, ResponseListener
 
 BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a body up to this size is held back until it is known to be whole
-HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is not an answer
+HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is a fault
 RETRY_AFTER_DEFAULT_S = 1.0
 
 # Events that may come before the first content; they are held back while the request can still move.

@@ -1,4 +1,4 @@
-"""Reads the response that continues an interrupted stream, and passes on only what the client does not have yet."""
+"""Reads the response that continues an interrupted stream, and passes on only the part that the client lacks."""
 
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols import sse

@@ -1,4 +1,4 @@
-"""Takes a new routing table into use: requests that wait move over, those that are sent end on the old one."""
+"""Activates new routing tables: waiting requests move to the new one, sent requests end on the old one."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ LOAD_FRESH_MS = 3_000  # three probes: an older signal counts as no signal, not 
 
 
 class TableActivator:
-    """One worker's changes of table, and what requests read of its Deployments in between."""
+    """Activates tables in one worker, and updates the views of its Deployments."""
 
     def __init__(
         self,

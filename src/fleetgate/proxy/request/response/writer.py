@@ -127,14 +127,14 @@ class ResponseWriter(msgspec.Struct, eq=False):
         self.tail = b""
 
     def refuse(self, attempts: int, refuse: Refuse) -> bool:
-        """Send an error of ours in place of an answer; False if a head went out already, and only an event can."""
+        """Send the gateway's error as the response; False if a head was sent, after which only an event is possible."""
         self.status = refuse.status
         if not self.early_attempts:
             self.write(self._refusal(attempts, refuse))
         return not self.early_attempts
 
     def hold_refusal(self, attempts: int, refuse: Refuse) -> None:
-        """Hold an error of ours back until the slot of the attempt in hand is free again."""
+        """Keep the gateway's error until the slot of the current attempt is released."""
         self.status = refuse.status
         self.tail = self._refusal(attempts, refuse)
 
