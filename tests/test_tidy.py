@@ -105,7 +105,6 @@ OLD_WORDS = {
     "hub": "the one service that is used",
     "lane": "model route",
     "outlook": "view",
-    "peer": "Endpoint or client",
     "seat": "capacity",
     "site": "Gateway",
     "standing": "status",
@@ -114,8 +113,7 @@ OLD_WORDS = {
     "ward": "passive health checker",
     "wish": "schedule request",
 }
-# A field that supervisors of earlier versions pass to a worker; a kind of Deployment.
-OLD_WORDS_ALLOWED = {"board_fd", "PEER"}
+OLD_WORDS_ALLOWED = {"board_fd"}  # a field that supervisors of earlier versions pass to a worker
 # Public classes that share a name, and why. A resource and its value in the Snapshot share theirs by design.
 SHARED_CLASS_NAMES = {"Attempt": "control/api/usage.py: the name is part of the API's schema"}
 RESOURCE_AND_VALUE = {"control/resources/schema.py", "core/model.py"}

@@ -421,7 +421,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         # Bytes that still come are read and dropped for a moment: a close with unread bytes would reset the connection
-        # and could take the answer with it. faults.md row 31.
+        # and could take the response with it. faults.md row 31.
         self.closing = True
         self._lingered_bytes = 0
         self.deadline_s = self._clock() + LINGER_S

@@ -33,7 +33,7 @@ class RequestRejected(Exception):
 
 
 class LocalResponder:
-    """Makes and counts the local answers of one worker."""
+    """Makes and counts the local responses of one worker."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ EVENT_EVERY_S = 30.0  # between Events of one kind of one Deployment
 
 _REASONS = {
     Signal.UNREACHABLE: "connections to it fail",
-    Signal.PROBE_BROKE: "{probes} consecutive probes got no answer",
+    Signal.PROBE_BROKE: "{probes} consecutive probes got no response",
     Signal.SLOW: "its latency is several times its usual, and other Endpoints can take its load",
 }
 _FAILED = "{failures} consecutive attempts failed ({broken} of the last {ended} responses)"

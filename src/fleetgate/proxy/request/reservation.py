@@ -128,7 +128,7 @@ class Reservation:
     def tick(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
         """Record progress, once a second. Units: `tokens` of its stream so far, -1 before the first.
 
-        The first token of an answer that is not streamed is presumed when it is overdue.
+        The first token of a response that is not streamed is presumed when it is overdue.
         Shape: `furthest` collects, by Endpoint slot, the most tokens that one stream got since the last tick.
         """
         if tokens >= 0:

@@ -67,7 +67,7 @@ class CountedResponse(Protocol):
 class PendingCharge(NamedTuple):
     """The charge of an attempt that broke off after its client had read some of it.
 
-    It is charged when it is known whether another attempt resumes the answer, which is then billed as one. `billed`
+    It is charged when it is known whether another attempt resumes the response, which is then billed as one. `billed`
     counts what was read.
     """
 

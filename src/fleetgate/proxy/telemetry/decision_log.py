@@ -12,7 +12,7 @@ from fleetgate.proxy.telemetry.line_log import LineLog
 class DecisionLog:
     """Writes one worker's records. Cost: 9 µs a request with three Deployments.
 
-    A record has the names of keys, Gateways, models and Deployments; it has no prompt, no answer and no secret.
+    A record has the names of keys, Gateways, models and Deployments; it has no prompt, no response and no secret.
     Raises: `OSError` when the file cannot be opened.
     """
 

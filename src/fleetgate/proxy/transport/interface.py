@@ -86,7 +86,7 @@ class UpstreamResponse(Protocol):
 
     @property
     def usage(self) -> Usage | None:
-        """The usage of the whole answer, once the engine has reported it."""
+        """The usage of the whole response, once the engine has reported it."""
 
     @property
     def own_usage(self) -> Usage | None:

@@ -20,7 +20,7 @@ CLOSE = b"connection: close\r\n"
 class ResponseDefaults:
     """The fields that all responses of a worker have.
 
-    Shape: `on_error` logs an internal error; while `draining`, each answer is the last one on its connection.
+    Shape: `on_error` logs an internal error; while `draining`, each response is the last one on its connection.
     """
 
     __slots__ = ("date_line", "draining", "on_error")

@@ -19,8 +19,8 @@ KEEP_ALIVE = b": keep-alive\n\n"
 class ResponseWriter(msgspec.Struct, eq=False):
     """Writes to one client. A Struct, so that making one costs no call.
 
-    Shape: `tail` is the answer's last bytes, written after its slot is free again; `early_attempts` counts the attempts
-    when the head went out before its answer, 0 if it has not.
+    Shape: `tail` has the last bytes of the response, written after its slot is released; `early_attempts` is the
+    number of attempts when the head was sent before the upstream's response, 0 if it was not.
     """
 
     client: ClientStream
@@ -119,7 +119,7 @@ class ResponseWriter(msgspec.Struct, eq=False):
         return True
 
     def append(self, data: bytes) -> None:
-        """Hold the last bytes of the answer back until its slot is free again."""
+        """Hold the last bytes of the response back until its slot is free again."""
         self.tail += data
 
     def discard(self) -> None:
