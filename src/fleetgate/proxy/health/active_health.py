@@ -132,12 +132,12 @@ class HealthChecker:
     async def _probe(self, deployment: Deployment, endpoint: EndpointState) -> None:
         engine = engines.find(deployment.engine)
         health_path = deployment.health_path or (engine.HEALTH_PATH if engine is not None else "")
-        begun_s = self._clock()
+        started_s = self._clock()
         up, rtt_us = 1, 0
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 connection = await endpoint.pool.connect(self._network, PROBE_TIMEOUT_S)
-                rtt_us = int((self._clock() - begun_s) * 1e6)
+                rtt_us = int((self._clock() - started_s) * 1e6)
                 try:
                     if health_path:
                         head, _ = await self._get(connection, endpoint, health_path)

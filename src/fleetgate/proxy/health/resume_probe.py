@@ -79,9 +79,9 @@ class ResumeProbe:
         elif deployment.spec.engine in ENGINES and identity not in self._probed and self._reserve(deployment):
             self._probed.add(identity)
             try:
-                said = await self._ask(deployment, endpoint, {"messages": [QUESTION], "return_token_ids": True})
-                continues = await self._continues(deployment, endpoint, _content(said))
-                mark = await self._token_mark(deployment, endpoint, said)
+                first = await self._request(deployment, endpoint, {"messages": [QUESTION], "return_token_ids": True})
+                continues = await self._continues(deployment, endpoint, _content(first))
+                mark = await self._token_mark(deployment, endpoint, first)
             finally:
                 self._ledger.settle(deployment.slot)
                 self._slot_freed()
@@ -94,29 +94,29 @@ class ResumeProbe:
             return False
         return self._ledger.reserve(deployment.slot, deployment.limit)
 
-    async def _continues(self, deployment: DeploymentState, endpoint: EndpointState, said: str) -> bool:
+    async def _continues(self, deployment: DeploymentState, endpoint: EndpointState, whole: str) -> bool:
         """Whether the engine continues a response from its middle as before."""
-        cut = said.find(" ", len(said) // 2)
+        cut = whole.find(" ", len(whole) // 2)
         if cut <= 0:
             return False
-        begun = {"role": "assistant", "content": said[:cut]}
+        begun = {"role": "assistant", "content": whole[:cut]}
         fields = prefix_fields(deployment.spec.engine)
-        rest = _content(await self._ask(deployment, endpoint, {"messages": [QUESTION, begun], **fields}))
-        again = said[:cut] + rest
-        return bool(rest) and (again.startswith(said) or said.startswith(again))
+        rest = _content(await self._request(deployment, endpoint, {"messages": [QUESTION, begun], **fields}))
+        again = whole[:cut] + rest
+        return bool(rest) and (again.startswith(whole) or whole.startswith(again))
 
-    async def _token_mark(self, deployment: DeploymentState, endpoint: EndpointState, said: Transcript) -> int:
+    async def _token_mark(self, deployment: DeploymentState, endpoint: EndpointState, first: Transcript) -> int:
         """The mark of the engine's token ids, if it continues from the middle with the same ids; else `NO_MARK`."""
-        half = len(said.ids) // 2
-        if not said.token_mark or not said.prompt_ids or not half:
+        half = len(first.ids) // 2
+        if not first.token_mark or not first.prompt_ids or not half:
             return NO_MARK
-        begun, expected = [*said.prompt_ids, *said.ids[:half]], said.ids[half:]
-        rest = await self._ask(deployment, endpoint, {"prompt": begun, "return_token_ids": True}, COMPLETIONS)
+        begun, expected = [*first.prompt_ids, *first.ids[:half]], first.ids[half:]
+        rest = await self._request(deployment, endpoint, {"prompt": begun, "return_token_ids": True}, COMPLETIONS)
         if list(rest.prompt_ids or ()) != begun or rest.ids[: len(expected)] != expected:
             return NO_MARK
-        return mark_of(next(iter(deployment.upstream_names.values()), ""), said.prompt_ids)
+        return mark_of(next(iter(deployment.upstream_names.values()), ""), first.prompt_ids)
 
-    async def _ask(
+    async def _request(
         self, deployment: DeploymentState, endpoint: EndpointState, fields: dict[str, object], path: bytes = CHAT
     ) -> Transcript:
         """The transcript of one response, empty after a failure.
@@ -148,5 +148,5 @@ class ResumeProbe:
         return transcript
 
 
-def _content(said: Transcript) -> str:
-    return "".join(text for channel, text in said.runs if channel == "content")
+def _content(transcript: Transcript) -> str:
+    return "".join(text for channel, text in transcript.runs if channel == "content")

@@ -67,20 +67,20 @@ class Drain:
         """
         self._shared.set(self._worker, WorkerCell.ACCEPTING, 0)
         self._defaults.begin_drain()
-        leave, begun_s, closed_s = policy(), self._clock(), 0.0
+        leave, started_s, closed_s = policy(), self._clock(), 0.0
         idle_since_s: dict[LimitedConnection, float] = {}
         while True:
             now_s = self._clock()
             if policy() is not leave:
-                leave, begun_s = policy(), now_s
-            if not closed_s and now_s - begun_s >= leave.lb_grace_s:
+                leave, started_s = policy(), now_s
+            if not closed_s and now_s - started_s >= leave.lb_grace_s:
                 closed_s = now_s
                 for listener in listeners:
                     await listener.close(leave.last)
             if closed_s:
                 self._close_idle(idle_since_s, now_s - leave.idle_s)
                 handshakes = has_tls and now_s - closed_s < HANDSHAKE_S
-                is_over = now_s - begun_s >= leave.lb_grace_s + leave.grace_s
+                is_over = now_s - started_s >= leave.lb_grace_s + leave.grace_s
                 if is_over or not (self._limits.count or handshakes):
                     break
             await asyncio.sleep(CHECK_S)
