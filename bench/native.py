@@ -48,6 +48,7 @@ def build() -> None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise CannotBench("no C compiler for the mock and the load client: apt-get install gcc libc6-dev")
+    OUT.mkdir(exist_ok=True)
     for name in ("mock", "load"):
         source, program = HERE / f"{name}.c", OUT / name
         if program.exists() and program.stat().st_mtime > source.stat().st_mtime:

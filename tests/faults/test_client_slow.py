@@ -19,9 +19,9 @@ MIB = 1024 * 1024
 LORISES = 1_000  # of each kind, in half the descriptors that a test may open
 PATIENCE = {
     "fleetgate.proxy.downstream.client_connection.HEAD_WAIT_MAX_S": 1.5,
-    "fleetgate.proxy.downstream.client_connection.BODY_GRACE_S": 1.0,
+    "fleetgate.proxy.downstream.incoming_body.BODY_GRACE_S": 1.0,
     "fleetgate.proxy.downstream.client_connection.IDLE_MAX_S": 3.0,
-    "fleetgate.proxy.downstream.client_connection.BODY_SLACK_MAX_S": 2.0,
+    "fleetgate.proxy.downstream.incoming_body.BODY_SLACK_MAX_S": 2.0,
     "fleetgate.proxy.downstream.client_connection.UNREAD_MAX_S": 2.0,
 }
 

@@ -251,7 +251,7 @@ def test_row_76_a_reader_that_was_long_away_reads_in_pieces(tmp_path: Path, monk
         sizes.append(len(data))
         return real(data, is_over)
 
-    monkeypatch.setattr(usage, "entries_in", measured)
+    monkeypatch.setattr(usage, "read_entries", measured)
 
     async def write(first: int, end: bool) -> UsageJournal:
         journal = UsageJournal(tmp_path, lambda sentence: None)

@@ -123,7 +123,7 @@ def test_a_fault_that_costs_too_much_of_the_slo_stops_by_itself(tmp_path: Path) 
 def test_mistakes_are_told_with_their_place(tmp_path: Path) -> None:
     with running(tmp_path) as up:
         for words, code, told in (
-            (("explode", "--deployment", "a"), 2, "one of: delay, error, cut"),
+            (("explode", "--deployment", "a"), 2, "not a kind of fault; use one of: delay,"),
             (("cut", "--deployment", "nobody"), 1, "there is no Deployment 'nobody'"),
             (("cut", "--deployment", "a", "--share", "2"), 1, "--share: "),
             (("cut", "--deployment", "a", "--share", "nan"), 1, "--share: nan is not a finite number; give a number"),

@@ -82,7 +82,7 @@ class Rig:
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
         lines = ["import fleetgate.proxy.worker.worker as worker", "import fleetgate"]
-        lines += [f"{name} = {value}" for name, value in self.patience.items()]
+        lines += [f"{name}; {name} = {value}" for name, value in self.patience.items()]  # a wrong name ends the worker
         process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)
         return process

@@ -354,7 +354,7 @@ def test_rows_9_and_57_a_brownout_moves_the_traffic_within_ten_seconds() -> None
             wait_for(lambda: by(made.ask(request("m"))) == "two")
         assert found_s < 10.0 + SLACK_S
         assert not load.bad
-        assert any("several times its usual" in told for told in events(made))
+        assert any("latency is several times its usual" in told for told in events(made))
 
 
 def test_row_6_first_tokens_that_are_known_to_come_soon_are_not_waited_for_a_minute() -> None:

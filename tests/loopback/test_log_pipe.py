@@ -20,7 +20,7 @@ os.set_blocking(write_end, True)
 os.dup2(write_end, 2)
 """
 PATIENCE: dict[str, float | str] = {
-    "fleetgate.pipe": f"exec({FILL_STDERR!r})",
+    "fleetgate.__doc__": f"exec({FILL_STDERR!r})",
     "fleetgate.ipc.log.LineWriter.__init__.__defaults__": "(2_000,)",  # the backlog of the process log
     **breaks("fleetgate.protocols.clients.openai.parse_request", "b'boom' in self"),
 }

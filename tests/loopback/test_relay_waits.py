@@ -24,7 +24,7 @@ PATIENCE = {
     "fleetgate.core.health.timeouts.STALL_UNKNOWN_S": 3.0,
     "fleetgate.core.health.timeouts.STALL_MIN_S": 3.0,
     "fleetgate.proxy.downstream.client_connection.HEAD_WAIT_MAX_S": 0.5,
-    "fleetgate.proxy.downstream.client_connection.BODY_GRACE_S": 0.5,
+    "fleetgate.proxy.downstream.incoming_body.BODY_GRACE_S": 0.5,
     "fleetgate.proxy.downstream.client_connection.IDLE_MAX_S": 1.0,
     "fleetgate.proxy.downstream.client_connection.UNREAD_MAX_S": 4.0,
 }

@@ -187,5 +187,5 @@ def _failure(response: httpx2.Response, base_url: str, flags: Mapping[str, str])
 
 
 def _mistake_sentence(error: Mapping[str, str], flags: Mapping[str, str]) -> str:
-    field = flags.get(error["path"], error["path"])
+    field = flags.get(error["path"].removeprefix("body."), error["path"])
     return f"{field}: {error['message']}; {error['fix']}".lstrip(": ")

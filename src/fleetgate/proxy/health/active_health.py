@@ -17,7 +17,7 @@ from fleetgate.proxy.routing.active_table import ActiveTable
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 from fleetgate.proxy.transport.dns import AddressRefused
-from fleetgate.proxy.transport.network import Network
+from fleetgate.proxy.transport.network import Network, peer_timeout
 
 PROBE_EVERY_S = 1.0
 PROBE_TIMEOUT_S = 2.0
@@ -135,7 +135,7 @@ class HealthChecker:
         started_s = self._clock()
         up, rtt_us = 1, 0
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
+            async with peer_timeout(PROBE_TIMEOUT_S):
                 connection = await endpoint.pool.connect(self._network, PROBE_TIMEOUT_S)
                 rtt_us = int((self._clock() - started_s) * 1e6)
                 try:

@@ -11,7 +11,7 @@ from fleetgate.protocols.http1 import ChunkedBody, Malformed, ResponseMemo
 from fleetgate.proxy.transport import tcp_info
 from fleetgate.proxy.transport.dns import Addresses, EgressRule
 from fleetgate.proxy.transport.happy_eyeballs import AFTER_S, race
-from fleetgate.proxy.transport.network import ClientTls, Network
+from fleetgate.proxy.transport.network import ClientTls, Network, peer_timeout
 from fleetgate.proxy.transport.upstream_tls import UpstreamTls
 
 IDLE_MAX_S = 4.0  # uvicorn, and so vLLM and SGLang, close idle connections after 5 s
@@ -240,7 +240,7 @@ class ConnectionPool:
         self, network: Network, address: str, limit_s: float, make: Callable[[], UpstreamConnection]
     ) -> UpstreamConnection:
         tls = ClientTls(self._tls.context, self.endpoint.host) if self._tls else None
-        async with asyncio.timeout(limit_s):
+        async with peer_timeout(limit_s):
             connection = await network.connect(address, self.endpoint.port, make, tls)
         connection.address = address
         return connection

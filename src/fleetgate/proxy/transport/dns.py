@@ -4,6 +4,8 @@ import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable
 
+from fleetgate.proxy.transport.network import peer_timeout
+
 RESOLVE_EVERY_S = 5.0  # faults.md row 66
 RESOLVE_S_MAX = 30.0  # a name server that takes longer is down; only the first request waits for it
 _RESOLVE_ERRORS = (OSError, TimeoutError, UnicodeError)
@@ -50,7 +52,7 @@ class Addresses:
         if self.current:
             self.refresh(now_s)
             return self.current
-        async with asyncio.timeout(timeout_s):
+        async with peer_timeout(timeout_s):
             return await asyncio.shield(self._start_query(now_s))
 
     def refresh(self, now_s: float, at_once: bool = False) -> None:
@@ -67,7 +69,7 @@ class Addresses:
 
     async def _resolve(self) -> list[str]:
         try:
-            async with asyncio.timeout(RESOLVE_S_MAX):
+            async with peer_timeout(RESOLVE_S_MAX):
                 addresses = await self.resolve(self._host, self._port)
             if not addresses:
                 raise OSError(f"{self._host} has no address")
