@@ -202,7 +202,7 @@ def test_row_52_a_bad_change_stays_in_one_worker_and_is_taken_back(tmp_path: Pat
             load.wait_for_more(1500)
             up.write([deployment("a", f"http://127.0.0.1:{free_port()}/v1"), gateway("chat", "a")])
             assert up.cli("apply", "-f", str(up.config)).returncode == 0
-            wait_for(lambda: "was given up" in up.events())
+            wait_for(lambda: "was rolled back" in up.events())
             assert "more requests failed" in up.degraded() or "in use again" in up.events()
             ended_s = time.monotonic() + 0.5
             wait_for(lambda: time.monotonic() > ended_s + 2.0)

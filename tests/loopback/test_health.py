@@ -240,7 +240,7 @@ def test_a_request_that_ends_two_engines_is_not_tried_at_a_third(three: Plane) -
         assert (answer.status, answer.code) == (502, "poison_request")
         assert answer.headers["x-should-retry"] == "false"
         assert sum(seen.model == "dies" for wall in three.walls for seen in wall.seen) == 2
-        assert any("was given up with 502 poison_request" in told for told in events(three))
+        assert any("was refused with 502 poison_request" in told for told in events(three))
         assert three.ask(request("m")).status == 200, "the third is still there for others"
     finally:
         for wall in three.walls:

@@ -137,7 +137,7 @@ def test_what_breaks_the_canary_reaches_nobody_else(group: Group) -> None:
     group.run(10.0)
     assert group.versions == [1, 1, 1]
     (event,) = group.hands[0].events
-    assert "Snapshot 2 was given up" in event and "30 of 32" in event and "Snapshot 1 is in use" in event
+    assert "Snapshot 2 was rolled back" in event and "30 of 32" in event and "Snapshot 1 is in use" in event
 
 
 def test_what_breaks_later_takes_everybody_back(group: Group) -> None:
@@ -214,7 +214,7 @@ def test_going_back_that_does_not_help_is_undone(group: Group) -> None:
     group.requests(bad=30, of=0)
     group.run(0.3)
     assert group.versions == [2, 2, 2]
-    assert "as often without it" in group.hands[0].events[-1]
+    assert "as many requests failed without it" in group.hands[0].events[-1]
 
 
 def test_the_next_version_is_judged_afresh(group: Group) -> None:

@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "cut": (signed(9)[:-1], "it was changed"),
     "longer": (signed(9) + b" ", "it was changed"),
     "older": (signed(3), "it is version 3, and version 5 was seen before"),
-    "the same number again": (signed(5, egress_allow=("10.0.0.0/8",)), "another version 5"),
+    "the same number again": (signed(5, egress_allow=("10.0.0.0/8",)), "it differs from the version 5"),
     "empty by accident": (signed(9, gateways=(), deployments=()), "no Gateway"),
     "not a Snapshot": (sign(b"[]", KEY), "object"),
     "version 0": (signed(0), "under 1"),
@@ -93,7 +93,7 @@ def test_an_oversize_file_is_refused_unread(tmp_path: Path, file: SnapshotFile) 
     with (tmp_path / SNAPSHOT).open("wb") as sparse:
         sparse.truncate(SNAPSHOT_BYTES_MAX + 1)
     assert file.changed() is None
-    assert f"{SNAPSHOT_BYTES_MAX} are the most" in file.refused
+    assert f"{SNAPSHOT_BYTES_MAX} is the maximum" in file.refused
 
 
 def test_an_empty_snapshot_that_is_meant_is_taken(tmp_path: Path, file: SnapshotFile) -> None:

@@ -32,7 +32,7 @@ def test_row_67_expiry_is_told_in_time_and_once(tmp_path: Path) -> None:
 def test_a_pair_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     put(tmp_path)
     tls = ServerTls(tmp_path / "cert.pem", tmp_path / "key.pem")
-    before = tls._seen
+    before = tls._loaded_stamp
     trustme.CA().issue_cert("other.test").private_key_pem.write_to_path(tmp_path / "key.pem")
     tls.reload_if_changed()
-    assert tls._seen == before
+    assert tls._loaded_stamp == before

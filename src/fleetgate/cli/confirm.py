@@ -14,7 +14,7 @@ def send_confirmed(send: Callable[[bool], Any], yes: bool, may_ask: bool = True)
 
     Shape: `send` takes whether the change is confirmed; `may_ask` is False if standard input is in use.
 
-    Raises: `CommandFailed` if the user declines; `NeedsConfirmation`, whose text names --yes, without a terminal.
+    Raises: `CommandFailed` if the user declines; `NeedsConfirmation` without a terminal; its text names --yes.
     """
     try:
         return send(yes)

@@ -48,7 +48,7 @@ from fleetgate.manifests import Unreadable
 from fleetgate.policies import plugins
 from fleetgate.providers.base import Settings, discover
 
-PREDECESSOR_S_MAX = 5.0  # a predecessor whose supervisor was killed needs time to stop
+PREDECESSOR_S_MAX = 5.0  # a predecessor needs time to stop after its supervisor was killed
 STOP_S_MAX = 2  # a response that takes longer belongs to a client that hangs
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared here, not bound
 

@@ -44,7 +44,7 @@ SIGNALS = {
     Signal.PROBE_WELL: "a probe succeeded",
     Signal.PROBE_BROKE: "a probe got no response, or 5xx",
     Signal.REGION_LOST: f"at least {REGION_SHARE:.0%} of its region, but not it, were ejected within {REGION_S:g} s",
-    Signal.EVERYBODY_OUT: "all candidates are ejected, and this one is the least bad; at most once a second",
+    Signal.ALL_EJECTED: "all candidates are ejected, and this one is the least bad; at most once a second",
     Signal.BACK_OFF_OVER: "its back-off is over",
     Signal.NEW_CREDENTIAL: "a Snapshot brought another credential",
 }

@@ -101,7 +101,7 @@ class Batch(Generic[SequenceT]):
         return True
 
     def cancel(self, sequence: SequenceT, now_s: float) -> None:
-        """Remove a sequence whose client disconnected; its slot is free at once."""
+        """Remove a sequence after its client disconnected; its slot is free at once."""
         self._produced.pop(sequence, None)
         if sequence in self._waiting:
             del self._waiting[sequence]

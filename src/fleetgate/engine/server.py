@@ -114,7 +114,7 @@ class EngineServer:
         return accepted
 
     def cancel(self, response: "EngineResponse") -> None:
-        """Cancel a response whose client disconnected."""
+        """Cancel a response after its client disconnected."""
         self.counts.disconnects += 1
         self.batch.cancel(response, self.loop.time())
         self._arm()

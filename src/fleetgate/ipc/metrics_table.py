@@ -32,7 +32,7 @@ class Kind(StrEnum):
     HISTOGRAM = "histogram"
 
 
-class Listener(StrEnum):
+class MetricsPage(StrEnum):
     """Which `/metrics` page has a metric."""
 
     BOTH = "both"
@@ -48,7 +48,7 @@ class Metric(NamedTuple):
     labels: tuple[str, ...]
     unit: str
     help: str
-    listener: Listener = Listener.API
+    listener: MetricsPage = MetricsPage.API
     copy_of: str = ""  # the metric that it repeats under another name
 
     @property
@@ -63,14 +63,16 @@ _ENDPOINT = ("deployment", "endpoint")
 
 
 def _counter(name: str, labels: tuple[str, ...], text: str, unit: str = "") -> Metric:
-    return Metric(name, Kind.COUNTER, labels, unit, text, Listener.BOTH)
+    return Metric(name, Kind.COUNTER, labels, unit, text, MetricsPage.BOTH)
 
 
 def _seconds(name: str, labels: tuple[str, ...], text: str, copy_of: str = "") -> Metric:
-    return Metric(name, Kind.HISTOGRAM, labels, "seconds", text, Listener.BOTH, copy_of)
+    return Metric(name, Kind.HISTOGRAM, labels, "seconds", text, MetricsPage.BOTH, copy_of)
 
 
-def _gauge(name: str, labels: tuple[str, ...], text: str, unit: str = "", listener: Listener = Listener.API) -> Metric:
+def _gauge(
+    name: str, labels: tuple[str, ...], text: str, unit: str = "", listener: MetricsPage = MetricsPage.API
+) -> Metric:
     return Metric(name, Kind.GAUGE, labels, unit, text, listener)
 
 
@@ -162,18 +164,18 @@ _ROWS = (
         "Share of the KV cache in use as the engine reports it.",
         "ratio",
     ),
-    _gauge("fleetgate_snapshot_version", ("worker",), "Snapshot version in use, by worker.", "", Listener.BOTH),
-    _gauge("fleetgate_snapshot_age_seconds", (), "Seconds since the Snapshot was built.", "seconds", Listener.BOTH),
+    _gauge("fleetgate_snapshot_version", ("worker",), "Snapshot version in use, by worker.", "", MetricsPage.BOTH),
+    _gauge("fleetgate_snapshot_age_seconds", (), "Seconds since the Snapshot was built.", "seconds", MetricsPage.BOTH),
     _gauge(
         "fleetgate_control_silent_seconds",
         (),
         "Seconds since the last heartbeat of the control plane; -1 if there was none.",
         "seconds",
-        Listener.OPS,
+        MetricsPage.OPS,
     ),
     _gauge("fleetgate_workers", (), "Running workers."),
     Metric(
-        "fleetgate_worker_restarts_total", Kind.COUNTER, (), "", "Workers restarted after they ended.", Listener.API
+        "fleetgate_worker_restarts_total", Kind.COUNTER, (), "", "Workers restarted after they ended.", MetricsPage.API
     ),
     _gauge("fleetgate_connections", ("worker",), "Open client connections."),
     _gauge(
@@ -188,7 +190,7 @@ _ROWS = (
         (),
         "",
         "Usage journal rows lost because neither the disk nor memory had room; the usage misses their attempts.",
-        Listener.API,
+        MetricsPage.API,
     ),
     _gauge(
         "fleetgate_journal_bytes",

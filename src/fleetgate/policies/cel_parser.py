@@ -1,4 +1,4 @@
-"""Parser for the part of CEL whose types can be checked before evaluation; every node has its offset in the text."""
+"""Parser for the part of CEL that can be type-checked before evaluation; every node has its offset in the text."""
 
 import re
 from collections.abc import Sequence

@@ -57,7 +57,7 @@ class ReplicaWorkload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ManagedDeployment(msgspec.Struct, frozen=True, kw_only=True):
-    """A Deployment whose replicas Fleetgate runs."""
+    """A Deployment with replicas that Fleetgate runs."""
 
     name: str
     cluster: str

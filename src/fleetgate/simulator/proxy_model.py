@@ -116,7 +116,7 @@ class ProxyModel:
             self._wait(request, now_s, ahead=True)
 
     def on_wake(self, now_s: float) -> None:
-        """Try waiting requests, and refuse those whose deadline has passed."""
+        """Try waiting requests, and refuse those past their deadline."""
         self._try_waiting(now_s)
         for queue_entry, request in list(self.waiting.items()):
             if queue_entry.deadline_s <= now_s:

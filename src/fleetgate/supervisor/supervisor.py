@@ -26,7 +26,7 @@ RESTART_MAX_S = 10.0
 STEADY_S = 30.0  # after a run of this length, the restart pause is RESTART_FIRST_S again
 FAILURES_REPORTED = 3  # one end in less than STEADY_S may be chance, three in a row are a fault for the operator
 POLL_S = 0.1
-# The kernel keeps giving connections to a worker whose event loop is stuck, so such a worker is killed. The limit is
+# The kernel keeps giving connections to a worker with a stuck event loop, so such a worker is killed. The limit is
 # counted in polls, not in seconds, because the supervisor of a suspended machine does not poll either.
 HUNG_POLLS = 100
 KILL_AFTER_S = 5.0  # on top of the grace that a child was given

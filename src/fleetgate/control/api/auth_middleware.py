@@ -46,7 +46,7 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         path: str = scope["path"]
         if not self.knows_host(headers.getlist("host")):
-            # A page of another site whose name now resolves to this address (DNS rebinding) sends that name as Host.
+            # By DNS rebinding a page of another site reaches this address under its own name, which Host then has.
             refused = error_response(
                 421,
                 "the Host header names no host of this API; use localhost, the IP address or a name of --api-listen",

@@ -67,7 +67,7 @@ CONFIG = ChangeOrigin("from the --config file", trusted=True)
 
 
 class CheckedDocuments(msgspec.Struct, frozen=True):
-    """Documents without mistakes. Shape: `resolved` names the Deployments whose hosts were resolved and allowed."""
+    """Documents without mistakes. Shape: `resolved` names the Deployments with resolved and allowed hosts."""
 
     parsed: tuple[ParsedDocument, ...]
     resolved: frozenset[str] = frozenset()

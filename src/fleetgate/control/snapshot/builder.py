@@ -139,7 +139,7 @@ def _capacity_of(
 
 
 def managed_of(parts: SnapshotParts) -> tuple[ManagedDeployment, ...]:
-    """The Deployments whose replicas the reconciler keeps running."""
+    """The Deployments with replicas that the reconciler keeps running."""
     return tuple(
         ManagedDeployment(
             name=name,

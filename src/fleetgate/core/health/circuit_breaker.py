@@ -44,7 +44,7 @@ class Signal(StrEnum):
     PROBE_WELL = "probe_well"
     PROBE_BROKE = "probe_broke"
     REGION_LOST = "region_lost"  # other Endpoints of its region were ejected within a short time
-    EVERYBODY_OUT = "everybody_out"  # no Endpoint gets requests, and this one is the least bad
+    ALL_EJECTED = "everybody_out"  # no Endpoint gets requests, and this one is the least bad
     BACK_OFF_OVER = "back_off_over"  # from the clock
     NEW_CREDENTIAL = "new_credential"
 
@@ -73,12 +73,12 @@ TRANSITIONS: dict[tuple[BreakerState, Signal], Transition] = {
     (_CLOSED, Signal.DENIED): Transition(_DENIED),
     (_CLOSED, Signal.REGION_LOST): Transition(_HALF_OPEN),
     (_OPEN, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
-    (_OPEN, Signal.EVERYBODY_OUT): Transition(_HALF_OPEN),
+    (_OPEN, Signal.ALL_EJECTED): Transition(_HALF_OPEN),
     # A good probe proves the port, not the engine: it ends only an ejection by a probe or a failed connection.
     (_OPEN, Signal.PROBE_BROKE): Transition(_DOWN),
     (_OPEN, Signal.DENIED): Transition(_DENIED),
     (_DOWN, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),
-    (_DOWN, Signal.EVERYBODY_OUT): Transition(_HALF_OPEN),
+    (_DOWN, Signal.ALL_EJECTED): Transition(_HALF_OPEN),
     (_DOWN, Signal.PROBE_WELL): Transition(_HALF_OPEN, verified=False),
     (_DOWN, Signal.DENIED): Transition(_DENIED),
     (_DENIED, Signal.BACK_OFF_OVER): Transition(_HALF_OPEN),

@@ -1,6 +1,6 @@
 """The contract of a client protocol: what the proxy asks of it, and nothing else.
 
-A protocol is one file in this folder: a module whose constants and functions have these names. Calls go straight to
+A protocol is one file in this folder: a module with constants and functions of these names. Calls go straight to
 the module's functions, so the seam costs no Python call per request or per event. An object with the same members
 serves as well, for a protocol that depends on a Gateway's settings.
 """

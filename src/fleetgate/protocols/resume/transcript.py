@@ -125,7 +125,7 @@ class Transcript:
         if not self.whole:
             return
         for event in pending:
-            # A chunk has CR LF after the blank line. That tells it from an event whose own lines end with CR LF.
+            # A chunk has CR LF after the blank line. That distinguishes it from an event with lines that end in CR LF.
             framed = event.endswith(b"\n\n\r\n")
             bare = event[event.find(b"\r\n") + 2 : -2] if framed else event
             data = sse.data_of(bare)
@@ -198,7 +198,7 @@ class Transcript:
         new = [one for choice in choices for one in _decode_ids(choice.token_ids) or ()]
         self.ids.extend(new)
         if has_text:
-            # The last of several tokens may be the start of a character whose text is still to come. A single one with
+            # The last of several tokens may be the start of a character with text still to come. A single one with
             # text is complete.
             self.settled = len(self.ids) if len(new) == 1 else -1
         if (has_text and not new) or len(self.ids) + len(self.prompt_ids or ()) > KEPT_IDS_MAX:

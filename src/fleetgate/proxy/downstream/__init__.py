@@ -1,1 +1,1 @@
-"""The client's side of a connection: framing, authentication, policies, TLS."""
+"""Client connections: framing, authentication, policies, limits, TLS."""

@@ -1,4 +1,4 @@
-"""Who may use a Gateway: client keys checked against the Snapshot alone, so that no database is asked."""
+"""Checks client keys against the Snapshot alone: no request needs a database."""
 
 import hmac
 
@@ -6,9 +6,9 @@ from fleetgate.core.api_keys import hmac_hex, parse_key
 from fleetgate.core.model import Gateway, Key
 from fleetgate.proxy.routing.routing_table import RoutingTable
 
-MEMO_MAX = 10_000  # digests of whole keys seen with this Snapshot; FAULTS.md row 84: bounded
+MEMO_MAX = 10_000  # keys checked with this Snapshot; bounded: faults.md row 84
 ANONYMOUS = Key(id="", name="anonymous", secret_hmac="")
-_NOBODY_HMAC = "0" * 64
+_UNKNOWN_KEY_HMAC = "0" * 64
 
 
 class Authenticator:
@@ -17,7 +17,7 @@ class Authenticator:
     def __init__(self, pepper: bytes | None) -> None:
         self._pepper = pepper
 
-    def find(self, authorization: bytes, tables: RoutingTable) -> Key | None:
+    def find(self, authorization: bytes, table: RoutingTable) -> Key | None:
         """The key of an Authorization header, valid or expired; None for one that is not known.
 
         Cost: 0.1 µs for a key seen with this Snapshot, else 5 µs, the same for unknown ids.
@@ -27,22 +27,23 @@ class Authenticator:
         scheme, _, token = authorization.partition(b" ")
         if scheme.lower() != b"bearer" or not token:
             return None
-        memo = tables.key_memo
+        memo = table.key_memo
         if token in memo:
             return memo[token]
-        key = self._check(token.strip(), tables)
+        key = self._check(token.strip(), table)
         if len(memo) >= MEMO_MAX:
             memo.clear()
         memo[token] = key
         return key
 
-    def _check(self, token: bytes, tables: RoutingTable) -> Key | None:
+    def _check(self, token: bytes, table: RoutingTable) -> Key | None:
         parsed = parse_key(token)
         key_id, secret = parsed if parsed is not None else ("", "")
-        key = tables.keys.get(key_id)
+        key = table.keys.get(key_id)
         given = hmac_hex(self._pepper or b"", secret)
-        # Compared in constant time, and against something for unknown ids too: the time taken tells nothing.
-        same = hmac.compare_digest(given, key.secret_hmac if key is not None else _NOBODY_HMAC)
+        # The comparison takes constant time and is made for unknown ids too, so that its duration does not depend on
+        # whether a key exists.
+        same = hmac.compare_digest(given, key.secret_hmac if key is not None else _UNKNOWN_KEY_HMAC)
         return key if same and parsed is not None else None
 
 

@@ -1,4 +1,4 @@
-"""The client's side of a connection: strict framing in, one request at a time, answers in order."""
+"""Client connections: strict framing of requests, one at a time, and responses in their order."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from fleetgate.proxy.request.response.in_flight import InFlightRequest, RequestF
 from fleetgate.proxy.transport import tcp_info
 
 HEAD_WAIT_MAX_S = 10.0  # faults.md row 4
-IDLE_MAX_S = 75.0  # longer than what load balancers in front usually keep
+IDLE_MAX_S = 75.0  # longer than load balancers usually keep idle connections
 LINGER_S = 1.0
 PIPELINED_BYTES_MAX = 64 * 1024
 WRITE_BUFFER_BYTES_MAX = 256 * 1024  # faults.md row 5
@@ -29,7 +29,7 @@ _TOO_LARGE = errors.BODY_TOO_LARGE.filled(mib=http1.BODY_BYTES_MAX // (1024 * 10
 
 
 class ConnectionServices:
-    """What client connections of one worker use."""
+    """The services that client connections of one worker use."""
 
     __slots__ = ("authorizer", "intake", "limits", "new_request", "on_error", "responder")
 
@@ -84,8 +84,8 @@ class ClientConnection(asyncio.Protocol):
         self.write: Callable[[bytes], None]  # of the transport: a call less for each event
         self._buffer = b""
         self._memo = HeadMemo()
-        self._remembered: RequestContext | None = None  # what the head in `_memo` led to; the two change together
-        self._body: IncomingBody | None = None  # that is still coming
+        self._remembered: RequestContext | None = None  # of the head in `_memo`; the two change together
+        self._body: IncomingBody | None = None  # not complete yet
         self._request: InFlightRequest | None = None
         self._paused = False  # reading, while a request is served
         self._unsent_bytes = 0  # at the last check
@@ -93,12 +93,12 @@ class ClientConnection(asyncio.Protocol):
         self._half_close: HalfCloseDetector | None = None  # since the client's FIN
         self._start: ResponseStart | None = None
         self._held_bytes = 0  # of the budget for bodies
-        self.is_behind = False  # the client reads slower than it is sent to
+        self.is_behind = False  # the client reads slower than data is sent
         self.keep_alive = True
         self.closing = False
         self.deadline_s = 0.0
 
-    # --- the loop's calls ---
+    # --- calls of the event loop ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
@@ -118,8 +118,8 @@ class ClientConnection(asyncio.Protocol):
             self._guarded(request.client_gone, request.id)
 
     def eof_received(self) -> bool:
-        """A FIN. If an answer is due, `HalfCloseDetector` finds out whether the client waits. faults.md rows 41, 42."""
-        # Over TLS nothing can be sent after it that would tell the two apart.
+        """The client sent a FIN. If a response is due, detect whether it still reads. faults.md rows 41, 42."""
+        # Over TLS nothing can be sent afterwards that would show the difference.
         if not self.is_response_due or self._transport.get_extra_info("sslcontext") is not None:
             return False
         if self._half_close is None:
@@ -153,7 +153,7 @@ class ClientConnection(asyncio.Protocol):
                     self._transport.pause_reading()
             else:
                 self._read_head(self._buffer + data if self._buffer else data)
-        except Exception as error:  # faults.md row 75: logged with its place, answered, and only this client's matter
+        except Exception as error:  # faults.md row 75: it ends this client's request alone
             self._on_error(error, b"")
 
     def _guarded(self, call: Callable[[], object], request_id: bytes) -> None:
@@ -163,7 +163,7 @@ class ClientConnection(asyncio.Protocol):
         except Exception as error:
             self._on_error(error, request_id)
 
-    # --- a request comes in ---
+    # --- reading a request ---
 
     def _read_head(self, data: bytes) -> None:
         known = self._remembered
@@ -180,7 +180,7 @@ class ClientConnection(asyncio.Protocol):
             self._reject_and_close(RequestRejected(*too_large))
             return
         if end < 0:
-            if data and not self._buffer:  # the first head's time runs since the connection was made
+            if data and not self._buffer:  # the first head's deadline runs from the start of the connection
                 self.deadline_s = min(self.deadline_s, self._clock() + HEAD_WAIT_MAX_S)
             self._buffer = data
             if self._half_close is not None:
@@ -278,7 +278,7 @@ class ClientConnection(asyncio.Protocol):
                 return
         self._serve(context, body.join())
 
-    # --- and is served ---
+    # --- serving it ---
 
     def _serve(self, context: RequestContext, body: bytes) -> None:
         services = self._services
@@ -305,7 +305,7 @@ class ClientConnection(asyncio.Protocol):
         self.ended(self._clock())
 
     def ended(self, now_s: float) -> None:
-        """The answer is written: wait for the next request, or close."""
+        """The response is written: wait for the next request, or close."""
         self._request = None
         if self._held_bytes:
             self._release_body()
@@ -314,7 +314,7 @@ class ClientConnection(asyncio.Protocol):
         has_left = self._half_close is not None and not self._buffer
         if has_left or not self.keep_alive:
             self.closing = True
-            self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for what is unsent, which the client may not read
+            self.deadline_s = now_s + UNREAD_MAX_S  # a close waits for unsent data, which the client may never read
             self._transport.close()
             return
         self.deadline_s = now_s + IDLE_MAX_S
@@ -322,7 +322,7 @@ class ClientConnection(asyncio.Protocol):
             self._next_soon()
 
     def _next_soon(self) -> None:
-        """Turn to the next request, but not before the client has read most of the last answer: they would pile up."""
+        """Begin the next request, once the client has read most of the last response: responses must not pile up."""
         if self.is_behind or self.closing:
             return
         if self._paused:
@@ -336,7 +336,7 @@ class ClientConnection(asyncio.Protocol):
             data, self._buffer = self._buffer, b""
             self._guarded(lambda: self._read_head(data), b"")
 
-    # --- what others see of it ---
+    # --- for limits and the worker ---
 
     @property
     def request(self) -> InFlightRequest | None:
@@ -344,13 +344,13 @@ class ClientConnection(asyncio.Protocol):
         return self._request
 
     @property
-    def peer_address(self) -> str:
+    def client_address(self) -> str:
         """The client's address, without its port."""
         return str((self._transport.get_extra_info("peername") or ("",))[0])
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request or an answer is under way, in either direction."""
+        """Whether a request or a response is under way."""
         is_coming = self._request is not None or self._body is not None or bool(self._buffer)
         return is_coming or self._transport.get_write_buffer_size() > 0
 
@@ -366,28 +366,28 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
 
     def close(self) -> None:
-        """Close when what is written has been sent."""
+        """Close after all written data was sent."""
         self._transport.close()
 
     def abort(self) -> None:
-        """Close with a reset, so that an unfinished answer cannot be taken for a whole one."""
+        """Close with a reset, so that an unfinished response does not look complete."""
         self._transport.abort()
 
     # --- a client that has sent a FIN ---
 
     @property
     def is_response_due(self) -> bool:
-        """Whether a whole request still waits for the rest of its answer."""
+        """Whether the rest of a response is due."""
         waits = self._body is None and http1.HEAD_END in self._buffer
         return not self.closing and (self._request is not None or waits)
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of the answer in flight that were sent, -1 without a request."""
+        """Bytes of the current response that were sent, -1 without a request."""
         return self._request.writer.written if self._request is not None else -1
 
     def probe_start(self) -> None:
-        """Send the next byte of the answer's first bytes; the answer is then written without them."""
+        """Send the next byte of the response's first bytes; the response is then written without them."""
         if self._start is None:
             self._start = ResponseStart(self._transport)
             self.write = self._write_started
@@ -399,7 +399,7 @@ class ClientConnection(asyncio.Protocol):
             start.write(data)
 
     def probe_stream(self) -> None:
-        """Send a comment, if the answer is a stream."""
+        """Send a comment, if the response is a stream."""
         if self._request is not None and self._request.is_streaming:
             self._transport.write(self._request.writer.frame(COMMENT))
 
@@ -413,7 +413,7 @@ class ClientConnection(asyncio.Protocol):
         self.ended(self._clock())
 
     def _reject_and_close(self, rejected: RequestRejected, no_body: bool = False) -> None:
-        """Answer, then close: after a framing error or with a body unread, the next byte cannot be trusted."""
+        """Respond, then close: after a framing error or an unread body the next byte has no known meaning."""
         self.keep_alive = False
         self._body = None
         self.write(self._services.responder.rejection(rejected, False, no_body))
@@ -421,7 +421,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         # Bytes that still come are read and dropped for a moment: a close with unread bytes would reset the connection
-        # and could take the answer with it. faults.md row 31.
+        # and could take the response with it. faults.md row 31.
         self.closing = True
         self._lingered_bytes = 0
         self.deadline_s = self._clock() + LINGER_S
@@ -435,8 +435,8 @@ class ClientConnection(asyncio.Protocol):
         self.fail(request_id)
 
     def fail(self, request_id: bytes) -> None:
-        """An internal error ended the request: say so if nothing was said yet, and never let it look whole."""
-        was_closing, self.closing = self.closing, True  # what is ended must not begin the next request
+        """End a request after an internal error: with an error response, or so that it does not look complete."""
+        was_closing, self.closing = self.closing, True  # ending it must not begin the next request
         request, self._request, self._body = self._request, None, None
         written = request.writer.written if request is not None else 0
         protocol = request.writer.protocol if request is not None else DEFAULT_PROTOCOL
@@ -450,12 +450,12 @@ class ClientConnection(asyncio.Protocol):
             self.write(responder.internal_error_event(protocol))
         else:
             responder.count(500, "internal_error")
-            self._transport.abort()  # only an error event or a reset tells that the answer is not whole
+            self._transport.abort()  # only an error event or a reset shows that the response is incomplete
             return
         self._linger()
 
     def tick(self, now_s: float) -> None:
-        """Once a second: is `deadline_s` over?"""
+        """Check `deadline_s`, once a second."""
         if self.deadline_s > now_s or self._request is not None:
             return
         body = self._body
@@ -476,7 +476,7 @@ class ClientConnection(asyncio.Protocol):
             self._reject_and_close(RequestRejected(*errors.REQUEST_TOO_SLOW.filled()))
 
     def next_read_deadline_s(self, now_s: float) -> float:
-        """Abort if the client has read nothing since the last call; until when it may read on.
+        """Abort if the client has read nothing since the last call. Returns the next deadline.
 
         The kernel holds some bytes behind what the worker holds, and the client may have taken from those.
         """

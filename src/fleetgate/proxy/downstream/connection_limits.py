@@ -1,4 +1,4 @@
-"""How many connections a worker, an address and a key may have, and how many bytes of bodies it may hold."""
+"""Limits of connections per worker, address and key, and of the memory for request bodies."""
 
 import ipaddress
 from functools import lru_cache
@@ -13,18 +13,18 @@ from fleetgate.proxy.overload.notices import OperatorNotices
 from fleetgate.proxy.overload.overload_manager import SURPLUS, TIGHT, OverloadState
 from fleetgate.proxy.request.response.in_flight import InFlightRequest
 
-IP_CONNECTIONS_MAX = 512  # of one public address in one worker; proxies and offices share one, so it is not small
+IP_CONNECTIONS_MAX = 512  # per public address and worker; not small: proxies and offices share addresses
 BODY_SHARE = 0.25  # of the memory there is, over all workers
-BODY_BUDGET_BYTES_MIN = http1.BODY_BYTES_MAX + 4 * 1024 * 1024  # the largest body must have room
-LINGERING_MAX = 64  # a refused connection is told so, unless that many are being told already
+BODY_BUDGET_BYTES_MIN = http1.BODY_BYTES_MAX + 4 * 1024 * 1024  # room for the largest body
+LINGERING_MAX = 64  # refused connections that get an error response at a time; others are only closed
 _RETRY = b"retry-after: 1\r\nretry-after-ms: 1000\r\nx-should-retry: true\r\n"
 
 
 class LimitedConnection(Protocol):
-    """A client's connection, as limits use it."""
+    """A client connection, as limits use it."""
 
     @property
-    def peer_address(self) -> str:
+    def client_address(self) -> str:
         """The client's address, without its port."""
 
     def abort(self) -> None:
@@ -39,7 +39,7 @@ class LimitedConnection(Protocol):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request or an answer is under way."""
+        """Whether a request or a response is under way."""
 
     @property
     def request(self) -> InFlightRequest | None:
@@ -49,11 +49,11 @@ class LimitedConnection(Protocol):
         """Once a second: check its deadline."""
 
     def close(self) -> None:
-        """Close when what is written has been sent."""
+        """Close after all written data was sent."""
 
 
 class BodyBudget:
-    """Bytes of bodies that do not come in one read."""
+    """The memory budget for bodies that do not come in one read."""
 
     def __init__(self, budget_bytes: int, notices: OperatorNotices) -> None:
         self.budget_bytes = budget_bytes
@@ -61,7 +61,7 @@ class BodyBudget:
         self._held_bytes = 0
 
     def hold(self, more_bytes: int) -> bool:
-        """Take bytes; False if there are not enough."""
+        """Take bytes; False if the budget is used up."""
         if self._held_bytes + more_bytes > self.budget_bytes:
             self._notices.emit(
                 "bodies", f"request bodies hold their limit of {self.budget_bytes >> 20} MiB; more get 503"
@@ -71,12 +71,12 @@ class BodyBudget:
         return True
 
     def release(self, held_bytes: int) -> None:
-        """Give bytes back."""
+        """Return bytes."""
         self._held_bytes -= held_bytes
 
     @property
     def is_tight(self) -> bool:
-        """Whether it is nearly used up."""
+        """Whether the budget is nearly used up."""
         return self._held_bytes > self.budget_bytes * TIGHT
 
 
@@ -117,11 +117,11 @@ class ConnectionLimits:
 
     @property
     def count(self) -> int:
-        """Open connections."""
+        """The number of open connections."""
         return len(self._open)
 
     def connected(self, client: LimitedConnection) -> RequestRejected | None:
-        """Count a new connection; the refusal if there are too many."""
+        """Count a new connection. Returns the refusal if there are too many."""
         self._open[client] = None
         count = len(self._open)
         self._shared.set(self._worker, WorkerCell.CONNECTIONS, count)
@@ -132,7 +132,7 @@ class ConnectionLimits:
             return self._refuse(client, self.overloaded())
         if not self._ip_max:
             return None
-        address = self._address_of[client] = _network_of(client.peer_address)
+        address = self._address_of[client] = _network_of(client.client_address)
         count = self._by_address[address] = self._by_address.get(address, 0) + 1
         limit = self._ip_max if self._ip_max > 0 else IP_CONNECTIONS_MAX
         if count <= limit or (self._ip_max < 0 and not _is_public(address)):
@@ -146,7 +146,7 @@ class ConnectionLimits:
         return rejected
 
     def disconnected(self, client: LimitedConnection) -> None:
-        """A connection ended."""
+        """Uncount a connection."""
         self._open.pop(client, None)
         self._shared.set(self._worker, WorkerCell.CONNECTIONS, len(self._open))
         _count_down(self._by_address, self._address_of.pop(client, ""))
@@ -164,7 +164,7 @@ class ConnectionLimits:
         return True
 
     def sheds(self) -> bool:
-        """Whether this new request is one of those to refuse. Asked only while `shed_share` is not 0."""
+        """Whether to refuse this new request. Called only while `shed_share` is not 0."""
         self._shed_sum += self.shed_share
         if self._shed_sum < 1.0:
             return False
@@ -172,7 +172,7 @@ class ConnectionLimits:
         return True
 
     def overloaded(self) -> RequestRejected:
-        """The refusal of requests that are shed."""
+        """The refusal for shed requests."""
         return RequestRejected(*errors.OVERLOADED.filled(), extra=_RETRY)
 
     def apply(self, state: OverloadState) -> None:
@@ -199,7 +199,7 @@ def _count_down(counts: dict[str, int], name: str) -> None:
 
 
 def _network_of(text: str) -> str:
-    """What counts as one address: of IPv6 the network that one customer has."""
+    """The part of an address that is counted: for IPv6 the network of one customer."""
     if ":" not in text:
         return text
     address = ipaddress.IPv6Address(text.partition("%")[0])
@@ -210,5 +210,5 @@ def _network_of(text: str) -> str:
 
 @lru_cache(1024)
 def _is_public(address: str) -> bool:
-    """Load balancers, and tests, have private and loopback addresses and speak for many clients."""
+    """Whether an address is public. Private and loopback ones are load balancers with many clients."""
     return bool(address) and ipaddress.ip_address(address).is_global

@@ -1,8 +1,8 @@
-"""A client that sent a FIN while its answer is due: has it left, or has it only nothing more to send?
+"""Detects whether a client that sent a FIN while its response is due has left or still reads.
 
-Both look alike until something is sent: the kernel of a client that has closed answers with a reset, the kernel of one
-that still reads does not. So bytes are sent that no reader notices: before an answer its own first bytes, one at a
-time, which are the same for every answer; inside a stream a comment.
+The two differ only in their reply to data: the kernel of a closed client sends a reset, the kernel of a reading one
+does not. Therefore harmless bytes are sent: before a response its first bytes, one at a time, which are the same for
+every response; inside a stream a comment.
 """
 
 import asyncio
@@ -12,15 +12,15 @@ from fleetgate.proxy.transport import tcp_info
 
 RESPONSE_START = b"HTTP/1.1 "
 COMMENT = b":\n\n"  # both official SDKs ignore it: faults.md section 1
-CHECK_FIRST_S = 0.005  # a reset on this machine is there at once; a distant one within its round trip
+CHECK_FIRST_S = 0.005  # a reset takes no time on this machine, else one round trip
 CHECK_MAX_S = 1.0
-PROBE_FIRST_S = 0.5  # the client may leave later, and only a further probe shows it
+PROBE_FIRST_S = 0.5  # a client that leaves later is detected only by a further probe
 PROBE_MAX_S = 64.0
-UNACKED_MAX_S = 5.0  # without an acknowledgement the client is gone, and something between drops what we send
+UNACKED_MAX_S = 5.0  # a client without acknowledgements for so long has left, and its packets are dropped on the way
 
 
 class ResponseStart:
-    """Sends the first bytes of an answer ahead of it, and leaves them out of the answer."""
+    """Sends the first bytes of a response early, and removes them from the response."""
 
     __slots__ = ("_sent", "_transport")
 
@@ -29,39 +29,39 @@ class ResponseStart:
         self._sent = 0
 
     def probe(self) -> None:
-        """Send the next byte of the answer, if there is one that all answers share."""
+        """Send the next byte of the response, if all responses share one."""
         if self._sent < len(RESPONSE_START):
             self._transport.write(RESPONSE_START[self._sent : self._sent + 1])
             self._sent += 1
 
     def write(self, data: bytes) -> None:
-        """Send the head of the answer, or its beginning, without the bytes that are sent already."""
+        """Send the head of the response, or its beginning, without the bytes that were sent."""
         if data[: len(RESPONSE_START)] == RESPONSE_START:
             self._transport.write(data[self._sent :])
         else:
-            self._transport.abort()  # what began as an answer must not go on as something else
+            self._transport.abort()  # the bytes that were sent are not the beginning of this data
 
 
 class HalfClosedClient(Protocol):
-    """A connection whose client has sent a FIN."""
+    """A connection after its client sent a FIN."""
 
     @property
     def is_response_due(self) -> bool:
-        """Whether a request still waits for the rest of its answer."""
+        """Whether the rest of a response is due."""
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of the answer that were sent, -1 while no request is in flight."""
+        """Bytes of the response that were sent, -1 while no request is in flight."""
 
     def probe_start(self) -> None:
-        """Send the next byte of the answer's first bytes."""
+        """Send the next byte of the response's first bytes."""
 
     def probe_stream(self) -> None:
-        """Send a comment, if the answer is a stream."""
+        """Send a comment, if the response is a stream."""
 
 
 class HalfCloseDetector:
-    """Watches one connection as long as an answer is due. Made at the FIN; it keeps its own timer, for it is rare."""
+    """Checks one connection while a response is due. Made at the FIN; it is rare, so it has its own timer."""
 
     def __init__(self, client: HalfClosedClient, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
@@ -98,13 +98,13 @@ class HalfCloseDetector:
         self._schedule()
 
     def _probe(self) -> None:
-        """Send something harmless, unless the answer itself has been sending."""
+        """Send a harmless byte or comment, unless the response itself was sent meanwhile."""
         written = self._client.bytes_written
         if written < 0 or self._transport.get_write_buffer_size():
             return
         if not written:
             self._client.probe_start()
-            self._probe_s = min(2 * self._probe_s, PROBE_MAX_S)  # there are nine such bytes, and ten minutes to wait
+            self._probe_s = min(2 * self._probe_s, PROBE_MAX_S)  # nine such bytes must last for ten minutes
         elif written == self._written or self._written < 0:
             self._client.probe_stream()
         self._written = written

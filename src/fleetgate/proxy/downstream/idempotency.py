@@ -1,7 +1,7 @@
-"""`Idempotency-Key`: a request that was sent twice on purpose is worked once. faults.md row 43.
+"""`Idempotency-Key`: a request that a client repeats is processed once. faults.md row 43.
 
-A claim is a locked file named by key, Gateway and what the client calls the request, so that all workers of a machine
-see it and a worker's death frees it. Nothing is kept in memory, and requests without the header cost nothing.
+A claim is a locked file, named by API key, Gateway and idempotency key, so that all workers of a machine see it and a
+worker's end frees it. Nothing is kept in memory, and requests without the header cost nothing.
 Source: draft-ietf-httpapi-idempotency-key-header.
 """
 
@@ -29,7 +29,7 @@ _HEAD_BYTES_MAX = 64 * 1024  # of a file: the first line, with the kept headers
 
 
 class _Kept(msgspec.Struct):
-    """The first line of a claim's file; a kept answer's body follows it."""
+    """The first line of a claim's file; the kept response's body follows it."""
 
     print: str
     state: str
@@ -41,14 +41,14 @@ _decode = msgspec.json.Decoder(_Kept).decode
 
 
 class IdempotentReplay(msgspec.Struct, frozen=True):
-    """The answer that was given before. Shape: `headers` are whole lines."""
+    """The kept response to an earlier request. Shape: `headers` are whole lines."""
 
     headers: bytes
     body: bytes
 
 
 class IdempotencyClaim:
-    """The right to answer one request, held until it is answered."""
+    """A claim on an idempotency key, held until the request is answered."""
 
     __slots__ = ("_fd", "_path", "_print")
 
@@ -59,7 +59,7 @@ class IdempotencyClaim:
         self._write(_Kept(fingerprint, RUNNING), b"")
 
     def end(self, response: FinalResponse) -> None:
-        """The request is over: keep its answer, or that it had one, before its client has all of it.
+        """Keep the response, or only that there was one, before the client has all of it.
 
         A request that failed may be sent again.
         """
@@ -73,7 +73,7 @@ class IdempotencyClaim:
             else:
                 self._write(_Kept(self._print, WHOLE, response.headers), response.body or b"")
         except OSError:
-            self._path.unlink(missing_ok=True)  # a full disk: a repeated request then runs, as without the header
+            self._path.unlink(missing_ok=True)  # a full disk: a repeated request is then processed again
         finally:
             self._close()
 
@@ -88,7 +88,7 @@ class IdempotencyClaim:
             os.close(fd)
 
     def __del__(self) -> None:
-        # Where a mistake of ours put the request away: the lock goes, and with it the claim.
+        # After an internal error the request is dropped without an end: this frees the lock and with it the claim.
         self._close()
 
 
@@ -100,10 +100,10 @@ class IdempotencyStore:
         self._notices = notices
 
     def claim(self, context: RequestContext, body: bytes) -> IdempotencyClaim | IdempotentReplay | None:
-        """The right to answer, or the answer that is kept; None if the disk keeps nothing. faults.md row 68.
+        """Claim the key. Returns the claim, the kept response, or None if the disk fails. faults.md row 68.
 
-        Raises: `RequestRejected` with 400 for an invalid name, 409 while another request answers it or if its answer is
-        not kept, 422 if the same name was given to another request. Cost: 60 µs, for requests with the header only.
+        Raises: `RequestRejected` with 400 for an invalid key, 409 while another request has the claim or if its
+        response was not kept, 422 if the key was used for another request. Cost: 60 µs, only with the header.
         """
         name = context.idempotency_key
         if len(name) > NAME_BYTES_MAX or not name.isascii():
@@ -118,7 +118,7 @@ class IdempotencyStore:
             return None
 
     def remove_expired(self) -> None:
-        """Remove what is too old, and the oldest beyond the bounds. It reads a directory: run it in a thread."""
+        """Remove expired files, and the oldest beyond the limits. It reads a directory: call it in a thread."""
         remove_expired(self._directory.parent)
 
 
@@ -141,11 +141,11 @@ def _claim(path: Path, fingerprint: str) -> IdempotencyClaim | IdempotentReplay:
         os.close(fd)
 
 
-_FOR_GOOD = b"x-should-retry: false\r\n"  # the official SDKs would ask twice more
+_FOR_GOOD = b"x-should-retry: false\r\n"  # the official SDKs would retry twice
 
 
 def _open(path: Path) -> int:
-    """The file with its lock, -1 where another has it."""
+    """Open and lock the file; -1 if another request has the lock."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -160,7 +160,7 @@ def _open(path: Path) -> int:
 
 
 def _read(fd: int) -> tuple[_Kept, bytes] | None:
-    """What a claim left behind; None for nothing, what is too old, and what its worker did not live to finish."""
+    """The content of a claim's file; None if it is empty, expired or unfinished because its worker ended."""
     if time.time() - os.fstat(fd).st_mtime > KEPT_S:
         return None
     line, _, answer = os.pread(fd, _HEAD_BYTES_MAX + ANSWER_BYTES_MAX, 0).partition(b"\n")
@@ -172,7 +172,7 @@ def _read(fd: int) -> tuple[_Kept, bytes] | None:
 
 
 def remove_expired(data_dir: Path) -> None:
-    """Remove what is too old, and the oldest beyond the bounds. It reads a directory, so it is for another thread."""
+    """Remove expired files, and the oldest beyond the limits. It reads a directory: call it in a thread."""
     found = []
     try:
         with os.scandir(data_dir / DIRECTORY) as entries:

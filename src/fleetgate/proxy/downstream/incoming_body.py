@@ -4,7 +4,7 @@ from fleetgate.protocols.http1 import ChunkedBody
 from fleetgate.proxy.request.request_context import RequestContext
 
 BODY_GRACE_S = 5.0  # how late a body may be at first; faults.md row 4
-BODY_SLACK_MAX_S = 15.0  # how late a body that was fast may become: a mobile client's gap of seconds is no attack
+BODY_SLACK_MAX_S = 15.0  # the most that a fast body gains: mobile clients have gaps of seconds
 BODY_BYTES_PER_S_MIN = 1024
 
 
@@ -16,7 +16,7 @@ class IncomingBody:
     def __init__(self, context: RequestContext, length: int, chunks: ChunkedBody | None) -> None:
         self.context = context
         self.received_bytes = 0
-        self.rest = b""  # what came behind the body
+        self.rest = b""  # the bytes after the body
         self._chunks = chunks
         self._missing = length
         self._parts: list[bytes] = []
@@ -25,11 +25,11 @@ class IncomingBody:
 
     @property
     def is_chunked(self) -> bool:
-        """Whether its length is not known before its end."""
+        """Whether its length is unknown before its end."""
         return self._chunks is not None
 
     def feed(self, data: bytes) -> int:
-        """Take bytes; how many of them are the body's.
+        """Add bytes. Returns how many of them belong to the body.
 
         Raises: `Malformed` for wrong chunks.
         """
@@ -46,7 +46,7 @@ class IncomingBody:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of it has come."""
+        """Whether it is complete."""
         return self._chunks.done if self._chunks is not None else not self._missing
 
     def join(self) -> bytes:
@@ -54,7 +54,7 @@ class IncomingBody:
         return b"".join(self._parts)
 
     def is_fast_enough(self, passed_s: float) -> bool:
-        """Whether the pace since the last check, so many seconds ago, is enough, or what it had gained lasts."""
+        """Whether the rate since the last check, so many seconds ago, is enough, or earlier speed makes up for it."""
         came_bytes, self._rated_bytes = self.received_bytes - self._rated_bytes, self.received_bytes
         self._slack_s = min(self._slack_s + came_bytes / BODY_BYTES_PER_S_MIN - passed_s, BODY_SLACK_MAX_S)
         return self._slack_s >= 0

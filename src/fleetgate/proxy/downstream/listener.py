@@ -1,4 +1,4 @@
-"""A listening socket that can stop accepting for a while: who comes then waits in the kernel's queue."""
+"""A listening socket that can pause accepting: new connections then wait in the kernel's queue."""
 
 import asyncio
 import os
@@ -7,19 +7,19 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 
-HANDSHAKE_MAX_S = 10.0  # FAULTS.md row 4: it is part of the time a client has for its first head
-LAST_S_MAX = 2.0  # for the handshakes of those who were waiting when the last worker went
-SHUTDOWN_MAX_S = 2.0  # for the answer to our close_notify, which many never send
+HANDSHAKE_MAX_S = 10.0  # faults.md row 4: part of the time that a client has for its first head
+LAST_HANDSHAKES_S_MAX = 2.0  # for connections that were still queued when the last worker stopped
+SHUTDOWN_MAX_S = 2.0  # for the client's close_notify, which many clients never send
 BACKLOG = 4096
 
 
 class Listener:
-    """Accepts on an inherited descriptor. Shape: the descriptor stays open, so nobody in the queue is reset."""
+    """Accepts on an inherited descriptor. It stays open during a pause, so that queued connections are not reset."""
 
-    def __init__(self, fd: int, tls: ssl.SSLContext | None, make: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, fd: int, tls: ssl.SSLContext | None, make_protocol: Callable[[], asyncio.Protocol]) -> None:
         self._fd = fd
         self._tls = tls
-        self._make = make
+        self._make_protocol = make_protocol
         self._server: asyncio.Server | None = None
         self._wanted = True
         self._task: asyncio.Task[None] | None = None
@@ -28,7 +28,7 @@ class Listener:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            self._make,
+            self._make_protocol,
             sock=socket.socket(fileno=os.dup(self._fd)),
             backlog=BACKLOG,
             ssl=self._tls,
@@ -38,10 +38,10 @@ class Listener:
         return self
 
     def pause(self) -> None:
-        """Accept nobody until `resume`."""
+        """Accept no connection until `resume`."""
         if self._server is not None:
             server, self._server = self._server, None
-            # Not inside the callback that accepts: the loop still holds the handle there.
+            # Close later: inside the accepting callback the loop still uses the handle.
             asyncio.get_running_loop().call_soon(server.close)
 
     def resume(self) -> None:
@@ -55,7 +55,7 @@ class Listener:
             self.pause()
 
     async def close(self, last: bool) -> None:
-        """Accept nobody any more; where no other process will, first take who is waiting to be accepted."""
+        """Stop accepting. If this is the `last` process on the socket, accept what is queued first."""
         self._wanted = False
         if self._task is not None:
             await self._task
@@ -64,23 +64,23 @@ class Listener:
         if last:
             listener = socket.socket(fileno=os.dup(self._fd))
             listener.setblocking(False)
-            coming = []
+            handshakes = []
             with listener:
-                while (waiting := _next(listener)) is not None:
-                    coming.append(asyncio.get_running_loop().create_task(self._let_in(waiting)))
-            if coming:
-                await asyncio.wait(coming, timeout=LAST_S_MAX)
+                while (accepted := _accept(listener)) is not None:
+                    handshakes.append(asyncio.get_running_loop().create_task(self._connect(accepted)))
+            if handshakes:
+                await asyncio.wait(handshakes, timeout=LAST_HANDSHAKES_S_MAX)
         os.close(self._fd)
 
-    async def _let_in(self, waiting: socket.socket) -> None:
+    async def _connect(self, accepted: socket.socket) -> None:
         handshake_s = HANDSHAKE_MAX_S if self._tls else None
-        with suppress(OSError):  # who does not speak TLS, or has left, is not let in
+        with suppress(OSError):  # the client does not speak TLS, or has left
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._make, waiting, ssl=self._tls, ssl_handshake_timeout=handshake_s
+                self._make_protocol, accepted, ssl=self._tls, ssl_handshake_timeout=handshake_s
             )
 
 
-def _next(listener: socket.socket) -> socket.socket | None:
+def _accept(listener: socket.socket) -> socket.socket | None:
     try:
         return listener.accept()[0]
     except OSError:

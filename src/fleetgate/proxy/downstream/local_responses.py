@@ -1,4 +1,4 @@
-"""Answers that the gateway gives itself: errors before routing, the list of models, kept answers."""
+"""Responses of the gateway itself: errors before routing, the list of models, kept responses."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ INTERNAL_ERROR = errors.INTERNAL_ERROR.message
 
 
 class RequestRejected(Exception):
-    """The request ends here with an error of ours. Shape: `extra` are header lines."""
+    """The request ends with an error of the gateway. Shape: `extra` are header lines."""
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None, extra: bytes = b"") -> None:
         super().__init__(message)
@@ -27,13 +27,13 @@ class RequestRejected(Exception):
         self.protocol = DEFAULT_PROTOCOL  # the Gateway's, once it is known
 
     def spoken_in(self, protocol: ClientProtocol) -> "RequestRejected":
-        """The same, written as this protocol writes errors."""
+        """The same error in the format of this protocol."""
         self.protocol = protocol
         return self
 
 
 class LocalResponder:
-    """Makes and counts the local answers of one worker."""
+    """Makes and counts the local responses of one worker."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class LocalResponder:
         self._counters: dict[tuple[int, str], int] = {}
 
     def count(self, status: int, code: str) -> None:
-        """Count a request that was not routed. Shape: `code` is one of ours, so the label is bounded."""
+        """Count a request that was not routed. Shape: `code` is of the error table, so labels are bounded."""
         index = self._counters.get((status, code))
         if index is None:
             labels = {"status": str(status), "code": code}
@@ -58,7 +58,7 @@ class LocalResponder:
         self._access_log.denied(status, code)
 
     def rejection(self, rejected: RequestRejected, keep_alive: bool, no_body: bool) -> bytes:
-        """The bytes of an error of ours, counted."""
+        """Count an error and return its bytes."""
         self.count(rejected.status, rejected.code)
         if rejected.status == 204:
             head = http1.status_line(204) + self.defaults.date_line + rejected.extra
@@ -69,14 +69,14 @@ class LocalResponder:
         return self.plain(rejected.status, body, content_type + rejected.extra, keep_alive, no_body)
 
     def plain(self, status: int, body: bytes, extra: bytes, keep_alive: bool, no_body: bool = False) -> bytes:
-        """The bytes of a whole answer. Shape: `extra` are header lines, with the content type."""
+        """The bytes of a complete response. Shape: `extra` are header lines, with the content type."""
         if not keep_alive:
             extra += CLOSE
         data = response_heads.plain(status, body, self.defaults.date_line, self.next_id(), extra)
         return data[: -len(body)] if no_body else data
 
     def internal_error(self, request_id: bytes, protocol: ClientProtocol) -> bytes:
-        """The bytes of a 500, counted."""
+        """Count an internal error and return the bytes of a 500."""
         self.count(500, "internal_error")
         body = protocol.error_body(500, "internal_error", INTERNAL_ERROR)
         extra = b"content-type: %b\r\n" % protocol.ERROR_TYPE + CLOSE

@@ -1,4 +1,4 @@
-"""What a Gateway's policies say of one request: asked once, after the model is known and before any limit."""
+"""Evaluates a Gateway's policies for one request: once, after the model is known and before any limit."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ from fleetgate.proxy.telemetry.access_log import AccessLog
 
 
 class PolicyFilter:
-    """Asks policies for one worker."""
+    """Evaluates policies in one worker."""
 
     def __init__(
         self, estimates: TokenEstimates, spool: EventSpool, access_log: AccessLog, clock: Callable[[], float]
@@ -51,7 +51,7 @@ class PolicyFilter:
         return decision
 
     def _notify(self, gateway: str, notes: tuple[str, ...]) -> None:
-        """A policy that fails is an Event and a line of the log, once a minute, not once a request."""
+        """Report failing policies as an Event and a log line, each at most once a minute."""
         for note in self._notices.fresh(notes, self._clock()):
             self._spool.add(EventRecord("Gateway", gateway, note))
             self._access_log.event(Level.WARNING, "policy_trouble", note, gateway=gateway)
@@ -61,16 +61,16 @@ QUIET_S = 60.0
 
 
 class PolicyNotices:
-    """Lets each note through once a minute.
+    """Passes each note at most once a minute.
 
-    Notes name policies and reasons and nothing a client sent, so there are only as many as there are policies.
+    Notes have the names of policies and reasons and no data of clients, so their number is bounded.
     """
 
     def __init__(self) -> None:
-        self._said_s: dict[str, float] = {}
+        self._passed_s: dict[str, float] = {}
 
     def fresh(self, notes: Iterable[str], now_s: float) -> tuple[str, ...]:
-        """Those that were not let through within the last minute."""
-        found = tuple(note for note in notes if now_s - self._said_s.get(note, -QUIET_S) >= QUIET_S)
-        self._said_s.update(dict.fromkeys(found, now_s))
+        """The notes that were not passed within the last minute."""
+        found = tuple(note for note in notes if now_s - self._passed_s.get(note, -QUIET_S) >= QUIET_S)
+        self._passed_s.update(dict.fromkeys(found, now_s))
         return found

@@ -1,4 +1,4 @@
-"""From a request's head to what it may do: Gateway, key, path; decided once per head and Snapshot."""
+"""Authorizes request heads: Gateway, key and path, decided once per head and Snapshot."""
 
 import ipaddress
 import time
@@ -69,7 +69,7 @@ class RequestAuthorizer:
         return RequestContext(head, table, gateway, key, cors)
 
     def _cors_headers(self, head: RequestHead) -> bytes:
-        """The CORS headers for an allowed Origin. Without keys a foreign one is refused: any page could use it."""
+        """The CORS headers for an allowed Origin. Without keys other origins are refused."""
         origin = head.headers.get(b"origin")
         if origin is None:
             return b""

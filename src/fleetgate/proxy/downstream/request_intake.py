@@ -1,4 +1,4 @@
-"""From an authorized head and a whole body to a request that can be routed, or to an answer of the gateway's own."""
+"""Makes a routable request, or a response of the gateway itself, from an authorized head and a complete body."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from fleetgate.proxy.request.response.heads import JSON
 
 
 class LocalResponse(NamedTuple):
-    """An answer that needs no Deployment. Shape: `extra` are header lines; `code` of its counter, empty for none."""
+    """A response without a Deployment. Shape: `extra` are header lines; `code` of its counter, empty for none."""
 
     status: int
     body: bytes
@@ -29,7 +29,7 @@ class RequestIntake:
         self._idempotency = idempotency
 
     def receive(self, context: RequestContext, body: bytes) -> ReceivedRequest | LocalResponse:
-        """Read the body, find the route, ask policies, and claim the idempotency key, in this order.
+        """Read the body, find the route, evaluate policies, and claim the idempotency key, in this order.
 
         Raises: `RequestRejected`.
         """

@@ -16,47 +16,47 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS = 825
 LEAF_DAYS = 90
-ALARM_DAYS = (30, 7, 1)  # FAULTS.md row 67
+ALARM_DAYS = (30, 7, 1)  # faults.md row 67
 DAY_S = 86_400.0
 _PEM = serialization.Encoding.PEM
 
 
 class ServerTls:
-    """The listener's context. New handshakes use new files at once; running connections keep theirs.
+    """A listener's TLS context. New handshakes use replaced files at once; open connections keep theirs.
 
-    Raises: `OSError` or `ssl.SSLError` when the first load fails; a later bad pair leaves the good one in use.
+    Raises: `OSError` or `ssl.SSLError` if the first load fails. A later bad pair leaves the good one in use.
     """
 
     def __init__(self, cert: Path, key: Path) -> None:
         self._cert, self._key = cert, key
         self.context = server_context()
-        self._seen = self._stamp()
+        self._loaded_stamp = self._stamp()
         self._load()
 
     def _stamp(self) -> tuple[int, int]:
         return self._cert.stat().st_mtime_ns, self._key.stat().st_mtime_ns
 
     def _load(self) -> None:
-        """Read the files once: whoever writes them may be half-way between a trial and the real thing."""
+        """Read each file once, check the pair, then use it: the files may change between the check and the use."""
         chain = self._cert.read_bytes()
         with _as_file(self._key.read_bytes() + b"\n" + chain) as pair:
-            server_context().load_cert_chain(pair)  # a pair that does not fit must not spoil the context in use
+            server_context().load_cert_chain(pair)  # a pair that does not match must not reach the context in use
             self.context.load_cert_chain(pair)
         self._expires_s = x509.load_pem_x509_certificate(chain).not_valid_after_utc.timestamp()
-        self._told_days = 0
+        self._warned_days = 0
 
     def reload_if_changed(self) -> None:
-        """Load the files again when they were replaced by a pair that fits together."""
+        """Load the files again if they were replaced by a certificate and key that match."""
         try:
             stamp = self._stamp()
-            if stamp != self._seen:
+            if stamp != self._loaded_stamp:
                 self._load()
-                self._seen = stamp
+                self._loaded_stamp = stamp
         except (OSError, ssl.SSLError, ValueError):
             return
 
     def alarm(self, now_s: float) -> str:
-        """A sentence when the certificate has come nearer to its end than 30, 7 or 1 days; else nothing.
+        """A warning, once each, when the certificate expires in less than 30, 7 and 1 days; else an empty string.
 
         Units: `now_s` seconds since the epoch.
         """
@@ -64,16 +64,16 @@ class ServerTls:
         if left_s > ALARM_DAYS[0] * DAY_S:
             return ""
         days = min(days for days in ALARM_DAYS if left_s <= days * DAY_S)
-        if days == self._told_days:
+        if days == self._warned_days:
             return ""
-        self._told_days = days
+        self._warned_days = days
         when = f"expires in {left_s / DAY_S:.1f} days" if left_s > 0 else "has expired"
-        return f"The certificate {self._cert} {when}; put a new one and its key in place, they are taken up at once."
+        return f"The certificate {self._cert} {when}; replace it and its key, the new files are used at once."
 
 
 @contextmanager
 def _as_file(content: bytes) -> Iterator[str]:
-    """A path that the ssl module can load from and nobody else can read; on no disk, where the system can do that."""
+    """A path that only this process can read, for the ssl module to load; in memory only, if the system supports it."""
     if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create("fleetgate-tls"), "wb") as file:
             file.write(content)
@@ -87,9 +87,9 @@ def _as_file(content: bytes) -> Iterator[str]:
 
 
 class DevelopmentTls:
-    """A context whose certificates a development CA makes, one for each Gateway at its first handshake (SNI).
+    """A TLS context with a certificate of the development CA for each Gateway, made at its first handshake (SNI).
 
-    Shape: `is_served` says whether a host name is a Gateway's; for other names the certificate of `localhost` is shown.
+    Shape: `is_served` says whether a host name is a Gateway's. Other names get the certificate of `localhost`.
     """
 
     def __init__(self, directory: Path, is_served: Callable[[str], bool]) -> None:
@@ -100,10 +100,10 @@ class DevelopmentTls:
         self.context.sni_callback = self._choose
 
     def reload_if_changed(self) -> None:
-        """Nothing to do: certificates are made anew at each start."""
+        """Do nothing: certificates are made at each start."""
 
     def alarm(self, now_s: float) -> str:
-        """Nothing: they outlive any process."""
+        """No warning: the certificates are valid for 90 days from the start of the process."""
         return ""
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
@@ -133,7 +133,7 @@ def server_context() -> ssl.SSLContext:
 
 
 def development_authority(directory: Path) -> Path:
-    """Make the development CA, once, and return the path of its certificate, which clients must trust."""
+    """Make the development CA if it does not exist. Returns the path of its certificate, which clients must trust."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     ca_path, key_path = directory / "dev-ca.pem", directory / "dev-ca.key"
     if not (ca_path.exists() and key_path.exists()):

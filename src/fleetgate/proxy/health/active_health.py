@@ -1,6 +1,6 @@
-"""Probes Endpoints: one worker does it for all workers and writes what it learns to shared memory.
+"""Probes Endpoints: one worker does it for all and writes the results to shared memory.
 
-Health and load are read with GET. The one generation request that no client asked for is the resume probe's.
+Health and load are read with GET. Only the resume probe sends generation requests of its own.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ UNKNOWN = -1
 
 
 class ProbeResponse:
-    """Reads one response on a connection of its own."""
+    """Reads one response on its own connection."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.result: asyncio.Future[tuple[ResponseHead, bytes]] = loop.create_future()
@@ -36,7 +36,7 @@ class ProbeResponse:
         """Bytes came."""
         self._buffer += data
         try:
-            self._try(ended=False)
+            self._parse(ended=False)
         except Malformed as error:
             self._fail(error)
         if len(self._buffer) > RESPONSE_BYTES_MAX:
@@ -45,7 +45,7 @@ class ProbeResponse:
     def on_lost(self, error: Exception | None) -> None:
         """The connection ended."""
         try:
-            self._try(ended=True)
+            self._parse(ended=True)
         except Malformed as malformed:
             self._fail(malformed)
         self._fail(ConnectionResetError("the connection was closed"))
@@ -54,7 +54,7 @@ class ProbeResponse:
         if not self.result.done():
             self.result.set_exception(error)
 
-    def _try(self, ended: bool) -> None:
+    def _parse(self, ended: bool) -> None:
         head_bytes, mark, rest = self._buffer.partition(http1.HEAD_END)
         if not mark or self.result.done():
             return
@@ -93,20 +93,20 @@ class HealthChecker:
         self._try_lock = try_lock
         self._clock = clock
         self.is_prober = False
-        self._external: dict[int, int] = {}  # requests of others, by Endpoint slot, at the last poll
+        self._external: dict[int, int] = {}  # by Endpoint slot, at the last poll
         self._running: dict[EndpointState, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Probe, and follow what was probed, until cancelled."""
+        """Probe, and apply the results of probes, until cancelled."""
         while True:
             self.is_prober = self.is_prober or self._try_lock()
             if self.is_prober:
                 self._start_probes()
             await asyncio.sleep(PROBE_EVERY_S / 4)
-            self._follow()
+            self._apply_results()
 
     def retire(self) -> None:
-        """This worker stops: it probes no more."""
+        """Stop probing: this worker stops."""
         self.is_prober = False
 
     def _start_probes(self) -> None:
@@ -118,9 +118,11 @@ class HealthChecker:
                 if (running is None or running.done()) and now_ms - seen_ms >= PROBE_EVERY_S * 1000:
                     self._running[endpoint] = asyncio.ensure_future(self._probe(deployment.spec, endpoint))
         known = table.endpoints.values()
-        self._running = {one: task for one, task in self._running.items() if not task.done() or one in known}
+        self._running = {
+            endpoint: task for endpoint, task in self._running.items() if not task.done() or endpoint in known
+        }
 
-    def _follow(self) -> None:
+    def _apply_results(self) -> None:
         """Feed the prober's results to this worker's circuit breakers."""
         for endpoint in self._active.current.endpoints.values():
             if endpoint.note_probe(self._shared.signal(endpoint.spec.slot, EndpointSignal.SEEN_MS)):
@@ -130,12 +132,12 @@ class HealthChecker:
     async def _probe(self, deployment: Deployment, endpoint: EndpointState) -> None:
         engine = engines.find(deployment.engine)
         health_path = deployment.health_path or (engine.HEALTH_PATH if engine is not None else "")
-        begun_s = self._clock()
+        started_s = self._clock()
         up, rtt_us = 1, 0
         try:
             async with peer_timeout(PROBE_TIMEOUT_S):
                 connection = await endpoint.pool.connect(self._network, PROBE_TIMEOUT_S)
-                rtt_us = int((self._clock() - begun_s) * 1e6)
+                rtt_us = int((self._clock() - started_s) * 1e6)
                 try:
                     if health_path:
                         head, _ = await self._get(connection, endpoint, health_path)
@@ -164,9 +166,9 @@ class HealthChecker:
         deployment: Deployment,
         endpoint: EndpointState,
     ) -> None:
-        """Load is optional: an engine without metrics is routed by our own counts, and stays healthy."""
+        """Read the engine's metrics. An engine without them stays healthy and is routed by this machine's counts."""
         shared, slot = self._shared, endpoint.spec.slot
-        ours_before = shared.in_flight_total(deployment.slot)
+        own_before = shared.in_flight_total(deployment.slot)
         connection = await endpoint.pool.connect(self._network, PROBE_TIMEOUT_S)
         try:
             head, body = await self._get(connection, endpoint, path)
@@ -181,12 +183,12 @@ class HealthChecker:
         shared.set_signal(slot, EndpointSignal.WAITING, UNKNOWN if signals.waiting is None else signals.waiting)
         kv_permille = UNKNOWN if signals.kv_ratio is None else int(signals.kv_ratio * 1000)
         shared.set_signal(slot, EndpointSignal.KV_PERMILLE, kv_permille)
-        # Requests from elsewhere at the same engine. Ours are counted before and after, so that one that has just
-        # ended is not taken for one of them.
-        ours = max(ours_before, shared.in_flight_total(deployment.slot))
-        there = (signals.running or 0) + (signals.waiting or 0)
-        external = max(0, there - ours) if len(deployment.endpoints) == 1 else 0
-        # Seen twice: an engine counts a request of ours for a moment after its last byte has come.
+        # Requests from elsewhere at the same engine. This machine's requests are the larger count of before and after:
+        # a request that has just ended is not external.
+        own = max(own_before, shared.in_flight_total(deployment.slot))
+        running = (signals.running or 0) + (signals.waiting or 0)
+        external = max(0, running - own) if len(deployment.endpoints) == 1 else 0
+        # The lower of two polls: an engine still counts a request shortly after its last byte has come.
         shared.set_signal(slot, EndpointSignal.FOREIGN, min(external, self._external.get(slot, 0)))
         self._external[slot] = external
         shared.set_signal(slot, EndpointSignal.LOAD_SEEN_MS, int(self._clock() * 1000))

@@ -1,4 +1,4 @@
-"""Events about Deployments and their Endpoints: the sentences, and how often each is told."""
+"""Events about Deployments and their Endpoints: their sentences, and how often each is emitted."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,11 +7,11 @@ from fleetgate.core.health.outlier_detection import REGION_S
 from fleetgate.core.model import Deployment, Endpoint
 from fleetgate.ipc.event_spool import EventRecord, EventSpool
 
-EVENT_EVERY_S = 30.0  # an Event of one kind of one Deployment
+EVENT_EVERY_S = 30.0  # between Events of one kind of one Deployment
 
 _REASONS = {
     Signal.UNREACHABLE: "connections to it fail",
-    Signal.PROBE_BROKE: "{probes} consecutive probes got no answer",
+    Signal.PROBE_BROKE: "{probes} consecutive probes got no response",
     Signal.SLOW: "its latency is several times its usual, and other Endpoints can take its load",
 }
 _FAILED = "{failures} consecutive attempts failed ({broken} of the last {ended} responses)"
@@ -36,7 +36,7 @@ class DeploymentEvents:
 def ejected_message(
     endpoint: Endpoint, before: EndpointHealth, health: EndpointHealth, signal: Signal, now_s: float
 ) -> str:
-    """An Endpoint gets no requests. Shape: `before` and `health` are its health before and after the signal."""
+    """The Event about an ejected Endpoint. Shape: `before` and `health` are its health before and after the signal."""
     for_s = health.open_until_s - now_s
     if health.breaker is BreakerState.DENIED:
         return (
@@ -53,34 +53,34 @@ def ejected_message(
 
 
 def model_missing_message(deployment: Deployment, model: str, path: str) -> str:
-    """A Deployment does not serve one of its models at a path."""
+    """The Event about a Deployment that does not serve one of its models at a path."""
     upstream = deployment.models.get(model, model)
     return (
         f"Deployment {deployment.name} answers 404 for model {model} (sent as {upstream}) at {path}: such requests go "
-        "to other Deployments that serve it; correct `models` unless only the path is missing"
+        "to other Deployments; correct the Deployment's `models` unless only the path is missing"
     )
 
 
 def panic_message(gateway: str, model: str) -> str:
-    """Every Endpoint of a route is ejected."""
+    """The Event about a route without healthy Endpoints."""
     return (
-        f"every Deployment for model {model} of Gateway {gateway} is ejected: requests fail at once, but for one trial "
+        f"every Deployment for model {model} of Gateway {gateway} is ejected: requests fail at once, except one trial "
         "of each Endpoint per second"
     )
 
 
 def poison_message(request_id: str, origins: list[str]) -> str:
-    """A request was given up."""
+    """The Event about a poison request."""
     return (
-        f"request {request_id} was given up with 502 poison_request: the engines at {' and '.join(origins)} went down "
+        f"request {request_id} was refused with 502 poison_request: the engines at {' and '.join(origins)} stopped "
         "while they served it"
     )
 
 
 def region_lost_message(region: str, ejected_s: Mapping[str, float], now_s: float) -> str:
-    """Much of a region was ejected at once."""
+    """The Event about a region with many Endpoints ejected at once."""
     names = sorted(name for name, moment_s in ejected_s.items() if now_s - moment_s <= REGION_S)
     return (
         f"region {region} is treated as lost: {', '.join(names)} ejected within {REGION_S:g} s; "
-        "its other Endpoints get one request at a time until one succeeds"
+        "each of its other Endpoints gets one request at a time until one succeeds"
     )

@@ -1,4 +1,4 @@
-"""The health of every Endpoint in one worker: what attempts, probes, ticks and other workers show, put together."""
+"""The health of every Endpoint in one worker, from attempts, probes, latencies and the other workers."""
 
 import random
 from collections.abc import Callable, Collection, Iterable
@@ -25,12 +25,12 @@ from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.routing.routing_table import RoutingTable
 
-MODEL_MISSING_S = 30.0  # a Deployment without a model is not asked for it for this long
-PANIC_EVERY_S = 1.0  # with every Endpoint ejected, each is tried this often by one request, the least bad first
-CREDENTIAL_PROVEN_S = 10.0  # within this time of an answer, a 403 may be about the prompt, not the credential
-CREDENTIAL_REFUSALS_MAX = 3  # that many consecutive 403s are about the credential
+MODEL_MISSING_S = 30.0  # no request for the model goes to that Deployment for this long
+PANIC_EVERY_S = 1.0  # with every Endpoint ejected, each gets one request this often, the least bad first
+CREDENTIAL_PROVEN_S = 10.0  # so soon after a good response a 403 may be about the prompt
+CREDENTIAL_REFUSALS_MAX = 3  # so many consecutive 403s are about the credential
 
-# What a failed attempt says about an Endpoint's health. A failure without an entry says nothing, or something else.
+# The health signal of each failure. Failures without an entry are no signal, or are handled in another way.
 SIGNALS = {
     Failure.BROKEN: Signal.BROKE,
     Failure.BAD_OUTPUT: Signal.BROKE,
@@ -50,17 +50,17 @@ class FailedAttempt(msgspec.Struct, frozen=True):
 
 
 class HealthReactions(Protocol):
-    """What follows from a change of health for requests."""
+    """What requests do after a change of health."""
 
     def wake_soon(self) -> None:
-        """An Endpoint may take requests again: those that wait may find a slot."""
+        """Let waiting requests look for a slot: an Endpoint may take requests again."""
 
     def move_silent_soon(self, endpoint: EndpointState) -> None:
-        """An Endpoint cannot be reached: requests that wait there for a first event move."""
+        """Move requests that wait at an unreachable Endpoint for a first event."""
 
 
 class PassiveHealthChecker:
-    """Feeds the circuit breakers of one worker. Shape: `worker` is its column in `shared`."""
+    """Sends signals to the circuit breakers of one worker. Shape: `worker` is its column in `shared`."""
 
     def __init__(
         self,
@@ -79,34 +79,34 @@ class PassiveHealthChecker:
         self._clock = clock
         self._ejected_s: dict[str, dict[str, float]] = {}  # by region, then Endpoint: when it was last ejected
 
-    # --- what attempts show ---
+    # --- results of attempts ---
 
     def report_failure(self, failed: FailedAttempt) -> tuple[EndpointState, ...]:
-        """An attempt is lost. Returns further Endpoints that would fail this request for the same reason."""
+        """Record a lost attempt. Returns further Endpoints that would fail this request for the same reason."""
         if failed.failure in SIGNALS:
             self.record_failure(failed.endpoint, failed.failure)
             return ()
         same: tuple[EndpointState, ...] = ()
         for deployment in self._active.current.deployments_at.get(failed.endpoint, ()):
             if failed.failure is Failure.CREDENTIAL:
-                same = (*same, *deployment.endpoints)  # all would get the same credential
+                same = (*same, *deployment.endpoints)  # all get the same credential
                 self._refuse_credential(deployment)
             elif failed.failure is Failure.MODEL_MISSING:
                 self._mark_model_missing(failed.route, deployment, failed.path)
         return same
 
     def record_failure(self, endpoint: EndpointState, failure: Failure) -> None:
-        """Feed a failure that says something about the Endpoint."""
+        """Record a failure that is a signal of the Endpoint's health."""
         self.record(endpoint, SIGNALS[failure])
 
     def record(self, endpoint: EndpointState, signal: Signal) -> None:
-        """Feed one signal to an Endpoint's circuit breaker."""
+        """Send one signal to an Endpoint's circuit breaker."""
         before = endpoint.health
         if endpoint.record(signal, self._clock(), random.random()):
             self._on_change(endpoint, before, signal)
 
     def _on_change(self, endpoint: EndpointState, before: EndpointHealth, signal: Signal) -> None:
-        """A breaker changed: publish it to the other workers, and see to what follows."""
+        """Publish a changed breaker to the other workers, emit Events, and act on it."""
         health, table, now_s = endpoint.health, self._active.current, self._clock()
         ejection = encode_ejection(health)
         self._shared.ejected_until_ms[endpoint.spec.slot * self._shared.workers + self._worker] = ejection
@@ -125,47 +125,47 @@ class PassiveHealthChecker:
             self._reactions.move_silent_soon(endpoint)
 
     def _refuse_credential(self, deployment: DeploymentState) -> None:
-        """No Endpoint of the Deployment gets a request until the credential may have changed. faults.md row 21."""
+        """Eject the Deployment's Endpoints until its credential may have changed. faults.md row 21."""
         if deployment.refuse_credential(self._clock(), CREDENTIAL_PROVEN_S, CREDENTIAL_REFUSALS_MAX):
             for endpoint in deployment.endpoints:
                 self.record(endpoint, Signal.DENIED)
 
     def _mark_model_missing(self, route: ModelRouteState, deployment: DeploymentState, path: bytes) -> None:
-        """This Deployment does not serve this model at this path, whatever its entry says. faults.md row 20."""
+        """Exclude a Deployment for a model at a path, although its `models` lists the model. faults.md row 20."""
         route.mark_model_missing(deployment.slot, path, self._clock() + MODEL_MISSING_S)
         message = event_messages.model_missing_message(deployment.spec, route.model, path.decode())
         self._events.emit(deployment.spec, "model_missing", message)
 
-    # --- full ---
+    # --- full engines ---
 
     def apply_retry_after(self, deployment: DeploymentState, wait_s: float) -> None:
-        """A full engine says for how long: no request is sent there before. faults.md row 16.
+        """Pause a Deployment for the Retry-After of its full engine. faults.md row 16.
 
-        One Endpoint of several speaks for itself only; the limit then speaks for the others.
+        With several Endpoints nothing is paused: the header is about one of them, and the limit protects the others.
         """
         if len(deployment.endpoints) > 1:
             return
         now_s = self._clock()
         deployment.set_retry_after(now_s + min(wait_s, RETRY_AFTER_MAX_S))
         cell = deployment.slot * self._shared.workers + self._worker
-        self._shared.retry_after_until_ms[cell] = deployment.retry_after_told_ms
+        self._shared.retry_after_until_ms[cell] = deployment.retry_after_seen_ms
         deployment.update_pause(now_s)
         self._active.current.on_health_change(deployment)
 
     # --- regions ---
 
     def _suspect_region(self, ejected: EndpointState) -> None:
-        """Much of a region fell at once: its other Endpoints get one request at a time, if others can take the load."""
+        """Put the rest of a region on trial if much of it was ejected at once and other regions are healthy."""
         now_s, table = self._clock(), self._active.current
         for deployment in table.deployments_at.get(ejected, ()):
             region = deployment.spec.region
             moments_s = self._ejected_s.setdefault(region, {})
             moments_s[f"{deployment.spec.name} at {ejected.spec.origin}"] = now_s
-            inside = [one for one in table.deployments.values() if one.spec.region == region]
-            members = sum(len(one.endpoints) for one in inside)
+            inside = [other for other in table.deployments.values() if other.spec.region == region]
+            members = sum(len(other.endpoints) for other in inside)
             if not outlier_detection.is_region_lost(moments_s, members, now_s) or not _has_other_region(inside):
                 continue
-            for endpoint in [one for other in inside for one in other.endpoints]:
+            for endpoint in [endpoint for other in inside for endpoint in other.endpoints]:
                 if endpoint.health.breaker is BreakerState.CLOSED:
                     endpoint.record(Signal.REGION_LOST, now_s, 0.5)
                     table.update_health(endpoint, now_s)
@@ -175,7 +175,7 @@ class PassiveHealthChecker:
     # --- ticks ---
 
     def tick(self, now_s: float, every_second: bool) -> None:
-        """Every 50 ms: follow the other workers' ejections; once a second find outliers of latency."""
+        """Follow the other workers' ejections, every 50 ms; eject outliers of latency, once a second."""
         table = self._active.current
         self._adopt_ejections(table, now_s)
         if any(deployment.health <= 0.0 for deployment in table.deployments.values()):
@@ -190,7 +190,7 @@ class PassiveHealthChecker:
                 self._prove_credential(deployment, now_s)
 
     def _eject_slow(self, endpoint: EndpointState) -> None:
-        """Eject an Endpoint whose latency is an outlier if others can take its load.
+        """Eject an Endpoint with outlying latency if others can take its load.
 
         If all are slow, eject none: that is load, not a fault.
         """
@@ -204,7 +204,7 @@ class PassiveHealthChecker:
         deployment.prove_credential(self._shared.deployment_counters[at + DeploymentCounter.ENDED], now_s)
 
     def _adopt_ejections(self, table: RoutingTable, now_s: float) -> None:
-        """An Endpoint that another worker ejected is ejected here too."""
+        """Eject Endpoints that another worker ejected."""
         for endpoint in table.endpoints.values():
             ejection = self._shared.ejected_until(endpoint.spec.slot)
             is_newer = ejection > endpoint.published and ejection_end_ms(ejection) > now_s * 1000
@@ -216,9 +216,9 @@ class PassiveHealthChecker:
     # --- every Endpoint is ejected ---
 
     def panic_pick(self, route: ModelRouteState, now_s: float, without: Collection[int] = ()) -> bool:
-        """Whether one request may try the least bad ejected Endpoint, as each is tried now and then. faults.md row 19.
+        """Try the least bad ejected Endpoint, each at most once a second. False if none is due. faults.md row 19.
 
-        Shape: `without` the Deployments of these slots.
+        Shape: `without` excludes the Deployments of these slots.
         """
         deployments = [deployment for deployment in route.deployments if deployment.slot not in without]
         endpoints = (one for deployment in deployments for one in deployment.endpoints)
@@ -226,7 +226,7 @@ class PassiveHealthChecker:
         if endpoint is None:
             return False
         endpoint.note_panic(now_s)
-        self.record(endpoint, Signal.EVERYBODY_OUT)
+        self.record(endpoint, Signal.ALL_EJECTED)
         return True
 
     def _panic(self, route: ModelRouteState, now_s: float) -> None:
@@ -238,7 +238,7 @@ class PassiveHealthChecker:
     # --- Snapshots ---
 
     def use(self, before: RoutingTable, table: RoutingTable) -> None:
-        """A new Snapshot: what was known of a changed Deployment may be wrong."""
+        """Follow a new Snapshot: forget the Retry-After and refused credential of changed Deployments."""
         for slot, deployment in table.deployments.items():
             known = before.deployments.get(slot)
             if known is None or known.spec != deployment.spec:
@@ -256,7 +256,7 @@ def _has_other_region(inside: list[DeploymentState]) -> bool:
 
 
 def least_bad(endpoints: Iterable[EndpointState]) -> EndpointState | None:
-    """The ejected Endpoint to try first: one that can be reached before one that cannot, then the next to return."""
+    """The ejected Endpoint to try first: reachable ones before unreachable ones, then the earliest end of ejection."""
     ejected = [one for one in endpoints if one.health.breaker in (BreakerState.OPEN, BreakerState.DOWN)]
     return min(
         ejected, key=lambda one: (one.health.breaker is BreakerState.DOWN, one.health.open_until_s), default=None

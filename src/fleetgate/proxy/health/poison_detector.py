@@ -1,4 +1,4 @@
-"""Requests that engines go down with: found before a third engine gets one."""
+"""Detects requests that crash engines, before a third engine gets one."""
 
 import asyncio
 import ssl
@@ -12,12 +12,12 @@ from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.transport.dns import AddressRefused
 from fleetgate.proxy.transport.network import Network
 
-EXIT_S = 0.05  # a process that ends closes its connections before its listening socket
+EXIT_S = 0.05  # an ending process closes its connections before its listening socket
 CONNECT_TIMEOUT_S = 0.5
 
 
 class PoisonDetector:
-    """Investigates losses that a request may itself have caused."""
+    """Checks lost attempts that the request itself may have caused."""
 
     def __init__(
         self, active: ActiveTable, network: Network, events: DeploymentEvents, clock: Callable[[], float]
@@ -30,10 +30,10 @@ class PoisonDetector:
     def probe_if_suspicious(
         self, endpoint: EndpointState, others: int, without_content: int
     ) -> "asyncio.Task[bool] | None":
-        """A connection was reset under a request: a task that tells whether the Endpoint is down, None if unsuspicious.
+        """A task that checks whether an Endpoint is down after a reset connection; None if the loss is not suspicious.
 
-        Shape: `others` are other requests there, `without_content` those of them that have got nothing yet. Requests
-        that were lost together with another one are not suspected.
+        Shape: `others` counts other requests there, `without_content` those of them without content yet. Requests that
+        were lost together with another one are not suspected.
         """
         last_loss_age_s = endpoint.note_loss(self._clock())
         if last_loss_age_s <= TOGETHER_S:
@@ -45,7 +45,7 @@ class PoisonDetector:
     async def is_poison(
         self, downs: Mapping[EndpointState, Awaitable[bool]], request_id: bytes, last: DeploymentState | None
     ) -> bool:
-        """Whether the Endpoints that were lost with a request are down, so that it must not be tried again."""
+        """Whether the Endpoints that a request was lost at are down, so that it must not be tried again."""
         if not is_poison(sum(await asyncio.gather(*downs.values()))):
             return False
         if last is not None:

@@ -1,9 +1,9 @@
-"""Finds out, once an Endpoint is up, whether its engine continues an answer that another engine had begun.
+"""Checks, once an Endpoint is up, whether its engine can continue a response that another engine began.
 
-The engine answers a small greedy request, and is then asked to continue from the middle of its answer, by text and, if
-it gave token ids, by those. Only an engine that continues its own answer as before is trusted with half answers of
-clients. The worker that probes does this for all workers. Engines of kind `openai` are never asked: they may be paid by
-the token.
+The probe sends a small greedy request, then asks the engine to continue from the middle of that response, by text and,
+if the engine returned token ids, by those. Only an engine that continues its own response as before may resume streams
+of clients. The worker that probes does this for all workers. Engines of kind `openai` are not probed: they may bill
+each token.
 """
 
 import asyncio
@@ -33,10 +33,10 @@ ENGINES = frozenset({"vllm", "sglang", "llamacpp"})
 CHECK_EVERY_S = 1.0
 TIMEOUT_S = 20.0
 CHAT = b"/v1/chat/completions"
-SAID_TOKENS = 16
+PROBE_TOKENS = 16
 UNKNOWN, YES, NO = 0, 1, 2
 NO_MARK = 1
-ASKED = {"role": "user", "content": "Tell me about the sea."}
+QUESTION = {"role": "user", "content": "Tell me about the sea."}
 
 
 class ResumeProbe:
@@ -57,10 +57,10 @@ class ResumeProbe:
         self._network = network
         self._is_prober = is_prober
         self._slot_freed = slot_freed
-        self._asked: set[tuple[EndpointState, str]] = set()
+        self._probed: set[tuple[EndpointState, str]] = set()
 
     async def run(self) -> None:
-        """Look for Endpoints that have come up, until cancelled."""
+        """Probe Endpoints that came up, until cancelled."""
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             if self._is_prober():
@@ -72,16 +72,16 @@ class ResumeProbe:
         shared, slot = self._shared, endpoint.spec.slot
         identity = (endpoint, deployment.spec.name)
         if not shared.signal(slot, EndpointSignal.UP):
-            # What comes up again may be another engine.
-            self._asked.discard(identity)
+            # After a restart it may be another engine.
+            self._probed.discard(identity)
             shared.set_signal(slot, EndpointSignal.PREFILL, UNKNOWN)
             shared.set_signal(slot, EndpointSignal.TOKENS, UNKNOWN)
-        elif deployment.spec.engine in ENGINES and identity not in self._asked and self._reserve(deployment):
-            self._asked.add(identity)
+        elif deployment.spec.engine in ENGINES and identity not in self._probed and self._reserve(deployment):
+            self._probed.add(identity)
             try:
-                said = await self._ask(deployment, endpoint, {"messages": [ASKED], "return_token_ids": True})
-                continues = await self._continues(deployment, endpoint, _content(said))
-                mark = await self._token_mark(deployment, endpoint, said)
+                first = await self._request(deployment, endpoint, {"messages": [QUESTION], "return_token_ids": True})
+                continues = await self._continues(deployment, endpoint, _content(first))
+                mark = await self._token_mark(deployment, endpoint, first)
             finally:
                 self._ledger.settle(deployment.slot)
                 self._slot_freed()
@@ -89,43 +89,43 @@ class ResumeProbe:
             shared.set_signal(slot, EndpointSignal.PREFILL, YES if continues else NO)
 
     def _reserve(self, deployment: DeploymentState) -> bool:
-        """Its requests count against the limit as a client's do; with no slot free they wait for quieter times."""
+        """Reserve a slot as for a client's request; False if the Deployment has none free."""
         if deployment.external_in_flight or deployment.paused:
             return False
         return self._ledger.reserve(deployment.slot, deployment.limit)
 
-    async def _continues(self, deployment: DeploymentState, endpoint: EndpointState, said: str) -> bool:
-        """Whether an answer and its continuation from the middle are the same."""
-        cut = said.find(" ", len(said) // 2)
+    async def _continues(self, deployment: DeploymentState, endpoint: EndpointState, whole: str) -> bool:
+        """Whether the engine continues a response from its middle as before."""
+        cut = whole.find(" ", len(whole) // 2)
         if cut <= 0:
             return False
-        begun = {"role": "assistant", "content": said[:cut]}
+        begun = {"role": "assistant", "content": whole[:cut]}
         fields = prefix_fields(deployment.spec.engine)
-        rest = _content(await self._ask(deployment, endpoint, {"messages": [ASKED, begun], **fields}))
-        again = said[:cut] + rest
-        return bool(rest) and (again.startswith(said) or said.startswith(again))
+        rest = _content(await self._request(deployment, endpoint, {"messages": [QUESTION, begun], **fields}))
+        again = whole[:cut] + rest
+        return bool(rest) and (again.startswith(whole) or whole.startswith(again))
 
-    async def _token_mark(self, deployment: DeploymentState, endpoint: EndpointState, said: Transcript) -> int:
-        """The mark of the token ids that it gives and takes: continued from the middle, the same ids must follow."""
-        half = len(said.ids) // 2
-        if not said.token_mark or not said.prompt_ids or not half:
+    async def _token_mark(self, deployment: DeploymentState, endpoint: EndpointState, first: Transcript) -> int:
+        """The mark of the engine's token ids, if it continues from the middle with the same ids; else `NO_MARK`."""
+        half = len(first.ids) // 2
+        if not first.token_mark or not first.prompt_ids or not half:
             return NO_MARK
-        begun, expected = [*said.prompt_ids, *said.ids[:half]], said.ids[half:]
-        rest = await self._ask(deployment, endpoint, {"prompt": begun, "return_token_ids": True}, COMPLETIONS)
+        begun, expected = [*first.prompt_ids, *first.ids[:half]], first.ids[half:]
+        rest = await self._request(deployment, endpoint, {"prompt": begun, "return_token_ids": True}, COMPLETIONS)
         if list(rest.prompt_ids or ()) != begun or rest.ids[: len(expected)] != expected:
             return NO_MARK
-        return mark_of(next(iter(deployment.upstream_names.values()), ""), said.prompt_ids)
+        return mark_of(next(iter(deployment.upstream_names.values()), ""), first.prompt_ids)
 
-    async def _ask(
+    async def _request(
         self, deployment: DeploymentState, endpoint: EndpointState, fields: dict[str, object], path: bytes = CHAT
     ) -> Transcript:
-        """What one answer says, nothing if there is none.
+        """The transcript of one response, empty after a failure.
 
-        Streamed, as it is for clients: llama.cpp repeats the prefix in an answer that is not.
+        It is streamed, as for clients: llama.cpp repeats the prefix in a response that is not.
         """
         model = next(iter(deployment.upstream_names.values()), "")
         body = msgspec.json.encode(
-            {"model": model, "max_tokens": SAID_TOKENS, "temperature": 0, "stream": True, **fields}
+            {"model": model, "max_tokens": PROBE_TOKENS, "temperature": 0, "stream": True, **fields}
         )
         begin = deployment.request_heads[endpoint.spec.slot][OPENAI][path]
         head = b"%bconnection: close\r\ncontent-length: %d\r\n\r\n" % (begin, len(body))
@@ -148,5 +148,5 @@ class ResumeProbe:
         return transcript
 
 
-def _content(said: Transcript) -> str:
-    return "".join(text for channel, text in said.runs if channel == "content")
+def _content(transcript: Transcript) -> str:
+    return "".join(text for channel, text in transcript.runs if channel == "content")

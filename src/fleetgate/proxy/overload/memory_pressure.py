@@ -1,12 +1,12 @@
-"""How much memory this process may use and how full that is: of the cgroup where it has a limit, else the machine."""
+"""The memory that this process may use and how full it is: of its cgroup if that has a limit, else of the machine."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-_NO_LIMIT_BYTES = 1 << 60  # what version 1 writes for none is near 2**63
-# A machine has other tenants, so what counts there is what is left, not a share.
-MACHINE_LEFT_BYTES = (256 * 1024 * 1024, 96 * 1024 * 1024)  # where shedding begins and where all is shed
-GROUP_USED = (0.85, 0.95)  # FAULTS.md row 70
+_NO_LIMIT_BYTES = 1 << 60  # cgroup version 1 writes a number near 2**63 for no limit
+# Other processes use the machine too, so its bounds are of the memory that is left, not of the share in use.
+MACHINE_LEFT_BYTES = (256 * 1024 * 1024, 96 * 1024 * 1024)  # shedding begins; all is shed
+GROUP_USED = (0.85, 0.95)  # faults.md row 70
 
 
 class _Group(NamedTuple):
@@ -15,11 +15,11 @@ class _Group(NamedTuple):
     limit: Path
     used: Path
     stat: Path
-    prefix: str  # of the rows in `stat`
+    prefix: str  # of the names in `stat`
 
 
 class MemoryPressure:
-    """Shape: `root` and `proc` are where the kernel shows cgroups and processes. Cost: 40 µs a look."""
+    """Measures memory. Shape: `root` and `proc` are the folders of cgroups and processes. Cost: 40 µs a call."""
 
     def __init__(self, root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> None:
         self._meminfo = proc / "meminfo"
@@ -31,7 +31,7 @@ class MemoryPressure:
                 self.limit_bytes, self._group = limit_bytes, group
 
     def shed_share(self) -> float:
-        """The share of new requests that should be refused so that running ones can end; 0 is none."""
+        """The share of new requests to refuse so that running ones can end, 0 to 1."""
         begin, full = GROUP_USED
         group = self._group
         if group is not None:
@@ -44,13 +44,13 @@ class MemoryPressure:
         return min(1.0, max(0.0, (used - begin) / (full - begin)))
 
     def _machine(self) -> tuple[int, int]:
-        """All memory and what is left, bytes; a system that does not tell has plenty."""
+        """The machine's memory and what is left of it, in bytes; very much if the system does not report it."""
         rows = _rows(self._meminfo)
         return rows.get("MemTotal:", _NO_LIMIT_BYTES // 1024) * 1024, rows.get("MemAvailable:", 1 << 40) * 1024
 
 
 def _groups(root: Path, proc: Path) -> list[_Group]:
-    """Every cgroup that this process is in, as far up as it can be seen: the smallest limit holds."""
+    """The cgroups of this process up to the topmost visible one. The smallest limit of all applies."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -64,18 +64,18 @@ def _groups(root: Path, proc: Path) -> list[_Group]:
             top, names = root, ("memory.max", "memory.current", "")
         else:
             continue
-        place = top / path.strip("/")
-        while True:  # inside a container the path is the host's, and only its top is there
-            if (place / names[0]).exists():
-                found.append(_Group(place / names[0], place / names[1], place / "memory.stat", names[2]))
-            if place == top:
+        folder = top / path.strip("/")
+        while True:  # in a container the path is the host's, and only its top exists
+            if (folder / names[0]).exists():
+                found.append(_Group(folder / names[0], folder / names[1], folder / "memory.stat", names[2]))
+            if folder == top:
                 break
-            place = place.parent
+            folder = folder.parent
     return found
 
 
 def _number(path: Path) -> int:
-    """A file of one number; 0 for `max` and for what cannot be read."""
+    """The number in a file; 0 for `max` and for a file that cannot be read."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -84,7 +84,7 @@ def _number(path: Path) -> int:
 
 
 def _cached(group: _Group) -> int:
-    """Pages of files, which the kernel takes back by itself."""
+    """Bytes of cached files, which the kernel frees when memory is needed."""
     rows = _rows(group.stat)
     return rows.get(f"{group.prefix}inactive_file", 0) + rows.get(f"{group.prefix}active_file", 0)
 

@@ -1,4 +1,4 @@
-"""What an operator should hear of a worker in trouble: a log line and an Event, each kind now and then."""
+"""Warnings to the operator about one worker: a log line and an Event, limited in rate for each kind."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
 """Sheds load before a worker runs out of memory, connections or descriptors.
 
-A request reads one number, the share of new requests to refuse. All else happens four times a second.
+A request reads one number, the share of new requests to refuse. It is updated four times a second.
 """
 
 import resource
@@ -12,7 +12,7 @@ from fleetgate.ipc.machine_status import OverloadBits
 from fleetgate.proxy.overload.memory_pressure import MemoryPressure
 
 TIGHT, SURPLUS, FULL = 0.85, 0.95, 1.0  # of the connections allowed: close idle ones, refuse new ones, accept none
-DESCRIPTORS_MAX = 1 << 17  # more than one worker's core can serve
+DESCRIPTORS_MAX = 1 << 17  # more than one CPU core can serve
 DESCRIPTORS_SHARE = 0.9  # of the limit; the rest is for upstreams, files and the Snapshot
 _DESCRIPTORS = Path("/proc/self/fd")
 
@@ -45,7 +45,7 @@ class OverloadManager:
         return self._memory.limit_bytes
 
     def check(self, connections: int, bodies_are_tight: bool) -> OverloadState:
-        """Compare what is used with what there is. Four times a second. Cost: 30 µs."""
+        """Compare use with limits. Called four times a second. Cost: 30 µs."""
         used = _open_descriptors() / (self._descriptors * DESCRIPTORS_SHARE)
         full = max(connections / self.connections_max, used)
         by_memory = self._memory.shed_share()
@@ -78,7 +78,7 @@ def _raise_descriptor_limit() -> int:
 
 
 def _open_descriptors() -> int:
-    """The number of open descriptors; 0 if the system does not tell."""
+    """The number of open descriptors; 0 if the system does not report it."""
     try:
         return _DESCRIPTORS.stat().st_size or len(list(_DESCRIPTORS.iterdir()))  # st_size is set since Linux 6.2
     except OSError:

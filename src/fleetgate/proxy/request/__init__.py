@@ -1,1 +1,1 @@
-"""One request: placement, attempts, the answer, what is recorded of it."""
+"""One request: placement, attempts, the response, and its records."""

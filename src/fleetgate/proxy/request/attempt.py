@@ -1,4 +1,4 @@
-"""One try at one Endpoint: its slot, its bytes there, and the answer that is read."""
+"""One attempt at one Endpoint: the slot, the sent request and the response."""
 
 from collections.abc import Callable, Coroutine
 
@@ -23,11 +23,11 @@ from fleetgate.proxy.transport.interface import (
     UpstreamResponse,
 )
 
-ONE_WRITE_BYTES_MAX = 65536  # up to it, joining head and body costs less than a second write
+ONE_WRITE_BYTES_MAX = 65536  # up to this size joining head and body costs less than a second write
 
 
 class AttemptServices(msgspec.Struct, frozen=True):
-    """What attempts of one worker use."""
+    """The services that attempts of one worker use."""
 
     clock: Callable[[], float]
     spawn: Callable[[Coroutine[None, None, None]], None]
@@ -38,7 +38,7 @@ class AttemptServices(msgspec.Struct, frozen=True):
 
 
 class CarriedRequest(msgspec.Struct):
-    """What an attempt carries. Shape: `resume` if another Deployment has begun the answer."""
+    """What an attempt sends. Shape: `resume` is set if another Deployment began the response."""
 
     id: bytes
     number: int
@@ -48,7 +48,7 @@ class CarriedRequest(msgspec.Struct):
 
 
 class Attempt(msgspec.Struct, eq=False):
-    """One try at one Endpoint, from its reservation to its settlement. A Struct, so that making one costs no call.
+    """One attempt at one Endpoint, from its reservation to its settlement. A Struct, so that making one costs no call.
 
     Shape: `reservation` is None where the route's lead took the request; `id` is its id in the usage journal, empty
     before it is sent and after it was accounted for; `on_trial` marks an attempt that shows whether an ejected Endpoint
@@ -90,7 +90,7 @@ class Attempt(msgspec.Struct, eq=False):
         self.transmit(carried)
 
     def transmit(self, carried: CarriedRequest, fresh: bool = False) -> None:
-        """Write the request on a kept connection or, where there is none or it must be `fresh`, on a new one."""
+        """Write the request on a kept connection, or on a new one if none is kept or it must be `fresh`."""
         endpoint, deployment, route, received = self.endpoint, self.deployment, self.route, carried.received
         assert endpoint is not None
         expected = expected_response(received, route, deployment, carried.resume)
@@ -112,18 +112,18 @@ class Attempt(msgspec.Struct, eq=False):
             usage.lost(attempt_id, self.response, how, was_read)
 
     def show_content(self, now_s: float) -> None:
-        """It brought content: a trial need not last until the end of a long answer."""
+        """Note the first content: it ends a trial, which must not last as long as the response."""
         if self.on_trial and self.endpoint is not None:
             self.on_trial = False
             self.services.active.current.end_trial(self.endpoint, now_s, True)
 
     def cancel(self) -> None:
-        """Close its connection: the answer is not wanted any more."""
+        """Close its connection: the response is no longer needed."""
         if self.response is not None:
             self.response.cancel()
 
     def settle(self, now_s: float) -> None:
-        """Give its slot back; once, on every path."""
+        """Release its slot; later calls do nothing."""
         if self.settled:
             return
         self.settled = True
@@ -144,7 +144,7 @@ class Attempt(msgspec.Struct, eq=False):
 def expected_response(
     received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState, resume: Resume | None
 ) -> ExpectedResponse:
-    """How the answer of an attempt at this Deployment is read."""
+    """How the response to this attempt is to be read."""
     info, operation, protocol = received.info, received.operation, received.context.protocol
     upstream_name, engine = deployment.upstream_names[info.model], deployment.spec.engine
     hide_usage = info.stream and not info.wants_usage and operation.usage_option and engine in protocol.USAGE_ENGINES
@@ -166,7 +166,7 @@ def expected_response(
 def request_bytes(
     carried: CarriedRequest, deployment: DeploymentState, endpoint: EndpointState, add_usage: bool
 ) -> tuple[bytes, ...]:
-    """The request as this Endpoint gets it: with its name for the model and, for a resumed answer, what was said."""
+    """The body for this Endpoint, with its name for the model; for a resumed response also with the text so far."""
     received, resume = carried.received, carried.resume
     info, body, context = received.info, received.body, received.context
     path = context.path

@@ -1,4 +1,4 @@
-"""The attempts of one request: at most two at a time, of which one answers; and what they show of Endpoints."""
+"""The attempts of one request, at most two at a time, and what their results show about Endpoints."""
 
 from asyncio import Task
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ _FULL, _BROKEN, _UNREACHABLE = Failure.FULL, Failure.BROKEN, Failure.UNREACHABLE
 
 
 class AttemptEffects(msgspec.Struct, frozen=True):
-    """What lost attempts of one worker act on: health, counters, and the check whether a request ends engines."""
+    """The services that lost attempts report to: health, poison detection, counters and records."""
 
     health: PassiveHealthChecker
     poison: PoisonDetector
@@ -40,37 +40,37 @@ class AttemptEffects(msgspec.Struct, frozen=True):
 
 
 class AttemptOwner(Protocol):
-    """The request that attempts belong to. It hears of the one that answers."""
+    """The request that attempts report to."""
 
     def on_content(self, response: UpstreamResponse) -> None:
-        """The first content is here."""
+        """The first content came."""
 
     def on_lost(self, event: AttemptFailed) -> None:
-        """The attempt in hand is lost."""
+        """The current attempt is lost."""
 
     def on_answered(self, response: UpstreamResponse, tail: bytes) -> None:
-        """The answer ended well; `tail` is the end of its framing."""
+        """The response ended well; `tail` is the end of its framing."""
 
     def on_verdict(self, event: AttemptFailed) -> None:
-        """A loss that was held back is known to be one of an engine, or of this request."""
+        """The check of a loss is done: the engines failed, or the request is poison."""
 
     def on_dial_slow(self) -> None:
-        """The attempt in hand should have a connection by now."""
+        """The current attempt takes unusually long to connect."""
 
     def on_internal_error(self, error: BaseException) -> None:
-        """A bug of ours was met in an attempt."""
+        """An internal error happened in an attempt."""
 
     def on_one_given_up(self, is_adopted: bool) -> None:
-        """One of two attempts was given up before it was sent; `is_adopted` if the second goes on alone."""
+        """One of two attempts was cancelled before it was sent; `is_adopted` if the second one continues."""
 
 
 class AttemptSet(msgspec.Struct, eq=False):
-    """One request's attempts, and the listener of their answers. A Struct, so that making one costs no call.
+    """The attempts of one request, and the listener of their responses. A Struct, so that making one costs no call.
 
-    Shape: `current` is the one in hand, `hedge` a second one beside it; `last` is the latest, which stays for the
-    records after it was settled; `count` counts those that were sent; `failed` are Endpoints that failed this request;
-    `was_read` says that the client has been sent content. `write`, `now_s` and `on_ended` are the owner's and the
-    clock's own functions, so that no call stands between.
+    Shape: `current` is the main attempt, `hedge` a second one beside it; `last` is the latest, kept for records after
+    its settlement; `count` counts sent attempts; `failed` are Endpoints that failed this request; `was_read` says
+    that content was sent to the client. `write`, `now_s` and `on_ended` are functions of the owner and the clock,
+    stored here to save a call each.
     """
 
     services: AttemptServices
@@ -85,18 +85,18 @@ class AttemptSet(msgspec.Struct, eq=False):
     current: Attempt | None = None
     hedge: Attempt | None = None
     last: Attempt | None = None
-    resume: Resume | None = None  # once the answer broke off and is resumed elsewhere
+    resume: Resume | None = None  # once the response broke off and is resumed elsewhere
     failed: tuple[EndpointState, ...] = ()
     count: int = 0
     was_read: bool = False
-    stale_endpoint: EndpointState | None = None  # where a kept connection was closed before the request got there
-    dialling: Mapping[UpstreamResponse, Attempt] = {}  # without a connection yet, given up or not
-    deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints that fell with the request: whether each is down
+    stale_endpoint: EndpointState | None = None  # its kept connection was closed before the request got there
+    dialling: Mapping[UpstreamResponse, Attempt] = {}  # without a connection yet, cancelled ones too
+    deaths: Mapping[EndpointState, Task[bool]] = {}  # Endpoints lost with the request: whether each is down
 
     # --- sending ---
 
     def reserve(self, route: ModelRouteState, deployment: DeploymentState, placed: PlacedRequest | None) -> None:
-        """A slot was reserved for the next attempt."""
+        """Make the next attempt for a reserved slot."""
         reservation = placed.reservation if placed is not None else None
         self.current = self.last = Attempt(self.services, route, deployment, reservation)
 
@@ -127,14 +127,14 @@ class AttemptSet(msgspec.Struct, eq=False):
             self._begin_dial(attempt, attempt.response)
 
     def _begin_dial(self, attempt: Attempt, response: UpstreamResponse) -> None:
-        """A dial that fails is reported also after its attempt was given up, or its request has ended."""
+        """Remember a dial: its failure is a health signal even if the attempt was cancelled meanwhile."""
         self.dialling = {**self.dialling, response: attempt}
 
     def _end_dial(self, response: UpstreamResponse) -> None:
         self.dialling = {other: attempt for other, attempt in self.dialling.items() if other is not response}
 
     def first_event_s(self) -> float:
-        """How long the attempt in hand, which was the second of two, may take to its first event."""
+        """The first-event timeout of the current attempt, which was the second of two."""
         current, received = self.current, self.received
         assert current is not None, "it was just adopted"
         predicted_s = current.reservation.predicted_ttft_s if current.reservation is not None else None
@@ -142,15 +142,15 @@ class AttemptSet(msgspec.Struct, eq=False):
 
     @property
     def is_streaming(self) -> bool:
-        """Whether the client reads a stream that an attempt answers."""
+        """Whether the client gets a stream."""
         response = self.current.response if self.current is not None else None
         return self.resume is not None or (response is not None and response.stream)
 
     def mark_resumable(self, event: AttemptFailed, attempt: Attempt, now_s: float) -> AttemptFailed:
-        """The same loss, with whether the answer that is half-way out can be resumed elsewhere."""
+        """The same event, marked as resumable if the response can be resumed elsewhere."""
         response, body = attempt.response, self.received.body
         if response is None or response.finish_seen:
-            return event  # nothing is missing behind an end: a resuming engine would say more
+            return event  # after a `finish_reason` no content is missing, and a resuming engine would add some
         if self.resume is None and response.transcript is not None:
             failed = (*self.failed, attempt.endpoint) if attempt.endpoint is not None else self.failed
             self.resume = Resume.of(self.received, response, attempt.route, failed, now_s)
@@ -160,17 +160,17 @@ class AttemptSet(msgspec.Struct, eq=False):
         return msgspec.structs.replace(event, resumable=True)
 
     def _find(self, response: UpstreamResponse) -> Attempt | None:
-        """The attempt whose answer this is."""
+        """The attempt that this response belongs to."""
         for attempt in (self.current, self.hedge, self.last):
             if attempt is not None and attempt.response is response:
                 return attempt
         return None
 
-    # --- what the transport reports ---
-    # Each of these is an entry from the event loop: an internal error ends this request alone. faults.md row 75.
+    # --- reports of the transport ---
+    # The event loop enters here: an internal error ends this request alone. faults.md row 75.
 
     def on_dial_slow(self, response: UpstreamResponse) -> None:
-        """An attempt has no connection yet, and should have: another Deployment may be nearer."""
+        """Dial a second Deployment: the connection of an attempt takes unusually long."""
         try:
             if self.current is None or response is not self.current.response or self.hedge is not None:
                 return
@@ -182,7 +182,7 @@ class AttemptSet(msgspec.Struct, eq=False):
             self.owner.on_internal_error(error)
 
     def on_connected(self, response: UpstreamResponse) -> None:
-        """One of two attempts has its connection: give up the other, if it has none and so was not sent."""
+        """One of two attempts has a connection: cancel the other if it has none, which means that it was not sent."""
         try:
             self._end_dial(response)
             current, hedge = self.current, self.hedge
@@ -198,7 +198,7 @@ class AttemptSet(msgspec.Struct, eq=False):
             self.owner.on_internal_error(error)
 
     def on_first(self, response: UpstreamResponse) -> None:
-        """One attempt brings the first content: it answers, and the other is cancelled."""
+        """Pass on the first content, and cancel the other attempt."""
         try:
             if self.hedge is not None:
                 if response is self.hedge.response:
@@ -217,18 +217,18 @@ class AttemptSet(msgspec.Struct, eq=False):
             if hedge is None or response is not hedge.response:
                 self.owner.on_lost(event)
                 return
-            self.hedge = None  # the first one still runs, so the core need not hear of it
-            self._blame(hedge, event.failure)
+            self.hedge = None  # the first attempt still runs, so the core gets no event
+            self._record_failure(hedge, event.failure)
             hedge.account(self.usage, event.failure.value.encode(), False)
             hedge.settle(self.now_s())
         except Exception as error:
             self.owner.on_internal_error(error)
 
     def on_stale(self, response: UpstreamResponse) -> None:
-        """A kept connection was closed before the request got there: send it once more, on a new one."""
+        """Send the request again on a new connection: the kept one was closed before the request got there."""
         try:
             attempt = self._find(response)
-            assert attempt is not None, "an attempt that is reported is in hand"
+            assert attempt is not None, "the transport reports an attempt only while it is known"
             if attempt is self.current:
                 self.stale_endpoint = attempt.endpoint
             carried = CarriedRequest(self.id, self.count, self.received, self.resume, self)
@@ -239,7 +239,7 @@ class AttemptSet(msgspec.Struct, eq=False):
             self.owner.on_internal_error(error)
 
     def on_not_connected(self, response: UpstreamResponse, failure: Failure, reason: str) -> None:
-        """An attempt could not be sent. One that was given up meanwhile tells of its Endpoint all the same."""
+        """An attempt could not connect. That is a health signal even if the attempt was cancelled meanwhile."""
         try:
             attempt, effects = self.dialling.get(response), self.effects
             self._end_dial(response)
@@ -254,13 +254,13 @@ class AttemptSet(msgspec.Struct, eq=False):
             self.owner.on_internal_error(error)
 
     def on_internal_error(self, error: Exception) -> None:
-        """A bug was met while an answer was read."""
+        """An internal error happened while a response was read."""
         self.owner.on_internal_error(error)
 
     # --- two attempts ---
 
     def adopt_hedge(self, now_s: float) -> None:
-        """The second attempt takes the first one's place: it was quicker, or it is the one that is left."""
+        """Make the second attempt the current one: it was faster, or the first one is lost."""
         if self.current is not None:
             self._give_up(self.current, self.was_read, now_s)
         self.current = self.last = self.hedge
@@ -280,17 +280,17 @@ class AttemptSet(msgspec.Struct, eq=False):
     # --- ends ---
 
     def count_failure(self, attempt: Attempt, event: AttemptFailed) -> None:
-        """Count a lost attempt, and respect how long a full engine asks to be left alone."""
+        """Count a lost attempt, and apply the Retry-After of a full engine."""
         effects, deployment = self.effects, attempt.deployment
         effects.outcomes.attempt_failed(attempt.route, deployment, event.failure)
         if event.failure is _FULL:
             effects.accounts.count(deployment.slot, _REFUSED)
-            if event.wait_s > RETRY_AFTER_IN_PLACE_MAX_S:  # a shorter time is what engines say of any full queue
+            if event.wait_s > RETRY_AFTER_IN_PLACE_MAX_S:  # engines send shorter times for any full queue
                 effects.health.apply_retry_after(deployment, event.wait_s)
 
     def lose(self, attempt: Attempt, failure: Failure, now_s: float) -> None:
-        """The current attempt is lost: tell health, charge it, and give its slot back."""
-        self._blame(attempt, failure)
+        """Settle the lost current attempt: record the failure, charge it, release its slot."""
+        self._record_failure(attempt, failure)
         attempt.account(self.usage, failure.value.encode(), self.was_read)
         attempt.settle(now_s)
         self.current = None
@@ -301,7 +301,7 @@ class AttemptSet(msgspec.Struct, eq=False):
             self.current.account(self.usage, how, self.was_read)
 
     def end(self, now_s: float) -> None:
-        """The request has ended: give the current slot back."""
+        """Release the current slot: the request has ended."""
         attempt, self.current = self.current, None
         if attempt is not None:
             attempt.settle(now_s)
@@ -312,26 +312,26 @@ class AttemptSet(msgspec.Struct, eq=False):
             self.current.cancel()
 
     def abandon(self, now_s: float) -> None:
-        """The request failed in a bug: give every slot back, whatever else no longer works."""
+        """Release every slot after an internal error, even if other steps fail."""
         for attempt in (self.current, self.hedge):
             if attempt is not None:
                 attempt.settle(now_s)
-                with suppress(Exception):  # the error may come again here
+                with suppress(Exception):  # the same error may happen here
                     attempt.cancel()
         self.current = self.hedge = None
 
-    def _blame(self, attempt: Attempt, failure: Failure) -> None:
-        """This request does not go to that Endpoint again, nor to those that would fail it for the same reason."""
+    def _record_failure(self, attempt: Attempt, failure: Failure) -> None:
+        """Record a failure; exclude its Endpoint, and those that would fail for the same reason, from this request."""
         endpoint = attempt.endpoint
         if endpoint is None:
             return
         failed = FailedAttempt(endpoint, failure, attempt.route, self.received.context.path)
         self.failed = (*self.failed, endpoint, *self.effects.health.report_failure(failed))
 
-    # --- engines that end with this request ---
+    # --- poison requests ---
 
     def hold_back(self, event: AttemptFailed, attempt: Attempt) -> bool:
-        """Whether the loss is held back until it is known if two engines ended because of this request.
+        """Whether the loss is held back until it is known if this request made two engines stop.
 
         Each suspicious loss starts a probe of its Endpoint.
         """
@@ -340,7 +340,7 @@ class AttemptSet(msgspec.Struct, eq=False):
             return False
         if event.failure is _BROKEN:
             reset = event.sent and response is not None and response.status < BAD_REQUEST
-        else:  # closed at once, so that it looked like a connection kept too long; then refused
+        else:  # a kept connection was closed at once, as if idle for too long; then a new one was refused
             reset = self.stale_endpoint is endpoint
         if not reset or endpoint in self.deaths:
             return False
@@ -355,7 +355,7 @@ class AttemptSet(msgspec.Struct, eq=False):
         return True
 
     async def _await_verdict(self, event: AttemptFailed) -> None:
-        """Report the loss when it is known whether the engines are down."""
+        """Report the loss once it is known whether the engines are down."""
         deployment = self.last.deployment if self.last is not None else None
         if await self.effects.poison.is_poison(self.deaths, self.id, deployment):
             event = AttemptFailed(Failure.POISON)

@@ -1,4 +1,4 @@
-"""How long an attempt and a silence in its answer may last, how far an answer has come, and when a hedge is due."""
+"""Timeouts of attempts and of silence in a response, the progress of streams, and the moment of a hedge."""
 
 from fleetgate.core.health import timeouts
 from fleetgate.core.health.hedge_policy import has_spare_capacity, may_hedge
@@ -10,12 +10,12 @@ from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.transport.interface import UpstreamResponse
 
 WHOLE_ANSWER_MAX_S = timeouts.WHOLE_MAX_S
-SILENCE_S = 1.5  # between two ticks that are a second apart: more than chance
+SILENCE_S = 1.5  # more than the second between two ticks, so a real silence
 COMMENT_EVERY_S = 10.0  # faults.md row 6
 
 
 def first_event_s(stream: bool, body_bytes: int, deployment: DeploymentState, predicted_s: float | None) -> float:
-    """How long an attempt may take to its first event. An unstreamed answer may get more time: `whole_answer_s`.
+    """The first-event timeout of an attempt. A response that is not streamed may get more time: `whole_answer_s`.
 
     What was seen stands beside what is predicted: the longer one counts.
     """
@@ -28,33 +28,33 @@ def first_event_s(stream: bool, body_bytes: int, deployment: DeploymentState, pr
 
 
 def whole_answer_s(deployment: DeploymentState, predicted_s: float | None, output_tokens_max: int) -> float:
-    """How long an answer that is not streamed may take in all."""
+    """The timeout of a whole response that is not streamed."""
     token_s = deployment.timing.token_s
     return min(WHOLE_ANSWER_MAX_S, timeouts.whole_answer_s(predicted_s, token_s, output_tokens_max))
 
 
 def stall_s(deployment: DeploymentState | None) -> float:
-    """How long an answer that has begun may be silent."""
+    """The stall timeout: the longest silence within a response."""
     return deployment.timing.stall_s if deployment is not None else timeouts.STALL_MAX_S
 
 
 class ProgressMonitor:
-    """Watches one request's stream. Units: `first_s` is when the client got its first content, 0 before it."""
+    """Tracks the stream of one request. Units: `first_s` is when the client got its first content, 0 before it."""
 
     __slots__ = ("_progress", "_read_s")
 
     def __init__(self) -> None:
         self._progress = 0  # at the last tick
-        self._read_s = 0.0  # when the client last read something, as far as ticks tell
+        self._read_s = 0.0  # when the client last read something, to the precision of a tick
 
     def restart(self) -> None:
-        """Another attempt begins."""
+        """Start again for another attempt."""
         self._progress = 0
 
     def observe_speed(
         self, attempt: Attempt, response: UpstreamResponse, times_s: tuple[float, float], body_bytes: int, first: bool
     ) -> None:
-        """Record how long a first token took, and how far the stream came since the last tick.
+        """Record the time to the first token, and the progress of the stream since the last tick.
 
         Shape: `times_s` are `first_s` and now; `first` marks a request's first attempt.
         """
@@ -74,29 +74,29 @@ class ProgressMonitor:
             endpoint.record_pace(1.0, progress - self._progress)
 
     def has_moved(self, response: UpstreamResponse) -> bool:
-        """Whether the answer has come further since the last call."""
+        """Whether the response made progress since the last call."""
         progress = progress_of(response)
         moved, self._progress = progress != self._progress, progress
         return moved
 
     def note_read(self, deployment: DeploymentState, first_s: float, now_s: float, is_behind: bool) -> None:
-        """The client read something. A silence that ended by itself was no stall: longer ones are then allowed."""
+        """Note that the client read something. A silence that ended by itself was no stall and raises the timeout."""
         silent_s = now_s - max(first_s, self._read_s)
         if silent_s > SILENCE_S and not is_behind:
             deployment.timing.record_gap(silent_s)
         self._read_s = now_s
 
     def is_comment_due(self, started_s: float, now_s: float) -> bool:
-        """Whether the client has read nothing for so long that an intermediary may close its connection."""
+        """Whether the client has received nothing for so long that an intermediary may close the connection."""
         return now_s - (self._read_s or started_s) >= COMMENT_EVERY_S
 
     def note_comment(self, now_s: float) -> None:
-        """A comment was sent."""
+        """Note that a comment was sent."""
         self._read_s = now_s
 
 
 def progress_of(response: UpstreamResponse) -> int:
-    """A number that rises with each sign of life of an answer."""
+    """A number that rises with each read of a response."""
     return response.beats + response.event_count + response.body_bytes
 
 
@@ -108,7 +108,7 @@ def is_hedge_due(
     started_s: float,
     now_s: float,
 ) -> bool:
-    """Whether the first attempt is slow, its priority is hedged, there is room to spare, and the budget allows it."""
+    """Whether to hedge: the first attempt is slow, the priority permits it, and capacity and budget are left."""
     if request is None or not may_hedge(route.gateway.spec.resilience.hedge, request.priority):
         return False
     if now_s - started_s < route.hedge_threshold.threshold_s(request.shape.prompt_tokens):

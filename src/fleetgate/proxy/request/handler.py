@@ -1,4 +1,4 @@
-"""One request in a worker. It reports what happened to its Exchange and does what the Exchange says."""
+"""Runs one request in a worker: it reports events to its Exchange and carries out the Exchange's commands."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,10 +30,10 @@ _TRYING, _WAITING, _COMMITTED, _ENDED = State.TRYING, State.WAITING, State.COMMI
 
 
 class RequestHandler:
-    """A request from its whole body to its last byte. Made for the client's connection, ended by `client.ended`."""
+    """Runs a request from its complete body to its last byte. Shape: `client.ended` is called at its end."""
 
-    # Class attributes are the defaults: most requests never touch most of them, and setting each costs.
-    search: SlotSearch | None = None  # for a slot, where the route's lead could not take it
+    # Class attributes are the defaults: most requests never change most of them, and setting each costs time.
+    search: SlotSearch | None = None  # made if the route's lead cannot take the request
     first_s = 0.0
     deadline_s = float("inf")
     _monitor: ProgressMonitor | None = None
@@ -58,15 +58,15 @@ class RequestHandler:
         self.exchange = Exchange(resilience.attempts_max, context.budget, context.client_retries)
 
     def start(self) -> None:
-        """Begin. Called once, when the client's connection knows this request."""
+        """Begin. Called once, after the client's connection has stored this request."""
         self.started_s = self.now_s = self._clock()
         self._services.registry.in_flight[self] = None
         self._run(self.exchange.start())
 
-    # --- the one loop: the core decides, this does ---
+    # --- the command loop ---
 
     def report(self, event: Event) -> None:
-        """Tell the core what happened, and do what it says."""
+        """Send an event to the core, and carry out its commands until there is none."""
         now_s = self.now_s = self._clock()
         self._run(self.exchange.receive(event, now_s))
 
@@ -74,7 +74,7 @@ class RequestHandler:
         while (event := ACTIONS[type(command)](self, command)) is not None:
             command = self.exchange.receive(event, self.now_s)
 
-    # --- what others see of it ---
+    # --- for the registry and the connection ---
 
     @property
     def is_streaming(self) -> bool:
@@ -83,7 +83,7 @@ class RequestHandler:
 
     @property
     def endpoint(self) -> EndpointState | None:
-        """Where its attempt runs."""
+        """The Endpoint of the current attempt."""
         current = self.attempts.current
         return current.endpoint if current is not None else None
 
@@ -116,7 +116,7 @@ class RequestHandler:
     def _wait(self, command: moves.Wait) -> Event | None:
         search = self.search or self._begin_search()
         if search.entry is not None:
-            return None  # woken in vain: it keeps its place in the queue
+            return None  # no slot: the request keeps its place in the queue
         refused = search.enqueue(self, self.attempts.resume, self.exchange.moves > 0, self.now_s)
         if search.entry is not None:
             self.deadline_s = search.entry.deadline_s
@@ -132,12 +132,12 @@ class RequestHandler:
         self.report(QUEUE_FULL)
 
     def retry_placement(self) -> bool:
-        """There may be room now; True when it found a slot or ended."""
+        """Look for a slot again. True if the request found one or ended."""
         self.report(CAPACITY_FREED)
         return self.search is None or self.search.entry is None
 
     def change_route(self) -> None:
-        """A new Snapshot replaced the route this request waits in: look for a slot in the new one, or wait there."""
+        """Move to the route of a new Snapshot: look for a slot there, or wait there."""
         self._leave_queue()
         self.report(CAPACITY_FREED)
 
@@ -166,10 +166,10 @@ class RequestHandler:
         self.attempts.send_beside(self.route, slot, endpoint, self.now_s)
         return True
 
-    # --- what its attempts report ---
+    # --- reports of attempts ---
 
     def on_dial_slow(self) -> None:
-        """Dial another Deployment too: the one that is connected first gets the request, so no engine gets more.
+        """Dial another Deployment too. The first connection gets the request, so no engine gets more requests.
 
         Like a first move, the first such dial is not charged to the budget.
         """
@@ -181,22 +181,22 @@ class RequestHandler:
             exchange.record_move()
 
     def on_one_given_up(self, is_adopted: bool) -> None:
-        """One of two attempts was given up before it was sent, so it counts against no bound."""
+        """One of two attempts was cancelled before it was sent, so no budget counts it."""
         self.exchange.record_unsent()
         if is_adopted:
             self.deadline_s = self._clock() + self.attempts.first_event_s()
 
     def on_content(self, response: UpstreamResponse) -> None:
-        """The first content is here."""
+        """The first content came."""
         event = CONTENT_OK if response.status == 200 else moves.Content(response.status)
         self.now_s = now_s = self._clock()
         self._run(self.exchange.receive(event, now_s))
 
     def on_answered(self, response: UpstreamResponse, tail: bytes) -> None:
-        """The answer ended well. An entry from the event loop: an internal error ends this request alone."""
+        """The response ended well. The event loop enters here: an internal error ends this request alone."""
         try:
             attempt, effects = self.attempts.current, self._services.effects
-            assert attempt is not None, "an answer that ends belongs to the attempt in hand"
+            assert attempt is not None, "only the current attempt's response can end"
             self.writer.append(tail)
             endpoint, now_s = attempt.endpoint, self._clock()
             if endpoint is not None and endpoint.health is not HEALTHY:  # success does not change a healthy Endpoint
@@ -214,14 +214,14 @@ class RequestHandler:
     # --- a lost attempt ---
 
     def on_lost(self, event: AttemptFailed) -> None:
-        """The attempt in hand is lost."""
+        """The current attempt is lost."""
         self.now_s = self._clock()
         lost = self._lost(event)
         if lost is not None:
             self.report(lost)
 
     def _lost(self, event: AttemptFailed) -> Event | None:
-        """Settle the attempt; what the core must hear of it, None if another attempt or a check goes on."""
+        """Settle the attempt. Returns the core's event, None while another attempt or a check is under way."""
         attempts, now_s = self.attempts, self.now_s
         attempt = attempts.current
         if attempt is None:
@@ -241,16 +241,16 @@ class RequestHandler:
         return event
 
     def on_verdict(self, event: AttemptFailed) -> None:
-        """A loss that was held back: it is known now whether the engines ended because of this request."""
+        """Report a held-back loss: it is now known whether this request is poison."""
         if self.exchange.state is _TRYING:
             self.report(event)
 
-    # --- the answer ---
+    # --- the response ---
 
     def _commit(self, command: moves.Commit) -> None:
         attempts = self.attempts
         attempt = attempts.current
-        assert attempt is not None and attempt.response is not None, "content came from the attempt in hand"
+        assert attempt is not None and attempt.response is not None, "content came from the current attempt"
         response = attempt.response
         self.first_s = self.now_s
         self.writer.write_relayed_head(attempts.count, response, attempt.deployment)
@@ -258,7 +258,7 @@ class RequestHandler:
             self._relay(attempt, response)
 
     def _relay(self, attempt: Attempt, response: UpstreamResponse) -> None:
-        """From here on the answer goes to the client as it comes."""
+        """Commit: from now on the response is passed to the client as it arrives."""
         first_s, route = self.first_s, self.route
         self.deadline_s = first_s + deadlines.stall_s(attempt.deployment)
         if attempt.on_trial:
@@ -273,10 +273,10 @@ class RequestHandler:
             self._services.registry.wake_soon()
 
     def _continue(self, command: moves.Continue) -> None:
-        """Another Deployment has come to where the answer broke off; a comment names it to the client."""
+        """Continue the client's stream from another Deployment; a comment names that Deployment."""
         attempts, now_s = self.attempts, self.now_s
         attempt = attempts.current
-        assert attempt is not None and self.attempts.resume is not None, "a resumed answer has both"
+        assert attempt is not None and self.attempts.resume is not None, "a resumed response has both"
         self.writer.name_deployment(attempt.deployment, attempts.count)
         self.deadline_s = now_s + deadlines.stall_s(attempt.deployment)
         if attempt.reservation is not None:
@@ -293,10 +293,10 @@ class RequestHandler:
             self._break_off(command.code)
 
     def _interrupt(self, command: moves.Interrupt) -> None:
-        """Never a clean end of an unfinished answer: an error in the stream, then a close without the last chunk."""
+        """End an unfinished response visibly: with an error event, then a close without the last chunk."""
         self._leave_queue()
         if self.received.context.raw and not self.received.info.stream:
-            self.client.abort()  # to HTTP/1.0 a regular close would be a good end
+            self.client.abort()  # for HTTP/1.0 a regular close would mean a complete response
         self._break_off("upstream_interrupted")
 
     def _break_off(self, code: str) -> None:
@@ -306,13 +306,13 @@ class RequestHandler:
         self._finish()
 
     def _finish(self, command: moves.Finish | None = None) -> None:
-        """The request is over: settle, record, write the last bytes, and hand the connection back."""
+        """End the request: settle, record, write the last bytes, release the connection."""
         attempts, writer, now_s = self.attempts, self.writer, self.now_s
         if attempts.hedge is not None:
             attempts.end_hedge(now_s)
         current, last, outcome = attempts.current, attempts.last, self.exchange.outcome or Outcome.FAILED
         response = last.response if last is not None else None
-        size_bytes = writer.written + len(writer.tail)  # the tail is written when the records are done
+        size_bytes = writer.written + len(writer.tail)  # the tail is written after the records
         attempt_id = current.id if current is not None else b""
         if attempt_id or attempts.usage.pending is not None:
             attempts.usage.end(attempt_id, response, outcome, size_bytes)
@@ -339,12 +339,12 @@ class RequestHandler:
             )
         )
         self.client.ended(now_s)
-        del self.attempts  # which leads back here: only the cycle collector would free both
+        del self.attempts  # it refers to this object: without this only the cycle collector would free both
 
-    # --- what ends it from outside ---
+    # --- ends from outside ---
 
     def client_gone(self, event: moves.ClientGone = moves.CLIENT_GONE) -> None:
-        """The client left: cancel upstream, in whatever phase."""
+        """Cancel upstream, in any phase: the client left."""
         if self.exchange.state is _ENDED:
             return
         self._leave_queue()
@@ -352,29 +352,29 @@ class RequestHandler:
         self.report(event)
 
     def terminate(self, why: Refuse) -> None:
-        """End it while its client is there (a revoked key, a worker that stops): with an error."""
+        """End it with an error while the client is connected: a revoked key, or a worker that stops."""
         if self.exchange.state is _ENDED:
             return
         self.client.keep_alive = False
         if not self.writer.written:
-            self.attempts.charge(Outcome.REFUSED.value.encode())  # no client is billed for it
+            self.attempts.charge(Outcome.REFUSED.value.encode())  # not billed
             self.writer.hold_refusal(self.attempts.count, why)
             self.client_gone(moves.ClientGone(Outcome.REFUSED))
             return
         if self.received.info.stream:
             self.writer.write_error(why.code)
         elif self.received.context.raw:
-            self.client.abort()  # to HTTP/1.0 a regular close would be a good end
+            self.client.abort()  # for HTTP/1.0 a regular close would mean a complete response
         self.client_gone()
 
     def on_internal_error(self, error: BaseException) -> None:
-        """A bug of ours, met while this request was handled: log it, and end this request alone."""
+        """Log an internal error, and end this request alone."""
         self._services.defaults.on_error(error, self.id)
         if "attempts" in self.__dict__:  # else it has ended, and its client may be in its next request
             self.client.fail(self.id)
 
     def fail(self) -> bool:
-        """An internal error: cancel upstream and settle, whatever else no longer works.
+        """Cancel upstream and settle after an internal error, even if other steps fail.
 
         Returns whether the client reads a stream in which an error event may still be written.
         """
@@ -382,7 +382,7 @@ class RequestHandler:
         with suppress(Exception):  # the error may come again here
             self.client_gone()
         attempts: AttemptSet | None = self.__dict__.pop("attempts", None)
-        if attempts is not None:  # the regular end was not reached: what must not leak is a slot
+        if attempts is not None:  # the regular end was not reached; the slots must be released anyway
             self._services.registry.in_flight.pop(self, None)
             attempts.abandon(self._clock())
         return self.received.info.stream and not self.received.context.raw
@@ -390,7 +390,7 @@ class RequestHandler:
     # --- deadlines and ticks ---
 
     def tick(self, now_s: float, furthest: dict[int, int] | None) -> None:
-        """Every 50 ms: is a deadline over, or a hedge due? With `furthest`, once a second: how far has it come?"""
+        """Check deadlines and hedging, every 50 ms; with `furthest`, once a second, also the progress."""
         if furthest is not None:
             self._check_progress(now_s, furthest)
         if self.deadline_s <= now_s:
@@ -409,7 +409,7 @@ class RequestHandler:
             self._send_beside()
 
     def _overdue(self, now_s: float) -> None:
-        """A deadline passed: of waiting, of the first event, or of the next one."""
+        """Handle a passed deadline: of the queue, the first event or the next event."""
         if self.exchange.state is _WAITING:
             self._leave_queue()
             self.report(moves.QueueTimeout(self.route.drain_rate.retry_after_s(max(1, len(self.route.queue)))))
@@ -422,7 +422,7 @@ class RequestHandler:
             self.on_lost(AttemptFailed(Failure.TIMEOUT))
 
     def move_from(self, endpoint: EndpointState, silent_s: float, now_s: float) -> None:
-        """Its Endpoint cannot be reached: move, if it has waited there for its first event long enough."""
+        """Move, if its Endpoint is unreachable and it has waited there for its first event long enough."""
         current = self.attempts.current
         if current is None or current.endpoint is not endpoint or self.exchange.state is not _TRYING:
             return
@@ -433,14 +433,14 @@ class RequestHandler:
             self.on_lost(AttemptFailed(Failure.TIMEOUT))
 
     def _is_excused(self, response: UpstreamResponse, now_s: float) -> bool:
-        """Whether silence is not the Endpoint's: the client stalls, or the answer had ended but for its last bytes."""
+        """Whether the silence is no fault of the Endpoint: the client stalls, or only last bytes are missing."""
         if response.paused:
             self.deadline_s = self.client.next_read_deadline_s(now_s)
             return True
         return response.finish()
 
     def _has_more_time(self, attempt: Attempt, now_s: float) -> bool:
-        """Whether an answer that is not streamed may take longer than the minimum; it then has that time."""
+        """Whether a response that is not streamed may take longer than the minimum; if so, extend its deadline."""
         if self.received.info.stream or self.first_s:
             return False
         reservation = attempt.reservation
@@ -450,7 +450,7 @@ class RequestHandler:
         return self.deadline_s > now_s
 
     def _check_progress(self, now_s: float, furthest: dict[int, int]) -> None:
-        """Once a second: an answer that moved since the last tick has its whole stall limit before it again."""
+        """Restart the stall timeout if the response made progress since the last tick. Once a second."""
         attempts, first_s, is_stream = self.attempts, self.first_s, self.received.info.stream
         monitor = self._monitor = self._monitor or ProgressMonitor()
         current = attempts.current
@@ -473,13 +473,13 @@ class RequestHandler:
                 monitor.note_comment(now_s)
 
     def pause(self) -> None:
-        """The client reads slower than the upstream writes."""
+        """Pause the upstream: the client reads slower than the upstream writes."""
         current = self.attempts.current
         if current is not None and current.response is not None:
             current.response.pause()
 
     def resume(self) -> None:
-        """The client caught up."""
+        """Resume the upstream: the client caught up."""
         current = self.attempts.current
         if current is not None and current.response is not None:
             current.response.resume()

@@ -1,4 +1,4 @@
-"""What is recorded of a request: metrics, the access log, the decision log, and what is learned from its answer."""
+"""Records of requests: metrics, the access log, the decision log, and what is learned from responses."""
 
 import time
 from typing import Protocol
@@ -20,12 +20,12 @@ from fleetgate.proxy.telemetry.decision_log import DecisionLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from fleetgate.proxy.telemetry.request_metrics import RequestMetrics, RequestMetricsCache, TokenEstimateError
 
-TROUBLE_EVERY_S = 5.0  # one line for each Deployment in trouble, not one for each request
+UNREACHABLE_LINE_EVERY_S = 5.0  # between lines about an unreachable Deployment
 _OK = Outcome.OK
 
 
 class Journal(Protocol):
-    """The usage journal of a worker."""
+    """The usage journal, as records use it."""
 
     def add(self, line: bytes) -> None:
         """Append one line."""
@@ -50,7 +50,7 @@ class RequestSummary(msgspec.Struct):
 
 
 class OutcomeRecorder:
-    """One worker's records of its requests."""
+    """Records the requests of one worker."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class OutcomeRecorder:
         self.journal_add = journal.add
         self._cache = cache
         self._estimate_errors = {kind: TokenEstimateError(metrics, kind) for kind in ("prompt", "output")}
-        self._trouble_s: dict[str, float] = {}
+        self._unreachable_logged_s: dict[str, float] = {}
         self.estimates = estimates
 
     def attempt_failed(self, route: ModelRouteState, deployment: DeploymentState, failure: Failure) -> None:
@@ -79,12 +79,12 @@ class OutcomeRecorder:
     def not_connected(self, deployment: DeploymentState, reason: str, now_s: float) -> None:
         """Log why a Deployment cannot be reached, at most every 5 s."""
         name = deployment.spec.name
-        if now_s - self._trouble_s.get(name, float("-inf")) >= TROUBLE_EVERY_S:
-            self._trouble_s[name] = now_s
+        if now_s - self._unreachable_logged_s.get(name, float("-inf")) >= UNREACHABLE_LINE_EVERY_S:
+            self._unreachable_logged_s[name] = now_s
             self._access_log.event(Level.WARNING, "upstream_trouble", reason[:300], deployment=name)
 
     def resumed(self, route: ModelRouteState, method: str) -> None:
-        """Count an answer that another Deployment resumes."""
+        """Count a response that another Deployment resumes."""
         self._metrics.add("fleetgate_resumes_total", {"gateway": route.gateway.spec.name, "way": method})
 
     def learn(
@@ -96,7 +96,7 @@ class OutcomeRecorder:
         response: CountedResponse,
         now_s: float,
     ) -> None:
-        """An answer ended well: learn lengths and speed from it."""
+        """Learn token counts and speed from a response that ended well."""
         model, usage = route.model, response.usage
         prompt_tokens = 0
         output_tokens = response.event_count if response.stream else 0
@@ -170,7 +170,7 @@ class OutcomeRecorder:
             )
 
     def _other_metrics(self, route: ModelRouteState, deployment: DeploymentState | None) -> RequestMetrics:
-        """The metrics of a request that no Deployment of this route answered."""
+        """The metrics for requests of this route without a response from a Deployment."""
         if deployment is None:
             return self._cache.get(route.gateway.spec.name, "", "")
         return self._cache.get(route.gateway.spec.name, deployment.spec.name, deployment.spec.region)
@@ -203,13 +203,13 @@ class OutcomeRecorder:
 def identity_of(
     decisions: DecisionLog, request_id: bytes, received: ReceivedRequest, route: ModelRouteState
 ) -> RequestIdentity:
-    """The names by which a record tells a request."""
+    """The names of a request in a record."""
     gateway, key = route.gateway.spec.name, received.context.key.name
     return decisions.identity(request_id, gateway, route.model, key)
 
 
 def final_response(attempt: Attempt | None, outcome: Outcome, size_bytes: int) -> FinalResponse:
-    """How an answer ended, for the idempotency store."""
+    """The end of a response, for the idempotency store."""
     response = attempt.response if attempt is not None else None
     if outcome is not _OK or attempt is None or response is None:
         return FinalResponse(False, False, size_bytes, b"", None)

@@ -1,4 +1,4 @@
-"""A request looks for a slot: the route's lead takes it, or a Deployment that the scheduler names, or it waits."""
+"""Finds a slot for a request: at the route's lead, or where the scheduler decides; otherwise the request waits."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -22,24 +22,24 @@ from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
 
-RETRY_AFTER_IN_PLACE_MAX_S = 2.0  # faults.md row 16: a request waits here for a Deployment only this long
+RETRY_AFTER_IN_PLACE_MAX_S = 2.0  # faults.md row 16: with a longer one no request waits in the queue
 QUEUE_FULL = QueueFull()
-# A request whose candidates are gone fails, unless an ejected Endpoint proves healthier than thought.
+# Without a candidate left a request fails at once, unless an ejected Endpoint is due for a trial.
 NO_CANDIDATE = (RejectionReason.NONE_UP, RejectionReason.ALL_TRIED)
 
 
 class PanicPicker(Protocol):
-    """Readmits the least bad ejected Endpoint, now and then."""
+    """Puts ejected Endpoints on trial when all are ejected."""
 
     def panic_pick(self, route: ModelRouteState, now_s: float, without: Collection[int] = ()) -> bool:
-        """Whether one request may try an ejected Endpoint of this route."""
+        """Put the least bad ejected Endpoint of this route on trial; False if none is due."""
 
 
 class PlacementQuery(msgspec.Struct):
-    """One look for a slot.
+    """The inputs of one search for a slot.
 
-    Shape: `tried` and `failed` are the Deployments (slots) and Endpoints that have failed this request; `is_queued`
-    marks a request that waits already. Units: `wants_since_s` is when it began to want this slot.
+    Shape: `tried` and `failed` are the Deployments (slots) and Endpoints that failed this request; `is_queued` is true
+    if it already waits. Units: `wants_since_s` is when the search began.
     """
 
     request: PlacementRequest
@@ -54,7 +54,7 @@ class PlacementQuery(msgspec.Struct):
 
 
 class PlacedRequest(msgspec.Struct):
-    """A slot that was reserved. Shape: `reservation` is None where the route's lead took the request uncounted."""
+    """A reserved slot. Shape: `reservation` is None if the route's lead took the request without a prediction."""
 
     candidate: Candidate
     deployment: DeploymentState
@@ -81,11 +81,11 @@ class Placer:
         self._decisions = decisions
 
     def current_route(self, route: ModelRouteState) -> ModelRouteState:
-        """The route of the active Snapshot that took the place of an older one."""
+        """The route of the active Snapshot that replaced an older one."""
         return self._active.current.successor(route)
 
     def take_lead(self, route: ModelRouteState) -> DeploymentState | None:
-        """Reserve at the route's lead, without a decision; None if it has none or the lead has no slot."""
+        """Reserve at the route's lead without a decision; None if there is no lead or it has no slot."""
         lead = route.lead
         if lead is None or route.queue.length:
             return None
@@ -95,12 +95,12 @@ class Placer:
         return deployment if self._ledger.reserve(lead.slot, deployment.limit) else None
 
     def place(self, query: PlacementQuery, now_s: float) -> PlacedRequest | NotPicked:
-        """Reserve the slot that the scheduler names, or say why there is none."""
+        """Reserve the slot that the scheduler chooses, or return why there is none."""
         route, request = query.route, query.request
         if not query.is_queued and not query.tried:
             first = route.queue.first()
             if first is not None and first.priority <= request.priority:
-                return NotPicked(RejectionReason.ALL_FULL)  # others wait already, and new requests queue behind them
+                return NotPicked(RejectionReason.ALL_FULL)  # requests wait already, and new ones queue behind them
         accounts, decisions = self._accounts, self._decisions
         while True:
             tried = self._exhausted(query.tried, query.failed, now_s) if query.tried else []
@@ -123,9 +123,9 @@ class Placer:
                 return NotPicked(reason)
 
     def place_beside(self, query: PlacementQuery, now_s: float) -> tuple[PlacedRequest, EndpointState] | None:
-        """A slot at another Deployment for a second attempt beside the first, None if there is none."""
+        """Reserve a slot at another Deployment for a second attempt beside the first; None if there is none."""
         route, accounts = query.route, self._accounts
-        asked = query.request.schedule_request(0.0)  # a new attempt has its whole TTFT before it
+        asked = query.request.schedule_request(0.0)  # the TTFT of the new attempt begins now
         placed = route.scheduler.place(asked, accounts.tracker.views, accounts.work_ledger, now_s, query.tried)
         if not isinstance(placed, Placement):
             return None
@@ -138,7 +138,7 @@ class Placer:
         return PlacedRequest(placed.candidate, deployment, reservation), endpoint
 
     def _exhausted(self, slots: tuple[int, ...], failed: tuple[EndpointState, ...], now_s: float) -> list[int]:
-        """Those of the tried Deployments that have no other Endpoint to try."""
+        """The tried Deployments without another Endpoint to try."""
         deployments = self._active.current.deployments
         return [
             slot for slot in slots if slot not in deployments or not deployments[slot].choose_endpoint(now_s, failed)
@@ -147,14 +147,14 @@ class Placer:
     def enqueue(
         self, query: PlacementQuery, waiter: RegisteredRequest, moved: bool, now_s: float
     ) -> QueueEntry | QueueTimeout | QueueFull:
-        """Join the queue, unless it is full or the wait would be in vain.
+        """Join the queue, unless it is full or the expected wait is too long.
 
         Shape: `moved` requests wait ahead of new ones.
         """
         route, request, context = query.route, query.request, query.received.context
         spec, registry, drain_rate = route.gateway.spec, self._registry, route.drain_rate
         retry_after_s = route.retry_after_s(now_s)
-        if retry_after_s > RETRY_AFTER_IN_PLACE_MAX_S:  # no Deployment takes it before
+        if retry_after_s > RETRY_AFTER_IN_PLACE_MAX_S:  # no Deployment accepts requests before
             return QueueTimeout(retry_after_s)
         if registry.total_waiting(spec.slot) >= spec.admission.queue_max:
             shed = route.queue.shed_candidate(request.priority, context.key.name)
@@ -163,7 +163,7 @@ class Placer:
             registry.shed(shed)
         views, shape = self._accounts.tracker.views, request.shape
         deadline_s = route.scheduler.queue_deadline_s(shape, query.wants_since_s, views, context.timeout_s)
-        if spec.slo is not None or context.timeout_s:  # something was promised
+        if spec.slo is not None or context.timeout_s:  # the Gateway or the client set a deadline
             expected_s = now_s + drain_rate.wait_expected_s(len(route.queue) + 1)
             if expected_s > deadline_s:
                 return QueueTimeout(drain_rate.retry_after_s(len(route.queue) + 1))
@@ -173,7 +173,7 @@ class Placer:
 
 
 class SlotSearch(msgspec.Struct, eq=False):
-    """Made when the route's lead cannot take the request. A Struct, so that making one costs no call.
+    """The search for a slot when the route's lead cannot take the request. A Struct, so that making one costs no call.
 
     Shape: `entry` is its place in the queue, None outside it.
     """
@@ -212,7 +212,7 @@ class SlotSearch(msgspec.Struct, eq=False):
     def enqueue(
         self, waiter: RegisteredRequest, resume: Resume | None, moved: bool, now_s: float
     ) -> QueueTimeout | QueueFull | None:
-        """Wait in the queue; why not, if that would be in vain."""
+        """Wait in the queue. Returns the refusal if that is not possible."""
         wants_since_s = self.started_s if resume is None else resume.lost_s
         query = PlacementQuery(self.request, self.id, self.received, waiter.route, wants_since_s, resume=resume)
         entered = self.placer.enqueue(query, waiter, moved, now_s)
@@ -222,7 +222,7 @@ class SlotSearch(msgspec.Struct, eq=False):
         return None
 
     def leave_queue(self, waiter: RegisteredRequest, served: bool) -> None:
-        """Wait no longer."""
+        """Leave the queue."""
         entry, self.entry = self.entry, None
         if entry is not None:
             self.registry.leave(entry, waiter, served)

@@ -1,4 +1,4 @@
-"""The requests of one worker: those in flight, and those that wait for a slot."""
+"""The requests of one worker: those in flight and those that wait for a slot."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,45 +11,45 @@ from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 
-QUEUE_LOOKS_MAX = 4  # queued requests that look for a slot in turn, so that one that is too long blocks none
+QUEUE_TRIES_MAX = 4  # queued requests that try for a slot at a time, so that one too large for it blocks no other
 
-SILENT_S = 2.0  # a request that has waited this long at an Endpoint that its probes cannot reach is lost with it
+SILENT_S = 2.0  # waiting longer at an Endpoint that probes cannot reach, a request moves
 
 
 class RegisteredRequest(Protocol):
-    """A request, as the registry uses it."""
+    """A request in flight, as the registry uses it."""
 
     received: ReceivedRequest
     first_s: float  # when the client got its first content, 0 before it
 
     @property
     def route(self) -> ModelRouteState:
-        """The route whose queue it waits in."""
+        """The route that it waits for."""
 
     @property
     def endpoint(self) -> EndpointState | None:
-        """Where its attempt runs, None without one."""
+        """The Endpoint of its current attempt, None without one."""
 
     def on_internal_error(self, error: BaseException) -> None:
-        """A bug of ours was met while it was handled."""
+        """End it by an internal error."""
 
     def terminate(self, why: Refuse) -> None:
-        """End it while its client is there."""
+        """End it with an error while its client is connected."""
 
     def retry_placement(self) -> bool:
-        """Look for a slot; True when it found one or ended."""
+        """Look for a slot. True if it found one or ended."""
 
     def shed(self) -> None:
         """Leave the queue for a request of higher priority."""
 
     def change_route(self) -> None:
-        """A new Snapshot replaced the route it waits in."""
+        """Move to the route of a new Snapshot."""
 
     def tick(self, now_s: float, furthest: dict[int, int] | None) -> None:
         """Check its deadlines; with `furthest`, once a second, its progress too."""
 
     def move_from(self, endpoint: EndpointState, silent_s: float, now_s: float) -> None:
-        """Move, if it has waited at this Endpoint for longer than `silent_s`."""
+        """Move, if it has waited at this Endpoint for its first event longer than `silent_s`."""
 
 
 class RequestRegistry:
@@ -70,26 +70,26 @@ class RequestRegistry:
         self._call_soon = call_soon
         self._waiting: dict[QueueEntry, RegisteredRequest] = {}
         self.in_flight: dict[RegisteredRequest, None] = {}
-        self.other_workers: list[int] = []  # columns whose requests may wait for a slot of the same Deployments
+        self.other_workers: list[int] = []  # columns of workers with requests that may wait for the same Deployments
 
     def count_with(self, columns: range) -> None:
-        """Requests of these workers may wait for a slot of the same Deployments."""
+        """Set the workers with requests that may wait for a slot of the same Deployments."""
         self.other_workers = [column for column in columns if column != self._worker]
 
     # --- the queue ---
 
     @property
     def waiting(self) -> list[RegisteredRequest]:
-        """The requests that wait."""
+        """The waiting requests."""
         return list(self._waiting.values())
 
     @property
     def has_waiting(self) -> bool:
-        """Whether a request waits."""
+        """Whether this request waits."""
         return bool(self._waiting)
 
     def total_waiting(self, gateway_slot: int) -> int:
-        """Requests that wait in a Gateway, over all workers."""
+        """The number of requests that wait in a Gateway, in all workers."""
         return self._shared.waiting_total(gateway_slot)
 
     def shed(self, entry: QueueEntry) -> None:
@@ -97,13 +97,13 @@ class RequestRegistry:
         self._waiting[entry].shed()
 
     def join(self, entry: QueueEntry, request: RegisteredRequest, ahead: bool) -> None:
-        """A request waits in its route's queue. Shape: `ahead` of new ones, because it has moved."""
+        """Put a request into its route's queue. Shape: `ahead` of new requests if it has moved."""
         request.route.queue.join(entry, ahead=ahead)
         self._waiting[entry] = request
         self._count_waiting(request.route, 1)
 
     def leave(self, entry: QueueEntry, request: RegisteredRequest, served: bool) -> None:
-        """A request waits no longer."""
+        """Remove a request from its queue."""
         request.route.queue.leave(entry, served)
         self._waiting.pop(entry, None)
         self._count_waiting(request.route, -1)
@@ -116,18 +116,18 @@ class RequestRegistry:
     # --- slots that become free ---
 
     def slot_freed(self) -> None:
-        """A Deployment has a slot again: requests that wait look for it, here first, then in the other workers."""
+        """Let waiting requests look for a free slot, here first, then in the other workers."""
         if self._waiting:
             self._call_soon(self.wake)
         for worker in self.other_workers:
             if self._shared.get(worker, WorkerCell.WAITING):
                 try:
                     os.write(self._wake_fds[worker], b"\x01")
-                except OSError:  # the pipe is full, so that worker is awake, or its process is gone
+                except OSError:  # the pipe is full, so that worker is awake already; or its process has ended
                     pass
 
     def wake_soon(self) -> None:
-        """Something changed that may make room: let the requests that wait look for a slot."""
+        """Let the waiting requests look for a slot soon: a change may have freed one."""
         if self._waiting:
             self._call_soon(self.wake)
 
@@ -136,8 +136,8 @@ class RequestRegistry:
         routes = {request.route: None for request in self._waiting.values()}
         for route in routes:
             found = True
-            while found:  # each that finds a slot changes what there is for the next
-                entries = route.queue.next_entries(QUEUE_LOOKS_MAX)
+            while found:  # each success changes the capacity for the next request
+                entries = route.queue.next_entries(QUEUE_TRIES_MAX)
                 found = any(self._retry(self._waiting[entry]) for entry in entries)
 
     @staticmethod
@@ -151,12 +151,12 @@ class RequestRegistry:
     # --- requests in flight ---
 
     def others_at(self, endpoint: EndpointState, request: object) -> tuple[int, int]:
-        """Other requests at an Endpoint: how many there are, and how many of them have no content yet."""
+        """The number of other requests at an Endpoint, and of those without content yet."""
         others = [one for one in self.in_flight if one.endpoint is endpoint and one is not request]
         return len(others), sum(not one.first_s for one in others)
 
     def tick(self, now_s: float, furthest: dict[int, int] | None) -> None:
-        """Every 50 ms: the deadlines of every request in flight. Shape: as `RegisteredRequest.tick`."""
+        """Check every request in flight, every 50 ms. Shape: as `RegisteredRequest.tick`."""
         for request in list(self.in_flight):
             try:
                 request.tick(now_s, furthest)
@@ -164,7 +164,7 @@ class RequestRegistry:
                 request.on_internal_error(error)
 
     def move_silent_soon(self, endpoint: EndpointState) -> None:
-        """An Endpoint cannot be reached: requests that wait there for a first event move."""
+        """Move the requests that wait at an unreachable Endpoint for a first event."""
         self._call_soon(lambda: self._move_silent(endpoint))
 
     def _move_silent(self, endpoint: EndpointState) -> None:

@@ -1,4 +1,4 @@
-"""What a request is: what its head led to, and what its body asks for. Values, made before anything is decided."""
+"""The values of a request: its authorized head, and what its body asks for."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ SESSION_BYTES_MAX = 128
 
 
 class RequestContext:
-    """What a head led to. It is remembered with the head, so that equal heads are authorized once.
+    """The result of authorizing a head. It is kept with the head, so that equal heads are authorized once.
 
     Shape: `forwarded_headers` are lines for the upstream, `response_headers` (CORS) lines for the client;
     `timeout_s` is 0 if the client set none; `raw` marks HTTP/1.0, which has no chunked framing.
@@ -77,7 +77,7 @@ def _timeout_s(value: bytes) -> float:
 
 
 class FinalResponse(msgspec.Struct, frozen=True):
-    """How an answer ended, for the idempotency store. Shape: `headers` are lines; `body` is None if it was not kept."""
+    """The end of a response, for the idempotency store. Shape: `headers` are lines; `body` is None if not kept."""
 
     ok: bool
     stream: bool
@@ -87,14 +87,14 @@ class FinalResponse(msgspec.Struct, frozen=True):
 
 
 class Claim(Protocol):
-    """The right to answer a request that has an `Idempotency-Key`."""
+    """The claim of a request on its `Idempotency-Key`."""
 
     def end(self, response: FinalResponse) -> None:
         """The request has ended."""
 
 
 class ReceivedRequest(msgspec.Struct):
-    """A request with its whole body, authorized and allowed by policies."""
+    """A complete request, authorized and allowed by policies."""
 
     context: RequestContext
     operation: Operation

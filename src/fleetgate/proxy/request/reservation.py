@@ -1,4 +1,4 @@
-"""One request's slot at a Deployment with the token work it stands for: from placement to settlement."""
+"""The slot of one request at a Deployment and its predicted token work, from placement to settlement."""
 
 from fleetgate.core.admission.request_queue import PRIORITIES, Priority
 from fleetgate.core.admission.work_ledger import WorkLedger, WorkReservation
@@ -13,8 +13,8 @@ from fleetgate.proxy.routing.capacity_tracker import CapacityTracker
 from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.telemetry.metrics import LatencyHistogram
 
-# An answer that is not streamed shows no first token: its prompt counts as prefilled after this many times the
-# predicted TTFT.
+# A response that is not streamed has no visible first token: its prompt counts as prefilled after this many times
+# the predicted TTFT.
 UNSEEN_FIRST_FACTOR = 1.5
 ENDED, TTFT_LATE, TPOT_LATE, REFUSED = (
     int(DeploymentCounter.ENDED),
@@ -25,13 +25,13 @@ ENDED, TTFT_LATE, TPOT_LATE, REFUSED = (
 
 
 class PlacementRequest:
-    """What a request needs of a Deployment, worked out once, however often it has to look for one."""
+    """What a request needs of a Deployment, computed once for all its searches."""
 
     __slots__ = ("_allowed", "_preferred", "prefix_chain", "priority", "shape")
 
     def __init__(self, received: ReceivedRequest, route: ModelRouteState, estimates: TokenEstimates) -> None:
         context, body, model = received.context, received.body, route.model
-        # With a single Endpoint there is no choice that a prefix could decide.
+        # With a single Endpoint there is no choice, so the prefix is not needed.
         self.prefix_chain = chain_of(body, context.session, context.protocol.PROMPT_MARKS) if route.has_choice else ()
         warm = route.affinity.find(self.prefix_chain) if self.prefix_chain else COLD
         self.shape = RequestShape(
@@ -45,12 +45,12 @@ class PlacementRequest:
         self._allowed, self._preferred = decision.allowed, decision.preferred
 
     def schedule_request(self, waited_s: float) -> ScheduleRequest:
-        """The request as the scheduler takes it, now."""
+        """The request for the scheduler, at this moment."""
         return ScheduleRequest(self.shape, waited_s, self.priority, self._allowed, self._preferred)
 
 
 class CapacityAccounts:
-    """What reservations of one worker write to: token work, learned speed, counters of late and ended requests."""
+    """Where reservations of one worker are recorded: token work, learned speed, counters of late and ended requests."""
 
     __slots__ = ("_counters", "_worker", "_workers", "tracker", "ttft_error", "work_ledger")
 
@@ -75,7 +75,7 @@ class CapacityAccounts:
 
 
 class Reservation:
-    """A slot that a request holds. Cost: 3 µs over its life.
+    """A reserved slot. Cost: 3 µs over its life.
 
     Shape: `endpoint_slot` is the Endpoint that was chosen; `predicted_ttft_s` is None without a Profile.
     """
@@ -94,7 +94,7 @@ class Reservation:
 
     def __init__(self, accounts: CapacityAccounts, placement: Placement, has_slo: bool, now_s: float) -> None:
         self._accounts = accounts
-        self._has_slo = has_slo  # without an SLO no request is late
+        self._has_slo = has_slo  # without it no request counts as late
         self._placement = placement
         self._work: WorkReservation = placement.reservation
         self.endpoint_slot = placement.reservation.endpoint_slot
@@ -104,13 +104,13 @@ class Reservation:
         self._seen_tokens = 0
 
     def move(self, endpoint_slot: int) -> None:
-        """Another Endpoint of the same Deployment takes the request: the chosen one has become unhealthy."""
+        """Move to another Endpoint of the Deployment: the chosen one became unhealthy."""
         if endpoint_slot != self.endpoint_slot:
             self.endpoint_slot = endpoint_slot
             self._work = self._accounts.work_ledger.move(self._work, endpoint_slot)
 
     def first_token(self, ttft_s: float, now_s: float) -> None:
-        """The first token of a stream came. Units: `ttft_s` counts from the request's arrival here."""
+        """Record the first token of a stream. Units: `ttft_s` counts from the request's arrival at the worker."""
         accounts = self._accounts
         self._first_s = now_s
         self._work = accounts.work_ledger.first_token(self._work, now_s)
@@ -122,13 +122,13 @@ class Reservation:
                 accounts.count(self._work.slot, TTFT_LATE)
 
     def resumed(self, now_s: float) -> None:
-        """An answer that broke off elsewhere continues here: its prompt is prefilled; nothing is learned from it."""
+        """Count the prompt of a resumed response as prefilled; nothing is learned from it."""
         self._work = self._accounts.work_ledger.first_token(self._work, now_s)
 
     def tick(self, tokens: int, furthest: dict[int, int], now_s: float) -> None:
-        """Once a second. Units: `tokens` that its stream has brought so far, -1 before the first.
+        """Record progress, once a second. Units: `tokens` of its stream so far, -1 before the first.
 
-        The first token of an answer that is not streamed is presumed when it is overdue.
+        The first token of a response that is not streamed is presumed when it is overdue.
         Shape: `furthest` collects, by Endpoint slot, the most tokens that one stream got since the last tick.
         """
         if tokens >= 0:
@@ -143,7 +143,7 @@ class Reservation:
             self._work = self._accounts.work_ledger.first_token(self._work, now_s)
 
     def ended(self, output_tokens: int, tpot_max_s: float, now_s: float) -> None:
-        """The answer ended well. Units: `output_tokens` 0 if they are not known or were not streamed."""
+        """Record a response that ended well. Units: `output_tokens` 0 if they are not known or were not streamed."""
         self._accounts.count(self._work.slot, ENDED)
         if not self._has_slo or output_tokens <= 1 or not self._first_s:
             return
@@ -151,11 +151,11 @@ class Reservation:
             self._accounts.count(self._work.slot, TPOT_LATE)
 
     def measured(self, prompt_tokens: float, output_tokens: float, now_s: float) -> None:
-        """How much was done while the slot was held. With a Profile, its streams tell more."""
+        """Learn from the work done in the slot. With a Profile, speeds are learned from streams instead."""
         if self._placement.prediction is None:
             units = RequestShape(prompt_tokens, output_tokens).units
             self._accounts.tracker.record_end(self._work.slot, units, now_s - self._sent_s)
 
     def settle(self) -> None:
-        """Give the slot and its token work back."""
+        """Release the slot and its token work."""
         self._accounts.work_ledger.settle(self._work)

@@ -1,4 +1,4 @@
-"""An answer that broke off half-way: whether and how another Deployment resumes it."""
+"""Resumes an interrupted response at another Deployment: whether, where and how."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -12,23 +12,23 @@ from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.transport.interface import ResumedStream
 
-UNVERIFIED_IDS = 1  # the mark of token ids that no other engine is known to take: a replay still compares them
+UNVERIFIED_IDS = 1  # the mark of token ids without a known engine that accepts them: a replay still compares them
 
 
 class BrokenResponse(Protocol):
-    """What is known of an answer that broke off."""
+    """The state of an interrupted response."""
 
     @property
     def transcript(self) -> Transcript | None:
-        """What it said, if it was kept."""
+        """Its transcript, if it was kept."""
 
     @property
     def event_count(self) -> int:
-        """How many content events it sent."""
+        """The number of its content events."""
 
 
 def transcript_for(received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState) -> Transcript | None:
-    """A transcript to keep a stream in; None if it could not be resumed anyway, and then costs nothing."""
+    """An empty transcript for a stream; None, at no cost, if the stream cannot be resumed anyway."""
     protocol, operation = received.context.protocol, received.operation
     if not route.resumes:
         return None
@@ -42,13 +42,13 @@ def transcript_for(received: ReceivedRequest, route: ModelRouteState, deployment
 
 
 def _mark(deployment: DeploymentState, model: str) -> int:
-    """The mark of token ids that a Deployment gives and takes for a model; only its first model was probed."""
+    """The mark of a Deployment's token ids for a model; only its first model was probed."""
     names = deployment.upstream_names
     return deployment.token_mark if names.get(model) == next(iter(names.values()), None) else 0
 
 
 class Resume:
-    """One answer that another Deployment resumes, perhaps twice. Units: `lost_s` is when it last broke off."""
+    """The resumption of one response, perhaps several times. Units: `lost_s` is when it last broke off."""
 
     __slots__ = ("_asked_model", "_events_seen", "_protocol", "_transcript", "lost_s", "method")
 
@@ -71,7 +71,7 @@ class Resume:
         failed: tuple[EndpointState, ...],
         now_s: float,
     ) -> "Resume | None":
-        """How to resume: replay and compare where the answer is deterministic, else continue; None if neither is safe.
+        """The method: replay and compare if the response is deterministic, else continue it; None if neither is safe.
 
         Shape: `failed` are the Endpoints that have failed this request.
         """
@@ -80,7 +80,7 @@ class Resume:
             return None
         protocol, body = received.context.protocol, received.body
         methods = protocol.resume_methods(body, received.operation)
-        runs = transcript.runs  # decodes the last events, which tells whether all of it is known
+        runs = transcript.runs  # decodes the last events, which shows whether the transcript is complete
         if not transcript.whole or not runs:
             return None
         for method in (ResumeMethod.REPLAY, ResumeMethod.TOKENS, ResumeMethod.PREFILL):
@@ -101,20 +101,20 @@ class Resume:
         )
 
     def broke_off(self, event_count: int, now_s: float) -> None:
-        """The answer broke off, after this many content events."""
+        """Record that the response broke off after so many content events."""
         self.lost_s = now_s
         self._events_seen = max(self._events_seen, event_count)
 
     def is_possible(self, body: bytes) -> bool:
-        """Whether what was said so far can be resumed."""
+        """Whether the transcript so far can be resumed."""
         return self._protocol.resume_body(self.method, body, self._transcript, "") is not None
 
     def path(self, asked: bytes) -> bytes:
-        """The path at which the next engine is asked."""
+        """The path of the next engine's request."""
         return self._protocol.resume_path(self.method, asked)
 
     def unfit_slots(self, route: ModelRouteState) -> Iterator[int]:
-        """The Deployments that could not resume it."""
+        """The Deployments that cannot resume it."""
         if self.method is ResumeMethod.PREFILL:
             for deployment in route.deployments:
                 if not deployment.resumes_prefill:
@@ -125,13 +125,13 @@ class Resume:
                     yield deployment.slot
 
     def body(self, body: bytes, engine: str) -> bytes:
-        """What this engine is asked."""
+        """The body for this engine."""
         resuming = self._protocol.resume_body(self.method, body, self._transcript, engine)
         assert resuming is not None, "`is_possible` was asked, and nothing has changed since"
         return resuming
 
     def answer(self, operation: Operation) -> ResumedStream:
-        """How the next engine's answer is joined to what its client has read."""
+        """Joins the next engine's response to the part that the client has read."""
         splicer = self._protocol.new_splicer(self._transcript, self.method, self._asked_model, operation)
         inherited = 0 if self.method is ResumeMethod.REPLAY else self._events_seen
         return ResumedStream(splicer, self._transcript, self._events_seen, inherited)

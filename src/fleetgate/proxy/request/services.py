@@ -1,4 +1,4 @@
-"""What the handlers of one worker use. The worker makes it once."""
+"""The services that request handlers of one worker use. The worker makes them once."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from fleetgate.proxy.request.response.heads import ResponseDefaults
 
 
 class HandlerServices(msgspec.Struct, frozen=True):
-    """Shape: `defaults` is what all answers share; the clock is in `attempts`."""
+    """Shape: `defaults` is shared by all responses; the clock is in `attempts`."""
 
     ids: Iterator[bytes]
     defaults: ResponseDefaults

@@ -1,4 +1,4 @@
-"""Every attempt in the usage journal: an intent before it is sent, progress in its stream, a settlement at its end."""
+"""Writes attempts to the usage journal: an intent before sending, progress in the stream, a settlement at the end."""
 
 from collections.abc import Callable
 from time import time
@@ -11,7 +11,7 @@ from fleetgate.core.exchange import Failure, Outcome
 from fleetgate.protocols.messages import Usage
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 
-HEDGED = b"hedged"  # the other attempt was first
+HEDGED = b"hedged"  # the other attempt was faster
 STALE = b"stale"  # a kept connection was closed before anything came over it
 _INTENT = b'{"t":"i","id":"%b","at_ms":%d,"key":%b,%b,%b}\n'
 _PROGRESS = b'{"t":"p","id":"%b","prompt_tokens":%d,"output_tokens":%d}\n'
@@ -30,7 +30,7 @@ _OK = Outcome.OK  # a member read off its enum costs 70 ns each time
 
 
 class TokenUsage(NamedTuple):
-    """What an engine worked for an attempt. Shape: `exact` is 1 if the engine reported it, 0 if it is estimated."""
+    """Tokens that an engine processed for an attempt. Shape: `exact` is 1 if the engine reported it, else 0."""
 
     prompt: int
     output: int
@@ -41,19 +41,19 @@ NOTHING = TokenUsage(0, 0, 1)
 
 
 class CountedResponse(Protocol):
-    """What is counted of an answer. Shape: `told` is what the engine of a resumed answer reports of its own part."""
+    """What is counted of a response. Shape: `own_usage` is what the engine of a resumed one reports of its part."""
 
     @property
     def usage(self) -> Usage | None:
-        """Tokens of the whole answer, if they are known."""
+        """Tokens of the whole response, if they are known."""
 
     @property
-    def told(self) -> Usage | None:
+    def own_usage(self) -> Usage | None:
         """Tokens that a resuming engine reports."""
 
     @property
     def inherited(self) -> int:
-        """Events that another engine sent and that this one was given as its prompt."""
+        """Events of another engine that this one got as its prompt."""
 
     @property
     def event_count(self) -> int:
@@ -65,9 +65,9 @@ class CountedResponse(Protocol):
 
 
 class PendingCharge(NamedTuple):
-    """An attempt that broke off after its client had read some of it.
+    """The charge of an attempt that broke off after its client had read some of it.
 
-    It is charged when it is known whether another attempt resumes the answer, which is then billed as one. `billed`
+    It is charged when it is known whether another attempt resumes the response, which is then billed as one. `billed`
     counts what was read.
     """
 
@@ -78,7 +78,7 @@ class PendingCharge(NamedTuple):
 
 
 class UsageRecorder(msgspec.Struct, eq=False):
-    """The attempts of one request. A Struct, so that making one costs no call.
+    """Records the usage of one request. A Struct, so that making one costs no call.
 
     Cost: 1 µs when an attempt begins and when it is over.
     Shape: `add` appends a line to the journal; `names` are the JSON members for key and route; `estimates`, `model` and
@@ -93,23 +93,23 @@ class UsageRecorder(msgspec.Struct, eq=False):
     pending: PendingCharge | None = None
 
     def begin(self, deployment: DeploymentState, attempt_id: bytes) -> None:
-        """The attempt is about to be sent: from here on it will have a row, whatever happens."""
+        """Record the intent before an attempt is sent: from now on it will have a row, whatever happens."""
         self.add(_INTENT % (attempt_id, time() * 1000, *self.names, deployment.log_names))
 
     def begin_again(self, deployment: DeploymentState, attempt_id: bytes) -> bytes:
-        """It is sent once more, because its connection was closed: the engine may have seen it. Returns the new id."""
+        """Record that it is sent again on a new connection: the engine may have seen both. Returns the new id."""
         self._settle(attempt_id, STALE, NOTHING, (0, 0), 0)
         attempt_id += b".2"
         self.begin(deployment, attempt_id)
         return attempt_id
 
     def progress(self, attempt_id: bytes, response: CountedResponse) -> None:
-        """How far a stream is, once its client reads what this attempt brings."""
+        """Record the progress of a stream, once its client reads this attempt."""
         if self.pending is None:
             self.add(_PROGRESS % (attempt_id, self._prompt_tokens(), response.event_count))
 
     def lost(self, attempt_id: bytes, response: CountedResponse | None, how: bytes, was_read: bool) -> None:
-        """It is over and another one answers, or may: its client is billed only for what it has read of it."""
+        """Settle an attempt while the request continues: the client is billed only for the part that it has read."""
         worked = NOTHING if how in _NO_WORK else self._worked(response)
         if not was_read or self.pending is not None:
             self._settle(attempt_id, how, worked, (0, 0), 0)
@@ -119,16 +119,18 @@ class UsageRecorder(msgspec.Struct, eq=False):
         self.add(_PROGRESS % (attempt_id, *billed))
 
     def resumed(self) -> None:
-        """Another attempt resumes the answer, and is billed for both."""
+        """Move the pending charge to the attempt that resumes the response."""
         pending, self.pending = self.pending, None
         if pending is not None:
             self._settle(pending.attempt_id, pending.how, pending.worked, (0, 0), 0)
 
     def end(self, attempt_id: bytes, response: CountedResponse | None, outcome: Outcome, size_bytes: int) -> None:
-        """The request is over, and so is the attempt if one was in hand; a pending charge is billed now."""
+        """Settle the current attempt, if there is one, at the end of the request; a pending charge is billed now."""
         pending = self.pending
-        usage = response.usage if response is not None and response.told is None else None
-        if usage is not None and outcome is _OK and pending is None:  # as nearly all end; what follows says the same
+        usage = response.usage if response is not None and response.own_usage is None else None
+        if (
+            usage is not None and outcome is _OK and pending is None
+        ):  # the usual end: a faster way to the same result as below
             prompt, output = usage.prompt_tokens or usage.prompt, usage.completion_tokens or usage.output
             row = attempt_id, time() * 1000, b"ok", prompt, output, 1, prompt, output, size_bytes
             self.add(_SETTLEMENT % row)
@@ -152,18 +154,18 @@ class UsageRecorder(msgspec.Struct, eq=False):
         self.add(_SETTLEMENT % (attempt_id, time() * 1000, how, *worked, *billed, size_bytes))
 
     def _worked(self, response: CountedResponse | None) -> TokenUsage:
-        """What this engine worked. A resuming engine reads as its prompt what another had said."""
+        """The tokens of this engine. The prompt of a resuming engine includes the other's output."""
         if response is None:
             return TokenUsage(self._prompt_tokens(), 0, 0)
-        told = response.told or response.usage
-        if told is not None:
-            return TokenUsage(told.prompt, told.output, 1)
+        reported = response.own_usage or response.usage
+        if reported is not None:
+            return TokenUsage(reported.prompt, reported.output, 1)
         inherited = response.inherited
         output = response.event_count - inherited if response.stream else 0
         return TokenUsage(self._prompt_tokens() + inherited, output, 0)
 
     def _read(self, response: CountedResponse | None) -> tuple[int, int]:
-        """What the client got of the answer as a whole, whichever engine said it."""
+        """The tokens of the response that the client got, from all engines."""
         if response is None:
             return self._prompt_tokens(), 0
         usage = response.usage

@@ -1,1 +1,1 @@
-"""A Snapshot prepared for requests: look-up tables, Deployment and Endpoint state."""
+"""A Snapshot prepared for requests: the routing table, and the state of Deployments and Endpoints."""

@@ -12,6 +12,6 @@ class ActiveTable:
         self.current = table
 
     def replace(self, table: RoutingTable) -> RoutingTable:
-        """Use another table; returns the one before."""
+        """Use another table. Returns the one before."""
         before, self.current = self.current, table
         return before

@@ -1,7 +1,7 @@
-"""What a worker learns of Deployments from its traffic, and what its requests read of it.
+"""The capacity of Deployments: estimated from traffic, and published as views that requests read.
 
-Speeds are learned by every worker from its own streams. Limits and margins are corrected by one, the prober's, from
-what all have counted; the others read them off the board.
+Every worker learns speeds from its own streams. The worker that probes corrects limits and margins from the counts of
+all workers and writes them to shared memory, where the others read them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -38,9 +38,9 @@ def strictest_slos(snapshot: Snapshot) -> dict[str, Slo]:
 
 
 def capacity_mark(deployment: Deployment, slo: Slo) -> int:
-    """A mark that differs when a change of the Deployment bears on its speed or limit.
+    """A checksum of what the speed and limit of a Deployment depend on.
 
-    Every process works out the same mark from the same Snapshot; it is never 0.
+    Every process computes the same mark from the same Snapshot; it is never 0.
     """
     engines = sum(endpoint.engines for endpoint in deployment.endpoints)
     relevant = (deployment.profile, deployment.concurrency_max, deployment.engine, deployment.units, engines, slo)
@@ -48,7 +48,7 @@ def capacity_mark(deployment: Deployment, slo: Slo) -> int:
 
 
 class CapacityTracker:
-    """The capacity estimates of one worker. Shape: `views` are what requests read, by Deployment slot."""
+    """The capacity estimates of one worker. Shape: `views` are read by requests, by Deployment slot."""
 
     def __init__(self, shared: SharedMemory, work_ledger: WorkLedger) -> None:
         self._shared = shared
@@ -59,7 +59,7 @@ class CapacityTracker:
         self.views: dict[int, DeploymentView] = {}
 
     def use(self, snapshot: Snapshot) -> None:
-        """Take a new Snapshot; what was learned of unchanged Deployments stays."""
+        """Use a new Snapshot; the estimates of unchanged Deployments stay."""
         slos = strictest_slos(snapshot)
         kept, self._estimates = self._estimates, {}
         for deployment in snapshot.deployments:
@@ -70,26 +70,29 @@ class CapacityTracker:
             else:
                 self._estimates[deployment.name] = OnlineEstimate(deployment, slo)
         self._by_slot = {estimate.deployment.slot: estimate for estimate in self._estimates.values()}
-        self._marks = {name: capacity_mark(one.deployment, one.slo) for name, one in self._estimates.items()}
+        self._marks = {
+            name: capacity_mark(estimate.deployment, estimate.slo) for name, estimate in self._estimates.items()
+        }
 
     def record_first_token(self, slot: int, prediction: LatencyPrediction, observed_s: float) -> None:
-        """A first token came this long after its request was sent."""
+        """Record that a first token came so long after its request was sent."""
         if slot in self._by_slot:
             self._by_slot[slot].record_first_token(prediction, observed_s)
 
     def record_end(self, slot: int, units: float, held_s: float) -> None:
-        """An answer of this many CU ended well, this long after its request was sent."""
+        """Record that a response of so many CU ended well, so long after its request was sent."""
         if slot in self._by_slot:
             self._by_slot[slot].record_end(units, held_s)
 
     def update_view(self, deployment: DeploymentState, now_ms: int) -> None:
-        """Work out what requests read of a Deployment until the next update. Cost: 6 µs."""
+        """Compute the view of a Deployment that requests read until the next update. Cost: 6 µs."""
         spec, now_s = deployment.spec, now_ms / 1000
         estimate = self._estimates[spec.name]
         endpoints = tuple(
-            EndpointCapacity(one.spec.slot, one.spec.engines) for one in deployment.healthy_endpoints(now_s)
+            EndpointCapacity(endpoint.spec.slot, endpoint.spec.engines)
+            for endpoint in deployment.healthy_endpoints(now_s)
         )
-        rtts_us = (self._shared.signal(one.endpoint_slot, EndpointSignal.RTT_US) for one in endpoints)
+        rtts_us = (self._shared.signal(endpoint.endpoint_slot, EndpointSignal.RTT_US) for endpoint in endpoints)
         rtt_s = min(rtts_us, default=0) / 1e6
         at = spec.slot * LEARNED_CELLS
         seen_ms, limit, margin_permille, _, mark = self._shared.learned[at : at + LEARNED_CELLS]
@@ -108,23 +111,27 @@ class CapacityTracker:
         deployment.limit = view.limit
 
     def learn_speeds(self, furthest: Mapping[int, int], now_s: float) -> None:
-        """Once a second. Shape: `furthest` is the most tokens that one stream of an Endpoint (slot) got since then."""
+        """Learn speeds, once a second. Shape: `furthest`: by Endpoint slot, the most tokens of a stream since then."""
         self._guess_slots()
         for estimate in self._estimates.values():
             view = self.views.get(estimate.deployment.slot)
             if view is not None:
-                progress = [DecodeProgress(one, furthest.get(one.endpoint_slot, 0)) for one in view.endpoints]
+                progress = [
+                    DecodeProgress(endpoint, furthest.get(endpoint.endpoint_slot, 0)) for endpoint in view.endpoints
+                ]
                 estimate.learn_speed(self._work_ledger, progress, now_s)
 
     def _guess_slots(self) -> None:
-        """An engine whose limit is unknown is taken to hold what the others hold, so that they can be compared."""
+        """Assume that engines of unknown limit have as many slots as the others, so that they can be compared."""
         unknown = [estimate for estimate in self._estimates.values() if estimate.deployment.profile is None]
-        known = [one.adaptive_limit.limit / one.engines for one in unknown if one.adaptive_limit.limit]
+        known = [
+            estimate.adaptive_limit.limit / estimate.engines for estimate in unknown if estimate.adaptive_limit.limit
+        ]
         for estimate in unknown:
             estimate.slots_guess = sum(known) / len(known) if known else UNKNOWN_BATCH
 
     def correct_limits(self, now_ms: int) -> Iterable[tuple[str, LimitChange]]:
-        """Once a second, in the worker that probes: every limit that moved, by Deployment, with the reason."""
+        """Correct limits, once a second in the worker that probes. Returns the changes, by Deployment."""
         learned = self._shared.learned
         for name, estimate in self._estimates.items():
             slot = estimate.deployment.slot
@@ -159,6 +166,6 @@ class CapacityTracker:
 
 
 def limit_change_message(deployment: str, change: LimitChange) -> str:
-    """A limit that moved, as one sentence for the log and the Event."""
+    """The sentence of the log and the Event about a changed limit."""
     before, after = str(change.before or "none"), str(change.after or "none")
     return f"The limit of Deployment {deployment} went from {before} to {after}: {change.because}."

@@ -1,4 +1,4 @@
-"""Puts injected faults on this worker's connection pools, and takes them off again."""
+"""Sets and removes injected faults on the connection pools of one worker."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ class FaultSwitch:
         self._table: RoutingTable | None = None
 
     def check(self, table: RoutingTable) -> None:
-        """Apply what changed; called ten times a second. Cost: 2 µs without faults."""
+        """Apply changes. Called ten times a second. Cost: 2 µs without faults."""
         faults = self._in_force()
         if faults == self._faults and (not faults or table is self._table):
             return

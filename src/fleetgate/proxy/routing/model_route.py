@@ -1,4 +1,4 @@
-"""A Gateway and its models as requests meet them: candidates, scheduler, queue, budgets, policies."""
+"""The state of Gateways and their models in one worker: candidates, scheduler, queue, budgets, policies."""
 
 from collections.abc import Collection, Mapping
 
@@ -23,12 +23,12 @@ from fleetgate.proxy.transport.interface import ModelNames
 
 ANY_ENGINE = frozenset({ResumeMethod.REPLAY, ResumeMethod.TOKENS})
 ALL_METHODS = frozenset(ResumeMethod)
-KEY_BUDGETS_MAX = 8192  # of keys, the revoked among them; past it all begin anew
-TRIAL_WAIT_S = 1.0  # with every Endpoint ejected, a request waits this long for what a trial shows. faults.md row 19
+KEY_BUDGETS_MAX = 8192  # including revoked keys; beyond it all budgets are reset
+TRIAL_WAIT_S = 1.0  # with every Endpoint ejected, a request waits this long for a trial's result. faults.md row 19
 
 
 class TableParts(msgspec.Struct, frozen=True):
-    """What routes take from the table they belong to. Shape: `table` identifies it; `deployments` are by slot."""
+    """What a table gives to its routes. Shape: `table` identifies it; `deployments` are by slot."""
 
     table: object
     deployments: Mapping[int, DeploymentState]
@@ -61,7 +61,7 @@ class ModelRouteState:
         self.lead: Candidate | None = None
         self.lead_picked = Picked(Candidate(name="", slot=-1))  # the event that the lead took a request
         self._update_lead()
-        # With a single Endpoint there is no choice, and nothing of a prompt is worth remembering.
+        # With a single Endpoint there is no choice, so prompts are not remembered.
         self.has_choice = sum(len(deployment.endpoints) for deployment in self.deployments) > 1
         self.resumes = self.has_choice and gateway.spec.resilience.resume == "auto"
         self.hedge_threshold = HedgeThreshold()
@@ -70,7 +70,7 @@ class ModelRouteState:
         self.metrics: dict[int, RequestMetrics] = {}
 
     def inherit(self, before: "ModelRouteState") -> None:
-        """Take over what the same route of an older Snapshot has learned."""
+        """Copy what the same route of an older Snapshot has learned."""
         self.scheduler.turn = before.scheduler.turn
         self.drain_rate, self.affinity, self.hedge_threshold = (
             before.drain_rate,
@@ -79,30 +79,30 @@ class ModelRouteState:
         )
 
     def record_decisions(self) -> None:
-        """Take every decision by the scheduler, which keeps what it was taken from."""
+        """Let the scheduler make and record every decision."""
         self.may_lead, self.lead = False, None
         self.scheduler.records_decisions = True
 
     def mark_model_missing(self, slot: int, path: bytes, until_s: float) -> None:
-        """A Deployment says that it does not have this model, or this path."""
+        """Note that a Deployment does not have this model, or this path."""
         self.missing_models[slot, path] = until_s
-        self.lead = None  # the lead takes no request while some Deployments must be left out
+        self.lead = None  # without a lead the scheduler decides, which can exclude Deployments
 
     def slots_without_model(self, path: bytes, now_s: float) -> list[int]:
         """Deployments known not to serve this model at this path.
 
         Empty if excluding them would leave no candidate.
         """
-        self.missing_models = {what: until_s for what, until_s in self.missing_models.items() if until_s > now_s}
+        self.missing_models = {key: until_s for key, until_s in self.missing_models.items() if until_s > now_s}
         if not self.missing_models:
             self._update_lead()
         slots = [slot for slot, missing in self.missing_models if missing == path]
         return slots if len(slots) < len(self.route.candidates) else []
 
     def explain(self, reason: RejectionReason, tried: Collection[int], since_s: float, now_s: float) -> RejectionReason:
-        """Why no Deployment can take a request that came at `since_s`, with regard to ejected Endpoints.
+        """The reason why no Deployment can take a request that waits since `since_s`, with regard to ejected Endpoints.
 
-        While an ejected Endpoint is on trial, requests wait a moment for its result.
+        While an ejected Endpoint is on trial, requests wait shortly for its result.
         """
         if reason is RejectionReason.ALL_FULL:
             return reason
@@ -112,21 +112,21 @@ class ModelRouteState:
                 continue
             if any(endpoint.trials and endpoint.trial_s > after_s for endpoint in deployment.endpoints):
                 return RejectionReason.ON_TRIAL
-        is_denied = reason is RejectionReason.NONE_UP and all(one.is_denied for one in self.deployments)
+        is_denied = reason is RejectionReason.NONE_UP and all(deployment.is_denied for deployment in self.deployments)
         return RejectionReason.DENIED if is_denied and self.deployments else reason
 
     def retry_after_s(self, now_s: float) -> float:
-        """For how long every healthy Deployment asks to be left alone; 0 if one does not."""
+        """The time until the Retry-After of every healthy Deployment is over; 0 if one has none."""
         healthy = [deployment for deployment in self.deployments if deployment.health > 0.0]
-        return max(0.0, min((one.retry_after_until_s - now_s for one in healthy), default=0.0))
+        return max(0.0, min((deployment.retry_after_until_s - now_s for deployment in healthy), default=0.0))
 
     @property
     def resume_methods(self) -> frozenset[ResumeMethod]:
-        """How answers of this route can be resumed elsewhere."""
-        return ALL_METHODS if any(one.resumes_prefill for one in self.deployments) else ANY_ENGINE
+        """The methods by which responses of this route can be resumed."""
+        return ALL_METHODS if any(deployment.resumes_prefill for deployment in self.deployments) else ANY_ENGINE
 
     def _update_lead(self) -> None:
-        """There is a lead if no Profile predicts, no policy decides and nothing is hedged: nothing is to be weighed."""
+        """Set the lead, unless a Profile, a policy or hedging requires a decision by the scheduler."""
         lead = self.route.lead
         if (
             lead is None
@@ -142,7 +142,7 @@ class ModelRouteState:
 
 
 class GatewayState:
-    """A Gateway in this worker. Shape: `spec` is its Snapshot value; `routes` are by model."""
+    """The state of a Gateway. Shape: `spec` is its Snapshot value; `routes` are by model."""
 
     def __init__(
         self, spec: Gateway, routes: Mapping[str, ModelRoute], before: "GatewayState | None", parts: TableParts
@@ -159,7 +159,7 @@ class GatewayState:
         self.routes = {model: ModelRouteState(model, route, self, parts) for model, route in routes.items()}
 
     def budget_of(self, key: str) -> KeyBudget:
-        """The further attempts that requests of one key may make."""
+        """The retry budget of one key."""
         known = self._key_budgets.get(key)
         if known is None:
             if len(self._key_budgets) >= KEY_BUDGETS_MAX:

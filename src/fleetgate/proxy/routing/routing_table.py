@@ -1,4 +1,4 @@
-"""A Snapshot prepared for requests: every look-up is a dict, every head a template."""
+"""A Snapshot prepared for requests: look-ups are dicts, heads are templates."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from fleetgate.proxy.transport.connection_pool import ConnectionPool
 from fleetgate.proxy.transport.dns import EgressRule
 from fleetgate.proxy.transport.upstream_tls import UpstreamTls
 
-PROBE_PROTOCOL = "openai"  # that the resume probe speaks
+PROBE_PROTOCOL = "openai"  # the protocol of the resume probe
 EndpointIdentity = tuple[Endpoint, str, bool]
 
 
@@ -24,7 +24,7 @@ class RoutingTable:
     """Everything that a worker looks up, built from one Snapshot.
 
     Endpoints that stay the same keep their state and connections. Shape: `deployments` are by slot, `gateways` by host;
-    `on_health_change` is called with a Deployment whose health has changed.
+    `on_health_change` is called with each Deployment when its health changes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RoutingTable:
         self.on_health_change: Callable[[DeploymentState], None] = builder.on_health_change
 
     def begin_trial(self, endpoint: EndpointState, now_s: float) -> bool:
-        """A request goes to an Endpoint that was ejected; whether the Endpoint is half open, and this its trial."""
+        """Note that a request goes to an Endpoint. Returns whether it is a trial: the Endpoint is half open."""
         if current_state(endpoint.health, now_s) is not BreakerState.HALF_OPEN:
             return False
         endpoint.begin_trial(now_s)
@@ -68,18 +68,18 @@ class RoutingTable:
         return True
 
     def end_trial(self, endpoint: EndpointState, now_s: float, has_content: bool) -> None:
-        """A trial has brought content, or ended without any: the next request may go there."""
+        """Note that a trial brought content, or ended without any: the next request may go there."""
         endpoint.end_trial(has_content)
         self.update_health(endpoint, now_s)
 
     def update_health(self, endpoint: EndpointState, now_s: float) -> None:
-        """An Endpoint's breaker or trial changed."""
+        """Update the Deployments of an Endpoint after a change of its breaker or trials."""
         for deployment in self.deployments_at.get(endpoint, ()):
             deployment.update_health(now_s)
             self.on_health_change(deployment)
 
     def successor(self, old: ModelRouteState) -> ModelRouteState:
-        """The route that replaces one of an older Snapshot; one without candidates if the model is gone."""
+        """The route that replaces one of an older Snapshot; without candidates if the model was removed."""
         gateway = self.gateways.get(old.gateway.spec.host.encode())
         route = gateway.routes.get(old.model) if gateway is not None else None
         return route or ModelRouteState(old.model, ModelRoute((), old.route.strategy), old.gateway, self._parts)
@@ -120,9 +120,9 @@ class RoutingTable:
 
 
 class RoutingTableBuilder:
-    """Builds the parts of routing tables that need this machine: TLS, secrets, metrics.
+    """Builds the parts of routing tables that depend on the machine: TLS, secrets, metrics.
 
-    Shape: `records_decisions` for `--record`: every decision is then taken by the scheduler.
+    Shape: with `records_decisions` (`--record`) the scheduler makes every decision.
     """
 
     def __init__(
@@ -160,11 +160,10 @@ def _protocol_names(snapshot: Snapshot) -> list[str]:
 
 
 def request_heads(protocol: ClientProtocol, endpoint: Endpoint, credential: str) -> dict[bytes, bytes]:
-    """The heads of requests to an Endpoint, by the client's path, up to what differs between requests.
+    """The part of the head that all requests to an Endpoint share, by the client's path.
 
-    Credentials are attached here only: to the heads of the origin that each belongs to. faults.md row 79.
-    The content type is ours, not the client's: each body was read as JSON, and `curl -d` calls it a form, which vLLM
-    refuses.
+    A credential is added here only, to the heads of its own origin. faults.md row 79.
+    The content type is always JSON, as the body was read: `curl -d` sends the type of a form, which vLLM refuses.
     """
     default = {"http": 80, "https": 443}[endpoint.scheme]
     host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host

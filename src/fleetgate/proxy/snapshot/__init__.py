@@ -1,1 +1,1 @@
-"""Takes a new Snapshot into use: signature, canary worker, rollback."""
+"""Activates new Snapshots: signature check, canary worker, rollback."""

@@ -1,4 +1,4 @@
-"""How requests ended, per worker, read from the metric cells that workers write anyway."""
+"""How requests ended, per worker, read from the metric cells of all workers."""
 
 from collections.abc import Collection
 
@@ -35,7 +35,7 @@ class FailureRateReader:
     def of_others(self, worker: int, gateways: Collection[str]) -> AttemptCounts:
         """The counts of all workers except one."""
         counts = [self.of(other, gateways) for other in range(self._shared_memory.workers) if other != worker]
-        return AttemptCounts(sum(one.ended for one in counts), sum(one.failed for one in counts))
+        return AttemptCounts(sum(count.ended for count in counts), sum(count.failed for count in counts))
 
     def _read_new_names(self, worker: int) -> None:
         count, known = self._shared_memory.get(worker, WorkerCell.SERIES_COUNT), self._known[worker]

@@ -1,7 +1,7 @@
-"""Which Snapshot a worker uses: a new one goes to one worker first, then to the others, and back if it does harm.
+"""Which Snapshot a worker uses. One worker, the canary, tries a new one first; it is rolled back if requests fail.
 
-What one worker found out the others read off the board. Keys never wait: a change of nothing else is taken at once, and
-going back to the last good Snapshot keeps the newest keys, so that a deleted key does not come back to life.
+Workers read the canary's result in shared memory. A change of keys alone is activated at once. A rollback keeps the
+newest keys: otherwise a deleted key would become valid again.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,13 +14,13 @@ from fleetgate.ipc.shared_memory import SharedMemory, WorkerCell
 from fleetgate.proxy.snapshot.failure_rates import FailureRateReader
 from fleetgate.proxy.snapshot.snapshot_file import EMPTY, SnapshotFile
 
-FOLLOW_S_MAX = 0.35  # a canary that hangs holds a change up for no longer
-ALIVE_MS_MAX = 500  # since a worker's last sweep
-BASIS_EVERY_S = 5.0  # so the time before a change that it is compared with is 5 to 10 s
+FOLLOW_S_MAX = 0.35  # others then use the Snapshot although the canary has reported nothing: it may hang
+ALIVE_MS_MAX = 500  # since a worker's last heartbeat
+BASELINE_EVERY_S = 5.0  # a Snapshot is compared with the 5 to 10 s before it
 
 
 class Baseline(NamedTuple):
-    """Counts at a moment."""
+    """The counts of this worker and of all others at a moment."""
 
     at_s: float
     own: AttemptCounts
@@ -28,62 +28,62 @@ class Baseline(NamedTuple):
 
 
 class SnapshotUser(Protocol):
-    """The worker around it."""
+    """What a rollout asks of its worker."""
 
     def take(self, snapshot: Snapshot) -> bool:
-        """Use a Snapshot from now on; False, and a line in the log, where it cannot be used."""
+        """Use a Snapshot from now on; False, and a line in the log, if it cannot be used."""
 
     def keep(self, data: bytes, version: int) -> None:
-        """Write the last good copy, without waiting for it."""
+        """Write the last good copy, without waiting for the disk."""
 
     def emit_event(self, version: int, message: str) -> None:
-        """An Event."""
+        """Emit an Event about a version."""
 
 
 class Rollout:
-    """One worker's way from Snapshot to Snapshot. `careful` False takes each at once, without a trial."""
+    """The rollout of Snapshots in one worker. Shape: with `careful` False each is used at once, without a trial."""
 
     def __init__(
-        self, file: SnapshotFile, board: SharedMemory, index: int, owner: SnapshotUser, careful: bool = True
+        self, file: SnapshotFile, shared: SharedMemory, index: int, user: SnapshotUser, careful: bool = True
     ) -> None:
         self._file = file
-        self._board = board
+        self._shared = shared
         self._index = index
-        self._owner = owner
+        self._user = user
         self._careful = careful
-        self._reader = FailureRateReader(board)
+        self._reader = FailureRateReader(shared)
         self._current = EMPTY
-        self._good = EMPTY  # what is gone back to
-        self._next: Snapshot | None = None  # seen, and not in use
+        self._good = EMPTY  # the target of a rollback
+        self._next: Snapshot | None = None  # read, but not in use
         self._next_since_s = 0.0
-        self._taken_s = 0.0
+        self._activated_s = 0.0
         self._trial: CanaryTrial | None = None
-        self._basis = [Baseline(0.0, AttemptCounts(), AttemptCounts())] * 2
+        self._baselines = [Baseline(0.0, AttemptCounts(), AttemptCounts())] * 2
 
-    # --- from start to end ---
+    # --- start and ticks ---
 
     def start(self, now_s: float) -> None:
-        """Take what there is: the file, or the last good copy where the file is not good or was returned from."""
+        """Use the file's Snapshot, or the last good copy if the file is not good or its Snapshot was rolled back."""
         good, newest = self._file.last_good(), self._file.changed()
-        died_with = self._board.get(self._index, WorkerCell.SNAPSHOT_TRYING)
+        tried_before = self._shared.get(self._index, WorkerCell.SNAPSHOT_TRYING)
         self._set(WorkerCell.SNAPSHOT_TRYING, 0)
         if newest is not None and good is not None and self._careful and newest.version != good.version:
-            bad = {died_with, self._file.given_up(), *self._cells(WorkerCell.SNAPSHOT_RETURNED)}
-            if newest.version in bad and self._owner.take(msgspec.structs.replace(good, keys=newest.keys)):
+            bad = {tried_before, self._file.given_up(), *self._cells(WorkerCell.SNAPSHOT_RETURNED)}
+            if newest.version in bad and self._user.take(msgspec.structs.replace(good, keys=newest.keys)):
                 self._current = self._good = msgspec.structs.replace(good, keys=newest.keys)
                 self._next, self._next_since_s = newest, now_s
-                self._perhaps_own_the_trial(newest.version, now_s)
+                self._begin_retrial(newest.version, now_s)
                 return
             if self._is_trying():
                 self._good = good
-        for one in (newest, good):
-            if one is not None and self._take(one, now_s):
+        for snapshot in (newest, good):
+            if snapshot is not None and self._take(snapshot, now_s):
                 if not self._is_trying():
                     self._settle()
                 return
 
-    def _perhaps_own_the_trial(self, version: int, now_s: float) -> None:
-        """Somebody has to try again what was given up: who gave it up, or anyone where that is not known."""
+    def _begin_retrial(self, version: int, now_s: float) -> None:
+        """Try the Snapshot again later, if this worker rolled it back or if no worker is known to have done so."""
         returned = self._cells(WorkerCell.SNAPSHOT_RETURNED)
         if returned[self._index] == version or version not in returned:
             self._set(WorkerCell.SNAPSHOT_RETURNED, version)
@@ -91,31 +91,31 @@ class Rollout:
             self._trial = CanaryTrial(CanaryStage.WAITING, now_s, none, none, none, none, returns=1)
 
     def tick(self, now_s: float) -> None:
-        """Ten times a second. Cost: 4 µs when nothing changed."""
-        if now_s - self._basis[1].at_s >= BASIS_EVERY_S:
-            self._basis = [self._basis[1], Baseline(now_s, self._own(), self._others())]
+        """Follow the file and the other workers. Called ten times a second. Cost: 4 µs if nothing changed."""
+        if now_s - self._baselines[1].at_s >= BASELINE_EVERY_S:
+            self._baselines = [self._baselines[1], Baseline(now_s, self._own(), self._others())]
         newest = self._file.changed()
         if newest is not None:
-            self._arrived(newest, now_s)
+            self._on_new_snapshot(newest, now_s)
         if self._trial is not None:
-            self._judge(self._trial, now_s)
+            self._continue_trial(self._trial, now_s)
         elif self._next is not None:
-            self._consider(self._next, now_s)
+            self._take_if_due(self._next, now_s)
         elif self._good is not self._current:
             if self._current.version in self._cells(WorkerCell.SNAPSHOT_RETURNED):
-                self._go_back(now_s)
+                self._roll_back(now_s)
             elif not self._is_trying():
                 self._good = self._current
 
     @property
     def is_urgent(self) -> bool:
-        """Whether to look sooner: others wait for this worker, or it waits for one of them."""
+        """Whether to tick sooner: other workers wait for this one, or it waits for one of them."""
         trial = self._trial
         return trial.stage is CanaryStage.LOOK if trial is not None else self._next is not None
 
-    # --- a new one ---
+    # --- a new Snapshot ---
 
-    def _arrived(self, newest: Snapshot, now_s: float) -> None:
+    def _on_new_snapshot(self, newest: Snapshot, now_s: float) -> None:
         if not self._careful or not self._current.version:
             if self._take(newest, now_s):
                 self._settle()
@@ -137,17 +137,17 @@ class Rollout:
             self._next, self._next_since_s = newest, now_s
 
     def _take_keys(self, newest: Snapshot) -> None:
-        """Its routing is not taken (yet), but keys do not wait for that."""
+        """Use the keys of a Snapshot while its routing is not in use."""
         if self._trial is not None:
             self._set(WorkerCell.SNAPSHOT_RETURNED, newest.version)
             self._file.give_up(newest.version)
         self._next = newest
         merged = msgspec.structs.replace(self._current, keys=newest.keys)
-        if self._owner.take(merged):
+        if self._user.take(merged):
             self._good = merged if self._good is self._current else self._good
             self._current = merged
 
-    def _consider(self, newest: Snapshot, now_s: float) -> None:
+    def _take_if_due(self, newest: Snapshot, now_s: float) -> None:
         if newest.version in self._cells(WorkerCell.SNAPSHOT_RETURNED):
             self._next_since_s = now_s
         elif max(self._cells(WorkerCell.SNAPSHOT_PROVEN)) >= newest.version:
@@ -158,20 +158,20 @@ class Rollout:
             self._take(newest, now_s)
 
     def _try(self, newest: Snapshot, now_s: float) -> None:
-        """Take it before the others do."""
+        """Use the Snapshot as the canary."""
         self._set(WorkerCell.SNAPSHOT_TRYING, newest.version)
         before, before_all = self._before()
         if not self._take(newest, now_s):
             self._set(WorkerCell.SNAPSHOT_RETURNED, newest.version)
             self._set(WorkerCell.SNAPSHOT_TRYING, 0)
             self._next = None
-            self._owner.emit_event(newest.version, f"Snapshot {newest.version} cannot be used; {self._stays()}.")
+            self._user.emit_event(newest.version, f"Snapshot {newest.version} cannot be used; {self._in_use_text()}.")
             return
         self._trial = CanaryTrial(CanaryStage.LOOK, now_s, before, before_all, self._own(), self._others())
 
-    # --- on trial ---
+    # --- the trial ---
 
-    def _judge(self, trial: CanaryTrial, now_s: float) -> None:
+    def _continue_trial(self, trial: CanaryTrial, now_s: float) -> None:
         after = next_stage(trial, self._own(), self._others(), now_s)
         self._trial = after
         if after.stage is trial.stage:
@@ -182,38 +182,39 @@ class Rollout:
             case CanaryStage.GOOD:
                 self._settle()
             case CanaryStage.RETURNED:
-                self._return(after, trial.stage, now_s)
+                self._give_up(after, trial.stage, now_s)
             case CanaryStage.WAITING:
                 pass
             case CanaryStage.LOOK | CanaryStage.CLEARED if self._next is not None:
-                self._again(after, self._next, now_s)
+                self._retake(after, self._next, now_s)
 
-    def _return(self, trial: CanaryTrial, stage: CanaryStage, now_s: float) -> None:
-        given_up, took_s = self._current.version, now_s - self._taken_s
+    def _give_up(self, trial: CanaryTrial, stage: CanaryStage, now_s: float) -> None:
+        given_up, used_s = self._current.version, now_s - self._activated_s
         self._set(WorkerCell.SNAPSHOT_RETURNED, given_up)
         self._set(WorkerCell.SNAPSHOT_PROVEN, self._good.version)
         self._set(WorkerCell.SNAPSHOT_TRYING, 0)
         self._file.give_up(given_up)
         bad, everywhere = trial.bad, stage is CanaryStage.PROBATION
-        who = "all workers" if everywhere else f"worker {self._index}"
+        workers = "all workers" if everywhere else f"worker {self._index}"
         before = trial.before_all if everywhere else trial.before
-        self._go_back(now_s)
-        self._owner.emit_event(
+        self._roll_back(now_s)
+        self._user.emit_event(
             given_up,
-            f"Snapshot {given_up} was given up after {took_s:.1f} s: with it {bad.failed} of {bad.ended} requests of "
-            f"{who} failed, before it {before.failed} of {before.ended}; {self._stays()}, and the other "
-            f"is tried again in {retry_after_s(trial.returns):.0f} s, sooner if going back does not help.",
+            f"Snapshot {given_up} was rolled back after {used_s:.1f} s: {bad.failed} of {bad.ended} requests of "
+            f"{workers} failed with it and {before.failed} of {before.ended} before it; {self._in_use_text()}. "
+            f"Snapshot {given_up} is tried again in {retry_after_s(trial.returns):.0f} s, or sooner if as many "
+            "requests fail without it.",
         )
 
-    def _go_back(self, now_s: float) -> None:
+    def _roll_back(self, now_s: float) -> None:
         newest = self._current
         back = msgspec.structs.replace(self._good, keys=newest.keys)
-        if self._owner.take(back):
+        if self._user.take(back):
             self._current = self._good = back
             self._next, self._next_since_s = newest, now_s
 
-    def _again(self, trial: CanaryTrial, newest: Snapshot, now_s: float) -> None:
-        """Take what was returned from: on trial once more, or for good because going back did not help."""
+    def _retake(self, trial: CanaryTrial, newest: Snapshot, now_s: float) -> None:
+        """Use the Snapshot that was rolled back: on trial again, or for good because the rollback did not help."""
         self._set(WorkerCell.SNAPSHOT_RETURNED, 0)
         before, before_all = self._before()
         if not self._take(newest, now_s):
@@ -222,24 +223,24 @@ class Rollout:
             self._set(WorkerCell.SNAPSHOT_TRYING, newest.version)
             self._trial = msgspec.structs.replace(trial, before=before, before_all=before_all)
             return
-        self._owner.emit_event(
-            newest.version, f"Snapshot {newest.version} is in use again: requests failed as often without it."
+        self._user.emit_event(
+            newest.version, f"Snapshot {newest.version} is in use again: as many requests failed without it."
         )
         self._settle()
 
-    # --- small services ---
+    # --- parts ---
 
     def _take(self, snapshot: Snapshot, now_s: float) -> bool:
         self._next = None
-        if not self._owner.take(snapshot):
+        if not self._user.take(snapshot):
             return False
         if not self._good.version:
             self._good = snapshot
-        self._current, self._taken_s = snapshot, now_s
+        self._current, self._activated_s = snapshot, now_s
         return True
 
     def _settle(self) -> None:
-        """What is in use is the last good one now."""
+        """Make the Snapshot in use the last good one."""
         self._trial = None
         self._good = self._current
         version = self._current.version
@@ -250,18 +251,20 @@ class Rollout:
         ):
             self._set(cell, value)
         self._file.give_up(0)
-        self._owner.keep(self._file.data, version)
+        self._user.keep(self._file.data, version)
 
-    def _stays(self) -> str:
-        return f"Snapshot {self._good.version} is in use" if self._good.version else "there is none to go back to"
+    def _in_use_text(self) -> str:
+        return (
+            f"Snapshot {self._good.version} is in use" if self._good.version else "there is no earlier Snapshot to use"
+        )
 
     def _is_canary(self, now_s: float) -> bool:
-        """The first of those that live and accept."""
-        board, oldest_ms = self._board, now_s * 1000 - ALIVE_MS_MAX
-        for worker in range(board.workers):
+        """Whether this is the first worker that is alive and accepts connections."""
+        shared, oldest_ms = self._shared, now_s * 1000 - ALIVE_MS_MAX
+        for worker in range(shared.workers):
             if worker == self._index:
-                return bool(board.get(worker, WorkerCell.ACCEPTING))
-            if board.get(worker, WorkerCell.ACCEPTING) and board.get(worker, WorkerCell.HEARTBEAT_MS) >= oldest_ms:
+                return bool(shared.get(worker, WorkerCell.ACCEPTING))
+            if shared.get(worker, WorkerCell.ACCEPTING) and shared.get(worker, WorkerCell.HEARTBEAT_MS) >= oldest_ms:
                 return False
         return False
 
@@ -270,20 +273,20 @@ class Rollout:
         return any(self._cells(WorkerCell.SNAPSHOT_TRYING))
 
     def _cells(self, cell: WorkerCell) -> list[int]:
-        return [self._board.get(worker, cell) for worker in range(self._board.workers)]
+        return [self._shared.get(worker, cell) for worker in range(self._shared.workers)]
 
     def _set(self, cell: WorkerCell, value: int) -> None:
-        self._board.set(self._index, cell, value)
+        self._shared.set(self._index, cell, value)
 
     def _gateways(self) -> list[str]:
-        """Those that both have: what fails in a new Gateway would not do better without it."""
+        """The Gateways that both Snapshots have: failures of a new Gateway are no reason for a rollback."""
         return [gateway.name for gateway in self._good.gateways]
 
     def _before(self) -> tuple[AttemptCounts, AttemptCounts]:
-        """What ended in the last seconds, in this worker and in all."""
-        basis = self._basis[0]
-        own = self._own().minus(basis.own)
-        return own, own.plus(self._others().minus(basis.others))
+        """The requests that ended since the last baseline but one, in this worker and in all."""
+        baseline = self._baselines[0]
+        own = self._own().minus(baseline.own)
+        return own, own.plus(self._others().minus(baseline.others))
 
     def _own(self) -> AttemptCounts:
         return self._reader.of(self._index, self._gateways())

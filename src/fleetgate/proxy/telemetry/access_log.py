@@ -1,4 +1,4 @@
-"""The access log: one JSON line per request, and lines about what happened to Deployments and Gateways."""
+"""The access log: one JSON line per request, and lines about Deployments and Gateways."""
 
 import time
 
@@ -25,10 +25,10 @@ class AccessLog(LineLog):
         self._worker = worker
 
     def denied(self, status: int, code: str) -> None:
-        """A request ended before routing."""
+        """Log a request that ended before routing."""
         if self.on:
             self.add(_DENIED_LINE % (int(time.time() * 1000), status, code.encode()))
 
     def event(self, level: Level, event: str, message: str, **fields: str) -> None:
-        """Something else happened, for example to a Deployment. Shape: `fields` name it."""
+        """Log another event, for example of a Deployment. Shape: `fields` identify its object."""
         self.add(log_line(level, event, message, worker=self._worker, **fields))

@@ -1,4 +1,4 @@
-"""The file of `--record`: every decision with everything it depended on, and the end of every request."""
+"""The file of `--record`: every decision with its inputs, and the end of every request."""
 
 import time
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from fleetgate.proxy.telemetry.line_log import LineLog
 class DecisionLog:
     """Writes one worker's records. Cost: 9 µs a request with three Deployments.
 
-    A record has the names of keys, Gateways, models and Deployments; it has no prompt, no answer and no secret.
+    A record has the names of keys, Gateways, models and Deployments; it has no prompt, no response and no secret.
     Raises: `OSError` when the file cannot be opened.
     """
 
@@ -21,7 +21,7 @@ class DecisionLog:
         self._region, self._worker = region, worker
 
     def identity(self, request_id: bytes, gateway: str, model: str, key: str) -> RequestIdentity:
-        """A request as records name it, now."""
+        """The names of a request for its records, with the present time."""
         return RequestIdentity(time.time(), request_id.decode(), gateway, model, key, self._region, self._worker)
 
     def decided(

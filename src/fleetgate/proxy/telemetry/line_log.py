@@ -1,4 +1,4 @@
-"""Lines for a file: requests collect them, the tick hands them to a writer thread, and what it drops is counted."""
+"""Writes lines to a file: requests collect them, the tick passes them to a writer thread, dropped ones are counted."""
 
 import os
 from pathlib import Path
@@ -31,18 +31,18 @@ class LineLog:
         return self._writer.dropped
 
     def add(self, line: bytes) -> None:
-        """Keep one line, with its line end, for the next `flush`."""
+        """Collect one line, with its line end, for the next `flush`."""
         if self.on:
             self._pending.append(line)
 
     def flush(self) -> None:
-        """Hand the kept lines to the writer. Called by the tick, not by a request."""
+        """Pass the collected lines to the writer. Called by the tick, not by a request."""
         if self._pending:
             lines, self._pending = self._pending, []
             self._writer.write(b"".join(lines))
 
     def close(self) -> None:
-        """Write what is left; wait at most a second for it."""
+        """Write the remaining lines; wait at most a second."""
         self.flush()
         self._writer.drain()
 

@@ -1,6 +1,6 @@
 """`--ops-listen`: liveness, readiness and the workers' metrics, also while the control process is away.
 
-Every worker answers on one socket for the whole machine, so it answers while one of them runs.
+All workers serve one socket of the machine, so it responds while one of them runs.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class OpsServer:
                     writer.write(self.response(head))
                     await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # the client is gone, or sends something else than HTTP
+            pass  # the client has left, or does not speak HTTP
         finally:
             self._open -= 1
             writer.close()

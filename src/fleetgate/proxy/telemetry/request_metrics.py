@@ -1,4 +1,4 @@
-"""What is counted of requests: outcomes, latencies, tokens, and the error of token estimates."""
+"""Metrics of requests: outcomes, latencies, tokens, and the error of token estimates."""
 
 from fleetgate.proxy.telemetry.metrics import LatencyHistogram, WorkerMetrics
 

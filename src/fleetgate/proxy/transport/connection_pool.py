@@ -96,7 +96,7 @@ class UpstreamConnection(asyncio.Protocol):
 class BodyDrain:
     """Reads the last chunk after `[DONE]`, so that the connection can be used again.
 
-    The client has its whole answer by then and does not wait for it.
+    The client has the whole response by then and does not wait for it.
     """
 
     __slots__ = ("_chunked", "_connection")

@@ -53,7 +53,7 @@ class ActiveFaults(FaultInjector):
 
 
 class FaultyConnection(UpstreamConnection):
-    """A connection that returns an error, or whose response stops early. It is never used twice."""
+    """A connection that returns an error or only the beginning of a response. It is never used twice."""
 
     __slots__ = ("_fault", "_has_begun", "_left_bytes")
 
@@ -88,7 +88,7 @@ class FaultyConnection(UpstreamConnection):
             reader, self.reader = self.reader, None
             self.transport.abort()
             if reader is not None:
-                reader.on_lost(ConnectionResetError("an injected fault cut the answer"))
+                reader.on_lost(ConnectionResetError("an injected fault cut the response"))
 
     def release(self, now_s: float) -> None:
         """Close: it must not carry another request."""

@@ -86,10 +86,10 @@ class UpstreamResponse(Protocol):
 
     @property
     def usage(self) -> Usage | None:
-        """The usage of the whole answer, once the engine has reported it."""
+        """The usage of the whole response, once the engine has reported it."""
 
     @property
-    def told(self) -> Usage | None:
+    def own_usage(self) -> Usage | None:
         """Of a resumed stream: the usage that its own engine reported for its part."""
 
     @property

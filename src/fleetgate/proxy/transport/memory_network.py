@@ -19,7 +19,7 @@ READ_BYTES_MAX = 256 * 1024  # of one read, as asyncio and uvloop have it
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """An event loop whose clock jumps to the next timer. Shape: `names` maps host names to addresses."""
+    """An event loop with a clock that jumps to the next timer. Shape: `names` maps host names to addresses."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One attempt's response: read its head, hold back all before the first content, pass on the rest, judge the end.
+"""Relays the response of one attempt: holds back all before the first content, passes on the rest, checks the end.
 
 The fast path of a stream makes no object for an event: a read that is exactly one chunk with one plain content event is
 passed on as the same bytes object, once it is known to be JSON (0.3 µs).
@@ -21,7 +21,7 @@ from fleetgate.proxy.transport.connection_pool import UpstreamConnection
 from fleetgate.proxy.transport.interface import ExpectedResponse, ResponseListener
 
 BODY_KEPT_BYTES_MAX = 8 * 1024 * 1024  # a body up to this size is held back until it is known to be whole
-HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is not an answer
+HELD_EVENTS_BYTES_MAX = 256 * 1024  # role events and comments before the first content; more is a fault
 RETRY_AFTER_DEFAULT_S = 1.0
 
 # Events that may come before the first content; they are held back while the request can still move.
@@ -63,11 +63,11 @@ class ResponseRelay:
     finish_seen = False
     done_seen = False
     usage: Usage | None = None
-    told: Usage | None = None  # of a resumed stream: the usage that its own engine reported
+    own_usage: Usage | None = None  # of a resumed stream: the usage that its own engine reported
     inherited = 0  # events that another engine generated, and that this one got as its prompt
     transcript: Transcript | None = None  # of a stream that may be resumed
     choices: dict[int, bool] | None = None  # of a stream with several choices: those that began, and whether each ended
-    passed = b""  # header lines of the upstream that the client may see
+    passed = b""  # header lines of the upstream that the client may see. faults.md row 27
     _state = HEAD
     _buffer = b""
     _chunked: ChunkedBody | None = None
@@ -185,7 +185,9 @@ class ResponseRelay:
         known = memo.recall(data) if not self._buffer else None
         if known is not None:
             head, end, self._left = known
-            self.passed = memo.passed if memo.passed_by is self._protocol else self._passed(head.headers)
+            self.passed = (
+                memo.passed if memo.passed_by is self._protocol else self._protocol.response_headers(head.headers)
+            )
             self._begin_body(head, data[end:])
             return
         data = self._buffer + data if self._buffer else data
@@ -211,7 +213,7 @@ class ResponseRelay:
             self._fail(failure, retry_after_s(head.headers, time()))
             return b""
         memo.keep(head_bytes, head)
-        self.passed = memo.passed = self._passed(head.headers)
+        self.passed = memo.passed = self._protocol.response_headers(head.headers)
         memo.passed_by = self._protocol
         self._begin_body(head, rest)
         return b""
@@ -335,7 +337,7 @@ class ResponseRelay:
                 self._fail_by_error(data_of(event) or b"")
                 return
             if meaning is EventMeaning.DONE:
-                break  # an empty stream, whose request may still move
+                break  # an empty stream: the request may still move
             if meaning is EventMeaning.MALFORMED:
                 self.dropped += 1
                 continue
@@ -462,10 +464,6 @@ class ResponseRelay:
 
     def _named(self, event: bytes) -> bytes:
         return event if self._rename is None else self._protocol.rename_model(event, *self._rename)
-
-    def _passed(self, headers: dict[bytes, bytes]) -> bytes:
-        """The upstream's header lines that the client may see. faults.md row 27."""
-        return self._protocol.response_headers(headers)
 
     def _write_held(self) -> None:
         payload, self.held = self._named(b"".join(self.held)), []

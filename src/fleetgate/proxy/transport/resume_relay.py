@@ -1,4 +1,4 @@
-"""Reads the response that continues an interrupted stream, and passes on only what the client does not have yet."""
+"""Reads the response that continues an interrupted stream, and passes on only the part that the client lacks."""
 
 from fleetgate.core.exchange import Failure
 from fleetgate.protocols import sse
@@ -64,7 +64,7 @@ class ResumeRelay(ResponseRelay):
     def _splice(self, event: bytes, out: list[bytes]) -> None:
         meaning, usage = self._protocol.classify_event(event)
         if usage is not None:
-            self.told, self.usage = usage, self._splicer.counted(usage)
+            self.own_usage, self.usage = usage, self._splicer.counted(usage)
         match meaning:
             case EventMeaning.COMMENT:
                 return

@@ -10,9 +10,9 @@ from typing import NamedTuple
 _INFO_BYTES = 136
 _UNACKED_AT = 24  # offsets in `struct tcp_info` of linux/tcp.h, which only ever grows at its end
 _ACKED_BYTES_AT = 120
-CLOSE_WAIT = 8  # the peer has sent its FIN, this side has not, and the peer has sent no reset
-# For a client that reads slowly the kernel keeps at most this much of an answer beyond what is on its way, instead of
-# up to 4 MB: it counts against the memory of the cgroup. faults.md row 5.
+CLOSE_WAIT = 8  # the other end has sent a FIN and no reset, and this end has sent no FIN
+# For a slow client the kernel keeps at most this much unsent data, instead of up to 4 MB: it counts as memory of the
+# cgroup. faults.md row 5.
 UNSENT_BYTES_MAX = 128 * 1024
 
 # The network behind a kept connection may lose every packet by now; by default the kernel would retransmit a request
@@ -52,7 +52,7 @@ def limit_unsent(listen_fd: int) -> None:
 
 
 def limit_unacknowledged(transport: asyncio.BaseTransport) -> None:
-    """Let the kernel end a connection whose peer acknowledges nothing; it is then lost like one that was reset."""
+    """Let the kernel end a connection if the other end acknowledges nothing; it is then lost as if it was reset."""
     connection = transport.get_extra_info("socket")
     if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD_MS_MAX)

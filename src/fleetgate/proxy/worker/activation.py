@@ -1,4 +1,4 @@
-"""Takes a new routing table into use: requests that wait move over, those that are sent end on the old one."""
+"""Activates new routing tables: waiting requests move to the new one, sent requests end on the old one."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ LOAD_FRESH_MS = 3_000  # three probes: an older signal counts as no signal, not 
 
 
 class TableActivator:
-    """One worker's changes of table, and what requests read of its Deployments in between."""
+    """Activates tables in one worker, and updates the views of its Deployments."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class TableActivator:
         self._registry = registry
 
     def activate(self, table: RoutingTable, revoked: Refuse, clock: Callable[[], float]) -> None:
-        """Use a new table. Shape: `revoked` ends requests whose key is gone, if the key says so."""
+        """Use a new table. Shape: with `revoked`, requests with a revoked key end if the key has `kill_streams`."""
         waiting = self._registry.waiting
         before = self._active.replace(table)
         kept = set(table.endpoints.values())
@@ -51,14 +51,14 @@ class TableActivator:
             request.change_route()
 
     def _end_revoked(self, before: RoutingTable, table: RoutingTable, revoked: Refuse) -> None:
-        """Requests in flight whose key is gone end if the key has `kill_streams`. faults.md row 64."""
+        """End requests in flight with a revoked key, if the key has `kill_streams`. faults.md row 64."""
         gone = {key.id for key in before.keys.values() if key.kill_streams and key.id not in table.keys}
         if gone:
             for request in [one for one in self._registry.in_flight if one.received.context.key.id in gone]:
                 request.terminate(revoked)
 
     def update_deployments(self, now_ms: int, every_second: bool = False) -> None:
-        """Update what requests read of Deployments whose health or load changed; of all of them once a second."""
+        """Update the views of Deployments after changes of health or load; once a second of all Deployments."""
         for deployment in self._active.current.deployments.values():
             before = deployment.health, deployment.external_in_flight, deployment.paused
             if deployment.health < 1.0:

@@ -218,19 +218,19 @@ class DataPlane:
             logs=logs,
             dropped_lines=DroppedLines(self.metrics, watched),
         )
-        told = (machine.spool, self.access_log)
-        self.ticker = Ticker(parts, shared, config.index, told, self._is_prober, clock)
+        outputs = (machine.spool, self.access_log)
+        self.ticker = Ticker(parts, shared, config.index, outputs, self._is_prober, clock)
         self.drain = Drain(shared, config.index, self.limits, self.defaults, clock)
 
     def _is_prober(self) -> bool:
         return self.prober.is_prober
 
     def _activate(self, make: Callable[[RoutingTableBuilder, RoutingTable], RoutingTable]) -> None:
-        """Make a table from what is there, and use it."""
+        """Make a table from a Snapshot, and use it."""
         self._activator.activate(make(self.builder, self.active.current), REVOKED, self._clock)
 
     def note_lag(self, lag_s: float, where: str) -> None:
-        """The event loop stood still."""
+        """Report a blocked event loop."""
         config, shared, lag_ms = self._machine.config, self._machine.shared, int(lag_s * 1000)
         self.metrics.cells[self._lags] += 1
         self.metrics.cells[self._lag_ms] += lag_ms

@@ -1,4 +1,4 @@
-"""The configuration that the supervisor gives a worker at its start."""
+"""The configuration that the supervisor gives to a worker."""
 
 import signal
 
@@ -7,21 +7,21 @@ import msgspec
 from fleetgate.proxy.transport import DEFAULT_TRANSPORT
 
 ENV = "FLEETGATE_WORKER"
-RETIRE = signal.SIGUSR2  # another worker has replaced this one: finish its requests and exit
+RETIRE = signal.SIGUSR2  # another worker has taken over: drain and exit
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker's share of what the supervisor opened, as JSON in the environment variable `FLEETGATE_WORKER`.
+    """The options of a worker and the descriptors that it inherits, as JSON in the variable `FLEETGATE_WORKER`.
 
-    Shape: `*_fd` are inherited descriptors, -1 for none; `wake_fds` are the write ends of all workers' wake pipes, in
-    order. Without `tls_cert` the TLS listener uses the development CA in the data directory. `auth` is `keys` or
-    `none`; `access_log` a path, `-` for standard output or `off`; `record` a path, `off` for none. `workers` is the
-    number of columns in shared memory and `serving` that of one generation (0: all); `layout` identifies the layout of
-    shared memory, empty if it cannot differ.
-    `connections_max` limits one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max`
-    limit one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and half of all;
-    `body_budget_bytes` limits all workers, 0 for a quarter of the memory. Keys are valid for `max_stale_s` without the
-    control plane, 0 for no limit. `transport` is a name in `fleetgate.proxy.transport`.
+    Shape: `*_fd` are inherited descriptors, -1 for none; `board_fd` is the shared memory's; `wake_fds` are the write
+    ends of every worker's wake pipe, in order. Without `tls_cert` the TLS listener uses the development CA in the data
+    directory. `auth` is `keys` or `none`; `access_log` is a path, `-` for standard output or `off`; `record` is a path
+    or `off`. `workers` counts the columns of shared memory, `serving` those of one generation (0: all). `layout`
+    identifies the layout of shared memory; it is empty if the worker's cannot differ.
+    `connections_max` is for one worker, 0 for half of its descriptors; `ip_connections_max` and `key_connections_max`
+    are for one address and one key in one worker, 0 for no limit, -1 for 512 of a public address and for half of
+    `connections_max` of a key; `body_budget_bytes` is for all workers, 0 for a quarter of the memory. `max_stale_s` is
+    the time for which keys stay valid without the control plane, 0 for no end.
     """
 
     index: int

@@ -1,8 +1,7 @@
-"""What happens to an internal error: it is counted and logged with its place, and ends only what it happened to.
+"""Counts and logs internal errors. Each ends only the request or connection that it happened in.
 
-The entries from the event loop catch it: client connections, attempts, the ticker. What they do not know of, such as an
-error while an upstream's bytes are parsed, comes to the loop's exception handler; that connection then ends, which is a
-lost attempt like any other. faults.md row 75.
+The functions that the event loop calls catch it: client connections, attempts, the ticker. An error outside of them
+reaches the loop's exception handler; the connection then ends. faults.md row 75.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 
 
 class ErrorBoundary:
-    """One worker's internal errors."""
+    """Reports the internal errors of one worker."""
 
     def __init__(self, log: Log, metrics: WorkerMetrics) -> None:
         self._log = log
@@ -31,7 +30,7 @@ class ErrorBoundary:
         self._log.error("internal_error", f"{type(error).__name__} at {where}", id=request_id.decode())
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do what is done again and again, and must go on after an error."""
+        """Run one round of periodic work; an error is reported and does not end the period."""
         try:
             work()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What a worker's process gives to its parts: ids, tasks, and the log of internal errors."""
+"""Services of the worker's process: request ids and background tasks."""
 
 import asyncio
 import os

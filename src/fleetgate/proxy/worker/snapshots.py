@@ -1,4 +1,4 @@
-"""A worker's Snapshots: what the rollout decides is done here, and what is refused is logged."""
+"""Carries out the rollout's decisions in a worker, and logs refused Snapshots."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,18 +18,18 @@ MakeTable = Callable[[RoutingTableBuilder, RoutingTable], RoutingTable]
 
 
 class WorkerSnapshots:
-    """One worker's use of Snapshots. Shape: `activate` makes a table and takes it into use."""
+    """The Snapshots of one worker. Shape: `activate` makes a table and uses it."""
 
     def __init__(
         self,
         config: WorkerConfig,
-        told: tuple[Log, EventSpool],
+        outputs: tuple[Log, EventSpool],
         shared: SharedMemory,
         validity: KeyValidity,
         activate: Callable[[MakeTable], None],
         clock: Callable[[], float],
     ) -> None:
-        self._log, self._spool = told
+        self._log, self._spool = outputs
         self._validity = validity
         self._activate = activate
         self._clock = clock
@@ -40,22 +40,22 @@ class WorkerSnapshots:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether to look for a change sooner than usual."""
+        """Whether to check sooner than usual."""
         return self._rollout.is_urgent
 
     def start(self, now_s: float) -> None:
-        """Use the Snapshot that is there."""
+        """Use the present Snapshot."""
         self.check_keys()
         self._rollout.start(now_s)
         self._log_refusals()
 
     def tick(self) -> None:
-        """Ten times a second: is there a new Snapshot?"""
+        """Check for a new Snapshot, ten times a second."""
         self._rollout.tick(self._clock())
         self._log_refusals()
 
     def check_keys(self) -> None:
-        """Ten times a second: are other keys valid than before?"""
+        """Check the validity of keys, ten times a second."""
         if self._validity.check(self._clock()):
             self.take(self._using)
             if self._validity.stale:
@@ -66,9 +66,9 @@ class WorkerSnapshots:
         refused = self._file.refused or self._validity.refused
         if refused != self._refused:
             self._refused = refused
-            self._log.warning("worker", refused or "the files that were refused are valid again")
+            self._log.warning("worker", refused or "the refused files are valid again")
 
-    # --- what the rollout asks for ---
+    # --- for the rollout ---
 
     def take(self, snapshot: Snapshot) -> bool:
         """Use a Snapshot from now on; False, and a line in the log, if it cannot be used."""
@@ -98,6 +98,6 @@ class WorkerSnapshots:
         asyncio.get_running_loop().run_in_executor(None, write)
 
     def emit_event(self, version: int, message: str) -> None:
-        """An Event, and a line in the log."""
+        """Emit an Event and a log line about a version."""
         self._spool.add(EventRecord("Snapshot", str(version), message))
         self._log.warning("worker", message)

@@ -1,4 +1,4 @@
-"""What a worker does every 50 ms and once a second, in place of timers."""
+"""The periodic work of a worker, every 50 ms and once a second, instead of timers."""
 
 import time
 from collections.abc import Callable
@@ -32,11 +32,11 @@ class Flushed(Protocol):
     """A log that is written once a tick."""
 
     def flush(self) -> None:
-        """Hand what was kept to its writer."""
+        """Pass the collected lines to the writer."""
 
 
 class Ticked(msgspec.Struct, frozen=True):
-    """The parts of a worker that are ticked."""
+    """The parts of a worker with periodic work."""
 
     active: ActiveTable
     activator: TableActivator
@@ -60,14 +60,14 @@ class Ticker:
         parts: Ticked,
         shared: SharedMemory,
         worker: int,
-        told: tuple[EventSpool, AccessLog],
+        outputs: tuple[EventSpool, AccessLog],
         corrects_limits: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._parts = parts
         self._shared = shared
         self._worker = worker
-        self._spool, self._access_log = told
+        self._spool, self._access_log = outputs
         self._corrects_limits = corrects_limits
         self._clock = clock
         self._ticks = 0
@@ -88,14 +88,14 @@ class Ticker:
         parts.health.tick(now_s, every_second)
         parts.activator.update_deployments(int(now_s * 1000), every_second)
         if parts.registry.has_waiting:
-            parts.registry.wake()  # a breaker's back-off may be over, which no event tells
+            parts.registry.wake()  # a breaker's back-off may be over, which causes no event
         if every_second:
             self._every_second(furthest, now_s)
         for log in parts.logs:
             log.flush()
 
     def check_overload(self) -> None:
-        """Four times a second: what may run short?"""
+        """Check the overload manager, four times a second."""
         if self._ticks % OVERLOAD_TICKS:
             return
         parts = self._parts

@@ -112,7 +112,7 @@ class WorkerProcess:
         if self._tls is not None:
             listeners.append(await self._listen(config.tls_listen_fd, self._tls))
         probing = [loop.create_task(plane.prober.run()), loop.create_task(plane.resume_probe.run())]
-        # What is there now stays: the collector need not walk it again.
+        # These objects stay for the life of the process: exclude them from garbage collection.
         gc.collect()
         gc.freeze()
         self.shared.set(config.index, WorkerCell.PID, os.getpid())
@@ -141,7 +141,7 @@ class WorkerProcess:
         return await asyncio.start_server(server.serve, sock=listener, limit=HEAD_BYTES_MAX)
 
     async def _until_it_may_serve(self) -> None:
-        """Wait for the other generation to count with this one, and for a Snapshot no older than theirs."""
+        """Wait until the other generation includes this one in its sums, and for a Snapshot no older than theirs."""
         generations, active = self.generations, self.plane.active
         while not (generations.may_serve() and active.current.version >= generations.newest_version()):
             if self._stopped.is_set():
@@ -153,7 +153,7 @@ class WorkerProcess:
         self._stopped.set()
 
     def _orphaned(self) -> None:
-        """The supervisor is dead: a worker must not outlive it, so there is no grace."""
+        """Stop without grace: the supervisor is dead, and no worker may outlive it."""
         self._leave(AT_ONCE)
 
     def _woken(self) -> None:
@@ -190,7 +190,7 @@ class WorkerProcess:
             self._warn_of_expiry(self._tls)
 
     def _warn_of_expiry(self, tls: ServerTls | DevelopmentTls) -> None:
-        if self.plane.prober.is_prober and (message := tls.alarm(time.time())):  # one worker tells for all
+        if self.plane.prober.is_prober and (message := tls.alarm(time.time())):  # one worker warns for all
             self._spool.add(EventRecord("Certificate", "client-listener", message))
             self.log.warning("worker", message)
 

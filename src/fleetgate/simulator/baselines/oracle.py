@@ -65,7 +65,7 @@ class Oracle(BaselineBalancer):
     def __init__(self, world: World, inputs: BaselineInputs) -> None:
         super().__init__(world, inputs)
         self.slo = inputs.fleet.slo
-        self._tightest: dict[int, int] = {}  # by engine: the request whose TPOT was the last obstacle
+        self._tightest: dict[int, int] = {}  # by engine: the request with the TPOT that was the last obstacle
         self._on_the_way: list[dict[int, Arrival]] = [{} for _ in world.engines]
         self._waiting: dict[int, tuple[Arrival, float, float]] = {}  # with TTFT target and deadline
 

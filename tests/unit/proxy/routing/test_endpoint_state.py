@@ -54,7 +54,7 @@ def test_a_change_of_state_forgets_the_trials_before_it(state: EndpointState) ->
     state.begin_trial(NOW_S)
     state.end_trial(has_content=True)
     eject(state)
-    assert state.shown == 0
+    assert state.trials_passed == 0
 
 
 def test_outliers_are_kept_by_the_size_of_requests(state: EndpointState) -> None:

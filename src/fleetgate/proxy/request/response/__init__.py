@@ -1,1 +1,1 @@
-"""What a request's client gets: heads, errors, the writer, and the connection as they use it."""
+"""The response to a client: heads, errors, the writer, and the connection as they use it."""

@@ -12,16 +12,16 @@ class ClientStream(Protocol):
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client reads slower than it is sent to."""
+        """Whether the client reads slower than data is sent."""
 
     def abort(self) -> None:
-        """Close with a reset, so that an unfinished answer cannot be taken for a whole one."""
+        """Close with a reset, so that an unfinished response does not look complete."""
 
     def ended(self, now_s: float) -> None:
-        """The answer is written."""
+        """The response is written."""
 
     def next_read_deadline_s(self, now_s: float) -> float:
-        """Abort if the client has read nothing since the last call; until when it may read on."""
+        """Abort if the client has read nothing since the last call. Returns the next deadline."""
 
     def fail(self, request_id: bytes) -> None:
-        """An internal error ended the request: say so, or close with a reset."""
+        """End the request after an internal error: with an error response, or with a reset."""

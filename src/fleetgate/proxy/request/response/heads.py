@@ -1,4 +1,4 @@
-"""The bytes of heads and errors that clients get, in one place, so that every answer has the promised headers."""
+"""Makes all response heads and errors, so that every response has the documented headers."""
 
 from collections.abc import Callable
 from email.utils import formatdate
@@ -18,9 +18,9 @@ CLOSE = b"connection: close\r\n"
 
 
 class ResponseDefaults:
-    """What every answer of a worker has in common.
+    """The fields that all responses of a worker have.
 
-    Shape: `on_error` logs an internal error; while `draining`, each answer is the last one on its connection.
+    Shape: `on_error` logs an internal error; while `draining`, each response is the last one on its connection.
     """
 
     __slots__ = ("date_line", "draining", "on_error")
@@ -35,12 +35,12 @@ class ResponseDefaults:
         self.date_line = b"date: %b\r\n" % formatdate(epoch_s, usegmt=True).encode()
 
     def begin_drain(self) -> None:
-        """From now on each answer closes its connection."""
+        """Let each further response close its connection."""
         self.draining = True
 
 
 class ResponseMeta(msgspec.Struct):
-    """What a head says beside its own fields. Shape: `client_headers` are lines (CORS, `connection: close`)."""
+    """The fields of one response's head. Shape: `client_headers` are lines (CORS, `connection: close`)."""
 
     date_line: bytes
     request_id: bytes
@@ -49,7 +49,7 @@ class ResponseMeta(msgspec.Struct):
 
 
 class RelayedResponse(Protocol):
-    """What a head tells of the upstream's answer. Shape: `passed` are header lines, `held` the body of a whole one."""
+    """The upstream's response, as heads use it. Shape: `passed` are header lines, `held` the body of a whole one."""
 
     @property
     def status(self) -> int:
@@ -69,11 +69,11 @@ class RelayedResponse(Protocol):
 
     @property
     def finish_seen(self) -> bool:
-        """Whether it is whole."""
+        """Whether the whole body was held back."""
 
     @property
     def held(self) -> list[bytes]:
-        """What was held back before the commit point."""
+        """The data held back before the commit point."""
 
 
 RELAYED_HEAD = b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n"
@@ -81,7 +81,7 @@ CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 def early_head(meta: ResponseMeta, raw: bool, deployment: DeploymentState) -> bytes:
-    """The head of a stream whose first event has not come; it names the attempt in hand."""
+    """The head of a stream before its first event; it names the current attempt."""
     framing = b"" if raw else b"transfer-encoding: chunked\r\n"
     fields = deployment.response_headers + meta.client_headers + framing
     return b"%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n" % (
@@ -95,7 +95,7 @@ def early_head(meta: ResponseMeta, raw: bool, deployment: DeploymentState) -> by
 
 
 def deployment_comment(deployment: DeploymentState, attempts: int) -> bytes:
-    """The Deployment that answers from here on, if the head named another: an SSE comment, which SDKs ignore."""
+    """An SSE comment, which SDKs ignore, that names the Deployment if the head named another."""
     spec = deployment.spec
     return b": fleetgate deployment=%b region=%b attempts=%d\n\n" % (
         spec.name.encode(),
@@ -105,7 +105,7 @@ def deployment_comment(deployment: DeploymentState, attempts: int) -> bytes:
 
 
 def refusal(meta: ResponseMeta, refuse: Refuse, content_type: bytes, body: bytes) -> bytes:
-    """An error of ours after the core has decided."""
+    """The gateway's error response to a routed request."""
     extra = b"content-type: %b\r\nx-fleetgate-attempts: %d\r\n" % (content_type, meta.attempts)
     if refuse.retry_after_s:
         wait_s = refuse.retry_after_s
@@ -118,7 +118,7 @@ def refusal(meta: ResponseMeta, refuse: Refuse, content_type: bytes, body: bytes
 
 
 def plain(status: int, body: bytes, date_line: bytes, request_id: bytes, extra: bytes = JSON) -> bytes:
-    """A whole answer of ours. Shape: `extra` are header lines, with the content type."""
+    """A complete response of the gateway itself. Shape: `extra` are header lines, with the content type."""
     return b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
         status_line(status),
         date_line,

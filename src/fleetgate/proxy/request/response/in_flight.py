@@ -10,7 +10,7 @@ from fleetgate.proxy.request.response.writer import ResponseWriter
 
 
 class InFlightRequest(Protocol):
-    """A request that is being answered."""
+    """A request in flight."""
 
     id: bytes
     writer: ResponseWriter
@@ -20,19 +20,19 @@ class InFlightRequest(Protocol):
         """Whether an SSE comment may be sent to the client now."""
 
     def start(self) -> None:
-        """Begin; called once, when the connection knows it."""
+        """Begin. Called once, after the connection has stored it."""
 
     def client_gone(self) -> None:
-        """The client left."""
+        """Cancel it: the client left."""
 
     def terminate(self, why: Refuse) -> None:
-        """End it while its client is there, with an error."""
+        """End it with an error while its client is connected."""
 
     def pause(self) -> None:
-        """The client reads slower than the upstream writes."""
+        """Pause it: the client reads slower than the upstream writes."""
 
     def resume(self) -> None:
-        """The client caught up."""
+        """Resume it: the client caught up."""
 
     def fail(self) -> bool:
         """End it after an internal error, silently; True if an SSE error event may still be written."""

@@ -1,4 +1,4 @@
-"""What is written to one client: the head, relayed bytes, and events of our own."""
+"""Writes the response to one client: the head, relayed bytes, and the gateway's own events."""
 
 import msgspec
 
@@ -19,8 +19,8 @@ KEEP_ALIVE = b": keep-alive\n\n"
 class ResponseWriter(msgspec.Struct, eq=False):
     """Writes to one client. A Struct, so that making one costs no call.
 
-    Shape: `tail` is the answer's last bytes, written after its slot is free again; `early_attempts` counts the attempts
-    when the head went out before its answer, 0 if it has not.
+    Shape: `tail` has the last bytes of the response, written after its slot is released; `early_attempts` is the
+    number of attempts when the head was sent before the upstream's response, 0 if it was not.
     """
 
     client: ClientStream
@@ -48,11 +48,11 @@ class ResponseWriter(msgspec.Struct, eq=False):
             self.client.fail(self.id)
 
     def frame(self, payload: bytes) -> bytes:
-        """A part of the body with the framing that this client reads."""
+        """Data with the framing for this client."""
         return payload if self.context.raw or not payload else http1.chunk(payload)
 
     def write_event(self, event: bytes) -> None:
-        """Send an event or comment of our own."""
+        """Send an event or comment of the gateway."""
         self.write(self.frame(event))
 
     def write_error(self, code: str) -> None:
@@ -62,17 +62,17 @@ class ResponseWriter(msgspec.Struct, eq=False):
     def write_relayed_head(
         self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
     ) -> None:
-        """Send the head of a relayed answer; a whole one is put into `tail` with its body."""
+        """Send the head of a relayed response; a complete one is put into `tail` with its body."""
         self.status = response.status
         whole = response.finish_seen and not response.stream
         if self.early_attempts:
             self.name_deployment(deployment, attempts)
-            if whole:  # the client has been told to read a stream
+            if whole:  # the client already got the head of a stream
                 self.tail = self.frame(self.context.protocol.event_of_body(response.held[0]))
                 self.tail += b"" if self.context.raw else http1.LAST_CHUNK
             return
         if self.context.raw and not whole:
-            self.client.keep_alive = False  # only the end of the connection tells an HTTP/1.0 client the length
+            self.client.keep_alive = False  # for an HTTP/1.0 client only the close marks the end
         defaults = self.defaults
         if defaults.draining:
             self.client.keep_alive = False
@@ -97,7 +97,7 @@ class ResponseWriter(msgspec.Struct, eq=False):
             self.write(head)
 
     def name_deployment(self, deployment: DeploymentState, attempts: int) -> None:
-        """Name the Deployment that answers from here on, if the head named an earlier attempt."""
+        """Send a comment with the Deployment's name, if the head named an earlier attempt."""
         if attempts != self.early_attempts:
             self.write_event(response_heads.deployment_comment(deployment, attempts))
 
@@ -119,7 +119,7 @@ class ResponseWriter(msgspec.Struct, eq=False):
         return True
 
     def append(self, data: bytes) -> None:
-        """Hold the last bytes of the answer back until its slot is free again."""
+        """Hold the last bytes of the response back until its slot is free again."""
         self.tail += data
 
     def discard(self) -> None:
@@ -127,14 +127,14 @@ class ResponseWriter(msgspec.Struct, eq=False):
         self.tail = b""
 
     def refuse(self, attempts: int, refuse: Refuse) -> bool:
-        """Send an error of ours in place of an answer; False if a head went out already, and only an event can."""
+        """Send the gateway's error as the response; False if a head was sent, after which only an event is possible."""
         self.status = refuse.status
         if not self.early_attempts:
             self.write(self._refusal(attempts, refuse))
         return not self.early_attempts
 
     def hold_refusal(self, attempts: int, refuse: Refuse) -> None:
-        """Hold an error of ours back until the slot of the attempt in hand is free again."""
+        """Keep the gateway's error until the slot of the current attempt is released."""
         self.status = refuse.status
         self.tail = self._refusal(attempts, refuse)
 
