@@ -1,7 +1,5 @@
 """What a lost attempt means for an Endpoint, its neighbours and those that wait for it."""
 
-from collections.abc import Callable
-
 import pytest
 
 from fleetgate.core.exchange import Failure
@@ -103,10 +101,9 @@ def test_a_full_engine_is_left_alone_for_as_long_as_it_asks(case: Case) -> None:
     assert case.bench.shared.retry_after_until(0) == int((case.bench.now_s + 7.0) * 1000)
 
 
-def test_requests_that_wait_look_again_when_an_endpoint_returns(case: Case) -> None:
+def test_requests_that_wait_look_again_when_an_endpoint_returns(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    wake: Callable[[], None] = lambda: called.append("wake")
-    case.bench.registry.wake_soon = wake  # type: ignore[method-assign]
+    monkeypatch.setattr(case.bench.registry, "wake_soon", lambda: called.append("wake"))
     case.lose(0, Failure.UNREACHABLE, CONSECUTIVE_FAILURES_MAX)
     assert not called
     case.bench.now_s += 60.0
