@@ -238,3 +238,24 @@ def test_imports_go_down_only() -> None:
 @pytest.mark.parametrize("folder", ONE_FILE_EACH)
 def test_folders_of_one_file_each_hold_no_folders(folder: str) -> None:
     assert not [path for path in (SOURCE / folder).iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def imported_by(path: Path) -> Iterator[str]:
+    """The modules, and names of modules, that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_every_module_of_the_proxy_has_a_unit_test() -> None:
+    """A module that only a rig of a test imports does not count."""
+    modules = {
+        ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+        for path in (SOURCE / "proxy").rglob("*.py")
+        if not path.name.startswith("__")
+    }
+    tested = {name for path in (ROOT / "tests" / "unit").rglob("test_*.py") for name in imported_by(path)}
+    assert not modules - tested, "write a test under tests/unit that imports it"

@@ -310,7 +310,8 @@ class ResponseRelay:
         self.held = [body]
         self.finish_seen = True
         self.listener.on_first(self)  # keeps head and body for the end, which is now
-        self._finish(b"")
+        if not self.over:
+            self._finish(b"")
 
     def _fail_by_error(self, body: bytes) -> None:
         """An error object behind status 200 counts as the status that it names. faults.md rows 22 and 24."""
@@ -323,7 +324,8 @@ class ResponseRelay:
         self.passed = b"content-type: %b\r\n" % self._protocol.ERROR_TYPE
         self.finish_seen = True
         self.listener.on_first(self)
-        self._finish(b"")
+        if not self.over:
+            self._finish(b"")
 
     # --- a stream before its first content ---
 

@@ -35,7 +35,6 @@ class TableActivator:
 
     def activate(self, table: RoutingTable, revoked: Refuse, clock: Callable[[], float]) -> None:
         """Use a new table. Shape: with `revoked`, requests with a revoked key end if the key has `kill_streams`."""
-        waiting = self._registry.waiting
         before = self._active.replace(table)
         kept = set(table.endpoints.values())
         for endpoint in before.endpoints.values():
@@ -47,7 +46,7 @@ class TableActivator:
         self._shared.set(self._worker, WorkerCell.SNAPSHOT_VERSION, table.version)
         self._shared.set(self._worker, WorkerCell.SNAPSHOT_AT_MS, int(table.snapshot.made_at_s * 1000))
         self._end_revoked(before, table, revoked)
-        for request in waiting:
+        for request in self._registry.waiting:
             request.change_route()
 
     def _end_revoked(self, before: RoutingTable, table: RoutingTable, revoked: Refuse) -> None:

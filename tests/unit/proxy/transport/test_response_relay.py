@@ -292,6 +292,15 @@ class TestResumed:
         assert response.got.reports == ["first"] and not response.got.written and response.engine.is_closed
 
 
+@pytest.mark.parametrize("data", [whole(BODY), whole(b'{"error":{"message":"no","code":400}}')])
+def test_a_listener_may_cancel_a_whole_body_at_its_content(data: bytes) -> None:
+    response = Response(WHOLE)
+    response.got.cancelled_at_first = True
+    response.read(data)
+    LOOP.run_ready()
+    assert response.got.reports == ["first"] and response.engine.is_closed
+
+
 def calls(act: Callable[[], object]) -> list[str]:
     """The Python functions that something calls."""
     called: list[str] = []

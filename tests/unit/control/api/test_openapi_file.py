@@ -6,7 +6,7 @@ from pathlib import Path
 from fleetgate.control.api.openapi_file import description
 from fleetgate.control.resources.schema import KINDS
 
-FILE = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
+FILE = Path(__file__).parents[4] / "docs" / "reference" / "openapi.json"
 
 
 def test_the_file_is_up_to_date() -> None:
