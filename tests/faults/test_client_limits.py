@@ -174,7 +174,7 @@ def test_row_4_connections_of_one_key_are_bounded() -> None:
 @contextmanager
 def limited(line: str, **options: object) -> Iterator[Plane]:
     """A worker that begins with one more line of Python, and streams that run in it."""
-    with plane(patience={"_": line}, **options) as made:  # type: ignore[arg-type]
+    with plane(patience={"fleetgate.__doc__": line}, **options) as made:  # type: ignore[arg-type]
         made.wall.replies["endless"] = paced
         made.use({"models": {**EVERY_MODEL, "endless": "endless"}})
         yield made

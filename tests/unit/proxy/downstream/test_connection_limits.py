@@ -23,7 +23,7 @@ class Connection:
     is_busy = False
 
     def __init__(self, address: str = "127.0.0.1", may_be_closed: bool = True) -> None:
-        self.peer_address, self.may_be_closed = address, may_be_closed
+        self.client_address, self.may_be_closed = address, may_be_closed
         self.done: list[str] = []
 
     def abort(self) -> None:
