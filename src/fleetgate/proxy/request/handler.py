@@ -338,7 +338,8 @@ class RequestHandler:
                 placement_request=self.search.request if self.search is not None else None,
             )
         )
-        del self.attempts  # which leads back here: only the cycle collector would free both
+        attempts.last = None  # its response leads back to `attempts`, and `attempts` to this request: without these
+        del self.attempts  # two lines only the cycle collector would free them, with the body that was held
         self.client.ended(now_s)
 
     # --- what ends it from outside ---
