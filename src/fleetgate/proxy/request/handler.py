@@ -339,7 +339,8 @@ class RequestHandler:
             )
         )
         self.client.ended(now_s)
-        del self.attempts  # it refers to this object: without this only the cycle collector would free both
+        attempts.last = None  # its response leads back to `attempts`, and `attempts` to this request: without these
+        del self.attempts  # two lines only the cycle collector would free them, with the body that was held
 
     # --- ends from outside ---
 

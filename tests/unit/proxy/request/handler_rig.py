@@ -58,7 +58,7 @@ class FakeResponse:
         self.passed = b"content-type: text/plain\r\n"
         self.held: list[bytes] = []
         self.usage: Usage | None = None
-        self.told: Usage | None = None
+        self.own_usage: Usage | None = None
         self.inherited = self.event_count = self.body_bytes = self.beats = 0
         self.finish_seen = self.is_connected = self.paused = self.over = self.has_content = self.was_kept = False
         self.commands: list[str] = []

@@ -1,5 +1,8 @@
 """A request handler by its commands: what it sends, cancels, writes and records for each event that it is told."""
 
+import gc
+from weakref import ref
+
 import pytest
 
 from fleetgate.core.exchange import Failure
@@ -226,3 +229,27 @@ def test_it_can_be_ended_in_every_phase(phase: str, how: str) -> None:
         other.handler.client_gone()
     outcome = "client_gone" if how == "gone" or phase == "streaming" else "refused"
     assert bench.settlements()[-1] == ("one", "client_gone" if other else outcome) and bench.is_idle()
+
+
+@pytest.mark.parametrize("end", ["stream", "whole", "refused", "gone", "interrupted"])
+def test_an_ended_request_is_freed_without_the_collector(end: str) -> None:
+    """A response of 8 MiB would else stay in memory until the collector comes by."""
+    bench = Bench(1)
+    client = bench.request(stream=end != "whole")
+    handler, sent = ref(client.handler), bench.transport.sent.pop()
+    if end in ("stream", "whole", "interrupted"):
+        sent.content()
+    if end == "gone":
+        client.handler.client_gone()
+    elif end == "stream":
+        sent.end()
+    elif end != "whole":
+        sent.fail()
+    assert client.ends == ["ended"] and bench.is_idle()
+    bench.handlers.clear()
+    gc.disable()
+    try:
+        del client.handler, sent
+        assert handler() is None
+    finally:
+        gc.enable()
