@@ -40,8 +40,7 @@ class ReadState(Enum):
 
 
 # A member read off its enum costs 70 ns each time.
-HEAD, PEEK, STREAM = ReadState.HEAD, ReadState.PEEK, ReadState.STREAM
-HOLD, PASS, OVER = ReadState.HOLD, ReadState.PASS, ReadState.OVER
+HEAD, PEEK, STREAM, HOLD, PASS, OVER = ReadState
 
 
 class ResponseRelay:
@@ -429,10 +428,8 @@ class ResponseRelay:
                 self.done_seen = True
                 out.append(event)
                 return  # events after [DONE] are not passed on
-            if meaning is EventMeaning.FINISH:
-                self.finish_seen = True
-                self.event_count += 1
-            elif meaning is EventMeaning.CONTENT:
+            if meaning in (EventMeaning.FINISH, EventMeaning.CONTENT):
+                self.finish_seen = self.finish_seen or meaning is EventMeaning.FINISH
                 self.event_count += 1
             elif meaning is EventMeaning.USAGE and self.hide_usage:
                 continue
