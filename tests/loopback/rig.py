@@ -81,7 +81,7 @@ class Rig:
         config = self.config(index)
         fds = [fd for fd in (*self.fds, config.life_fd) if fd >= 0]
         env = {**os.environ, ENV: msgspec.json.encode(config).decode()}
-        lines = ["import fleetgate.proxy.worker.worker as worker", "import fleetgate"]
+        lines = ["import fleetgate.proxy.worker.worker as worker", "import fleetgate.proxy.transport.response_relay"]
         lines += [f"{name}; {name} = {value}" for name, value in self.patience.items()]  # a wrong name ends the worker
         process = subprocess.Popen([sys.executable, "-c", "\n".join([*lines, "worker.main()"])], env=env, pass_fds=fds)
         self.processes.append(process)
