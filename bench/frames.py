@@ -38,30 +38,16 @@ EVENTS = 60
 EVENT_EVERY_US = 20_000  # one event a read
 ANSWER_S_MAX = 30.0
 SETTLE_S = 3.0  # the first probes
-TWO_EQUAL = """\
-kind: Deployment
-name: mock
-region: here
-models: [{{name: bench-model}}]
-engine: vllm
-url: http://127.0.0.1:{mock_port}/v1
-capacity: {{concurrency: 4000, units: 100}}
----
-kind: Deployment
-name: other
-region: here
-models: [{{name: bench-model}}]
-engine: vllm
-url: http://127.0.0.1:{mock_port}/v1
-capacity: {{concurrency: 4000, units: 100}}
----
-kind: Gateway
-name: bench
-domain: localhost
-protocol: openai
-strategy: capacity_round_robin
-upstreams: [{{deployment: mock, rank: 1}}, {{deployment: other, rank: 1}}]
-"""
+_DEPLOYMENT, _GATEWAY = CONFIG.split("---\n")
+TWO_EQUAL = "---\n".join(
+    (
+        _DEPLOYMENT,
+        _DEPLOYMENT.replace("name: mock", "name: other"),
+        _GATEWAY.replace("strategy: overflow", "strategy: capacity_round_robin").replace(
+            "[{{deployment: mock}}]", "[{{deployment: mock, rank: 1}}, {{deployment: other, rank: 1}}]"
+        ),
+    )
+)
 CASES = {"request, with a lead": CONFIG, "request, without a lead": TWO_EQUAL}
 EVENT = "streamed event"
 

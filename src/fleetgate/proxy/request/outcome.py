@@ -12,13 +12,13 @@ from fleetgate.ipc.log import Level
 from fleetgate.proxy.request.attempt import Attempt
 from fleetgate.proxy.request.request_context import FinalResponse, ReceivedRequest
 from fleetgate.proxy.request.reservation import PlacementRequest, Reservation
-from fleetgate.proxy.request.usage import CountedResponse
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.model_route import ModelRouteState
 from fleetgate.proxy.telemetry.access_log import NO_DEPLOYMENT, OUTCOME_BYTES, REQUEST_LINE, AccessLog
 from fleetgate.proxy.telemetry.decision_log import DecisionLog
 from fleetgate.proxy.telemetry.metrics import WorkerMetrics
 from fleetgate.proxy.telemetry.request_metrics import RequestMetrics, RequestMetricsCache, TokenEstimateError
+from fleetgate.proxy.transport.interface import UpstreamResponse
 
 UNREACHABLE_LINE_EVERY_S = 5.0  # between lines about an unreachable Deployment
 _OK = Outcome.OK
@@ -93,7 +93,7 @@ class OutcomeRecorder:
         route: ModelRouteState,
         placement_request: PlacementRequest | None,
         reservation: Reservation,
-        response: CountedResponse,
+        response: UpstreamResponse,
         now_s: float,
     ) -> None:
         """Learn token counts and speed from a response that ended well."""

@@ -1,7 +1,6 @@
 """Resumes an interrupted response at another Deployment: whether, where and how."""
 
 from collections.abc import Iterator
-from typing import Protocol
 
 from fleetgate.protocols.clients.base import ClientProtocol
 from fleetgate.protocols.messages import Operation, ResumeMethod
@@ -10,21 +9,9 @@ from fleetgate.proxy.request.request_context import ReceivedRequest
 from fleetgate.proxy.routing.deployment_state import DeploymentState
 from fleetgate.proxy.routing.endpoint_state import EndpointState
 from fleetgate.proxy.routing.model_route import ModelRouteState
-from fleetgate.proxy.transport.interface import ResumedStream
+from fleetgate.proxy.transport.interface import ResumedStream, UpstreamResponse
 
 UNVERIFIED_IDS = 1  # the mark of token ids without a known engine that accepts them: a replay still compares them
-
-
-class BrokenResponse(Protocol):
-    """The state of an interrupted response."""
-
-    @property
-    def transcript(self) -> Transcript | None:
-        """Its transcript, if it was kept."""
-
-    @property
-    def event_count(self) -> int:
-        """The number of its content events."""
 
 
 def transcript_for(received: ReceivedRequest, route: ModelRouteState, deployment: DeploymentState) -> Transcript | None:
@@ -66,7 +53,7 @@ class Resume:
     def of(
         cls,
         received: ReceivedRequest,
-        response: BrokenResponse,
+        response: UpstreamResponse,
         route: ModelRouteState,
         failed: tuple[EndpointState, ...],
         now_s: float,

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from time import time
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
 from fleetgate.core.capacity.token_estimates import TokenEstimates
 from fleetgate.core.exchange import Failure, Outcome
-from fleetgate.protocols.messages import Usage
 from fleetgate.proxy.routing.deployment_state import DeploymentState
+from fleetgate.proxy.transport.interface import UpstreamResponse
 
 HEDGED = b"hedged"  # the other attempt was faster
 STALE = b"stale"  # a kept connection was closed before anything came over it
@@ -38,30 +38,6 @@ class TokenUsage(NamedTuple):
 
 
 NOTHING = TokenUsage(0, 0, 1)
-
-
-class CountedResponse(Protocol):
-    """What is counted of a response. Shape: `own_usage` is what the engine of a resumed one reports of its part."""
-
-    @property
-    def usage(self) -> Usage | None:
-        """Tokens of the whole response, if they are known."""
-
-    @property
-    def own_usage(self) -> Usage | None:
-        """Tokens that a resuming engine reports."""
-
-    @property
-    def inherited(self) -> int:
-        """Events of another engine that this one got as its prompt."""
-
-    @property
-    def event_count(self) -> int:
-        """Content events."""
-
-    @property
-    def stream(self) -> bool:
-        """Whether it is an event stream."""
 
 
 class PendingCharge(NamedTuple):
@@ -103,12 +79,12 @@ class UsageRecorder(msgspec.Struct, eq=False):
         self.begin(deployment, attempt_id)
         return attempt_id
 
-    def progress(self, attempt_id: bytes, response: CountedResponse) -> None:
+    def progress(self, attempt_id: bytes, response: UpstreamResponse) -> None:
         """Record the progress of a stream, once its client reads this attempt."""
         if self.pending is None:
             self.add(_PROGRESS % (attempt_id, self._prompt_tokens(), response.event_count))
 
-    def lost(self, attempt_id: bytes, response: CountedResponse | None, how: bytes, was_read: bool) -> None:
+    def lost(self, attempt_id: bytes, response: UpstreamResponse | None, how: bytes, was_read: bool) -> None:
         """Settle an attempt while the request continues: the client is billed only for the part that it has read."""
         worked = NOTHING if how in _NO_WORK else self._worked(response)
         if not was_read or self.pending is not None:
@@ -124,7 +100,7 @@ class UsageRecorder(msgspec.Struct, eq=False):
         if pending is not None:
             self._settle(pending.attempt_id, pending.how, pending.worked, (0, 0), 0)
 
-    def end(self, attempt_id: bytes, response: CountedResponse | None, outcome: Outcome, size_bytes: int) -> None:
+    def end(self, attempt_id: bytes, response: UpstreamResponse | None, outcome: Outcome, size_bytes: int) -> None:
         """Settle the current attempt, if there is one, at the end of the request; a pending charge is billed now."""
         pending = self.pending
         usage = response.usage if response is not None and response.own_usage is None else None
@@ -153,7 +129,7 @@ class UsageRecorder(msgspec.Struct, eq=False):
     ) -> None:
         self.add(_SETTLEMENT % (attempt_id, time() * 1000, how, *worked, *billed, size_bytes))
 
-    def _worked(self, response: CountedResponse | None) -> TokenUsage:
+    def _worked(self, response: UpstreamResponse | None) -> TokenUsage:
         """The tokens of this engine. The prompt of a resuming engine includes the other's output."""
         if response is None:
             return TokenUsage(self._prompt_tokens(), 0, 0)
@@ -164,7 +140,7 @@ class UsageRecorder(msgspec.Struct, eq=False):
         output = response.event_count - inherited if response.stream else 0
         return TokenUsage(self._prompt_tokens() + inherited, output, 0)
 
-    def _read(self, response: CountedResponse | None) -> tuple[int, int]:
+    def _read(self, response: UpstreamResponse | None) -> tuple[int, int]:
         """The tokens of the response that the client got, from all engines."""
         if response is None:
             return self._prompt_tokens(), 0

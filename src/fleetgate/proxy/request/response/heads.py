@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Protocol
 from zlib import crc32
 
 import msgspec
@@ -46,34 +45,6 @@ class ResponseMeta(msgspec.Struct):
     request_id: bytes
     attempts: int
     client_headers: bytes
-
-
-class RelayedResponse(Protocol):
-    """The upstream's response, as heads use it. Shape: `passed` are header lines, `held` the body of a whole one."""
-
-    @property
-    def status(self) -> int:
-        """The upstream's status."""
-
-    @property
-    def stream(self) -> bool:
-        """Whether it is an event stream."""
-
-    @property
-    def raw(self) -> bool:
-        """Whether the client speaks HTTP/1.0."""
-
-    @property
-    def passed(self) -> bytes:
-        """Header lines of the upstream that the client may see."""
-
-    @property
-    def finish_seen(self) -> bool:
-        """Whether the whole body was held back."""
-
-    @property
-    def held(self) -> list[bytes]:
-        """The data held back before the commit point."""
 
 
 RELAYED_HEAD = b"%b%b%b%b%b%bx-request-id: %b\r\nx-fleetgate-attempts: %d\r\n\r\n"

@@ -12,6 +12,7 @@ from fleetgate.proxy.request.response import heads as response_heads
 from fleetgate.proxy.request.response.client_stream import ClientStream
 from fleetgate.proxy.request.response.heads import ResponseDefaults, ResponseMeta
 from fleetgate.proxy.routing.deployment_state import DeploymentState
+from fleetgate.proxy.transport.interface import UpstreamResponse
 
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -59,9 +60,7 @@ class ResponseWriter(msgspec.Struct, eq=False):
         """Send an error inside the stream."""
         self.write_event(self.context.protocol.error_event(code, MESSAGES[code]))
 
-    def write_relayed_head(
-        self, attempts: int, response: response_heads.RelayedResponse, deployment: DeploymentState
-    ) -> None:
+    def write_relayed_head(self, attempts: int, response: UpstreamResponse, deployment: DeploymentState) -> None:
         """Send the head of a relayed response; a complete one is put into `tail` with its body."""
         self.status = response.status
         whole = response.finish_seen and not response.stream
